@@ -1,0 +1,323 @@
+"""Configuration as frozen data: YAML recipes with `base:`, dotted overrides, nearest-name errors, exact save and reload.
+
+YAML 1.2 rules hold: `1e-6` is a number and `on` is a word. Leaves (methods, engines) keep their own `Config` in their own
+file; it is found by the leaf's file name in a second pass, so this module imports none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import io
+import pkgutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+from ruamel.yaml import YAML, YAMLError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the text says which key of which file, and the cure."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Leaf(Frozen):
+    """Base of the `Config` that a method or engine file defines."""
+
+    name: str
+
+
+LeafT = TypeVar("LeafT", bound=Leaf)
+
+
+class View(Frozen):
+    """One kind of random view. Colour parameters mean what torchvision's ColorJitter means by them."""
+
+    size: Annotated[int, Field(ge=8, le=4096)] = 224  # pixels of the square view
+    count: Count = 1
+    area: Range = (0.08, 1.0)  # share of the image that a crop covers
+    ratio: Range = (3 / 4, 4 / 3)
+    crop: Share = 1.0  # probability of cropping at all; otherwise the whole image is resized
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    antialias: bool = True
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    grayscale: Share = 0.2
+    blur: Share = 0.5
+    sigma: Range = (0.1, 2.0)  # of the blur, in pixels at size 224; scaled with the view's size
+    solarize: Share = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> View:
+        for name in ("area", "ratio", "sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is a range (low, high) with 0 < low <= high, got ({low}, {high})")
+        if self.area[1] > 1:
+            raise ValueError(f"area is a share of the image, at most 1, got {self.area[1]}")
+        return self
+
+
+class Data(Frozen):
+    path: str = ""  # folder of tar shards, or the word `synthetic`
+    lanes: Count = 64  # equal parts of the epoch's line of samples that feed every batch
+    window: Count = 16  # shards among which a lane shuffles
+    workers: Natural = 4  # loader processes per rank; 0 loads in the training process
+    prefetch: Count = 2  # batches held ready by each worker
+    timeout: Positive = 300.0  # seconds without a batch before the loader is declared dead
+    masks: bool = False  # read `key.mask.png` members and crop them with the large views
+    max_pixels: Count = 50_000_000  # images above this are refused before decoding
+    synthetic_samples: Count = 1_281_167
+    mean: tuple[Positive, Positive, Positive] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    views: tuple[View, ...] = (View(count=2),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _some_views(self) -> Data:
+        if not self.views:
+            raise ValueError("views is empty; a method needs at least one view")
+        return self
+
+
+class Model(Frozen):
+    name: str = "resnet50"
+    width: Positive = 1.0  # multiplies every stage and the stem
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
+    zero_init: bool = False  # gamma of each residual branch's last norm starts at zero
+    norm_group: Natural = 0  # samples of the global batch that share batch-norm statistics; 0: all of it
+
+
+class Optim(Frozen):
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    lr: Positive = 0.3  # per `lr_batch` samples of the global batch
+    rule: Literal["linear", "sqrt", "none"] = "linear"
+    lr_batch: Count = 256
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 10.0
+    warmup_start: Share = 0.0  # share of the base learning rate at step 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final: Share = 0.0  # share of the base learning rate at the end
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1.5e-6
+    momentum: Share = 0.9
+    nesterov: bool = False  # sgd only
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw only
+    trust: Positive = 1e-3  # LARS eta
+    trust_clip: bool = False  # LARS: never above the plain learning rate (solo-learn's clip_lr)
+    lars_momentum: Literal["outside", "inside"] = "outside"  # learning rate outside (BYOL) or inside (SimCLR) the buffer
+    lars_norm: Literal["sum", "parts"] = "sum"  # |g + wd p| (BYOL, SimCLR) or |g| + wd |p| (LARC)
+    exclude: Literal["norm_bias", "ndim1", "none"] = "norm_bias"  # from weight decay and adaptation
+
+
+class Checkpoint(Frozen):
+    every_steps: Natural = 0  # 0: at the end of each epoch
+    keep_last: Count = 2
+    keep_every: Natural = 0  # steps; multiples of it are never pruned
+
+
+class Monitor(Frozen):
+    every: Count = 20  # steps between scalars
+    images_every: Natural = 1000  # steps between grids of the views; 0: never
+
+
+class Config(Frozen):
+    """A whole run. `batch` is global: the number of samples per optimizer step over all ranks."""
+
+    seed: Natural = 0
+    batch: Count = 4096
+    epochs: Positive = 100.0
+    steps: Natural = 0  # stop (and decay) after so many steps instead of `epochs`; 0: by epochs
+    threads: Natural = 0  # CPU threads per rank; 0: cores divided by local ranks
+    data: Data = Data()
+    model: Model = Model()
+    method: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("methods", v))]] = cast(Leaf, {"name": "relicv2"})
+    optim: Optim = Optim()
+    engine: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("engines", v))]] = cast(Leaf, {"name": "ddp"})
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+
+
+def leaves(kind: str) -> tuple[str, ...]:
+    """Names of the leaf files in `scaletrain/<kind>/` that define a Config."""
+    package = importlib.import_module(f"scaletrain.{kind}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"))
+
+
+def leaf_config(kind: str, name: str) -> type[Leaf]:
+    known = leaves(kind)
+    if name not in known:
+        raise ValueError(f"there is no '{name}' in {kind}{_nearest(name, known)}; known: {', '.join(known)}")
+    return cast(type[Leaf], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
+
+
+def _leaf(kind: str, value: Any) -> Leaf:
+    if isinstance(value, Leaf):
+        return value
+    raw = {"name": value} if isinstance(value, str) else value
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
+        raise ValueError(f"needs a `name`; known: {', '.join(leaves(kind))}")
+    return leaf_config(kind, raw["name"]).model_validate(raw)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None  # lists of numbers on one line
+    yaml.width = 120
+    yaml.sort_base_mapping_type_on_output = False  # keep the schema's order
+    return yaml
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe with its bases merged under it."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base:` leads back to itself")
+    try:
+        raw = _yaml().load(path.read_text())
+    except FileNotFoundError:
+        near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        raise ConfigError(f"{path}: no such recipe{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}")
+    base = raw.pop("base", None)
+    return raw if base is None else merge(_read(path.parent / str(base), (*seen, path)), raw)
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins, deeply; a leaf with another `name` replaces the whole leaf, since the keys belong to the name."""
+    result = dict(under)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            renamed = "name" in value and key in ("method", "engine") and value["name"] != old.get("name")
+            result[key] = dict(value) if renamed else merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`optim.lr=0.45` -> {"optim": {"lr": 0.45}}; the value is read as YAML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key or not all(key.split(".")):
+        raise ConfigError(f"'{text}': an override has the form key.subkey=value, e.g. optim.lr=0.45")
+    try:
+        result: Any = _yaml().load(io.StringIO(value))
+    except YAMLError as error:
+        raise ConfigError(f"'{text}': the value is not valid YAML: {' '.join(str(error).split())}") from None
+    for part in reversed(key.split(".")):
+        result = {part: result}
+    return cast(dict[str, Any], result)
+
+
+def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{where}'{_nearest(str(item['loc'][-1]), _siblings(item['loc'], raw))}")
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            lines.append(f"{where}: {text}{shown}")
+    return ConfigError(f"{source}: " + "; ".join(lines))
+
+
+def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
+    """The valid names beside an unknown key."""
+    model: type[BaseModel] = Config
+    for depth, part in enumerate(loc[:-1]):
+        if part in ("method", "engine") and depth == 0:
+            model = leaf_config(f"{part}s", raw[part] if isinstance(raw[part], str) else raw[part]["name"])
+        elif isinstance(part, str) and part in model.model_fields:
+            inner = model.model_fields[part].annotation
+            model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else View if part == "views" else model
+    return list(model.model_fields)
+
+
+def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, raw, source) from None
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises ConfigError."""
+    raw = _read(Path(path))
+    build(raw, str(path))  # so that an error of the file is not blamed on the command line
+    changes = tuple(overrides)
+    for text in changes:
+        change = _override(text)
+        raw = merge({**raw, "data": {"path": raw["data"]}} if isinstance(raw.get("data"), str) else raw, change)
+    return build(raw, "command line") if changes else build(raw, str(path))
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` turns into an equal Config."""
+    text = io.StringIO()
+    _yaml().dump(config.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def diff(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
+    """The dotted keys whose values differ, with both values; a key that one side lacks has None there."""
+    a, b = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    return [(key, a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}.{i}").items()}
+    return {prefix: value}
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe for editors: every leaf's own keys included."""
+    result = Config.model_json_schema()
+    for kind in ("method", "engine"):
+        options = [leaf_config(f"{kind}s", name).model_json_schema() for name in leaves(f"{kind}s")]
+        for option in options:
+            result.setdefault("$defs", {}).update(option.pop("$defs", {}))
+        result["properties"][kind] = {"anyOf": [*options, {"enum": list(leaves(f"{kind}s"))}]}
+    result["properties"]["base"] = {"type": "string", "description": "recipe that this one extends"}
+    return result

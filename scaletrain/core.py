@@ -1,0 +1,181 @@
+"""The nouns that every other module speaks: Batch, Clock, Out, Group, Staged, Method.
+
+Loss convention, stated once: every rank computes a loss over its own slice of the global batch such that the *mean over
+ranks of the local losses is the global loss*. Engines average gradients over ranks, which is then the global gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's contiguous slice of the global batch, as a training step sees it.
+
+    Positions and keys, never ranks, define everything random, so any world size computes the same step.
+    """
+
+    views: tuple[Tensor, ...]  # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
+    index: Tensor  # [B] int64: the sample's number in the data set
+    keys: Tensor  # [B] int64: hash of (seed, epoch, index, repeat), the root of all randomness of the sample
+    pixel_range: Tensor  # [2, 3]: what a black and a white pixel become after normalisation
+    labels: Tensor | None = None  # [B] int64, -1 where unknown
+    masks: Tensor | None = None  # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it
+    support: Batch | None = None  # labelled samples of an auxiliary objective
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into `parts` equal micro-batches along the sample axis."""
+        if len(self) % parts:
+            raise ValueError(f"{len(self)} samples per rank do not split into {parts} equal micro-batches")
+        n = len(self) // parts
+
+        def cut(x: Tensor | None, dim: int) -> Sequence[Tensor | None]:
+            return [None] * parts if x is None else x.split(n, dim)
+
+        views = list(zip(*(v.split(n, 1) for v in self.views), strict=True))
+        rows = zip(views, cut(self.index, 0), cut(self.keys, 0), cut(self.labels, 0), cut(self.masks, 1), strict=True)
+        return [
+            replace(self, views=v, index=i, keys=k, labels=y, masks=m)  # type: ignore[arg-type]
+            for v, i, k, y, m in rows
+        ]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands; schedules are pure functions of it."""
+
+    step: int  # optimizer steps taken so far
+    total: int  # optimizer steps of the whole run
+    epoch: int
+    steps_per_epoch: int
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.step / max(1, self.total))
+
+    def cosine(self, start: float, end: float) -> float:
+        """Half a cosine from `start` at step 0 to `end` at the last step (BYOL, section 3.2: the target's tau)."""
+        return end - (end - start) * (math.cos(math.pi * self.progress) + 1) / 2
+
+    def linear(self, start: float, end: float) -> float:
+        return start + (end - start) * self.progress
+
+    def every(self, n: int) -> bool:
+        return n > 0 and self.step % n == 0
+
+
+@dataclass(frozen=True)
+class Out:
+    """What a forward pass hands to the engine."""
+
+    losses: dict[str, Tensor]  # by group name; the key "all" drives every group
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # for the monitor, detached, 0-d
+    embedding: Tensor | None = None  # [B, D] detached: watched for collapse
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack([loss.float() if loss.dtype != torch.float64 else loss for loss in self.losses.values()]).sum()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one optimizer step did, for the monitor. Tensors are detached and still on the device."""
+
+    loss: float  # of the global batch
+    scalars: dict[str, Tensor]  # Out.losses and Out.scalars, this rank's
+    grad_norm: Tensor  # 0-d, of the whole gradient before clipping
+    trust: dict[str, Tensor] = field(default_factory=dict)  # LARS trust ratios: "min", "median", "max"
+    embedding: Tensor | None = None  # [B, D]
+    skipped: bool = False  # the loss or the gradient was not finite and nothing was written
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous flat range of a named tensor: what one rank holds and writes to a checkpoint."""
+
+    data: Tensor  # [n] flat, any device
+    start: int  # offset of data[0] in the flattened whole
+    shape: tuple[int, ...]  # of the whole
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are optimised alike. The first group whose `match` accepts a parameter takes it; what no group takes is in "all"."""
+
+    name: str
+    match: Callable[[str, Tensor], bool]
+    lr: float = 1.0  # multiplies the scheduled learning rate
+    constant: bool = False  # keep the base learning rate: neither warm-up nor decay (SimSiam's predictor)
+    weight_decay: float | None = None  # None: the optimizer's
+    momentum: float | None = None
+    adapt: bool | None = None  # LARS trust ratio; None: by the optimizer's exclusion rule
+    frozen_steps: int = 0  # drop the gradient during the first steps (SwAV's prototypes)
+
+
+class Staged(nn.Module):
+    """A module whose forward only *stages* what it would write; the engine commits after the step or discards it.
+
+    So a skipped step, a second forward and a recomputed one leave no trace.
+    """
+
+    def commit(self) -> None:
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        raise NotImplementedError
+
+    def sharded(self) -> Mapping[str, tuple[int, int]]:
+        """Buffers of which this rank holds rows [start, start + len) only: name -> (start, rows of the whole)."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of the run when it is built."""
+
+    samples: int  # in the data set
+    batch: int  # global batch size
+    steps_per_epoch: int
+    views: tuple[tuple[int, int], ...]  # (pixels, count) per crop size, as in Batch.views
+
+
+Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
+"""features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient and without a trace."""
+
+
+class Method(nn.Module):
+    """One paper. `forward` is the whole mathematics of a step; everything else is declared.
+
+    A method file defines `Config` (a frozen `config.Leaf`) and one subclass named `Model`, built as
+    `Model(config, make_backbone, facts)`; `make_backbone()` returns a fresh encoder with a `features` width.
+    """
+
+    targets: ClassVar[Mapping[str, str]] = {}  # {target module: online module}; the engine moves targets by `ema`
+    global_loss: ClassVar[bool] = False  # the loss couples samples: gradient accumulation would change it
+    backbone: nn.Module
+
+    def ema(self, clock: Clock) -> float:
+        """tau of: target <- tau * target + (1 - tau) * online, after the step."""
+        raise NotImplementedError(f"{type(self).__name__} declares targets but no ema()")
+
+    def groups(self) -> Sequence[Group]:
+        return ()
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        raise NotImplementedError
+
+    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
+        """Optional: write(name, tensor) changes a parameter, fp32 masters included."""
+
+    def on_epoch(self, clock: Clock, features: Features) -> None:
+        """Optional: runs before the first step of each epoch (clustering)."""

@@ -1,0 +1,180 @@
+"""Ranks, collectives that carry gradients (and forms that do not, named so), and stateless randomness keyed by sample.
+
+With the loss convention of core.py, the backward of a gather is a sum over ranks and needs no factor of the world size.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+
+
+class LaunchError(ValueError):
+    """The process group could not be made; the text says why."""
+
+
+def init(timeout_seconds: float = 1800.0) -> torch.device:
+    """Join the process group that torchrun's variables describe (none: a single process) and return this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not c10d.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            c10d.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        except (RuntimeError, ValueError) as error:
+            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            raise LaunchError(
+                f"no rendezvous at {address}: {str(error).splitlines()[0]}. If the port is in use, choose another MASTER_PORT"
+            ) from None
+    return device
+
+
+def shutdown() -> None:
+    if c10d.is_initialized():
+        c10d.destroy_process_group()
+
+
+def rank() -> int:
+    return c10d.get_rank() if c10d.is_initialized() else 0
+
+
+def world() -> int:
+    return c10d.get_world_size() if c10d.is_initialized() else 1
+
+
+def main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        c10d.barrier()
+
+
+# --- collectives without gradient -------------------------------------------------------------------------------------
+
+
+def sum_nograd(x: Tensor) -> Tensor:
+    """Sum over ranks of a detached copy."""
+    x = x.detach().clone()
+    if world() > 1:
+        c10d.all_reduce(x)
+    return x
+
+
+def max_nograd(x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    if world() > 1:
+        c10d.all_reduce(x, op=c10d.ReduceOp.MAX)
+    return x
+
+
+def gather_nograd(x: Tensor) -> Tensor:
+    """[b, ...] on each rank -> [W * b, ...] in rank order, which is the order of the global batch. Equal b on every rank."""
+    x = x.detach().contiguous()
+    if world() == 1:
+        return x
+    out = x.new_empty(world() * x.shape[0], *x.shape[1:])
+    c10d.all_gather_into_tensor(out, x)
+    return out
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's small Python value, on every rank. Used between ranks of one run only."""
+    box = [value]
+    if world() > 1:
+        c10d.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's small Python value, in rank order."""
+    box: list[Any] = [value] * world()
+    if world() > 1:
+        c10d.all_gather_object(box, value)
+    return box
+
+
+# --- collectives with gradient ----------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        return gather_nograd(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        out = grad.new_empty(ctx.rows, *grad.shape[1:])
+        c10d.reduce_scatter_tensor(out, grad)
+        return out
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_nograd(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_nograd(grad)
+
+
+def gather(x: Tensor) -> Tensor:
+    """As gather_nograd, but gradients of every rank's use of these rows flow back to their owner."""
+    return _Gather.apply(x) if world() > 1 else x  # type: ignore[no-any-return, no-untyped-call]
+
+
+def psum(x: Tensor) -> Tensor:
+    """Sum over ranks; the gradient is the sum over ranks of the gradients."""
+    return _Sum.apply(x) if world() > 1 else x  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mine(x: Tensor) -> Tensor:
+    """This rank's slice of a global-batch tensor [B, ...] -> [b, ...]."""
+    rows = x.shape[0] // world()
+    return x[rank() * rows : (rank() + 1) * rows]
+
+
+# --- stateless randomness ---------------------------------------------------------------------------------------------
+
+_GOLDEN, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al., 2014) on int64 with wrap-around; >> is made logical by masking."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def hash64(*parts: int | str | Tensor) -> Tensor:
+    """A well-mixed int64 (of the tensors' common shape, else 0-d) of all parts in order."""
+    device = next((p.device for p in parts if isinstance(p, Tensor)), torch.device("cpu"))
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for part in parts:
+        if isinstance(part, str):
+            part = zlib.crc32(part.encode())
+        state = _mix(state + _GOLDEN + _mix(torch.as_tensor(part, dtype=torch.int64, device=device)))
+    return state
+
+
+def uniform(keys: Tensor, purpose: str, n: int) -> Tensor:
+    """[...] int64 keys -> [..., n] float32 in [0, 1): a function of key, purpose and column, never of rank or call order."""
+    bits = hash64(keys.unsqueeze(-1), purpose, torch.arange(n, device=keys.device))
+    return ((bits >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
+
+
+def permutation(n: int, *key: int | str, device: torch.device | str = "cpu") -> Tensor:
+    """[n] int64: a permutation that depends on the key only."""
+    return hash64(*key, torch.arange(n, device=device)).argsort(stable=True)
