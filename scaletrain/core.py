@@ -82,9 +82,6 @@ class Out:
     scalars: dict[str, Tensor] = field(default_factory=dict)  # for the monitor, detached, 0-d
     embedding: Tensor | None = None  # [B, D] detached: watched for collapse
 
-    @property
-    def total(self) -> Tensor:
-        return torch.stack([loss.float() if loss.dtype != torch.float64 else loss for loss in self.losses.values()]).sum()
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,10 @@ class Facts:
     steps_per_epoch: int
     views: tuple[tuple[int, int], ...]  # (pixels, count) per crop size, as in Batch.views
 
+    def need_pair(self, method: str) -> None:
+        if self.views[0][1] != 2 or len(self.views) > 1:
+            raise ValueError(f"method {method} takes exactly two views of one size; data.views gives {self.views} (pixels, count)")
+
 
 Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
 """features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient and without a trace."""
@@ -162,6 +163,7 @@ class Method(nn.Module):
 
     targets: ClassVar[Mapping[str, str]] = {}  # {target module: online module}; the engine moves targets by `ema`
     global_loss: ClassVar[bool] = False  # the loss couples samples: gradient accumulation would change it
+    separate_losses: ClassVar[bool] = False  # each loss drives the parameters of its own group only (adversaries)
     backbone: nn.Module
 
     def ema(self, clock: Clock) -> float:

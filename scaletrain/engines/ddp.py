@@ -1,0 +1,42 @@
+"""One process, or torch's DistributedDataParallel over several: replicated parameters, averaged gradients."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from scaletrain import dist
+from scaletrain.config import Optim
+from scaletrain.core import Batch, Clock, Method, Out
+from scaletrain.engines import base
+
+
+class Config(base.EngineConfig):
+    bucket_mb: float = 25.0  # gradients are sent in buckets of this size while backward goes on
+
+
+class Engine(base.Engine):
+    def __init__(self, method: Method, config: Config, optim: Optim, device: torch.device) -> None:
+        super().__init__(method, config, optim, device)
+        self.wrapped: DistributedDataParallel | None = None
+        if dist.world() > 1 and not method.separate_losses:
+            # Parameters start equal because they are drawn from the seed; buffers are not rank 0's to overwrite (sharded banks).
+            self.wrapped = DistributedDataParallel(
+                method, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
+            )
+
+    def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if self.wrapped is None or last else self.wrapped.no_sync()
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        return super().forward(batch, clock) if self.wrapped is None else self.wrapped(batch, clock)  # type: ignore[no-any-return]
+
+    def backward(self, out: Out, scale: float) -> None:
+        super().backward(out, scale)
+        if dist.world() > 1 and self.method.separate_losses:  # several backward passes: DDP's hooks expect one
+            for parameter in self.trained():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(dist.sum_nograd(parameter.grad) / dist.world())

@@ -1,0 +1,54 @@
+"""BYOL: Bootstrap Your Own Latent (Grill et al., 2020, arXiv 2006.07733), after deepmind-research/byol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from scaletrain.config import Count, Leaf, Share
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import cosine_distance
+
+
+class Config(Leaf):
+    hidden: Count = 4096
+    dim: Count = 256
+    tau: Share = 0.996  # tau_base of the target's moving average
+    norm_group: Annotated[int, Field(ge=0)] = 0
+
+
+class Model(Method):
+    """Two views; the online network predicts the target network's projection of the other view."""
+
+    targets = {"target_backbone": "backbone", "target_projector": "projector"}
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("byol")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        heads = (width, config.hidden, config.dim)
+        self.projector = mlp(heads, last_bias=False, group=config.norm_group)
+        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=config.norm_group)
+        # The target has its own initialisation: it is not a copy of the online network (official code).
+        self.target_backbone = make_backbone()
+        self.target_projector = mlp(heads, last_bias=False, group=config.norm_group)
+
+    def ema(self, clock: Clock) -> float:
+        return clock.cosine(self.config.tau, 1.0)  # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        x = batch.views[0]  # [2, B, 3, H, W]
+        y = per_view(self.backbone, x)
+        q1, q2 = per_view(self.predictor, per_view(self.projector, y))
+        with torch.no_grad():
+            z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
+        loss = cosine_distance(q1, z2) + cosine_distance(q2, z1)  # eq. 2 and its mirror image, summed
+        return Out({"all": loss}, embedding=y[0].detach())

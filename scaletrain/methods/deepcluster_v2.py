@@ -1,0 +1,88 @@
+"""DeepCluster v2 (Caron et al., 2020, arXiv 2006.09882, appendix D), after facebookresearch/swav's main_deepclusterv2.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Features, Method, Out
+from scaletrain.nn.bank import Bank
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.kmeans import spherical_kmeans
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 128
+    clusters: tuple[Count, ...] = (3000, 3000, 3000)  # one clustering and prototype head each
+    temperature: Positive = 0.1
+    iterations: Count = 10  # of k-means
+
+
+class Model(Method):
+    """Each epoch clusters the embeddings of the last one; every view must find the cluster of its sample."""
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = mlp((width, config.hidden, config.dim))
+        for head, clusters in enumerate(config.clusters):  # set by k-means, not trained
+            self.register_buffer(f"prototypes{head}", torch.zeros(clusters, config.dim))
+        self.banked = min(2, facts.views[0][1])  # head h clusters the embeddings of large view h mod banked
+        self.banks = nn.ModuleList(Bank(facts.samples, config.dim) for _ in range(self.banked))
+        self.assignments = Bank(facts.samples, len(config.clusters), fill=-1, dtype=torch.int64)
+
+    def prototypes(self) -> Sequence[Tensor]:
+        return [getattr(self, f"prototypes{head}") for head in range(len(self.config.clusters))]
+
+    def embed(self, batch: Batch) -> Tensor:
+        """[B, banked, dim], normalised."""
+        z = pooled(self.projector, pooled(self.backbone, batch.views[0]))
+        return F.normalize(z[: self.banked].float() if z.dtype != torch.float64 else z[: self.banked], dim=-1).transpose(0, 1)
+
+    def on_epoch(self, clock: Clock, features: Features) -> None:
+        if clock.epoch == 0:  # no embeddings yet: one pass before training
+            for index, z in features(self.embed):
+                self._remember(index, z, "write")
+        for head, clusters in enumerate(self.config.clusters):
+            bank: Bank = self.banks[head % self.banked]  # type: ignore[assignment]
+            # differs: seeds are drawn from the whole data set by a hash, not from rank 0's shard, so ranks do not matter.
+            key = clock.epoch * len(self.config.clusters) + head
+            centroids, assigned = spherical_kmeans(bank.rows, bank.start, clusters, self.config.iterations, key)
+            self.prototypes()[head].copy_(centroids)
+            self.assignments.rows[:, head] = assigned
+
+    def _remember(self, index: Tensor, z: Tensor, how: str) -> None:
+        for view, bank in enumerate(self.banks):
+            getattr(bank, how)(index, z[:, view])
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = [pooled(self.backbone, x) for x in batch.views]
+        z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
+        target = self.assignments.read(batch.index)  # [B, heads]
+        loss, accuracy = self._loss(z, target, batch.index)
+        return Out({"all": loss}, {"assignment_accuracy": accuracy}, h[0][0].detach())
+
+    @full_precision
+    def _loss(self, z: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.normalize(z, dim=-1)
+        self._remember(index, z[: self.banked].transpose(0, 1), "stage")
+        losses, hits = [], []
+        for head, prototypes in enumerate(self.prototypes()):
+            logits = z @ prototypes.to(z).T / self.config.temperature  # [V, B, K]
+            labels = target[:, head].expand(len(z), -1)
+            # Samples that no pass has embedded yet are left out: a sum over the known ones, divided by their global number.
+            known = dist.sum_nograd((target[:, head] >= 0).sum()) * len(z) / dist.world()
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum")
+            losses.append(loss / known.clamp_min(1))
+            hits.append((logits.argmax(-1) == labels).float().mean())
+        return torch.stack(losses).mean(), torch.stack(hits).mean()

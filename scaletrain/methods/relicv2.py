@@ -1,0 +1,110 @@
+"""ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119), equations 1 to 4 and Listing 1. No pretraining code was published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import per_view
+from scaletrain.ops.precision import full_precision
+
+Scale = Annotated[float, Field(ge=0.0)]
+
+
+class Config(Leaf):
+    hidden: Count = 4096
+    dim: Count = 256
+    tau: Share = 0.996  # of the target's moving average, cosine to 1
+    temperature: Positive = 0.3  # not verified: the digits are lost in the paper's text
+    contrast_scale: Scale = 0.3  # not verified
+    invariance_scale: Scale = 1.5  # not verified
+    negatives: Count = 10  # per anchor, drawn uniformly from the global batch (Table 21)
+    same_view: bool = True  # Listing 1 includes the pairs of a large view's online and target embedding
+    mask_probability: Share = 0.1  # per large view
+    mask_minimum: Share = 0.1  # not verified: least share of the view that the foreground covers
+
+
+class Model(Method):
+    """Online embeddings of L large and S small views against target embeddings of the large views."""
+
+    global_loss = True
+    targets = {"target_backbone": "backbone", "target_projector": "projector"}
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        if config.negatives >= facts.batch:
+            raise ValueError(f"method.negatives={config.negatives} needs a larger batch than {facts.batch}")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = mlp((width, config.hidden, config.dim), last_bias=False)
+        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False)
+        self.target_backbone = make_backbone()
+        self.target_projector = mlp((width, config.hidden, config.dim), last_bias=False)
+
+    def ema(self, clock: Clock) -> float:
+        return clock.cosine(self.config.tau, 1.0)
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        large = self._masked(batch)
+        h = [per_view(self.backbone, x) for x in (large, *batch.views[1:])]
+        online = per_view(self.predictor, per_view(self.projector, torch.cat(h)))  # [L + S, B, dim]
+        with torch.no_grad():  # small views are never targets
+            target = per_view(self.target_projector, per_view(self.target_backbone, large))  # [L, B, dim]
+        contrast, invariance = self._loss(online, target, batch.keys)
+        loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
+        return Out({"all": loss}, {"contrast": contrast.detach(), "invariance": invariance.detach()}, h[0][0].detach())
+
+    def _masked(self, batch: Batch) -> Tensor:
+        """Large views with the background replaced by one grey level (Appendix D), each with a small probability."""
+        x = batch.views[0]
+        if batch.masks is None or not self.config.mask_probability:
+            return x
+        draws = dist.uniform(batch.keys, "saliency", 2 * len(x)).T.view(2, len(x), len(batch), 1, 1, 1).to(x)
+        enough = batch.masks.mean((2, 3, 4), keepdim=True) >= self.config.mask_minimum
+        apply = (draws[0] < self.config.mask_probability) & enough
+        black, white = batch.pixel_range.to(x).view(2, 3, 1, 1)
+        grey = black + draws[1] * (white - black)  # [L, B, 3, 1, 1]
+        return torch.where(apply & (batch.masks == 0), grey, x)
+
+    @full_precision
+    def _loss(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Equations 1 to 3, averaged over the (L + S) * L pairs of Listing 1."""
+        o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
+        every_o, every_t = (dist.gather_nograd(x.transpose(0, 1)) for x in (o, t))  # [B global, views, dim]
+        others = self._negatives(keys)  # [b, n]
+        negative_o, negative_t = every_o[others], every_t[others]  # [b, n, views, dim]
+        contrast, invariance = [], []
+        for i in range(len(o)):
+            for j in range(len(t)):
+                if i == j and not self.config.same_view:
+                    continue
+                positive = (o[i] * t[j]).sum(-1, keepdim=True)
+                # The same negatives in both distributions: the divergence compares like events. differs: the second anchors at
+                # the target's embedding, which exists for small views as well, where Listing 1's loss(o_i, t_j) has nothing else.
+                log_p = self._log_p(positive, o[i], negative_t[:, :, j])
+                log_q = self._log_p(positive, t[j], negative_o[:, :, i]).detach()
+                contrast.append(-log_p[:, 0].mean())  # eq. 1
+                invariance.append((log_p.exp() * (log_p - log_q)).sum(1).mean())  # eq. 2: KL(p || sg q)
+        return torch.stack(contrast).mean(), torch.stack(invariance).mean()
+
+    def _log_p(self, positive: Tensor, anchor: Tensor, negatives: Tensor) -> Tensor:
+        """[b, 1], [b, dim], [b, n, dim] -> [b, 1 + n] log-probabilities; the positive comes first."""
+        logits = torch.cat([positive, torch.einsum("bd,bnd->bn", anchor, negatives)], 1)
+        return F.log_softmax(logits / self.config.temperature, dim=1)
+
+    def _negatives(self, keys: Tensor) -> Tensor:
+        """[b, n] positions in the global batch, uniform over the other samples, with replacement."""
+        own = dist.rank() * len(keys) + torch.arange(len(keys), device=keys.device)
+        others = len(keys) * dist.world() - 1
+        step = 1 + (dist.uniform(keys, "negatives", self.config.negatives) * others).long()
+        return (own[:, None] + step) % (others + 1)

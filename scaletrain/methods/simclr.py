@@ -1,0 +1,39 @@
+"""SimCLR (Chen et al., 2020, arXiv 2002.05709; v2's deeper head: arXiv 2006.10029), after google-research/simclr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.contrast import nt_xent
+
+
+class Config(Leaf):
+    layers: Count = 2  # of the projection head: 2 in v1, 3 in v2
+    dim: Count = 128
+    temperature: Positive = 0.1
+
+
+class Model(Method):
+    """Two views of a sample attract, all other views of the global batch repel."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("simclr")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no shift.
+        self.projector = mlp((*[width] * config.layers, config.dim), hidden_bias=False, last_bias=False, last_norm="scale")
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = pooled(self.backbone, batch.views[0])  # both views in one forward share their statistics
+        z1, z2 = pooled(self.projector, h)
+        return Out({"all": nt_xent(z1, z2, self.config.temperature)}, embedding=h[0].detach())

@@ -1,0 +1,87 @@
+"""SwAV: swapping assignments between views (Caron et al., 2020, arXiv 2006.09882), after facebookresearch/swav."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Natural, Positive
+from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
+from scaletrain.nn.bank import Queue
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.precision import full_precision
+from scaletrain.ops.sinkhorn import sinkhorn
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 128
+    prototypes: Count = 3000
+    temperature: Positive = 0.1
+    epsilon: Positive = 0.05  # of Sinkhorn-Knopp
+    iterations: Count = 3
+    freeze_steps: Natural = 313  # one epoch at batch 4096
+    queue: Natural = 0  # rows kept per assigned view, over all ranks (3840 for batch 256); 0: no queue
+    queue_epoch: Natural = 15  # first epoch that fills it; it is used once full
+
+
+class Model(Method):
+    """The codes of each large view are predicted from every other view, small ones included."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        if facts.views[0][1] < 2:
+            raise ValueError("swav needs two large views to swap codes between; data.views has one")
+        if config.queue % facts.batch:
+            raise ValueError(f"method.queue={config.queue} is not a multiple of the global batch {facts.batch}")
+        self.config, self.batch = config, facts.batch
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = mlp((width, config.hidden, config.dim))
+        self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
+        with torch.no_grad():
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        self.queues = nn.ModuleList(Queue(config.queue, config.dim) for _ in range(2 if config.queue else 0))
+
+    def groups(self) -> Sequence[Group]:
+        return [Group("prototypes", lambda name, _: name == "prototypes.weight", frozen_steps=self.config.freeze_steps)]
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        # One forward per crop size whose views share statistics; the heads see all views at once.
+        h = [pooled(self.backbone, x) for x in batch.views]
+        z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
+        loss, entropy = self._loss(z, self.prototypes.weight, clock)
+        return Out({"all": loss}, {"code_entropy": entropy}, h[0][0].detach())
+
+    @full_precision
+    def _loss(self, z: Tensor, prototypes: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+        z = F.normalize(z, dim=-1)
+        scores = z @ prototypes.T  # [V, B, K]
+        log_p = F.log_softmax(scores / self.config.temperature, dim=-1)
+        losses, codes = [], []
+        for i in range(2):
+            q = self._codes(i, scores[i].detach(), prototypes.detach(), clock)
+            losses += [-(q * log_p[v]).sum(1).mean() for v in range(len(z)) if v != i]
+            codes.append(q)
+            if self.config.queue and clock.epoch >= self.config.queue_epoch:
+                self.queues[i].push(z[i])  # type: ignore[operator]
+        usage = dist.sum_nograd(torch.cat(codes).mean(0)) / dist.world()
+        return torch.stack(losses).mean(), torch.special.entr(usage).sum()
+
+    def _codes(self, view: int, scores: Tensor, prototypes: Tensor, clock: Clock) -> Tensor:
+        """Assignments [B, K] of one view; a full queue takes part in the balancing and is cut off again."""
+        if self.config.queue and clock.epoch >= self.config.queue_epoch and self.queues[view].full:
+            past = dist.mine(self.queues[view].rows).to(scores) @ prototypes.T  # type: ignore[arg-type]
+            scores = torch.cat([past, scores])
+        return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-self.batch // dist.world() :]
+
+    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
+        # The authors normalise the prototypes before each forward; after each step is the same and keeps forward pure.
+        write("prototypes.weight", F.normalize(self.prototypes.weight, dim=1))

@@ -1,0 +1,255 @@
+"""Batch normalisation over groups of the *global* batch, the same function on every device (design: section 4).
+
+`group = 0` is cross-rank batch norm over the whole batch; `group = G` normalises every G consecutive samples of the global
+batch by themselves (G = 32 is the per-GPU norm of MoCo's eight GPUs). All views of one size go through in one forward
+[V * B, C, ...]; statistics are per view, [V, C], in one collective per layer and direction. Unequal slices per rank are
+exact for `group = 0`. Registered as custom operators, so that torch.compile sees no graph break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.core import Staged
+
+_views = 1
+
+
+@contextmanager
+def views(count: int) -> Iterator[None]:
+    """Inside, the leading axis of every input is `count` views of equally many samples, each with statistics of its own."""
+    global _views
+    before, _views = _views, count
+    try:
+        yield
+    finally:
+        _views = before
+
+
+def per_view(module: nn.Module, x: Tensor) -> Tensor:
+    """[V, B, ...] -> [V, B, D] in one forward, as if each view were forwarded alone (BYOL, SimSiam, VICReg, ReLICv2)."""
+    with views(len(x)):
+        out: Tensor = module(x.flatten(0, 1))
+    return out.unflatten(0, x.shape[:2])
+
+
+def pooled(module: nn.Module, x: Tensor) -> Tensor:
+    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV)."""
+    out: Tensor = module(x.flatten(0, 1))
+    return out.unflatten(0, x.shape[:2])
+
+
+class BatchNorm(Staged):
+    """Batch norm of [V * B, C, *spatial] with torchvision's parameter names; running statistics are staged.
+
+    A step with V views moves the running statistics V times, in closed form. eps 1e-5, momentum .1 as the papers' .9 decay.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, features: int, *, scale: bool = True, shift: bool = True, group: int = 0, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.group, self.eps, self.momentum = group, eps, momentum
+        self.weight = nn.Parameter(torch.ones(features)) if scale else None
+        self.bias = nn.Parameter(torch.zeros(features)) if shift else None
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+        self.staged: list[tuple[Tensor, Tensor, Tensor, int]] = []  # (mean, var, samples per statistic, views)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group, self.eps)
+        self.staged.append((mean.detach(), var.detach(), count, _views))
+        return y
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        for mean, var, count, n_views in self.staged:
+            unbiased = var * (count / (count - 1).clamp_min(1)).to(var)
+            # Groups of one view are averaged; groups of one rank are averaged over ranks, which must agree afterwards.
+            stats = torch.stack([mean, unbiased]).unflatten(1, (n_views, -1)).mean(2)  # [2, V, C]
+            if self.group and dist.world() > 1:
+                stats = dist.sum_nograd(stats) / dist.world()
+            decay = (1 - self.momentum) ** torch.arange(n_views - 1, -1, -1, device=stats.device, dtype=stats.dtype)
+            new = self.momentum * (stats * decay[:, None]).sum(1)
+            keep = (1 - self.momentum) ** n_views
+            self.running_mean.mul_(keep).add_(new[0])
+            self.running_var.mul_(keep).add_(new[1])
+            self.num_batches_tracked.add_(n_views)
+        self.staged.clear()
+
+    def discard(self) -> None:
+        self.staged.clear()
+
+
+# --- the operator -----------------------------------------------------------------------------------------------------
+
+
+def _layout(rows: int, n_views: int, group: int) -> tuple[int, int, int]:
+    """Rows [V * b] that share a statistic on this rank, and which of how many cross-rank slots they belong to.
+
+    Ranks of one slot add up their sums; 0 slots: every statistic is complete on its rank and nothing is sent.
+    """
+    rows, rest = divmod(rows, n_views)
+    whole = rows * dist.world()
+    if rest:
+        raise ValueError(f"{rows * n_views + rest} rows are not {n_views} views of equally many samples")
+    if group in (0, whole):
+        return rows, 0, 1 if dist.world() > 1 else 0
+    if rows % group == 0:
+        return group, 0, 0
+    if group % rows == 0 and whole % group == 0:
+        return rows, dist.rank() // (group // rows), whole // group
+    raise ValueError(
+        f"model.norm_group={group} does not fit {rows} samples per rank in a global batch of {whole}: it must divide the one or "
+        "be a multiple of it that divides the other; 0 normalises over the whole batch"
+    )
+
+
+def _reduce(sums: Tensor, slot: int, slots: int) -> Tensor:
+    """Sums [n] over the ranks of this rank's slot, in one collective."""
+    if not slots:
+        return sums
+    table = sums.new_zeros(slots, sums.numel())
+    table[slot] = sums
+    return dist.sum_nograd(table)[slot]
+
+
+def _local_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of one piece in float32, or float64 for float64 input."""
+    if x.is_cuda:
+        mean, invstd = torch.batch_norm_stats(x, eps)
+        return mean, invstd**-2 - eps
+    # The ignored running statistics only make a bfloat16 input return float32.
+    zero = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    mean, var = torch.batch_norm_update_stats(x, zero, zero, 0.0)
+    return mean, var
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    if x.is_cuda:
+        return torch.batch_norm_elemt(x, weight, bias, mean, (var + eps).rsqrt(), eps)
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+@torch.library.custom_op("scaletrain::batch_norm", mutates_args=())
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_views: int, group: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [V * b, C, *spatial] -> y like x, mean [S, C], biased variance [S, C], values per statistic (0-d float64)."""
+    rows, slot, slots = _layout(x.shape[0], n_views, group)
+    pieces = x.split(rows)
+    local = [_local_stats(piece, eps) for piece in pieces]
+    mean, var = torch.stack([m for m, _ in local]), torch.stack([v for _, v in local])
+    count = torch.full((1,), pieces[0].numel() // x.shape[1], dtype=torch.float64, device=x.device)
+    if slots:
+        # In float64, E[x^2] - E[x]^2 loses nothing that float32 had, and the message does not grow with the ranks.
+        m, v = mean.double(), var.double()
+        sums = _reduce(torch.cat([(m * count).flatten(), ((v + m * m) * count).flatten(), count]), slot, slots)
+        count = sums[-1:].clone()
+        m, square = (sums[:-1] / count).view(2, *mean.shape)
+        mean, var = m.to(mean.dtype), (square - m * m).clamp_min(0).to(var.dtype)
+    y = _join([_affine(p, weight, bias, m, v, eps) for p, m, v in zip(pieces, mean, var, strict=True)])
+    return y, mean, var, count.squeeze(0)
+
+
+@torch.library.custom_op("scaletrain::batch_norm_backward", mutates_args=())
+def _batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, count: Tensor, n_views: int, group: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, scale and shift (the latter two of this rank's samples: engines average over ranks)."""
+    rows, slot, slots = _layout(x.shape[0], n_views, group)
+    invstd = (var + eps).rsqrt()
+    parts = list(zip(dy.split(rows), x.split(rows), mean, var, invstd, strict=True))
+    if not slots and not x.is_cuda:  # complete on this rank: torch's own kernel does it in one call
+        native = torch.ops.aten.native_batch_norm_backward
+        done = [native(g, p, weight, None, None, m, i, True, eps, [True, True, True]) for g, p, m, _, i in parts]
+        return _join([d[0] for d in done]), torch.stack([d[1] for d in done]).sum(0), torch.stack([d[2] for d in done]).sum(0)
+    local = torch.stack([torch.stack(_backward_sums(g, p, m, v, i, eps)) for g, p, m, v, i in parts])  # [S, 2, C]
+    total = _reduce(local.double().flatten(), slot, slots).view_as(local) / count
+    dx = [
+        _backward_input(g, p, weight, m, v, i, t[0], t[1], eps)
+        for (g, p, m, v, i), t in zip(parts, total.to(mean.dtype), strict=True)
+    ]
+    dw, db = local.sum(0).flip(0)
+    return _join(dx), dw.clone(), db.clone()
+
+
+def _backward_sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, invstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Sum of dy and of dy * normalised x over one piece, [C] each."""
+    if x.is_cuda:
+        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(dy, x, mean, invstd, None, True, False, False)
+        return sum_dy, sum_dy_xmu * invstd
+    native = torch.ops.aten.native_batch_norm_backward
+    _, dw, db = native(dy, x, None, mean, var, mean, invstd, False, eps, [False, True, True])
+    return db, dw
+
+
+def _backward_input(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    invstd: Tensor,
+    mean_dy: Tensor,
+    mean_dy_xhat: Tensor,
+    eps: float,
+) -> Tensor:
+    """scale * invstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the whole group."""
+    if x.is_cuda:
+        one = torch.ones(1, dtype=torch.int32, device=x.device)  # the sums are divided by the count already
+        return torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one)
+    native = torch.ops.aten.native_batch_norm_backward
+    dx: Tensor = native(dy, x, weight, mean, var, mean, invstd, False, eps, [True, False, False])[0]
+    scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+    return dx.add_(_affine(x, -scale * invstd * mean_dy_xhat, -scale * invstd * mean_dy, mean, var, eps))
+
+
+@_batch_norm.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, n_views: int, group: int, eps: float) -> tuple[Tensor, ...]:
+    rows, _, _ = _layout(x.shape[0], n_views, group)
+    stat = x.new_empty(x.shape[0] // rows, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.empty_like(x), stat, torch.empty_like(stat), x.new_empty((), dtype=torch.float64)
+
+
+@_batch_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), torch.empty_like(mean[0]), torch.empty_like(mean[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, *ctx.layout = inputs
+    ctx.biased = bias is not None
+    ctx.save_for_backward(x, weight, *output[1:])
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, var, count = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+    dx, dw, db = _batch_norm_backward(dy, x, weight, mean, var, count, *ctx.layout)
+    return dx, dw.to(weight.dtype) if weight is not None else None, db.to(mean.dtype) if ctx.biased else None, None, None, None
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+torch.library.register_autograd("scaletrain::batch_norm", _backward, setup_context=_save)

@@ -1,0 +1,68 @@
+"""Planted bugs: each is a mistake that real libraries have shipped. The parity suite must turn red under every one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from scaletrain import dist
+from scaletrain.engines import base
+from scaletrain.nn import norm
+from scaletrain.optim.lars import LARS
+
+
+def lost_gather_gradient() -> Any:
+    """Negatives of other ranks carry no gradient."""
+    return mock.patch.object(dist, "gather", dist.gather_nograd)
+
+
+def allreduce_without_autograd() -> Any:
+    """A sum over ranks in the forward pass whose backward stays local."""
+
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return dist.sum_nograd(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad
+
+    return mock.patch.object(dist, "psum", Straight.apply)
+
+
+def local_norm() -> Any:
+    """Trust ratios from the part of each tensor that a rank would hold under sharding."""
+    whole = LARS.square_norms
+
+    def part(self: LARS, params: Any, grads: Any, decays: Any) -> torch.Tensor:
+        cut = [slice(dist.rank() * len(p) // dist.world(), (dist.rank() + 1) * len(p) // dist.world()) for p in params]
+        return whole(self, [p[c] for p, c in zip(params, cut)], [g[c] for g, c in zip(grads, cut)], decays)
+
+    return mock.patch.object(LARS, "square_norms", part)
+
+
+def local_batch_norm() -> Any:
+    """Statistics of the rank's own samples."""
+    layout = norm._layout
+    return mock.patch.object(norm, "_layout", lambda rows, views, group: (layout(rows, views, group)[0], 0, 0))
+
+
+def ema_before_step() -> Any:
+    """The target follows the online network of before the step."""
+
+    def early(self: base.Engine, clock: Any, gradient: Any, lr: float, base_lr: float) -> None:
+        self.move_targets(clock)
+        with mock.patch.object(self, "move_targets"):
+            apply(self, clock, gradient, lr, base_lr)
+
+    apply = base.Engine._apply
+    return mock.patch.object(base.Engine, "_apply", early)
+
+
+BUGS: dict[str, Callable[[], Any]] = {
+    f.__name__: f for f in (lost_gather_gradient, allreduce_without_autograd, local_norm, local_batch_norm, ema_before_step)
+}

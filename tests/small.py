@@ -1,0 +1,76 @@
+"""Every method in miniature: what the parity and contract tests train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scaletrain import config as configuration
+from scaletrain import dist, recipe
+from scaletrain.config import Config
+from scaletrain.core import Batch, Clock, Features
+from scaletrain.engines.base import Engine
+from scaletrain.train import build
+
+SAMPLES, BATCH, STEPS_PER_EPOCH = 48, 12, 4
+
+# What a method needs to be small, beyond its defaults. A method that is not listed runs with its defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "byol": {"hidden": 24, "dim": 8, "tau": 0.9},
+    "deepcluster_v2": {"hidden": 24, "dim": 8, "clusters": [5, 4, 6], "iterations": 4},
+    "relicv2": {"hidden": 24, "dim": 8, "negatives": 3, "tau": 0.9, "mask_probability": 0.5},
+    "simclr": {"dim": 8},
+    "swav": {"hidden": 24, "dim": 8, "prototypes": 6, "queue": 24, "queue_epoch": 0, "freeze_steps": 2},
+}
+TWO_VIEWS_ONLY = ("byol", "simclr")
+
+
+def config(method: str, **changes: Any) -> Config:
+    small = [] if method in TWO_VIEWS_ONLY else [{"size": 8, "count": 1}]
+    raw: dict[str, Any] = {
+        "batch": BATCH,
+        "data": {"path": "synthetic", "views": [{"size": 16, "count": 2}, *small]},
+        "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", "zero_init": True},
+        "method": {"name": method, **OPTIONS.get(method, {})},
+        "optim": {"lr": 0.2, "rule": "none", "warmup_epochs": 0, "trust": 0.05, "weight_decay": 1e-3},
+        "engine": {"name": "ddp", "precision": "fp64"},
+    }
+    return configuration.build(recipe.merge(raw, changes))
+
+
+def batch(cfg: Config, step: int) -> Batch:
+    """This rank's slice of a made-up global batch that depends on the step alone."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    index = torch.randperm(SAMPLES, generator=draw)[: cfg.batch]
+    sizes = [(v.size, v.count) for v in cfg.data.views]
+    views = [torch.randn(n, cfg.batch, 3, s, s, generator=draw, dtype=torch.float64) for s, n in sizes]
+    masks = (torch.rand(sizes[0][1], cfg.batch, 1, sizes[0][0], sizes[0][0], generator=draw) < 0.6).double()
+    rows = cfg.batch // dist.world()
+    own = slice(dist.rank() * rows, (dist.rank() + 1) * rows)
+    pixels = torch.tensor([[-2.0] * 3, [2.0] * 3], dtype=torch.float64)
+    keys = dist.hash64(0, step, index)
+    return Batch(tuple(v[:, own] for v in views), index[own], keys[own], pixels, masks=masks[:, own])
+
+
+def engine(cfg: Config, *, perturb: bool = True) -> Engine:
+    """The engine, with the gammas moved off their special values (a zero gamma hides what lies before it)."""
+    result = build(cfg, SAMPLES, STEPS_PER_EPOCH, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in result.method.named_parameters():
+            if perturb and p.dim() == 1 and name.endswith("weight"):
+                p.copy_(0.5 + torch.rand(p.shape, generator=draw, dtype=p.dtype))
+    return result
+
+
+def run(trainer: Engine, cfg: Config, start: int, stop: int) -> list[float]:
+    """The global losses of steps start .. stop - 1."""
+    losses = []
+    for step in range(start, stop):
+        clock = Clock(step, 20, step // STEPS_PER_EPOCH, STEPS_PER_EPOCH)
+        if step % STEPS_PER_EPOCH == 0:
+            features: Features = lambda embed: trainer.features((batch(cfg, 100 + i) for i in range(8)), embed)  # noqa: E731
+            trainer.method.on_epoch(clock, features)
+        losses.append(trainer.step(batch(cfg, step), clock, cfg.optim.lr, cfg.optim.lr).loss)
+    return losses

@@ -1,0 +1,49 @@
+"""A toy adversary: two parameter groups, two losses, each driving its own group only (GAN-like pretexts need this)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scaletrain import dist
+from scaletrain.config import Config
+from scaletrain.core import Batch, Clock, Group, Method, Out
+from scaletrain.engines import ddp
+from scaletrain.nn import resnet
+from scaletrain.nn.norm import per_view
+
+ADVERSARY = "toy_adversary"
+
+
+class Toy(Method):
+    """The encoder hides which view it saw; the critic finds out. A global moment makes the loss couple all samples."""
+
+    separate_losses = True
+    global_loss = True
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.backbone = resnet.build(cfg.model)
+        self.critic = nn.Sequential(nn.Linear(self.backbone.features, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def groups(self) -> Sequence[Group]:
+        return [
+            Group("critic", lambda name, _: name.startswith("critic."), lr=0.5, constant=True),
+            Group("encoder", lambda name, _: name.startswith("backbone.")),
+        ]
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = per_view(self.backbone, batch.views[0])  # [2, B, D]
+        label = torch.arange(2).repeat_interleave(len(batch))
+        loss = F.cross_entropy(self.critic(h.flatten(0, 1)), label)
+        rows = len(batch) * dist.world()
+        mean = dist.psum(h.sum(1)) / rows  # [2, D] over the global batch
+        return Out({"critic": loss, "encoder": -loss + (mean[0] - mean[1]).square().sum() + mean.square().sum()})
+
+
+def toy_engine(cfg: Config) -> ddp.Engine:
+    torch.manual_seed(cfg.seed)
+    return ddp.Engine(Toy(cfg), cfg.engine, cfg.optim, torch.device("cpu"))  # type: ignore[arg-type]
