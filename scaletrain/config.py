@@ -1,18 +1,18 @@
-"""Configuration as frozen data: YAML recipes with `base:`, dotted overrides, nearest-name errors, exact save and reload.
+"""Configuration as frozen data: the typed schema, nearest-name errors, exact save and reload. recipe.py reads the text.
 
-YAML 1.2 rules hold: `1e-6` is a number and `on` is a word. Leaves (methods, engines) keep their own `Config` in their own
-file; it is found by the leaf's file name in a second pass, so this module imports none of them.
+Leaves (methods, engines) keep their own `Config` in their own file; it is found by the leaf's file name in a second pass, so
+this module imports none of them.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import io
 import pkgutil
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML, YAMLError
+
+from scaletrain.recipe import ConfigError as ConfigError
+from scaletrain.recipe import apply, long, nearest, read, yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -32,12 +34,8 @@ Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
 
 
-class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the text says which key of which file, and the cure."""
-
-
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Leaf(Frozen):
@@ -91,14 +89,14 @@ class Data(Frozen):
     masks: bool = False  # read `key.mask.png` members and crop them with the large views
     max_pixels: Count = 50_000_000  # images above this are refused before decoding
     synthetic_samples: Count = 1_281_167
-    mean: tuple[Positive, Positive, Positive] = (0.485, 0.456, 0.406)
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; 0 and std 1 leave them so
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     views: tuple[View, ...] = (View(count=2),)
 
     @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+    def _short(cls, value: Any) -> Any:
+        return long("data", value)
 
     @model_validator(mode="after")
     def _some_views(self) -> Data:
@@ -172,79 +170,17 @@ def leaves(kind: str) -> tuple[str, ...]:
 def leaf_config(kind: str, name: str) -> type[Leaf]:
     known = leaves(kind)
     if name not in known:
-        raise ValueError(f"there is no '{name}' in {kind}{_nearest(name, known)}; known: {', '.join(known)}")
+        raise ValueError(f"there is no '{name}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
     return cast(type[Leaf], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
 
 
 def _leaf(kind: str, value: Any) -> Leaf:
     if isinstance(value, Leaf):
         return value
-    raw = {"name": value} if isinstance(value, str) else value
+    raw = long(kind.removesuffix("s"), value)
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
         raise ValueError(f"needs a `name`; known: {', '.join(leaves(kind))}")
     return leaf_config(kind, raw["name"]).model_validate(raw)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _yaml() -> YAML:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None  # lists of numbers on one line
-    yaml.width = 120
-    yaml.sort_base_mapping_type_on_output = False  # keep the schema's order
-    return yaml
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe with its bases merged under it."""
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError(f"{path}: `base:` leads back to itself")
-    try:
-        raw = _yaml().load(path.read_text())
-    except FileNotFoundError:
-        near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
-        raise ConfigError(f"{path}: no such recipe{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}")
-    base = raw.pop("base", None)
-    return raw if base is None else merge(_read(path.parent / str(base), (*seen, path)), raw)
-
-
-def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins, deeply; a leaf with another `name` replaces the whole leaf, since the keys belong to the name."""
-    result = dict(under)
-    for key, value in over.items():
-        old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            renamed = "name" in value and key in ("method", "engine") and value["name"] != old.get("name")
-            result[key] = dict(value) if renamed else merge(old, value)
-        else:
-            result[key] = value
-    return result
-
-
-def _override(text: str) -> dict[str, Any]:
-    """`optim.lr=0.45` -> {"optim": {"lr": 0.45}}; the value is read as YAML."""
-    key, sign, value = text.partition("=")
-    if not sign or not key or not all(key.split(".")):
-        raise ConfigError(f"'{text}': an override has the form key.subkey=value, e.g. optim.lr=0.45")
-    try:
-        result: Any = _yaml().load(io.StringIO(value))
-    except YAMLError as error:
-        raise ConfigError(f"'{text}': the value is not valid YAML: {' '.join(str(error).split())}") from None
-    for part in reversed(key.split(".")):
-        result = {part: result}
-    return cast(dict[str, Any], result)
 
 
 def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
@@ -252,12 +188,30 @@ def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> Con
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{where}'{_nearest(str(item['loc'][-1]), _siblings(item['loc'], raw))}")
+            lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
         else:
             text = item["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
-            lines.append(f"{where}: {text}{shown}")
+            choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
+            lines.append(f"{where}: {text}{shown}{nearest(str(item['input']), choices)}")
     return ConfigError(f"{source}: " + "; ".join(lines))
+
+
+def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
+    """The same name in another section, else the nearest valid name beside an unknown key; as a dotted key."""
+    beside, name = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+    for section, field in Config.model_fields.items():
+        inner = _inner(field.annotation)
+        if inner and section != beside and name in inner.model_fields and name != "name":
+            return f"; did you mean '{section}.{name}'?"
+    return nearest(name, _siblings(loc, raw)).replace("'", f"'{beside}." if beside else "'", 1)
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """The first model within an annotation: `View` in `tuple[View, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _inner(part))), None)
 
 
 def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
@@ -265,14 +219,18 @@ def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
     model: type[BaseModel] = Config
     for depth, part in enumerate(loc[:-1]):
         if part in ("method", "engine") and depth == 0:
-            model = leaf_config(f"{part}s", raw[part] if isinstance(raw[part], str) else raw[part]["name"])
+            model = leaf_config(f"{part}s", raw[part]["name"])
         elif isinstance(part, str) and part in model.model_fields:
-            inner = model.model_fields[part].annotation
-            model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else View if part == "views" else model
+            model = _inner(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 
 def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate a mapping; a `method` or `engine` section without a name sets keys of the default one."""
+    for key in ("method", "engine"):
+        section = long(key, raw.get(key, {}))
+        if isinstance(section, Mapping):
+            raw = {**raw, key: {**Config.model_fields[key].default, **section}}
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -281,19 +239,15 @@ def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises ConfigError."""
-    raw = _read(Path(path))
-    build(raw, str(path))  # so that an error of the file is not blamed on the command line
+    recipe = build(read(Path(path)), str(path))  # validated alone: its errors are not blamed on the command line
     changes = tuple(overrides)
-    for text in changes:
-        change = _override(text)
-        raw = merge({**raw, "data": {"path": raw["data"]}} if isinstance(raw.get("data"), str) else raw, change)
-    return build(raw, "command line") if changes else build(raw, str(path))
+    return build(apply(recipe.model_dump(mode="json"), changes), "command line") if changes else recipe
 
 
 def dump(config: Config) -> str:
     """YAML that `load` turns into an equal Config."""
     text = io.StringIO()
-    _yaml().dump(config.model_dump(mode="json"), text)
+    yaml().dump(config.model_dump(mode="json"), text)
     return text.getvalue()
 
 
@@ -314,10 +268,18 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe for editors: every leaf's own keys included."""
     result = Config.model_json_schema()
+    definitions = result["$defs"]
     for kind in ("method", "engine"):
-        options = [leaf_config(f"{kind}s", name).model_json_schema() for name in leaves(f"{kind}s")]
-        for option in options:
-            result.setdefault("$defs", {}).update(option.pop("$defs", {}))
-        result["properties"][kind] = {"anyOf": [*options, {"enum": list(leaves(f"{kind}s"))}]}
+        names = leaves(f"{kind}s")
+        for name in names:
+            # Two leaves may each have a model named Head, so their definitions live under the leaf's own name.
+            place = f"#/$defs/{kind}.{name}"
+            option = leaf_config(f"{kind}s", name).model_json_schema(ref_template=place + ".{model}")
+            definitions.update({f"{kind}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()})
+            option["properties"]["name"] = {"const": name}
+            definitions[f"{kind}.{name}"] = option | {"title": name}
+        options = [{"$ref": f"#/$defs/{kind}.{name}"} for name in names]
+        result["properties"][kind] = {"anyOf": [*options, {"enum": list(names)}]}
+    result["properties"]["data"] = {"anyOf": [result["properties"]["data"], {"type": "string"}]}
     result["properties"]["base"] = {"type": "string", "description": "recipe that this one extends"}
     return result

@@ -33,6 +33,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def double(self) -> Batch:
+        """The same batch in float64."""
+        masks = None if self.masks is None else self.masks.double()
+        return replace(self, views=tuple(v.double() for v in self.views), pixel_range=self.pixel_range.double(), masks=masks)
+
     def split(self, parts: int) -> list[Batch]:
         """Cut into `parts` equal micro-batches along the sample axis."""
         if len(self) % parts:
@@ -81,7 +86,6 @@ class Out:
     losses: dict[str, Tensor]  # by group name; the key "all" drives every group
     scalars: dict[str, Tensor] = field(default_factory=dict)  # for the monitor, detached, 0-d
     embedding: Tensor | None = None  # [B, D] detached: watched for collapse
-
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,9 @@ class Facts:
 
     def need_pair(self, method: str) -> None:
         if self.views[0][1] != 2 or len(self.views) > 1:
-            raise ValueError(f"method {method} takes exactly two views of one size; data.views gives {self.views} (pixels, count)")
+            raise ValueError(
+                f"method {method} takes exactly two views of one size; data.views gives {self.views} (pixels, count)"
+            )
 
 
 Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]

@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 from scaletrain import dist
 
 
-def run(world: int, function: Callable[..., dict[str, torch.Tensor]], folder: Path, *args: Any) -> list[dict[str, torch.Tensor]]:
+def run(
+    world: int, function: Callable[..., dict[str, torch.Tensor]], folder: Path, *args: Any
+) -> list[dict[str, torch.Tensor]]:
     """function(*args) on `world` ranks -> what each rank returned."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

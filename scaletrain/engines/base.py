@@ -74,6 +74,7 @@ class Engine:
 
     def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> Result:
         """One optimizer step on this rank's slice of the global batch; every rank calls it together."""
+        batch = batch.double() if self.config.precision == "fp64" else batch
         parts = batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]
         outs = []
         for i, part in enumerate(parts):
@@ -233,7 +234,7 @@ class Engine:
         """(index, embed(batch)) over the batches, without gradient and without a trace in running statistics."""
         for batch in batches:
             with self.autocast():
-                out = embed(batch)
+                out = embed(batch.double() if self.config.precision == "fp64" else batch)
             for module in self.staged:
                 module.discard()
             yield batch.index, out
@@ -263,12 +264,15 @@ def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _suspects(batch: Batch, outs: Sequence[Out]) -> list[int]:
-    """Sample numbers whose pixels or embeddings are not finite; if none or all are, the first of the batch."""
-    fine = torch.ones(len(batch), dtype=torch.bool, device=batch.index.device)
-    for view in batch.views:
-        fine &= view.flatten(2).isfinite().all(2).all(0)
+    """Numbers of the samples whose pixels, or else whose embeddings, are not finite; if that tells none apart, the first few.
+
+    A bad sample spreads through batch norm to the embeddings of all, so pixels are asked first.
+    """
+    evidence = [torch.stack([v.flatten(2).isfinite().all(2).all(0) for v in batch.views]).all(0)]
     rows = [o.embedding for o in outs if o.embedding is not None]
-    if rows and sum(map(len, rows)) == len(batch):
-        fine &= torch.cat(rows).flatten(1).isfinite().all(1)
-    chosen = batch.index if fine.all() or not fine.any() else batch.index[~fine]
+    if rows:
+        evidence.append(torch.cat(rows).flatten(1).isfinite().all(1))
+    chosen = next(
+        (batch.index[~fine] for fine in evidence if len(fine) == len(batch) and fine.any() and not fine.all()), batch.index
+    )
     return chosen[:16].tolist()  # type: ignore[no-any-return]

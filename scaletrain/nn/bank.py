@@ -88,5 +88,3 @@ class Bank(Staged):
 
     def discard(self) -> None:
         self.staged.clear()
-
-

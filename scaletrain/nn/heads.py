@@ -9,7 +9,9 @@ from torch import nn
 from scaletrain.nn.norm import BatchNorm
 
 
-def mlp(widths: Sequence[int], *, hidden_bias: bool = True, last_bias: bool = True, last_norm: str = "none", group: int = 0) -> nn.Sequential:
+def mlp(
+    widths: Sequence[int], *, hidden_bias: bool = True, last_bias: bool = True, last_norm: str = "none", group: int = 0
+) -> nn.Sequential:
     """Linear - BN - ReLU for every hidden width, then Linear and optionally a norm.
 
     last_norm: "none", "scale" (no shift: SimCLR), "plain" (neither: SimSiam) or "full".

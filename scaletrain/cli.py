@@ -1,0 +1,207 @@
+"""The command line. Heavy modules are imported inside the commands, so that --help is quick.
+
+Expected failures are one `error:` text on stderr and exit code 2; a defect of this program keeps its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from scaletrain.config import Config
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=0.45 data.views.1.size=96")
+]
+Recipe = Annotated[Path, typer.Argument(help="YAML file, e.g. one of configs/")]
+
+
+class _Guarded(TyperGroup):
+    """Turns exceptions into messages and exit codes, and lets one rank speak for all."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            usage, expected = hasattr(error, "exit_code"), _expected(error)
+            code = _claim(2 if usage or expected else 1)
+            if code is not None:
+                raise typer.Exit(code) from None
+            if usage or not expected or ctx.params["debug"]:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Guarded, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+show = typer.Typer(no_args_is_help=True, help="Print what there is to configure.")
+app.add_typer(show, name="show")
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SCALETRAIN_DEBUG", help="Show the traceback of every error.")
+    ] = False,
+) -> None:
+    """Self-supervised image pretraining: train, eval, export."""
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe name>. An earlier run is resumed.")] = None,
+    init: Annotated[Path | None, typer.Option(help="safetensors file whose backbone starts a new run.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")] = False,
+    change: Annotated[bool, typer.Option("--change", help="Go on in a run folder that has another configuration.")] = False,
+) -> None:
+    """Train by a recipe, or resume; launchers/ start it on several processes or machines."""
+    from scaletrain import config as configuration
+
+    config = configuration.load(recipe, overrides or ())
+    run = run or Path("runs") / recipe.stem
+    if os.environ.get("RANK", "0") == "0":
+        _print_changes(recipe, configuration.load(recipe), config)
+    from scaletrain.train import train as start
+
+    start(config, run, init=init, trace=profile, change=change)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="Run folder, one step of its checkpoints, or exported file.")],
+    benchmarks: Annotated[list[str], typer.Argument(help="e.g. knn linear")],
+    train_data: Annotated[Path | None, typer.Option("--train", help="Labelled shards; default: the run's own.")] = None,
+    test_data: Annotated[Path | None, typer.Option("--test", help="Default: `test` or `val` beside them.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="e.g. linear.epochs=20; may be repeated.")] = None,
+    encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="What is judged.")] = "trained",
+) -> None:
+    """Judge a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
+    from scaletrain import evals
+
+    cards = evals.run(target, benchmarks, train=train_data, test=test_data, overrides=settings or (), encoder=encoder)
+    evals.report(cards)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    file: Annotated[Path, typer.Argument(help="safetensors file to write, with torchvision's ResNet names.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint to take; default: the newest good one.")] = None,
+) -> None:
+    """Write the trained backbone to one file that torchvision, timm and `train --init` load."""
+    from scaletrain import checkpoint, config, saved
+    from scaletrain.evals import targets
+
+    root = run / "checkpoints"
+    source = checkpoint.latest(root) if step is None else checkpoint.open_step(saved.folder_of(root, step))
+    if source is None:
+        raise checkpoint.CheckpointError(f"{root}: no checkpoint to export; is {run} a run folder?")
+    names = [name for name in source.names() if name.startswith(targets.BACKBONE)]
+    tensors = {name.removeprefix(targets.BACKBONE): source.read(name).view(source.shape(name)) for name in names}
+    checkpoint.export(tensors, file, targets.describe(config.load(run / "config.yaml"), source.step))
+    typer.echo(f"{file}: backbone of step {source.step}, {len(tensors)} tensors")
+
+
+@show.command("config")
+def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """The resolved configuration, as a run saves it."""
+    from scaletrain import config
+
+    typer.echo(config.dump(config.load(recipe, overrides or ())), nl=False)
+
+
+@show.command("schema")
+def show_schema() -> None:
+    """JSON schema of recipes, for editors."""
+    from scaletrain import config
+
+    typer.echo(json.dumps(config.schema(), indent=1))
+
+
+@show.command("methods")
+def show_methods() -> None:
+    """Every method with its first line."""
+    from scaletrain import config
+
+    names = config.leaves("methods")
+    for name in names:
+        spec = importlib.util.find_spec(f"scaletrain.methods.{name}")
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) if spec and spec.origin else None
+        typer.echo(f"{name:{max(map(len, names))}}  {(text or '').partition(chr(10))[0]}".rstrip())
+
+
+def _print_changes(recipe: Path, before: Config, after: Config) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from scaletrain import config
+
+    changes = config.diff(before, after)
+    if not changes:
+        typer.echo(f"configuration: {recipe} as it is")
+        return
+    table = Table("key", str(recipe), "this run", title="changes of the recipe", title_justify="left", box=box.SIMPLE)
+    table.columns[0].no_wrap = True
+    for key, old, new in changes:
+        table.add_row(key, *("-" if value is None else str(value) for value in (old, new)))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _expected(error: Exception) -> bool:
+    """Our own refusals and what the file system says; any other exception is a defect of this program."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    here = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return here or type(error).__module__.partition(".")[0] == "scaletrain"
+
+
+def _claim(code: int) -> int | None:
+    """None for the first rank that fails: it speaks. The others learn its exit code, and are mostly its victims."""
+    place = os.environ.get("SCALETRAIN_ERROR_FILE")  # set by a launcher, one per attempt
+    if not place:
+        return None
+    try:
+        with Path(place).open("x") as file:
+            file.write(str(code))
+        return None
+    except FileExistsError:
+        return int(Path(place).read_text() or code)
+
+
+def _follow_launcher() -> None:
+    """Die with the local launcher, however it ends: orphans would go on writing to the run folder."""
+    parent = os.environ.get("SCALETRAIN_LAUNCHER")
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            sys.exit(1)
+
+
+def main() -> None:
+    _follow_launcher()
+    app(prog_name="scaletrain")

@@ -1,0 +1,82 @@
+"""Console progress and the throughput clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from scaletrain.core import Clock
+
+
+class Pace:
+    """Throughput clock of this session (a resumed run starts a new one); seconds are wall clock."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch  # global
+        self._begin = self._first = self._last = self._now = time.perf_counter()
+        self._steps = self._recent = self._skipped = 0
+        self._waited = 0.0
+
+    def add(self, waited: float, skipped: bool) -> None:
+        self._now = time.perf_counter()
+        if self._steps == 0:
+            self._first = self._now
+        self._steps += 1
+        self._recent += 1
+        self._waited += waited
+        self._skipped += skipped
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of this session, without its first step where there are more: that one also starts workers and compiles."""
+        return self._now - self._begin if self._steps < 2 else (self._now - self._first) / (self._steps - 1)
+
+    def read(self) -> dict[str, float]:
+        """Scalars of the interval since the last reading, which this ends."""
+        elapsed = max(self._now - self._last, 1e-9)
+        scalars = {
+            "speed/images_per_second": self._recent * self._batch / elapsed,
+            "speed/data_wait_share": min(1.0, self._waited / elapsed),
+            "steps/skipped": float(self._skipped),
+        }
+        self._last, self._waited, self._recent, self._skipped = self._now, 0.0, 0, 0
+        return scalars
+
+
+class Screen:
+    """A live bar on a terminal, else a plain line per record."""
+
+    def __init__(self, total: int, epochs: int, start: int) -> None:
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._total, self._epochs = total, epochs
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), console=self._console)
+            self._task = self._bar.add_task("starting", total=total, completed=start)
+            self._bar.start()
+
+    def advance(self, done: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+
+    def report(self, clock: Clock, scalars: Mapping[str, float], rate: float, left: float) -> None:
+        minutes, seconds = divmod(round(left), 60)
+        line = (
+            f"epoch {clock.epoch + 1}/{self._epochs} step {clock.step + 1}/{self._total} loss {scalars['train/loss']:.4g} "
+            f"lr {rate:.3g} img/s {scalars['speed/images_per_second']:.0f} data {scalars['speed/data_wait_share']:.0%} "
+            f"left {minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
+        )
+        if self._bar:
+            self._bar.update(self._task, description=line)
+        else:
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,179 @@
+"""The loop. Everything else is a leaf of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from scaletrain import checkpoint, config as configuration, dist
+from scaletrain.config import Config, ConfigError
+from scaletrain.core import Batch, Clock, Facts, Method
+from scaletrain.data.loader import Stream
+from scaletrain.engines.base import Engine, TrainingError
+from scaletrain.monitor import Monitor, profile
+from scaletrain.nn import resnet
+from scaletrain.optim import schedule
+
+T = TypeVar("T")
+
+
+def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = False, change: bool = False) -> None:
+    """Train in the run folder from its newest good checkpoint, or from the start. Every rank calls it.
+
+    init: an exported or foreign safetensors file whose backbone starts a new run. trace: write a profile of some steps.
+    change: accept a configuration that differs from the one the run folder was started with.
+    """
+    device = dist.init()
+    try:
+        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        _claim(run, config, change)
+        _loop(config, run, device, init, trace)
+    finally:
+        dist.shutdown()
+
+
+def _loop(config: Config, run: Path, device: torch.device, init: Path | None, trace: bool) -> None:
+    stream = Stream(config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
+    total = config.steps or round(config.epochs * stream.steps_per_epoch)
+    engine = build(config, stream.samples, stream.steps_per_epoch, device)
+    writer = checkpoint.Writer(
+        run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+    )
+    start = _resume(engine, run, init)
+    monitor = Monitor(run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start_step=start)
+    base = schedule.base_lr(config.optim, config.batch)
+    every = config.checkpoint.every_steps or stream.steps_per_epoch
+
+    def features(clock: Clock, embed: Callable[[Batch], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        first = clock.epoch * stream.steps_per_epoch
+        return engine.features(stream.batches(first, first + stream.steps_per_epoch), embed)
+
+    try:
+        with profile(run, trace) as tracer:
+            for step, (batch, waited) in enumerate(_timed(stream.batches(start, total)), start):
+                clock = Clock(step, total, step // stream.steps_per_epoch, stream.steps_per_epoch)
+                if step % stream.steps_per_epoch == 0:
+                    engine.method.on_epoch(clock, lambda embed, clock=clock: features(clock, embed))  # type: ignore[misc]
+                lr = schedule.lr(config.optim, config.batch, step, stream.steps_per_epoch, total)
+                result = engine.step(batch, clock, lr, base)
+                ema = engine.method.ema(clock) if engine.method.targets else None
+                monitor.step(clock, result, engine.rates(), batch, waited, ema)
+                tracer.step()
+                if (step + 1) % every == 0 or step + 1 == total:
+                    writer.save(step + 1, engine.state(), _meta(config, step + 1, total))
+    finally:
+        monitor.close()
+        stream.close()
+        writer.close()  # also after an error: a save in flight is worth waiting for
+
+
+def build(config: Config, samples: int, steps_per_epoch: int, device: torch.device) -> Engine:
+    """The method of a configuration, drawn from its seed alone, inside its engine."""
+    sizes: dict[int, int] = {}
+    for view in config.data.views:
+        sizes[view.size] = sizes.get(view.size, 0) + view.count
+    facts = Facts(samples, config.batch, steps_per_epoch, tuple(sorted(sizes.items(), reverse=True)))
+    torch.manual_seed(config.seed)
+    leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
+    method: Method = leaf.Model(config.method, lambda: resnet.build(config.model), facts)
+    engine = importlib.import_module(f"scaletrain.engines.{config.engine.name}")
+    return engine.Engine(method, config.engine, config.optim, device)  # type: ignore[no-any-return]
+
+
+def _claim(run: Path, config: Config, change: bool) -> None:
+    """Make the run folder and save the configuration in it; refuse the folder of a run with another one."""
+    problem = None
+    if dist.main():
+        try:
+            problem = _claim_alone(run, config, change)
+        except OSError as error:
+            problem = f"cannot write the run folder {run}: {error.strerror}; choose another with --run"
+    if problem := dist.broadcast_object(problem):
+        raise ConfigError(problem)
+
+
+def _claim_alone(run: Path, config: Config, change: bool) -> str | None:
+    path = run / "config.yaml"
+    run.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not change:
+        differences = configuration.diff(configuration.load(path), config)
+        if differences:
+            shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differences)
+            return f"{run} holds a run of another configuration:\n{shown}\nUse another --run, or --change to go on with the new one"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(configuration.dump(config))
+    draft.replace(path)
+    return None
+
+
+def _resume(engine: Engine, run: Path, init: Path | None) -> int:
+    saved = checkpoint.latest(run / "checkpoints")
+    if saved is not None:
+        engine.restore(saved)
+        return saved.step
+    if init is not None:
+        start_from(engine.method, init)
+    return 0
+
+
+def start_from(method: Method, path: Path) -> None:
+    """Load the backbone of a safetensors file (exported here, or torchvision's and timm's names); targets start from it too."""
+    tensors, _ = checkpoint.load_file(path)
+    tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if not k.startswith("fc.")}
+    mine = method.backbone.state_dict()
+    wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]
+    if wrong or set(tensors) - set(mine):
+        name = (wrong or sorted(set(tensors) - set(mine)))[0]
+        there, here = (tuple(t[name].shape) if name in t else "absent" for t in (tensors, mine))
+        raise TrainingError(f"{path} does not fit this model: {name} is {there} in the file and {here} in the model")
+    method.backbone.load_state_dict(tensors)
+    for target, online in method.targets.items():
+        if online == "backbone":
+            method.get_submodule(target).load_state_dict(tensors)
+
+
+def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds spent waiting for it."""
+    iterator = iter(items)
+    while True:
+        before = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - before
+
+
+def _meta(config: Config, step: int, total: int) -> dict[str, Any]:
+    return {
+        "clock": {"step": step, "total": total},
+        "config": config.model_dump(mode="json"),
+        "world": dist.world(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "git": _git(),
+    }
+
+
+def _git() -> str:
+    """Commit of the source tree, with '+' where it has changes; empty for an installed package."""
+    where = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(where), "describe", "--always", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,330 @@
+"""Recipes: bases, overrides, nearest names, exact save and reload. Leaves are toys in a temporary folder."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import scaletrain.engines
+import scaletrain.methods
+from scaletrain import config
+from scaletrain.config import Config, ConfigError
+
+ALPHA = """
+from typing import Literal
+from scaletrain.config import Frozen, Leaf
+class Head(Frozen):
+    hidden: int = 64
+class Config(Leaf):
+    name: Literal["toyalpha"] = "toyalpha"
+    tau: float = 0.99
+    head: Head = Head()
+    sizes: tuple[int, ...] = (10, 20)
+"""
+BETA = ALPHA.replace("toyalpha", "toybeta").replace("hidden: int", "layers: int")
+ENGINE = """
+from typing import Literal
+from scaletrain.config import Leaf
+class Config(Leaf):
+    name: Literal["toyengine"] = "toyengine"
+    amp: bool = False
+"""
+TOY = "method: toyalpha\nengine: toyengine\n"
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for package, files in (
+        (scaletrain.methods, {"toyalpha": ALPHA, "toybeta": BETA}),
+        (scaletrain.engines, {"toyengine": ENGINE}),
+    ):
+        folder = tmp_path / package.__name__
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / f"{name}.py").write_text(text)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    yield
+    for name in [name for name in sys.modules if ".toy" in name]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def make(text: str, name: str = "recipe.yaml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def recipe(write: Write) -> Path:
+    return write(TOY)
+
+
+def test_defaults_are_frozen_tuples(recipe: Path) -> None:
+    loaded = config.load(recipe)
+    assert loaded.data.views == (config.View(count=2),)
+    assert (loaded.method.name, loaded.engine.name) == ("toyalpha", "toyengine")
+    assert loaded.method.sizes == (10, 20)  # type: ignore[attr-defined]
+    for owner, field in ((loaded, "seed"), (loaded.data, "path"), (loaded.method, "tau"), (loaded.data.views[0], "size")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(owner, field, 1)
+    assert pickle.loads(pickle.dumps(loaded)) == loaded == copy.deepcopy(loaded)  # loader workers receive it
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("optim.lr=0.45", "optim.lr", 0.45),
+        ("optim.lr=1e-6", "optim.lr", 1e-6),  # YAML 1.1 would read a word
+        ("optim.lr=.5", "optim.lr", 0.5),
+        ("batch=1e3", "batch", 1000),
+        ("seed=0o14", "seed", 12),
+        ("data.path=on", "data.path", "on"),  # YAML 1.1 would read true
+        ("data.path=s3://a/b?c=d", "data.path", "s3://a/b?c=d"),
+        ("data.path='0123'", "data.path", "0123"),
+        ("optim.betas=[0.8, 0.9]", "optim.betas", [0.8, 0.9]),
+        ("method.sizes=[1,2,3]", "method.sizes", [1, 2, 3]),
+        ("method.head.hidden=8", "method.head.hidden", 8),
+        ("engine.amp=true", "engine.amp", True),
+        ("data.views.0.size=96", "data.views.0.size", 96),
+    ],
+)
+def test_override_changes_one_key(recipe: Path, override: str, key: str, value: Any) -> None:
+    before, after = config.load(recipe), config.load(recipe, [override])
+    assert [(k, new) for k, _, new in config.diff(before, after)] == [(key, value)]
+
+
+def test_later_override_wins_and_all_apply(recipe: Path) -> None:
+    loaded = config.load(recipe, iter(["seed=1", "optim.lr=2", "seed=3", "optim.momentum=0.5"]))
+    assert (loaded.seed, loaded.optim.lr, loaded.optim.momentum) == (3, 2.0, 0.5)
+
+
+def test_list_override_names_the_items(write: Write) -> None:
+    path = write(TOY + "data: {views: [{size: 32}, {size: 16, count: 4}]}")
+    loaded = config.load(path, ["data.views.1.count=2"])
+    assert [(v.size, v.count) for v in loaded.data.views] == [(32, 1), (16, 2)]
+    with pytest.raises(ConfigError, match=r"'views' is a list; its items are 0, 1, not '2'"):
+        config.load(path, ["data.views.2.count=2"])
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("optm.lr=1", "unknown key 'optm'; did you mean 'optim'?"),
+        ("lr_batch=1", "unknown key 'lr_batch'; did you mean 'optim.lr_batch'?"),
+        ("optim.momentm=1", "unknown key 'optim.momentm'; did you mean 'optim.momentum'?"),
+        ("data.views=[{size: 32}, {cout: 2}]", "unknown key 'data.views.1.cout'; did you mean 'data.views.1.count'?"),
+        ("method.taw=1", "unknown key 'method.taw'; did you mean 'method.tau'?"),
+        ("method.head.hiden=1", "unknown key 'method.head.hiden'; did you mean 'method.head.hidden'?"),
+        ("engine.ampp=true", "unknown key 'engine.ampp'; did you mean 'engine.amp'?"),
+        ("zzzzz=1", "unknown key 'zzzzz'"),
+        ("method.name=toyalfa", "there is no 'toyalfa' in methods; did you mean 'toyalpha'?"),
+        ("engine=toyengin", "there is no 'toyengin' in engines; did you mean 'toyengine'?"),
+        ("method=3", "needs a `name`; known: "),
+        ("optim.name=larz", "'lars', 'sgd' or 'adamw' (got 'larz'); did you mean 'lars'?"),
+        ("optim.lr=0", "optim.lr: Input should be greater than 0 (got 0)"),
+        ("optim.lr=.inf", "finite number"),
+        ("optim.lr=.nan", "optim.lr"),
+        ("optim.lr=[1", "'optim.lr=[1': the value is not valid YAML"),
+        ("optim.lr=!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("optim.lr.x=3", "optim.lr: Input should be a valid number"),
+        ("optim=3", "optim: Input should be a valid dictionary"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0 (got -1)"),
+        ("batch=256.5", "batch: Input should be a valid integer"),
+        ("batch=on", "batch: Input should be a valid integer"),
+        ("data.views=[]", "data: views is empty"),
+        ("data.views=[{area: [0.5, 0.1]}]", "area is a range (low, high) with 0 < low <= high"),
+        ("data.views=[{area: [0.5, 1.5]}]", "at most 1, got 1.5"),
+        ("base=other.yaml", "unknown key 'base'"),
+        ("seed", "an override has the form key.subkey=value"),
+        ("=1", "an override has the form"),
+        ("a..b=1", "an override has the form"),
+    ],
+)
+def test_bad_override_is_refused_with_the_cure(recipe: Path, override: str, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config.load(recipe, [override])
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("- a", "a recipe is a mapping of keys, not a list"),
+        ("seed: 1\nseed: 2", "duplicate key"),
+        ("a: [", "not valid YAML"),
+        ("seed: 1\n---\nseed: 2", "single document"),
+        ("1: 2", "Keys should be strings"),
+        ("base: nothere.yaml", "nothere.yaml: no such recipe"),
+        ("base: recipe.yaml", "`base:` leads back to itself"),
+        ("base: .", "Is a directory"),
+    ],
+)
+def test_bad_file_is_named(write: Write, body: str, text: str) -> None:
+    path = write(body)
+    with pytest.raises(ConfigError) as error:
+        config.load(path)
+    assert text in str(error.value)
+    assert str(path.parent) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_recipe_suggests_a_neighbour(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such recipe; did you mean 'recipe.yaml'\?"):
+        config.load(recipe.with_name("recip.yaml"))
+    with pytest.raises(ConfigError, match="no such recipe"):
+        config.load(recipe.parent / "nowhere" / "recipe.yaml")
+
+
+def test_error_in_file_is_not_blamed_on_the_command_line(write: Write) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key 'sed'; did you mean 'seed'\?"):
+        config.load(write(TOY + "sed: 1"), ["seed=3"])
+    with pytest.raises(ConfigError, match=r"^command line: "):
+        config.load(write(TOY), ["sed=3"])
+
+
+def test_bases_merge_deeply_through_folders(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "common").mkdir()
+    write(TOY + "seed: 1\noptim: {lr: 0.1, momentum: 0.8}\ndata: {views: [{size: 32}, {size: 16}]}", "common/root.yaml")
+    write("base: root.yaml\nseed: 2\noptim: {lr: 0.2}\nmethod: {tau: 0.5}", "common/middle.yaml")
+    loaded = config.load(write("base: common/middle.yaml\ndata: {views: [{size: 64}], lanes: 8}\nengine: {amp: true}"))
+    assert (loaded.seed, loaded.optim.lr, loaded.optim.momentum) == (2, 0.2, 0.8)
+    assert [view.size for view in loaded.data.views] == [64]  # a list replaces a list
+    assert loaded.method.model_dump() == {"name": "toyalpha", "tau": 0.5, "head": {"hidden": 64}, "sizes": (10, 20)}
+    assert loaded.engine.model_dump() == {"name": "toyengine", "amp": True}
+
+
+def test_long_cycle_of_bases_is_refused(write: Write) -> None:
+    write("base: b.yaml", "a.yaml")
+    write("base: c.yaml", "b.yaml")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        config.load(write("base: a.yaml", "c.yaml"))
+
+
+@pytest.mark.parametrize("change", [["method.name=toybeta"], ["method=toybeta"]])
+def test_new_name_replaces_the_leaf(write: Write, change: list[str]) -> None:
+    path = write("engine: toyengine\nmethod: {name: toyalpha, tau: 0.1, head: {hidden: 3}}")
+    loaded = config.load(path, change)
+    assert loaded.method.model_dump() == {"name": "toybeta", "tau": 0.99, "head": {"layers": 64}, "sizes": (10, 20)}
+    both = config.load(path, ["method.tau=0.7", *change, "method.head.layers=2"])  # no order loses a change
+    assert both.method.model_dump() == {"name": "toybeta", "tau": 0.7, "head": {"layers": 2}, "sizes": (10, 20)}
+
+
+def test_same_name_keeps_the_leaf(write: Write) -> None:
+    path = write("engine: toyengine\nmethod: {name: toyalpha, tau: 0.1}")
+    assert config.load(path, ["method=toyalpha"]) == config.load(path)
+
+
+def test_synthetic_shorthand_keeps_the_views(write: Write) -> None:
+    loaded = config.load(write(TOY + "data: {path: /x, lanes: 4, views: [{size: 32}]}"), ["data=synthetic"])
+    assert (loaded.data.path, loaded.data.lanes, loaded.data.views[0].size) == ("synthetic", 4, 32)
+    child = config.load(write("base: recipe.yaml\ndata: synthetic", "child.yaml"))
+    assert child == loaded
+    grandchild = config.load(write("base: child.yaml\ndata: {lanes: 2}", "grandchild.yaml"))
+    assert (grandchild.data.path, grandchild.data.lanes) == ("synthetic", 2)
+    assert config.load(write(TOY + "data: synthetic", "plain.yaml")).data.path == "synthetic"
+
+
+def test_section_without_name_means_the_default_leaf(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    fields = Config.model_fields
+    monkeypatch.setattr(fields["method"], "default", {"name": "toyalpha"})
+    monkeypatch.setattr(fields["engine"], "default", {"name": "toyengine"})
+    loaded = config.load(write("method: {tau: 0.5}\nengine: {amp: true}"))
+    assert loaded == config.load(write("method: {name: toyalpha, tau: 0.5}\nengine: {name: toyengine, amp: true}"))
+
+
+AWKWARD = ["on", "null", "1e-6", "0123", "a: b # c", "it's", "ünï", "2024-01-01", "", " lead", "~", "yes\tno", "x" * 300]
+
+
+@pytest.mark.parametrize("path", AWKWARD)
+def test_dump_reloads_equal(write: Write, path: str) -> None:
+    raw = {
+        "batch": 96,
+        "data": {"path": path, "views": [{"size": 32, "area": [1 / 3, 1]}, {"size": 16, "count": 6}]},
+        "method": {"name": "toybeta", "tau": 0.1 + 0.2, "sizes": []},
+        "engine": "toyengine",
+        "optim": {"lr": 1e-300, "weight_decay": 1.5e-6},
+    }
+    built = config.build(raw)
+    again = config.load(write(config.dump(built), "saved.yaml"))
+    assert again == built
+    assert config.diff(built, again) == []
+    assert config.dump(again) == config.dump(built)
+    assert type(again.method) is type(built.method)
+
+
+def test_diff_reports_both_sides(recipe: Path) -> None:
+    before = config.load(recipe)
+    after = config.load(recipe, ["data.views=[{size: 224, count: 2}, {size: 96}]", "method=toybeta", "optim.lr=0.5"])
+    changes = {key: (old, new) for key, old, new in config.diff(before, after)}
+    assert changes["optim.lr"] == (0.3, 0.5)
+    assert changes["data.views.1.size"] == (None, 96)
+    assert changes["method.name"] == ("toyalpha", "toybeta")
+    assert changes["method.head.hidden"] == (64, None)
+    assert "data.views.0.size" not in changes
+    assert config.diff(before, before) == []
+
+
+def _accepts(rule: dict[str, Any], value: Any, definitions: dict[str, Any]) -> bool:
+    """A small reading of JSON schema: enough to accept good recipes and refuse misspelt ones."""
+    if "$ref" in rule:
+        return _accepts(definitions[rule["$ref"].removeprefix("#/$defs/")], value, definitions)
+    if "anyOf" in rule:
+        return any(_accepts(option, value, definitions) for option in rule["anyOf"])
+    if "enum" in rule or "const" in rule:
+        return bool(value in rule.get("enum", [rule.get("const")]))
+    kinds: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "boolean": bool,
+        "integer": int,
+        "number": (int, float),
+    }
+    if not isinstance(value, kinds[rule["type"]]):
+        return False
+    if isinstance(value, dict):
+        known = rule["properties"]
+        return set(value) <= set(known) and all(_accepts(known[key], item, definitions) for key, item in value.items())
+    if isinstance(value, list) and "prefixItems" in rule:
+        return len(value) == len(rule["prefixItems"])
+    return not isinstance(value, list) or all(_accepts(rule["items"], item, definitions) for item in value)
+
+
+def test_schema_knows_every_leaf_and_shorthand(recipe: Path) -> None:
+    schema = config.schema()
+
+    def ok(raw: Any) -> bool:
+        return _accepts(schema, raw, schema["$defs"])
+
+    assert ok(config.load(recipe).model_dump(mode="json"))
+    assert ok({"base": "x.yaml", "data": "synthetic", "method": "toybeta", "engine": {"name": "toyengine", "amp": True}})
+    assert ok({"method": {"name": "toyalpha", "head": {"hidden": 3}}})
+    assert ok({"method": {"name": "toybeta", "head": {"layers": 3}}})  # two models named Head stay apart
+    assert not ok({"method": {"name": "toybeta", "head": {"hidden": 3}}})
+    assert not ok({"method": {"name": "toyalpha", "taw": 3}})
+    assert not ok({"method": "toygamma"})
+    assert not ok({"sed": 3})
+    assert not ok({"data": {"views": [{"cout": 3}]}})
+
+
+def test_leaves_are_the_files(tmp_path: Path) -> None:
+    (tmp_path / "scaletrain.methods" / "toygamma.py").write_text("")
+    (tmp_path / "scaletrain.methods" / "base.py").write_text("")
+    known = config.leaves("methods")
+    assert {"toyalpha", "toybeta", "toygamma"} <= set(known)
+    assert "base" not in known
+    assert list(known) == sorted(known)
