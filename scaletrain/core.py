@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 
@@ -111,7 +110,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are optimised alike. The first group whose `match` accepts a parameter takes it; what no group takes is in "all"."""
+    """Parameters that are optimised alike.
+
+    The first group whose `match` accepts a parameter takes it; what no group takes is in "all".
+    """
 
     name: str
     match: Callable[[str, Tensor], bool]

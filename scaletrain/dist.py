@@ -132,12 +132,12 @@ class _Sum(torch.autograd.Function):
 
 def gather(x: Tensor) -> Tensor:
     """As gather_nograd, but gradients of every rank's use of these rows flow back to their owner."""
-    return _Gather.apply(x) if world() > 1 else x  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(x) if world() > 1 else x
 
 
 def psum(x: Tensor) -> Tensor:
     """Sum over ranks; the gradient is the sum over ranks of the gradients."""
-    return _Sum.apply(x) if world() > 1 else x  # type: ignore[no-any-return, no-untyped-call]
+    return _Sum.apply(x) if world() > 1 else x
 
 
 def mine(x: Tensor) -> Tensor:

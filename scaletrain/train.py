@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from scaletrain import checkpoint, config as configuration, dist
+from scaletrain import checkpoint, dist
+from scaletrain import config as configuration
 from scaletrain.config import Config, ConfigError
 from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.data.loader import Stream
@@ -104,11 +105,14 @@ def _claim(run: Path, config: Config, change: bool) -> None:
 def _claim_alone(run: Path, config: Config, change: bool) -> str | None:
     path = run / "config.yaml"
     run.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not change:
+    # without a checkpoint there is nothing to protect: a start that was refused leaves only its configuration
+    if path.exists() and not change and any((run / "checkpoints").glob("step-*")):
         differences = configuration.diff(configuration.load(path), config)
         if differences:
             shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differences)
-            return f"{run} holds a run of another configuration:\n{shown}\nUse another --run, or --change to go on with the new one"
+            return (
+                f"{run} holds a run of another configuration:\n{shown}\nUse another --run, or --change to go on with this one"
+            )
     draft = path.with_suffix(".tmp")
     draft.write_text(configuration.dump(config))
     draft.replace(path)

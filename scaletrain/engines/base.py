@@ -53,13 +53,14 @@ class Engine:
     def __init__(self, method: Method, config: EngineConfig, optim: Optim, device: torch.device) -> None:
         if config.accumulate > 1 and method.global_loss:
             raise ConfigError(
-                f"engine.accumulate={config.accumulate}: the loss of {type(method).__module__.rpartition('.')[2]} couples all samples "
-                "of the global batch and changes when it is split; set engine.accumulate=1 and use more ranks or a smaller batch"
+                f"engine.accumulate={config.accumulate}: the loss of {type(method).__module__.rpartition('.')[2]} couples all "
+                "samples of the global batch and changes when it is split; set engine.accumulate=1 and use more ranks or a "
+                "smaller batch"
             )
         self.config, self.device = config, device
         self.method = method.to(device, torch.float64 if config.precision == "fp64" else None)
         if config.channels_last:
-            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.method.to(memory_format=torch.channels_last)
         for target in method.targets:
             method.get_submodule(target).requires_grad_(False)
         if config.compile:
@@ -111,9 +112,12 @@ class Engine:
             module.discard()
         self.skipped += 1
         bad = ~torch.stack([_total(o) for o in outs]).isfinite().all()
-        for rank, (is_bad, samples) in enumerate(dist.gather_objects((bool(bad), _suspects(batch, outs)))):
-            if is_bad and dist.main():
-                log.warning("step %d skipped: the loss of rank %d is not finite; samples %s", clock.step, rank, samples)
+        found = dist.gather_objects((bool(bad), _suspects(batch, outs)))
+        # Where every loss is finite the gradient is not, and averaging has spread it: any rank may be its origin.
+        what = "loss" if any(is_bad for is_bad, _ in found) else "gradient"
+        for rank, (is_bad, samples) in enumerate(found):
+            if dist.main() and (is_bad or what == "gradient"):
+                log.warning("step %d skipped: the %s of rank %d is not finite; samples %s", clock.step, what, rank, samples)
         if self.skipped >= self.config.max_skipped:
             raise TrainingError(
                 f"{self.skipped} steps in a row up to step {clock.step} had a loss or gradient that is not finite "
@@ -153,8 +157,8 @@ class Engine:
     def move_targets(self, clock: Clock) -> None:
         """target <- tau * target + (1 - tau) * online over parameters, with the online parameters of after the step."""
         for target, online in self.method.targets.items():
-            old = list(self.method.get_submodule(target).parameters())
-            new = list(self.method.get_submodule(online).parameters())
+            old: list[Tensor] = list(self.method.get_submodule(target).parameters())
+            new: list[Tensor] = list(self.method.get_submodule(online).parameters())
             torch._foreach_lerp_(old, new, 1 - self.method.ema(clock))
 
     @torch.no_grad()
@@ -275,4 +279,4 @@ def _suspects(batch: Batch, outs: Sequence[Out]) -> list[int]:
     chosen = next(
         (batch.index[~fine] for fine in evidence if len(fine) == len(batch) and fine.any() and not fine.all()), batch.index
     )
-    return chosen[:16].tolist()  # type: ignore[no-any-return]
+    return chosen[:16].tolist()

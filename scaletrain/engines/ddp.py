@@ -23,7 +23,7 @@ class Engine(base.Engine):
         super().__init__(method, config, optim, device)
         self.wrapped: DistributedDataParallel | None = None
         if dist.world() > 1 and not method.separate_losses:
-            # Parameters start equal because they are drawn from the seed; buffers are not rank 0's to overwrite (sharded banks).
+            # Parameters start equal: they are drawn from the seed. Buffers are not rank 0's to overwrite (sharded banks).
             self.wrapped = DistributedDataParallel(
                 method, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
             )
@@ -32,7 +32,7 @@ class Engine(base.Engine):
         return nullcontext() if self.wrapped is None or last else self.wrapped.no_sync()
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        return super().forward(batch, clock) if self.wrapped is None else self.wrapped(batch, clock)  # type: ignore[no-any-return]
+        return super().forward(batch, clock) if self.wrapped is None else self.wrapped(batch, clock)
 
     def backward(self, out: Out, scale: float) -> None:
         super().backward(out, scale)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -26,7 +26,7 @@ class Config(Leaf):
 class Model(Method):
     """Two views; the online network predicts the target network's projection of the other view."""
 
-    targets = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()

@@ -81,8 +81,8 @@ class Model(Method):
             logits = z @ prototypes.to(z).T / self.config.temperature  # [V, B, K]
             labels = target[:, head].expand(len(z), -1)
             # Samples that no pass has embedded yet are left out: a sum over the known ones, divided by their global number.
-            known = dist.sum_nograd((target[:, head] >= 0).sum()) * len(z) / dist.world()
+            known = dist.sum_nograd((target[:, head] >= 0).sum()) * len(z)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum")
-            losses.append(loss / known.clamp_min(1))
+            losses.append(loss * dist.world() / known.clamp_min(1))
             hits.append((logits.argmax(-1) == labels).float().mean())
         return torch.stack(losses).mean(), torch.stack(hits).mean()

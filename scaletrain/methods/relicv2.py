@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class Model(Method):
     """Online embeddings of L large and S small views against target embeddings of the large views."""
 
     global_loss = True
-    targets = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
@@ -89,8 +89,8 @@ class Model(Method):
                 if i == j and not self.config.same_view:
                     continue
                 positive = (o[i] * t[j]).sum(-1, keepdim=True)
-                # The same negatives in both distributions: the divergence compares like events. differs: the second anchors at
-                # the target's embedding, which exists for small views as well, where Listing 1's loss(o_i, t_j) has nothing else.
+                # The same negatives in both distributions: the divergence compares like events. differs: the second anchors
+                # at the target's embedding, since Listing 1's loss(o_i, t_j) has nothing else and small views have no target.
                 log_p = self._log_p(positive, o[i], negative_t[:, :, j])
                 log_q = self._log_p(positive, t[j], negative_o[:, :, i]).detach()
                 contrast.append(-log_p[:, 0].mean())  # eq. 1

@@ -37,13 +37,13 @@ def per_view(module: nn.Module, x: Tensor) -> Tensor:
     """[V, B, ...] -> [V, B, D] in one forward, as if each view were forwarded alone (BYOL, SimSiam, VICReg, ReLICv2)."""
     with views(len(x)):
         out: Tensor = module(x.flatten(0, 1))
-    return out.unflatten(0, x.shape[:2])
+    return out.view(*x.shape[:2], -1)
 
 
 def pooled(module: nn.Module, x: Tensor) -> Tensor:
     """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV)."""
     out: Tensor = module(x.flatten(0, 1))
-    return out.unflatten(0, x.shape[:2])
+    return out.view(*x.shape[:2], -1)
 
 
 class BatchNorm(Staged):
@@ -71,6 +71,7 @@ class BatchNorm(Staged):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        y: Tensor
         y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group, self.eps)
         self.staged.append((mean.detach(), var.detach(), count, _views))
         return y
@@ -114,8 +115,8 @@ def _layout(rows: int, n_views: int, group: int) -> tuple[int, int, int]:
     if group % rows == 0 and whole % group == 0:
         return rows, dist.rank() // (group // rows), whole // group
     raise ValueError(
-        f"model.norm_group={group} does not fit {rows} samples per rank in a global batch of {whole}: it must divide the one or "
-        "be a multiple of it that divides the other; 0 normalises over the whole batch"
+        f"model.norm_group={group} does not fit {rows} samples per rank in a global batch of {whole}: it must divide the one "
+        "or be a multiple of it that divides the other; 0 normalises over the whole batch"
     )
 
 

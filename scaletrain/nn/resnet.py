@@ -77,6 +77,11 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
 class ResNet(nn.Module):
     """[N, 3, H, W] -> globally pooled features [N, features]; no classifier."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, config: Model) -> None:
         super().__init__()
         if config.name not in LAYERS:

@@ -14,13 +14,17 @@ from scaletrain.ops.precision import full_precision
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """scores [n, K] of this rank's rows (equal n on every rank) -> assignments [n, K]; each row sums to 1.
 
-    Rows are samples; over all ranks every prototype receives the same mass. Dividing by the global maximum first changes
-    nothing in exact arithmetic and keeps exp() finite.
+    Rows are samples; over all ranks every prototype receives the same mass. Logarithms stay finite whatever the scores; the
+    authors' exp(scores / epsilon) overflows, and even with the maximum taken off it leaves prototypes or rows of zeros.
     """
-    rows, prototypes = scores.shape[0] * dist.world(), scores.shape[1]
-    q = torch.exp((scores - dist.max_nograd(scores.max())) / epsilon)
-    q /= dist.sum_nograd(q.sum())
+    log_q = scores / epsilon
     for _ in range(iterations):
-        q /= dist.sum_nograd(q.sum(0)) * prototypes
-        q /= q.sum(1, keepdim=True) * rows
-    return q * rows
+        log_q = log_q - _log_mass(log_q)
+        log_q = log_q - log_q.logsumexp(1, keepdim=True)
+    return log_q.exp()
+
+
+def _log_mass(log_q: Tensor) -> Tensor:
+    """[n, K] -> [K]: logarithm of each prototype's sum over the rows of all ranks."""
+    top = dist.max_nograd(log_q.max(0).values)
+    return top + dist.sum_nograd((log_q - top).exp().sum(0)).log()

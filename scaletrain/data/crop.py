@@ -1,0 +1,70 @@
+"""Geometry on the CPU: uint8 in, uint8 out."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from .image import Pixels
+from .views import Box
+
+_PLAIN = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+
+
+def resize(image: Pixels, height: int, width: int, interpolation: str, antialias: bool) -> Pixels:
+    """[H, W, 3] -> [height, width, 3].
+
+    Antialiased: the filter widens with the reduction, as in Pillow; torch's uint8 kernel gives Pillow's values and is faster
+    than OpenCV's INTER_AREA. Otherwise four or sixteen neighbours, whatever the reduction, as in BYOL's and ReLICv2's code.
+    differs: OpenCV's plain bicubic has a = -0.75 (as torch), TensorFlow's -0.5.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    if not antialias:
+        return cv2.resize(image, (width, height), interpolation=_PLAIN[interpolation])  # type: ignore[return-value]
+    # the batch axis comes before the permutation, so that torch sees channels_last and answers in it
+    x = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    x = F.interpolate(x, size=(height, width), mode=interpolation, antialias=True)
+    return x.permute(0, 2, 3, 1)[0].numpy()
+
+
+def crop(image: Pixels, box: Box, size: int, interpolation: str, antialias: bool) -> Pixels:
+    """The box, resized to [size, size, 3]."""
+    top, left, height, width = box
+    return resize(image[top : top + height, left : left + width], size, size, interpolation, antialias)
+
+
+def crop_mask(mask: NDArray[np.uint8], box: Box, size: int, flip: bool) -> NDArray[np.uint8]:
+    """[H, W] -> [size, size] by the nearest pixel, with the view's box and flip."""
+    top, left, height, width = box
+    out = cv2.resize(mask[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+    return cv2.flip(out, 1) if flip else out  # type: ignore[return-value]
+
+
+def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
+    """The deterministic view of evaluation, [size, size, 3].
+
+    tv: short side to 256/224 of `size` (bilinear, antialiased), centre crop. byol: centre square of 224/256 of the short side,
+    then plain bicubic. none: the whole image, squeezed.
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    match protocol:
+        case "tv":
+            side = round(size * 256 / 224)
+            # Resize() truncates the long side
+            image = resize(image, side * height // short, side * width // short, "bilinear", antialias=True)
+            return np.ascontiguousarray(_centre(image, size))
+        case "byol":
+            return resize(_centre(image, max(1, round(short * 224 / 256))), size, size, "bicubic", antialias=False)
+        case "none":
+            return resize(image, size, size, "bilinear", antialias=True)
+    raise ValueError(f"there is no resize protocol '{protocol}'; known: tv, byol, none")
+
+
+def _centre(image: Pixels, side: int) -> Pixels:
+    top, left = round((image.shape[0] - side) / 2), round((image.shape[1] - side) / 2)
+    return image[top : top + side, left : left + side]

@@ -1,0 +1,40 @@
+"""Raw uint8 batches become core.Batch on the device: copied without waiting, normalised there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core import Batch
+from .stream import Raw, sample_keys
+
+
+class ToDevice:
+    """`mean` and `std` are per channel, of pixels in [0, 1]."""
+
+    def __init__(self, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.device, self.seed = device, seed
+        m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self.scale = (1 / (255 * s)).float().view(3, 1, 1).to(device)
+        self.shift = (-m / s).float().view(3, 1, 1).to(device)
+        self.pixel_range = torch.stack((-m / s, (1 - m) / s)).float().to(device)  # [2, 3]
+
+    def __call__(self, raw: Raw) -> Batch:
+        index = self._copy(raw.samples)
+        return Batch(
+            views=tuple(self._normalise(v) for v in raw.views),
+            index=index,
+            keys=sample_keys(self.seed, raw.epoch, index),
+            pixel_range=self.pixel_range,
+            labels=self._copy(raw.labels),
+            masks=None if raw.masks is None else self._copy(raw.masks).float().unsqueeze(2),
+        )
+
+    def _copy(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """[V, B, H, W, 3] uint8 -> [V, B, 3, H, W] float32 that is channels_last once V and B are flattened together."""
+        return self._copy(x).permute(0, 1, 4, 2, 3).float().mul_(self.scale).add_(self.shift)

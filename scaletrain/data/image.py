@@ -1,0 +1,122 @@
+"""From the bytes of an image member to pixels. The size is read from the header first, so a bomb is refused before decoding.
+
+Every function here raises ImageError, which does not know where the bytes come from.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .errors import ImageError
+
+Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
+
+
+def kind(data: bytes) -> str:
+    """ "jpg", "png" or "webp" by the first bytes, "" for anything else; a name proves nothing."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Height and width as the header has them, or (0, 0) if there is no sound header."""
+    try:
+        match kind(data):
+            case "jpg":
+                return _jpeg(data)
+            case "png":
+                width, height = struct.unpack(">II", data[16:24])
+                return height, width
+            case "webp":
+                return _webp(data)
+    except (struct.error, IndexError):
+        pass
+    return 0, 0
+
+
+def decode(data: bytes, max_pixels: int) -> Pixels:
+    """RGB pixels, upright by EXIF; gray, palette, CMYK and 16-bit images become 8-bit RGB, alpha is dropped."""
+    check(data, max_pixels)
+    return _decode(data, cv2.IMREAD_COLOR_RGB)
+
+
+def decode_mask(data: bytes, max_pixels: int) -> Pixels:
+    """[H, W] uint8: 1 where the mask is not black."""
+    check(data, max_pixels)
+    return (_decode(data, cv2.IMREAD_GRAYSCALE) > 0).view(np.uint8)
+
+
+def check(data: bytes, max_pixels: int) -> None:
+    height, width = size(data)
+    if height * width == 0:
+        raise ImageError("not a JPEG, PNG or WebP image")
+    if height * width > max_pixels:
+        raise ImageError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
+
+
+def strict(data: bytes, max_pixels: int) -> None:
+    """Decode with Pillow too, which refuses the truncated and damaged files that OpenCV pads with gray."""
+    check(data, max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            image.load()
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise ImageError(f"the image is damaged ({error})") from None
+    _decode(data, cv2.IMREAD_COLOR_RGB)
+
+
+def _decode(data: bytes, flags: int) -> Pixels:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise ImageError(f"the image cannot be decoded ({error.err})") from None
+    if pixels is None:
+        raise ImageError("the image cannot be decoded")
+    return pixels  # type: ignore[return-value]
+
+
+def _jpeg(data: bytes) -> tuple[int, int]:
+    """Walk the segments to the frame header SOFn (ITU T.81, B.1.1.3 and B.2.2)."""
+    at = 2
+    while True:
+        while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
+            at += 1
+        if data[at] != 0xFF:
+            return 0, 0
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return height, width
+        if marker in (0xD9, 0xDA):
+            return 0, 0
+        at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD8 else 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+
+def _webp(data: bytes) -> tuple[int, int]:
+    """Of the canvas or of the one frame (RFC 9649, sections 2.5 to 2.7)."""
+    match data[12:16]:
+        case b"VP8 ":
+            width, height = struct.unpack_from("<HH", data, 26)
+            return height & 0x3FFF, width & 0x3FFF
+        case b"VP8L":
+            bits = struct.unpack_from("<I", data, 21)[0]
+            return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+        case b"VP8X":
+            width, height = int.from_bytes(data[24:27], "little"), int.from_bytes(data[27:30], "little")
+            return height + 1, width + 1
+    return 0, 0
+
+
+def png(pixels: Pixels) -> bytes:
+    """Encode [H, W] gray or [H, W, 3] RGB."""
+    bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    return bytes(cv2.imencode(".png", bgr)[1])

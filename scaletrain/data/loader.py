@@ -1,0 +1,182 @@
+"""Streams of batches on the device. The whole state of the pipeline is the number of the next step."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import Data
+from ..core import Batch
+from .device import ToDevice
+from .errors import DataError
+from .plan import Plan
+from .reader import Shards
+from .stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
+
+SYNTHETIC = "synthetic"
+
+
+class Stream:
+    """The training data of one rank: the same global batches at every world size and number of workers.
+
+    Raises DataError when batch, lanes, world or the data set do not fit together.
+    """
+
+    def __init__(self, data: Data, *, seed: int, batch: int, rank: int, world: int, device: torch.device) -> None:
+        if not data.path:
+            raise DataError(
+                "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py writes, "
+                "or data.path=synthetic"
+            )
+        self.data, self.device = data, device
+        shards = None if data.path == SYNTHETIC else Shards(data.path)
+        counts = synthetic_counts(data.synthetic_samples) if shards is None else shards.counts
+        self.plan = Plan(counts, seed=seed, batch=batch, lanes=data.lanes, window=data.window)
+        lo, hi = self.plan.part(rank, world)
+        if shards is None:
+            self.dataset: Dataset[Raw | Failure] = Synthetic(data, self.plan, lo, hi)
+        else:
+            if rank == 0:  # once is enough; every rank checks again what it opens
+                shards.check()
+            self.dataset = Images(data, shards, self.plan, lo, hi)
+        self.samples, self.steps_per_epoch = self.plan.samples, self.plan.steps_per_epoch
+        self._to_device = ToDevice(device, seed, data.mean, data.std)
+        self._running: list[Generator[Batch, None, None]] = []
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches of the global steps start .. stop - 1, through epoch ends without a pause."""
+        running = self._batches(start, stop)
+        self._running = [*(r for r in self._running if inspect.getgeneratorstate(r) != inspect.GEN_CLOSED), running]
+        return running
+
+    def close(self) -> None:
+        """Stop the workers of every iterator that is still open."""
+        while self._running:
+            self._running.pop().close()
+
+    def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        steps = _Steps(start, stop, self.steps_per_epoch)
+        for raw in _load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device):
+            yield self._to_device(raw)
+
+
+def plain(
+    path: str,
+    *,
+    size: int,
+    resize: str = "tv",
+    batch: int = 256,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+    max_pixels: int = 50_000_000,
+    timeout: float = 300.0,
+) -> Iterator[Batch]:
+    """Every sample once, in its own order, as one view [1, B, 3, size, size]; the last batch may be short.
+
+    `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks take contiguous parts that differ by at most one sample.
+    """
+    if resize not in ("tv", "byol", "none"):
+        raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
+    shards = Shards(path)
+    lo, hi = rank * len(shards) // world, (rank + 1) * len(shards) // world
+    ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
+    to_device = ToDevice(device, 0, mean, std)
+    dataset = Whole(shards, size, resize, max_pixels)
+    return (to_device(raw) for raw in _load(dataset, ranges, workers, 2, timeout, device))
+
+
+class _Steps:
+    """The (epoch, step of the epoch) of the global steps start .. stop - 1."""
+
+    def __init__(self, start: int, stop: int, steps_per_epoch: int) -> None:
+        self.range, self.steps_per_epoch = range(start, stop), steps_per_epoch
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (divmod(step, self.steps_per_epoch) for step in self.range)
+
+
+def _load(
+    dataset: Dataset[Raw | Failure], sampler: Any, workers: int, prefetch: int, timeout: float, device: torch.device
+) -> Generator[Raw, None, None]:
+    """Run the data set in worker processes, in the sampler's order. Raises DataError, also for dead and silent workers."""
+    workers = min(workers, len(sampler))
+    with warnings.catch_warnings():
+        # the number of workers is the recipe's; torch would compare it with the cores of this machine
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            collate_fn=_as_is,
+            pin_memory=device.type == "cuda",
+            timeout=timeout if workers else 0,
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # else the loader would draw a seed from the global generator
+        )
+        running = iter(loader)
+    try:
+        while True:
+            try:
+                raw = next(running, None)
+            except RuntimeError as error:
+                raise _lost(error, timeout) from None
+            if raw is None:
+                return
+            if isinstance(raw, Failure):
+                raise raw.error
+            yield raw
+    finally:
+        _stop(running)
+
+
+def _as_is(raw: Any) -> Any:
+    return raw
+
+
+def _init_worker(number: int) -> None:
+    """Signals of preemption are the main process's business: workers serve on while it saves."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def _lost(error: RuntimeError, timeout: float) -> Exception:
+    text = str(error).splitlines()[0]
+    if "timed out" in text:
+        return DataError(
+            f"no batch for {timeout:g} s: storage or a loader process hangs; raise data.timeout if it is only slow"
+        )
+    if "DataLoader worker" in text and "Caught" not in text:
+        return DataError(f"{text}; if memory ran out, lower data.workers or data.prefetch")
+    return error
+
+
+def _stop(running: Any) -> None:
+    """End the workers now and not when the iterator is collected, and kill what hangs: workers ignore SIGTERM.
+
+    The order matters: once torch has shut down, it no longer watches the workers and a killed one raises nothing.
+    """
+    workers = getattr(running, "_workers", ())
+    if workers:
+        running._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()

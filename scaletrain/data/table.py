@@ -1,0 +1,122 @@
+"""The offset table of one shard: where each sample's members are, how long, and their crc32.
+
+A sample is a run of members with one key: `key.jpg|jpeg|png|webp`, optionally `key.cls` or `key.json` (`{"label": 3}`) and
+`key.mask.png`. The key is the path up to the first dot of its last part, as WebDataset has it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ShardError
+from .tar import Member, Reader
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+MEMBERS = (*IMAGES, "cls", "json", "txt", "mask.png")
+MAGIC = b"STIDX\0\0\1"
+LABEL_BYTES = 1 << 20
+ROW = np.dtype(
+    [
+        *(("image", "<u8"), ("image_size", "<u4"), ("image_crc", "<u4")),
+        *(("target", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")),  # the label's member; zeros if none
+        *(("mask", "<u8"), ("mask_size", "<u4"), ("mask_crc", "<u4")),  # zeros if none
+        ("label", "<i8"),  # -1 if none
+    ]
+)
+HEAD = np.dtype([("magic", "S8"), ("samples", "<u8"), ("bytes", "<u8"), ("crc", "<u4"), ("spare", "<u4")])
+Rows = NDArray[np.void]
+
+
+def split(name: str) -> tuple[str, str]:
+    """Key and extension: `a/b.mask.png` -> ("a/b", "mask.png")."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def scan(path: Path) -> tuple[Rows, int, str]:
+    """Read a whole shard once -> its rows, its bytes and its sha256. Raises ShardError at the first fault."""
+    reader = Reader(path)
+    rows: list[tuple[int, ...]] = []
+    seen: set[str] = set()
+    group: dict[str, Member] = {}
+    key: str | None = None
+    for member in reader:
+        this, extension = split(member.name)
+        if extension not in MEMBERS:
+            raise ShardError(
+                path, member.offset, f"member '{member.name}' is of a type that is not read ({', '.join(MEMBERS)})"
+            )
+        if this != key:
+            if key is not None:
+                rows.append(_row(path, key, group))
+            if this in seen:
+                raise ShardError(path, member.offset, f"key '{this}' occurs twice, or its members are not together")
+            seen.add(this)
+            key, group = this, {}
+        if extension in group or (extension in IMAGES and any(e in IMAGES for e in group)):
+            raise ShardError(path, member.offset, f"key '{this}' has two members of one kind ('{member.name}')")
+        group[extension] = member
+    if key is not None:
+        rows.append(_row(path, key, group))
+    return np.array(rows, ROW), reader.bytes, reader.sha256()
+
+
+def _row(path: Path, key: str, group: dict[str, Member]) -> tuple[int, ...]:
+    image = next((group[e] for e in IMAGES if e in group), None)
+    if image is None:
+        raise ShardError(path, next(iter(group.values())).offset, f"sample '{key}' has no image ({', '.join(IMAGES)})")
+    target = group.get("cls") or group.get("json")
+    label = -1 if target is None else _label(path, key, target)
+    return *_place(image), *_place(target), *_place(group.get("mask.png")), label
+
+
+def _place(member: Member | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if member is None else (member.offset, len(member.data), zlib.crc32(member.data))
+
+
+def _label(path: Path, key: str, member: Member) -> int:
+    value: Any = None
+    try:
+        if len(member.data) > LABEL_BYTES:
+            raise ValueError
+        if member.name.lower().endswith(".cls"):
+            value = int(member.data.decode("ascii"))
+        else:
+            record = json.loads(member.data)
+            value = record.get("label", -1) if isinstance(record, dict) else None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value < 1 << 62:
+        text = f"the label of '{key}' is not a whole number; write `3` in .cls or {{\"label\": 3}} in .json"
+        raise ShardError(path, member.offset, text)
+    return value
+
+
+def pack(rows: Rows, shard_bytes: int) -> bytes:
+    """The content of `NAME.idx`: a 32-byte head, then the rows."""
+    body = rows.tobytes()
+    return np.array([(MAGIC, len(rows), shard_bytes, zlib.crc32(body), 0)], HEAD).tobytes() + body
+
+
+def load(path: Path, samples: int, shard_bytes: int) -> Rows:
+    """The rows of an `.idx` file, memory-mapped. Raises ShardError when it is damaged or of another shard."""
+    cure = "the index is damaged or of another shard: run shards/index.py --force"
+    try:
+        size = path.stat().st_size
+        if size != HEAD.itemsize + samples * ROW.itemsize:
+            raise ShardError(path, 0, f"{size} bytes do not hold {samples} samples; {cure}")
+        head = np.fromfile(path, HEAD, 1)[0]
+        rows = np.memmap(path, ROW, "r", HEAD.itemsize, (samples,)) if samples else np.zeros(0, ROW)
+    except OSError as error:
+        raise ShardError(path, 0, f"{error.strerror}; run shards/index.py --force") from None
+    expected = (MAGIC, samples, shard_bytes, zlib.crc32(rows.data))
+    if (bytes(head["magic"]), head["samples"], head["bytes"], head["crc"]) != expected:
+        raise ShardError(path, 0, cure)
+    return rows

@@ -1,0 +1,134 @@
+"""What is judged: the trained encoder of a run or of an exported file, the same network untrained, or the raw pixels."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from scaletrain import checkpoint, config, files
+from scaletrain.nn import resnet
+
+Encoder = Literal["trained", "untrained", "pixels"]
+BACKBONE = "method.backbone."  # how a checkpoint names the trunk's tensors
+PIXELS = 32  # side of the image whose values are the raw-pixel features, or the run's size if that is smaller
+
+
+class EvalError(ValueError):
+    """An evaluation that cannot be done; the text names the file or field and the cure."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder and what its images must look like."""
+
+    encoder: Encoder
+    module: nn.Module  # [N, 3, H, W] normalised -> [N, D], in eval mode
+    step: int  # optimizer steps of its training; 0 for the two baselines
+    seed: int  # of the run
+    size: int  # pixels
+    data: config.Data
+    source: Path  # checkpoint folder, exported file, or run folder of a baseline
+    home: Path  # where results go
+    run: Path | None  # the run folder, if there is one
+
+    @property
+    def about(self) -> str:
+        """One sentence for the protocol card."""
+        return {
+            "trained": "trunk in eval mode, running batch-norm statistics",
+            "untrained": f"the same network with fresh weights of seed {self.seed}, batch-norm statistics as initialised "
+            "(mean 0, variance 1), eval mode",
+            "pixels": f"normalised pixels of the {self.size} px image, flattened and divided by the root of their number",
+        }[self.encoder]
+
+
+class Pixels(nn.Module):
+    """[N, 3, H, W] -> [N, 3 * H * W] of mean square 1 / (3 * H * W), so that a probe's learning rates suit any image size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) / math.sqrt(x.shape[1:].numel())
+
+
+def describe(settings: config.Config, step: int) -> dict[str, str]:
+    """Metadata with which `checkpoint.export` makes a file that `find` can judge."""
+    data = settings.data
+    facts = {"size": data.views[0].size, "mean": data.mean, "std": data.std, "path": data.path}
+    return {"model": settings.model.model_dump_json(), "data": json.dumps(facts), "step": str(step), "seed": str(settings.seed)}
+
+
+Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]  # shapes by name, and a reader
+
+
+def find(target: Path, encoder: Encoder = "trained") -> Subject:
+    """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError or CheckpointError."""
+    target = target.absolute()  # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
+    subject, weights = _from_file(target) if target.is_file() else _from_run(target, encoder == "trained")
+    if encoder == "trained":
+        assert weights is not None, "both sources give weights when asked"
+        _load(subject.module, weights, str(subject.source))
+        return subject
+    if encoder == "untrained":
+        return replace(subject, encoder=encoder, step=0)
+    return replace(subject, encoder=encoder, step=0, module=Pixels().eval(), size=min(subject.size, PIXELS))
+
+
+def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
+    run = target.parents[1] if target.parent.name == "checkpoints" else target
+    if not (run / "config.yaml").is_file():
+        raise EvalError(f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported .safetensors file")
+    settings = config.load(run / "config.yaml")
+    fresh = _fresh(settings.model, settings.seed)
+    subject = Subject("trained", fresh, 0, settings.seed, settings.data.views[0].size, settings.data, run, run / "evals", run)
+    if not trained:
+        return subject, None
+    saved = checkpoint.latest(run / "checkpoints") if run == target else checkpoint.open_step(target)
+    if saved is None:
+        raise EvalError(f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the untrained encoder")
+    names = {name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)}
+    weights = {short: tuple(saved.shape(name)) for short, name in names.items()}, lambda short: saved.read(names[short])
+    return replace(subject, step=saved.step, source=saved.path), weights
+
+
+def _from_file(path: Path) -> tuple[Subject, Weights]:
+    tensors, meta = files.load_file(path)
+    try:
+        model = config.Model.model_validate_json(meta["model"])
+        facts = json.loads(meta["data"])
+        size, step, seed = int(facts.pop("size")), int(meta.get("step", "0")), int(meta.get("seed", "0"))
+        data = config.Data.model_validate(facts)
+    except (KeyError, ValueError, AttributeError) as error:  # pydantic's and json's errors are ValueErrors
+        raise EvalError(
+            f"{path}: its metadata does not tell the model and the images ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); make the file with `scaletrain export RUN FILE`"
+        ) from None
+    subject = Subject("trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None)
+    return subject, ({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+
+
+def _fresh(model: config.Model, seed: int) -> nn.Module:
+    """Weights that depend on the seed only, in eval mode; the caller's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return resnet.build(model).eval().requires_grad_(False)
+
+
+def _load(model: nn.Module, weights: Weights, source: str) -> None:
+    """Copy all tensors in. The first, in network order, that is missing, misshapen or unknown ends it before any is read."""
+    shapes, read = weights
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in shapes:
+            raise EvalError(f"{source}: of another model: it has no tensor '{name}' {list(tensor.shape)}")
+        if shapes[name] != tuple(tensor.shape):
+            raise EvalError(f"{source}: of another model: '{name}' is {list(shapes[name])}, the model has {list(tensor.shape)}")
+    if extra := [name for name in shapes if name not in wanted]:
+        raise EvalError(f"{source}: of another model: the model has no tensor '{extra[0]}' {list(shapes[extra[0]])}")
+    for name, tensor in wanted.items():
+        tensor.copy_(read(name).view(tensor.shape))

@@ -1,0 +1,45 @@
+"""Small shards for the tests: images that can be told apart, written with Python's own tarfile."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+
+def picture(number: int, height: int = 24, width: int = 30) -> np.ndarray:
+    """Smooth, colourful and different for every number."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [127 + 120 * np.sin(x / (3 + c) + y / (5 - c) + number * (c + 1)) for c in range(3)]
+    return np.stack(planes, -1).astype(np.uint8)
+
+
+def encode(pixels: np.ndarray, suffix: str = ".png") -> bytes:
+    return bytes(cv2.imencode(suffix, pixels[..., ::-1] if pixels.ndim == 3 else pixels)[1])
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(folder: Path, counts: tuple[int, ...], masks: bool = False, suffix: str = "png") -> Path:
+    """Shards of `counts` samples; sample i holds picture(i) and label i % 7."""
+    folder.mkdir(parents=True)
+    number = 0
+    for shard, count in enumerate(counts):
+        with tarfile.open(folder / f"s-{shard:03d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for _ in range(count):
+                key = f"{number:05d}"
+                add(tar, f"{key}.cls", str(number % 7).encode())
+                add(tar, f"{key}.{suffix}", encode(picture(number), f".{suffix}"))
+                if masks:
+                    mask = np.zeros((24, 30), np.uint8)
+                    mask[6:18, 5 : 12 + number % 10] = 255
+                    add(tar, f"{key}.mask.png", encode(mask))
+                number += 1
+    return folder
