@@ -14,8 +14,8 @@ from scaletrain.ops.precision import full_precision
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int = 3) -> Tensor:
     """scores [n, K] of this rank's rows (equal n on every rank) -> assignments [n, K]; each row sums to 1.
 
-    Rows are samples; over all ranks every prototype receives the same mass. Logarithms stay finite whatever the scores; the
-    authors' exp(scores / epsilon) overflows, and even with the maximum taken off it leaves prototypes or rows of zeros.
+    Rows are samples; over all ranks every prototype receives the same mass. Logarithms stay finite whatever the scores:
+    the authors' exp(scores / epsilon) can overflow, and with the maximum taken off it can leave rows or prototypes of zeros.
     """
     log_q = scores / epsilon
     for _ in range(iterations):

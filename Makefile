@@ -1,0 +1,34 @@
+# Every target that needs it makes .venv from pyproject.toml first, and again only after that file has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench golden
+
+help: ## these words
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
+	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
+
+test: .venv/.dev ## the test suite
+	@$(BIN)/python -m pytest
+
+check: .venv/.dev ## ruff, mypy --strict, import order
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
+	@$(BIN)/python -m pytest tests/test_layers.py
+
+bench: .venv/.dev ## every benchmark in benchmarks/
+	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+
+golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
+	@$(BIN)/python tests/golden/regenerate.py
+
+.venv/.runtime .venv/.dev: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "error: '$(PYTHON)' cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "installing into .venv: PyTorch with CUDA is about 5 GB, the first time takes some minutes"
+	@$(BIN)/python -m pip install --quiet --editable '.$(if $(filter %.dev,$@),[dev])'
+	@touch .venv/.runtime $@

@@ -1,0 +1,298 @@
+"""The demonstration, from images to a judged encoder on this machine:
+
+    python launchers/demo.py [FOLDER] [key=value ...]
+
+Every stage is skipped if its result is there and complete, so a stopped demonstration goes on where it was. All files are
+below demo/; delete that folder to begin again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from scaletrain.data import script
+
+if TYPE_CHECKING:
+    from scaletrain.evals.targets import Encoder
+
+HOME, RECIPE = Path("demo"), Path("configs/demo_fashion_mnist.yaml")
+SHARDS, RUN, VERIFIED = HOME / "shards", HOME / "run", HOME / "verified.json"
+SPLITS = ("train", "test")
+PACKAGE, SYSTEM = "dataset-fashion-mnist", Path("usr/share/datasets/fashion-mnist")
+FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+ENCODERS: dict[Encoder, str] = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}
+# The probe sees each image once encoded; with crops, as in the papers' card, it would take longer than the training.
+PROBE = ("linear.augment=false", "linear.epochs=20")
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+class DemoError(ValueError):
+    """A stage cannot be done; the text says why and what to do."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which unlike the terminal's Ctrl-C reaches this process only."""
+
+
+def main(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER] [KEY=VALUE]...", help=f"FOLDER holds {', '.join(FILES)}; the rest changes the recipe."
+        ),
+    ] = None,
+) -> None:
+    """Fetch Fashion-MNIST, write and verify shards, train on two processes, evaluate, and say what to do next."""
+    changes = [text for text in arguments or () if "=" in text]
+    folders = [Path(text).expanduser().absolute() for text in arguments or () if "=" not in text]
+    if len(folders) > 1:
+        raise DemoError(f"give one folder of images, not {len(folders)}")
+    os.chdir(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGTERM, _interrupt)
+    HOME.mkdir(exist_ok=True)
+    with _alone():
+        try:
+            write_shards(*folders)
+            verify()
+            train(changes)
+            summary(evaluate())
+        except KeyboardInterrupt:
+            console.print("\nstopped; the same command goes on from here")
+            raise typer.Exit(130) from None
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def write_shards(source: Path | None = None) -> None:
+    _headline(1, "images: Fashion-MNIST, 60,000 for training and 10,000 for testing")
+    there = SHARDS.is_dir()  # the importer renames the finished folder into place
+    found = None if there else find(source)
+    console.print(f"from {found}" if found else "skipped: the shards are written")
+    _headline(2, "shards: tar files with an index")
+    if found:
+        _python("shards/fashion_mnist.py", str(found), str(SHARDS))
+    else:
+        console.print(f"skipped: {SHARDS} is there")
+
+
+def verify() -> None:
+    _headline(3, "verification: every byte against the index, every image decoded")
+    now = {split: hashlib.sha256((SHARDS / split / "index.json").read_bytes()).hexdigest() for split in SPLITS}
+    if VERIFIED.is_file() and VERIFIED.read_text() == json.dumps(now):
+        console.print("skipped: these shards were found sound before")
+        return
+    for split in SPLITS:
+        _python("shards/verify.py", str(SHARDS / split))
+    VERIFIED.write_text(json.dumps(now))
+
+
+def train(changes: Sequence[str]) -> None:
+    _headline(4, "training: a narrow ResNet-18 on local processes, without labels")
+    settings = [f"data.path={SHARDS / 'train'}", *changes]
+    if _trained(settings):
+        console.print(f"skipped: {RUN} is complete")
+        return
+    import torch
+
+    procs = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    _python("launchers/local.py", "--procs", str(procs), str(RECIPE), *settings, "--run", str(RUN))
+
+
+def evaluate() -> dict[str, dict[str, float]]:
+    """Metrics in per cent by encoder."""
+    _headline(5, "evaluation on frozen features: nearest neighbours and a linear probe")
+    from scaletrain import checkpoint, evals
+
+    saved = checkpoint.latest(RUN / "checkpoints")
+    if saved is None:
+        raise DemoError(f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again")
+    metrics: dict[str, dict[str, float]] = {}
+    for encoder, label in ENCODERS.items():
+        places = [_card(benchmark, encoder, saved.step) for benchmark in ("knn", "linear")]
+        if all(place.is_file() for place in places):
+            cards: list[dict[str, Any]] = [json.loads(place.read_text()) for place in places]
+            console.print(f"skipped: {label}, judged before")
+        else:
+            console.print(f"{label} ...")
+            cards = evals.run(
+                RUN,
+                ["knn", "linear"],
+                train=SHARDS / "train",
+                test=SHARDS / "test",
+                overrides=PROBE,
+                encoder=encoder,
+            )
+        metrics[encoder] = {name: value for card in cards for name, value in card["metrics"].items()}
+    return metrics
+
+
+def summary(metrics: dict[str, dict[str, float]]) -> None:
+    table = Table("Fashion-MNIST, top-1 in %", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("kNN, k = 20", justify="right")
+    table.add_column("linear", justify="right")
+    for encoder, label in ENCODERS.items():
+        table.add_row(label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear")))
+    console.print()
+    console.print(table)
+    tool = Path(os.path.relpath(sys.executable)).parent if Path(sys.executable).is_relative_to(Path.cwd()) else Path()
+    for what, where in {
+        "run": f"{RUN}  (config.yaml, checkpoints/, metrics.jsonl, evals/)",
+        "shards": f"{SHARDS / 'train'}  {SHARDS / 'test'}",
+        "TensorBoard": f"{RUN / 'tensorboard'}",
+    }.items():
+        console.print(f"{what:13}{where}")
+    console.print("\nnext:")
+    for command in (
+        f"{tool / 'tensorboard'} --logdir {RUN / 'tensorboard'}",
+        f"{tool / 'scaletrain'} eval {RUN} knn linear --set linear.augment=false",
+        f"{tool / 'python'} shards/folder.py YOUR_IMAGES data/train",
+        f"{tool / 'python'} launchers/local.py --procs 2 configs/byol_r18_cifar10.yaml data.path=data/train --run runs/mine",
+    ):
+        console.print(f"  {command}")
+
+
+# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
+
+
+def find(source: Path | None) -> Path:
+    """A folder of the four files: the one given, the system's, an earlier download, or a new one. Raises DemoError."""
+    if source is not None:
+        if missing := [name for name in FILES if not (source / name).is_file()]:
+            raise DemoError(f"{source} has no {missing[0]}; give the folder that holds {', '.join(FILES)}")
+        return source
+    downloads = HOME / "data"
+    for folder in (Path("/") / SYSTEM, downloads, downloads / "FashionMNIST" / "raw"):
+        if all((folder / name).is_file() for name in FILES):
+            return folder
+    for what, fetch in ((f"Debian package {PACKAGE}", _from_debian), ("torchvision's download", _from_torchvision)):
+        console.print(f"{what} ...")
+        try:
+            return fetch(downloads)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # urllib's errors are OSErrors
+            console.print(f"{what}: not available ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})")
+    raise DemoError(
+        f"Fashion-MNIST could not be fetched. Give a folder that holds {', '.join(FILES)}: make demo FASHION_MNIST=FOLDER"
+    )
+
+
+def _from_debian(dest: Path) -> Path:
+    """Download the package and unpack it, without root and without installing it."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise FileNotFoundError(f"there is no {tool} here")
+    with tempfile.TemporaryDirectory(dir=HOME) as temporary:
+        place = Path(temporary).absolute()
+        quick = ("-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30", "-o", "APT::Sandbox::User=root")
+        try:
+            _quiet(place, "apt-get", *quick, "download", PACKAGE)
+        except RuntimeError:  # the system's package lists are missing or old: fetch lists of our own
+            own = (*quick, "-o", f"Dir::State::Lists={place / 'lists'}", "-o", f"Dir::Cache={place / 'cache'}")
+            for folder in ("lists", "cache"):
+                (place / folder / "partial").mkdir(parents=True)
+            _quiet(place, "apt-get", *own, "update")
+            _quiet(place, "apt-get", *own, "download", PACKAGE)
+        package = next(place.glob("*.deb"))
+        _quiet(place, "dpkg-deb", "-x", str(package), "unpacked")
+        shutil.rmtree(dest, ignore_errors=True)
+        (place / "unpacked" / SYSTEM).rename(dest)
+    return dest
+
+
+def _from_torchvision(dest: Path) -> Path:
+    from torchvision.datasets import FashionMNIST
+
+    FashionMNIST(str(dest), download=True)  # checks md5 sums
+    return dest / "FashionMNIST" / "raw"
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _trained(settings: Sequence[str]) -> bool:
+    """Whether the run is at its last step with these very settings; others are the trainer's to refuse."""
+    if not (RUN / "checkpoints").is_dir():
+        return False
+    from scaletrain import checkpoint, config
+
+    saved = checkpoint.latest(RUN / "checkpoints")
+    if saved is None or saved.step < saved.meta["clock"]["total"]:
+        return False
+    return not config.diff(config.load(RUN / "config.yaml"), config.load(RECIPE, settings))
+
+
+def _card(benchmark: str, encoder: str, step: int) -> Path:
+    name = f"{benchmark}-step-{step}" if encoder == "trained" else f"{benchmark}-step-0-{encoder}"
+    return RUN / "evals" / f"{name}.json"
+
+
+def _headline(number: int, text: str) -> None:
+    console.print(f"\n[{number}/5] {text}", style="bold")
+
+
+def _python(*command: str) -> None:
+    """Run one of the project's scripts in view. Its error text is on the screen already when it fails."""
+    console.print(f"$ python {' '.join(command)}", style="dim")
+    with subprocess.Popen([sys.executable, *command], preexec_fn=_follow) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt as reason:
+            if isinstance(reason, _Terminated):
+                process.terminate()
+            process.wait()
+            raise
+    if code in (130, 143):
+        raise KeyboardInterrupt
+    if code:
+        raise DemoError(f"{command[0]} ended with exit code {code}; run this again, or delete {HOME} to begin anew")
+
+
+def _quiet(folder: Path, *command: str) -> None:
+    """Run a system tool in `folder` without output. Raises RuntimeError with the last line of its complaint."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip() or f"{command[0]} failed")
+
+
+def _follow() -> None:
+    """A stage ends with the demonstration, however that ends: a second one must not meet it at work."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    with (HOME / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DemoError(f"another demonstration is at work in {HOME.absolute()}; wait for it or stop it") from None
+        yield
+
+
+if __name__ == "__main__":
+    script.run(main)
