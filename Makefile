@@ -17,8 +17,8 @@ check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
 	@$(BIN)/python -m pytest tests/test_layers.py
 
-bench: .venv/.dev ## every benchmark in benchmarks/
-	@set -e; for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+bench: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
+	@$(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference
 
 golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
 	@$(BIN)/python tests/golden/regenerate.py

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dist, files
-from .core import Piece
-from .files import CheckpointError, export, load_file
-from .saved import (
+from scaletrain import dist, files
+from scaletrain.core import Piece
+from scaletrain.files import CheckpointError, export, load_file
+from scaletrain.saved import (
     MANIFEST,
     Entry,
     File,

@@ -150,6 +150,8 @@ class Facts:
     batch: int  # global batch size
     steps_per_epoch: int
     views: tuple[tuple[int, int], ...]  # (pixels, count) per crop size, as in Batch.views
+    norm_group: int = 0  # model.norm_group, for the heads
+    seed: int = 0
 
     def need_pair(self, method: str) -> None:
         if self.views[0][1] != 2 or len(self.views) > 1:

@@ -5,6 +5,8 @@ With the loss convention of core.py, the backward of a gather is a sum over rank
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import zlib
 from datetime import timedelta
@@ -13,6 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+
+# torch 2.14 renamed both and warns at the old names.
+_all_gather = getattr(c10d, "all_gather_single", None) or c10d.all_gather_into_tensor
+_reduce_scatter = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_scatter_tensor
 
 
 class LaunchError(ValueError):
@@ -35,6 +41,18 @@ def init(timeout_seconds: float = 1800.0) -> torch.device:
                 f"no rendezvous at {address}: {str(error).splitlines()[0]}. If the port is in use, choose another MASTER_PORT"
             ) from None
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks; a no-op without glibc.
+
+    By default it maps every block above 32 MB anew, and the page faults of each step's activations cost several times
+    their arithmetic on the CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
 
 
 def shutdown() -> None:
@@ -83,7 +101,7 @@ def gather_nograd(x: Tensor) -> Tensor:
     if world() == 1:
         return x
     out = x.new_empty(world() * x.shape[0], *x.shape[1:])
-    c10d.all_gather_into_tensor(out, x)
+    _all_gather(out, x)
     return out
 
 
@@ -116,7 +134,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         out = grad.new_empty(ctx.rows, *grad.shape[1:])
-        c10d.reduce_scatter_tensor(out, grad)
+        _reduce_scatter(out, grad)
         return out
 
 

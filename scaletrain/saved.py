@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import dist, files
-from .config import Frozen, Natural
-from .files import CheckpointError
+from scaletrain import dist, files
+from scaletrain.config import Frozen, Natural
+from scaletrain.files import CheckpointError
 
 log = logging.getLogger("scaletrain")
 MANIFEST = "manifest.json"

@@ -34,8 +34,10 @@ def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = 
     change: accept a configuration that differs from the one the run folder was started with.
     """
     device = dist.init()
+    dist.keep_freed_memory()
     try:
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        cores = len(os.sched_getaffinity(0))  # what this process may use, as SLURM and cpusets say
+        torch.set_num_threads(config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         _claim(run, config, change)
         _loop(config, run, device, init, trace)
     finally:
@@ -51,6 +53,8 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
     )
     start = _resume(engine, run, init)
     monitor = Monitor(run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start_step=start)
+    origin = f"resumed from step {start}" if start else f"started from {init}" if init else f"started from seed {config.seed}"
+    monitor.note(f"{origin}; {stream.plan.mixing()}" if start < total else f"nothing left to train: {start} of {total} steps")
     base = schedule.base_lr(config.optim, config.batch)
     every = config.checkpoint.every_steps or stream.steps_per_epoch
 
@@ -82,7 +86,8 @@ def build(config: Config, samples: int, steps_per_epoch: int, device: torch.devi
     sizes: dict[int, int] = {}
     for view in config.data.views:
         sizes[view.size] = sizes.get(view.size, 0) + view.count
-    facts = Facts(samples, config.batch, steps_per_epoch, tuple(sorted(sizes.items(), reverse=True)))
+    views = tuple(sorted(sizes.items(), reverse=True))
+    facts = Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed)
     torch.manual_seed(config.seed)
     leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
     method: Method = leaf.Model(config.method, lambda: resnet.build(config.model), facts)

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .image import Pixels
-from .views import Params
+from scaletrain.data.image import Pixels
+from scaletrain.data.views import Params
 
 _RAMP = np.arange(256)
 _LUMA = np.tile((0.299, 0.587, 0.114), (3, 1))  # ITU-R 601-2, Pillow's "L", in each row

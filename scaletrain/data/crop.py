@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from .image import Pixels
-from .views import Box
+from scaletrain.data.image import Pixels
+from scaletrain.data.views import Box
 
 _PLAIN = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core import Batch
-from .stream import Raw, sample_keys
+from scaletrain.core import Batch
+from scaletrain.data.stream import Raw, sample_keys
 
 
 class ToDevice:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DataError
+from scaletrain.data.errors import DataError
 
 MAX_BYTES = 1 << 30
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .errors import ImageError
+from scaletrain.data.errors import ImageError
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-from . import table
-from .errors import DataError
+from scaletrain.data import table
+from scaletrain.data.errors import DataError
 
 MANIFEST = "index.json"
 VERSION = 1

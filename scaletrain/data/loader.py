@@ -12,13 +12,13 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Data
-from ..core import Batch
-from .device import ToDevice
-from .errors import DataError
-from .plan import Plan
-from .reader import Shards
-from .stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
+from scaletrain.config import Data
+from scaletrain.core import Batch
+from scaletrain.data.device import ToDevice
+from scaletrain.data.errors import DataError
+from scaletrain.data.plan import Plan
+from scaletrain.data.reader import Shards
+from scaletrain.data.stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
 
 SYNTHETIC = "synthetic"
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import dist
-from .errors import DataError
+from scaletrain import dist
+from scaletrain.data.errors import DataError
 
 Ints = NDArray[np.int64]
 ROUNDS = 8  # of the Feistel network, half of them on each coordinate

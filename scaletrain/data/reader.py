@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import index, table
-from .errors import ShardError
-from .tar import BLOCK, MEMBER_BYTES
+from scaletrain.data import index, table
+from scaletrain.data.errors import ShardError
+from scaletrain.data.tar import BLOCK, MEMBER_BYTES
 
 OPEN_SHARDS = 256  # two file descriptors each; the usual limit of a process is 1024
 

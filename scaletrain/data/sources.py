@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from . import image
-from .errors import DataError, ImageError
-from .tar import MEMBER_BYTES
-from .write import Entry
+from scaletrain.data import image
+from scaletrain.data.errors import DataError, ImageError
+from scaletrain.data.tar import MEMBER_BYTES
+from scaletrain.data.write import Entry
 
 MAX_PIXELS = 50_000_000  # of an image; the default of config.Data.max_pixels
 

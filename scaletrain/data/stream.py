@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from .. import dist
-from ..config import Data, View
-from . import colour, crop, image
-from .errors import DataError, ImageError
-from .image import Pixels
-from .plan import Plan
-from .reader import Shards
-from .views import Params, draw, expand, uniforms
+from scaletrain import dist
+from scaletrain.config import Data, View
+from scaletrain.data import colour, crop, image
+from scaletrain.data.errors import DataError, ImageError
+from scaletrain.data.image import Pixels
+from scaletrain.data.plan import Plan
+from scaletrain.data.reader import Shards
+from scaletrain.data.views import Params, draw, expand, uniforms
 
 SYNTHETIC_SHARD = 1000  # samples per pretended shard
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ShardError
-from .tar import Member, Reader
+from scaletrain.data.errors import ShardError
+from scaletrain.data.tar import Member, Reader
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBERS = (*IMAGES, "cls", "json", "txt", "mask.png")

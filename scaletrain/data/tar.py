@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import ShardError
+from scaletrain.data.errors import ShardError
 
 BLOCK = 512
 MEMBER_BYTES = 64 << 20  # of one member; also bounds the memory that reading one takes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import image, index, table
-from .errors import DataError, ImageError, ShardError
+from scaletrain.data import image, index, table
+from scaletrain.data.errors import DataError, ImageError, ShardError
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import dist
-from ..config import View
+from scaletrain import dist
+from scaletrain.config import View
 
 TRIES = 10  # of a crop box, as in torchvision
 DRAWS = 40  # uniform numbers per view, some of them spare; another value would change every run

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from .. import dist
-from . import image, index
-from .errors import DataError
+from scaletrain import dist
+from scaletrain.data import image, index
+from scaletrain.data.errors import DataError
 
 CLASSES = "classes.json"
 PER_SHARD = 1000

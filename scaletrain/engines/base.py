@@ -187,16 +187,16 @@ class Engine:
     def restore(self, saved: Saved) -> None:
         """Take everything from a checkpoint of the same method, written by any engine at any world size."""
         self._create_optimizer_state(saved)
-        shards, tensors = self._shards(), self._tensors()
+        shards, tensors, there = self._shards(), self._tensors(), set(saved.names())
         for name, tensor in tensors.items():
             start, rows = shards.get(name, (0, 0))
             shape = (rows, *tensor.shape[1:]) if name in shards else tuple(tensor.shape)
-            if name not in saved.names() or tuple(saved.shape(name)) != shape:
-                there = f"has shape {tuple(saved.shape(name))}" if name in saved.names() else "is missing"
-                raise TrainingError(f"this checkpoint belongs to another model: {name} {there} and must have shape {shape}")
+            if name not in there or tuple(saved.shape(name)) != shape:
+                what = f"has shape {tuple(saved.shape(name))}" if name in there else "is missing"
+                raise TrainingError(f"this checkpoint belongs to another model: {name} {what} and must have shape {shape}")
             offset = start * (tensor[0].numel() if tensor.dim() and len(tensor) else 1)
             tensor.copy_(saved.read(name, offset, offset + tensor.numel()).view(tensor.shape))
-        if extra := sorted(set(saved.names()) - set(tensors)):
+        if extra := sorted(there - set(tensors)):
             raise TrainingError(f"this checkpoint belongs to another model: it also holds {', '.join(extra[:3])}")
 
     def _create_optimizer_state(self, saved: Saved) -> None:

@@ -24,8 +24,9 @@ class Engine(base.Engine):
         self.wrapped: DistributedDataParallel | None = None
         if dist.world() > 1 and not method.separate_losses:
             # Parameters start equal: they are drawn from the seed. Buffers are not rank 0's to overwrite (sharded banks).
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, [n for n, _ in method.named_buffers()])
             self.wrapped = DistributedDataParallel(
-                method, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
+                method, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
             )
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from scaletrain import config, files, recipe
+from scaletrain import config, dist, files, recipe
 from scaletrain.evals import targets
 from scaletrain.evals.features import Config as FeaturesConfig
 from scaletrain.evals.features import Scene
@@ -51,6 +51,7 @@ def run(
     puts a baseline in the place of the trained one. Cards go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals.
     Raises EvalError and other ValueErrors whose text says what to do.
     """
+    dist.keep_freed_memory()
     settings = _settings(benchmarks, overrides)
     subject = targets.find(target, encoder)
     features = settings.pop("features")

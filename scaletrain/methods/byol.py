@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from scaletrain.config import Count, Leaf, Share
@@ -20,7 +19,6 @@ class Config(Leaf):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996  # tau_base of the target's moving average
-    norm_group: Annotated[int, Field(ge=0)] = 0
 
 
 class Model(Method):
@@ -35,11 +33,11 @@ class Model(Method):
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         heads = (width, config.hidden, config.dim)
-        self.projector = mlp(heads, last_bias=False, group=config.norm_group)
-        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=config.norm_group)
+        self.projector = mlp(heads, last_bias=False, group=facts.norm_group)
+        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=facts.norm_group)
         # The target has its own initialisation: it is not a copy of the online network (official code).
         self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=config.norm_group)
+        self.target_projector = mlp(heads, last_bias=False, group=facts.norm_group)
 
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)  # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2

@@ -31,10 +31,10 @@ class Model(Method):
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.seed = config, facts.seed
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim))
+        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
         for head, clusters in enumerate(config.clusters):  # set by k-means, not trained
             self.register_buffer(f"prototypes{head}", torch.zeros(clusters, config.dim))
         self.banked = min(2, facts.views[0][1])  # head h clusters the embeddings of large view h mod banked
@@ -56,7 +56,7 @@ class Model(Method):
         for head, clusters in enumerate(self.config.clusters):
             bank: Bank = self.banks[head % self.banked]  # type: ignore[assignment]
             # differs: seeds are drawn from the whole data set by a hash, not from rank 0's shard, so ranks do not matter.
-            key = clock.epoch * len(self.config.clusters) + head
+            key = int(dist.hash64(self.seed, clock.epoch, head))
             centroids, assigned = spherical_kmeans(bank.rows, bank.start, clusters, self.config.iterations, key)
             self.prototypes()[head].copy_(centroids)
             self.assignments.rows[:, head] = assigned

@@ -43,13 +43,16 @@ class Model(Method):
         super().__init__()
         if config.negatives >= facts.batch:
             raise ValueError(f"method.negatives={config.negatives} needs a larger batch than {facts.batch}")
+        if not config.same_view and facts.views == ((facts.views[0][0], 1),):
+            raise ValueError("method.same_view=false leaves no pair of views: data.views has a single one")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), last_bias=False)
-        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False)
+        heads, group = (width, config.hidden, config.dim), facts.norm_group
+        self.projector = mlp(heads, last_bias=False, group=group)
+        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=group)
         self.target_backbone = make_backbone()
-        self.target_projector = mlp((width, config.hidden, config.dim), last_bias=False)
+        self.target_projector = mlp(heads, last_bias=False, group=group)
 
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)

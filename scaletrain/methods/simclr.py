@@ -31,7 +31,8 @@ class Model(Method):
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no shift.
-        self.projector = mlp((*[width] * config.layers, config.dim), hidden_bias=False, last_bias=False, last_norm="scale")
+        widths = (*[width] * config.layers, config.dim)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=facts.norm_group)
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
         h = pooled(self.backbone, batch.views[0])  # both views in one forward share their statistics

@@ -44,7 +44,7 @@ class Model(Method):
         self.config, self.batch = config, facts.batch
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim))
+        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))

@@ -19,31 +19,40 @@ from torch import Tensor, nn
 from scaletrain import dist
 from scaletrain.core import Staged
 
-_views = 1
+_views, _rows = 1, 1
 
 
 @contextmanager
-def views(count: int) -> Iterator[None]:
-    """Inside, the leading axis of every input is `count` views of equally many samples, each with statistics of its own."""
-    global _views
-    before, _views = _views, count
+def views(count: int, rows: int = 1) -> Iterator[None]:
+    """Inside, the leading axis of every input is `count` views of equally many samples, each with statistics of its own.
+
+    `rows`: consecutive rows that are one sample, so that groups are counted in samples.
+    """
+    global _views, _rows
+    before = _views, _rows
+    _views, _rows = count, rows
     try:
         yield
     finally:
-        _views = before
+        _views, _rows = before
 
 
 def per_view(module: nn.Module, x: Tensor) -> Tensor:
     """[V, B, ...] -> [V, B, D] in one forward, as if each view were forwarded alone (BYOL, SimSiam, VICReg, ReLICv2)."""
     with views(len(x)):
         out: Tensor = module(x.flatten(0, 1))
-    return out.view(*x.shape[:2], -1)
+    return out.view(*x.shape[:2], *out.shape[1:])
 
 
 def pooled(module: nn.Module, x: Tensor) -> Tensor:
     """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV)."""
-    out: Tensor = module(x.flatten(0, 1))
-    return out.view(*x.shape[:2], -1)
+    if not any(isinstance(m, BatchNorm) and m.group for m in module.modules()):
+        out: Tensor = module(x.flatten(0, 1))
+        return out.view(*x.shape[:2], *out.shape[1:])
+    # A group is G samples with all their views: neighbours only where the sample is the slow axis.
+    with views(1, rows=len(x)):
+        out = module(x.transpose(0, 1).flatten(0, 1))
+    return out.view(x.shape[1], len(x), *out.shape[1:]).transpose(0, 1)
 
 
 class BatchNorm(Staged):
@@ -72,7 +81,7 @@ class BatchNorm(Staged):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         y: Tensor
-        y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group, self.eps)
+        y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group * _rows, self.eps)
         self.staged.append((mean.detach(), var.detach(), count, _views))
         return y
 

@@ -156,3 +156,23 @@ def test_compiled_backbone_has_no_graph_break_and_stages_its_statistics() -> Non
     assert sum(counters["graph_break"].values()) == 0
     assert net.conv1.weight.grad is not None
     torch._dynamo.reset()
+
+
+def pooled_on_ranks(group: int) -> dict[str, Tensor]:
+    x, weight = data((2, 8, 5, 4))
+    own = slice(dist.rank() * 8 // dist.world(), (dist.rank() + 1) * 8 // dist.world())
+    norm, leaf = make(group), x[:, own].clone().requires_grad_()
+    y = pooled(norm, leaf)
+    (y * weight[:, own]).sum().backward()
+    return {"y": y.detach(), "dx": leaf.grad}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_a_pooled_group_is_its_samples_with_all_their_views(group: int, tmp_path: Path) -> None:
+    x, weight = data((2, 8, 5, 4))
+    norm, leaf = make(), x.clone().requires_grad_()
+    y = torch.cat([reference(g.flatten(0, 1)[None], norm, 2 * group).view_as(g) for g in leaf.split(group, 1)], 1)
+    (y * weight).sum().backward()
+    results = ranks.run(4, pooled_on_ranks, tmp_path, group)
+    torch.testing.assert_close(torch.cat([r["y"] for r in results], 1), y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.cat([r["dx"] for r in results], 1), leaf.grad, rtol=1e-11, atol=1e-11)
