@@ -30,5 +30,5 @@ golden: .venv/.dev ## write the golden losses anew, after a change that is meant
 	  { echo "error: '$(PYTHON)' cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv: PyTorch with CUDA is about 5 GB, the first time takes some minutes"
-	@$(BIN)/python -m pip install --quiet --editable '.$(if $(filter %.dev,$@),[dev])'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.$(if $(filter %.dev,$@),[dev])'
 	@touch .venv/.runtime $@
