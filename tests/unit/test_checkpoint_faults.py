@@ -52,6 +52,7 @@ def child(work: Callable[[], None], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
+    torch.set_num_threads(1)  # the thread pool does not survive a fork
     try:
         work()
         os._exit(0)

@@ -38,6 +38,7 @@ def check(saved: Saved | None, step: int, rank: int = 0, world: int = 1) -> None
 
 
 def grouped(rank: int, world: int, store: Path, work: Callable[[int, int], None], log: Path) -> None:
+    torch.set_num_threads(1)  # the thread pool does not survive a fork
     try:
         c10d.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         work(rank, world)
