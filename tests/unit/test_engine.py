@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import small
 import torch
 from toys import Toy, toy_engine
 
+from scaletrain import checkpoint
 from scaletrain.config import ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine, TrainingError
@@ -132,3 +134,19 @@ def test_bfloat16_follows_full_precision() -> None:
         assert all(p.dtype == torch.float32 for p in engine.method.parameters())
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]
+
+
+@pytest.mark.parametrize("optim", [{"name": "sgd", "nesterov": True}, {"name": "adamw"}, {"name": "lars"}])
+def test_every_optimizer_goes_on_bit_for_bit_from_a_checkpoint(optim: dict[str, object], tmp_path: Path) -> None:
+    cfg = small.config("byol", optim={**optim, "lr": 0.01})
+    straight, first, second = (small.engine(cfg) for _ in range(3))
+    small.run(first, cfg, 0, 2)
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(2, first.state(), {})
+    writer.close()
+    saved = checkpoint.latest(tmp_path)
+    assert saved is not None
+    second.restore(saved)
+    assert small.run(straight, cfg, 0, 4)[2:] == small.run(second, cfg, 2, 4)
+    assert equal(snapshot(straight), snapshot(second))
+    assert any("optim." in name for name in saved.names())
