@@ -18,7 +18,7 @@ check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/python -m pytest tests/test_layers.py
 
 bench: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
-	@$(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference
+	@$(if $(IMAGES),,echo "error: IMAGES=FOLDER is needed" >&2; exit 2;) $(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference
 
 golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
 	@$(BIN)/python tests/golden/regenerate.py

@@ -53,7 +53,7 @@ def main(images: Path, work: Path, recipe: Path = HERE / "simclr_cifar10.yaml", 
 
 
 def train_and_kill(command: list[str], run: Path, step: int) -> None:
-    """Start training and kill it without warning when it has recorded `step`; a run that is past it is left alone."""
+    """Start training and kill it without warning when it has recorded `step`."""
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             if any(m["step"] >= step for m in metrics(run)):

@@ -73,7 +73,7 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")] = False,
     change: Annotated[bool, typer.Option("--change", help="Go on in a run folder that has another configuration.")] = False,
 ) -> None:
-    """Train by a recipe, or resume; launchers/ start it on several processes or machines."""
+    """Train by a recipe, or resume; launchers/local.py starts it on several processes."""
     from scaletrain import config as configuration
 
     config = configuration.load(recipe, overrides or ())

@@ -35,7 +35,9 @@ class Batch:
     def double(self) -> Batch:
         """The same batch in float64."""
         masks = None if self.masks is None else self.masks.double()
-        return replace(self, views=tuple(v.double() for v in self.views), pixel_range=self.pixel_range.double(), masks=masks)
+        support = None if self.support is None else self.support.double()
+        views = tuple(v.double() for v in self.views)
+        return replace(self, views=views, pixel_range=self.pixel_range.double(), masks=masks, support=support)
 
     def split(self, parts: int) -> list[Batch]:
         """Cut into `parts` equal micro-batches along the sample axis."""
@@ -47,10 +49,11 @@ class Batch:
             return [None] * parts if x is None else x.split(n, dim)
 
         views = list(zip(*(v.split(n, 1) for v in self.views), strict=True))
-        rows = zip(views, cut(self.index, 0), cut(self.keys, 0), cut(self.labels, 0), cut(self.masks, 1), strict=True)
+        support = [None] * parts if self.support is None else self.support.split(parts)
+        columns = (cut(self.index, 0), cut(self.keys, 0), cut(self.labels, 0), cut(self.masks, 1), support)
         return [
-            replace(self, views=v, index=i, keys=k, labels=y, masks=m)  # type: ignore[arg-type]
-            for v, i, k, y, m in rows
+            replace(self, views=v, index=i, keys=k, labels=y, masks=m, support=s)
+            for v, i, k, y, m, s in zip(views, *columns, strict=True)
         ]
 
 
@@ -82,7 +85,7 @@ class Clock:
 class Out:
     """What a forward pass hands to the engine."""
 
-    losses: dict[str, Tensor]  # by group name; the key "all" drives every group
+    losses: dict[str, Tensor]  # their sum drives everything; with Method.separate_losses, each drives the group of its name
     scalars: dict[str, Tensor] = field(default_factory=dict)  # for the monitor, detached, 0-d
     embedding: Tensor | None = None  # [B, D] detached: watched for collapse
 
@@ -128,7 +131,7 @@ class Group:
 class Staged(nn.Module):
     """A module whose forward only *stages* what it would write; the engine commits after the step or discards it.
 
-    So a skipped step, a second forward and a recomputed one leave no trace.
+    So a skipped step and a pass for features leave no trace.
     """
 
     def commit(self) -> None:

@@ -28,7 +28,8 @@ class LaunchError(ValueError):
 def init(timeout_seconds: float = 1800.0) -> torch.device:
     """Join the process group that torchrun's variables describe (none: a single process) and return this rank's device."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    # A scheduler may show each process a single device only, whatever its local rank.
+    device = torch.device("cuda", local % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not c10d.is_initialized():
@@ -70,11 +71,6 @@ def world() -> int:
 
 def main() -> bool:
     return rank() == 0
-
-
-def barrier() -> None:
-    if world() > 1:
-        c10d.barrier()
 
 
 # --- collectives without gradient -------------------------------------------------------------------------------------
@@ -178,12 +174,10 @@ def _mix(x: Tensor) -> Tensor:
 
 def hash64(*parts: int | str | Tensor) -> Tensor:
     """A well-mixed int64 (of the tensors' common shape, else 0-d) of all parts in order."""
-    device = next((p.device for p in parts if isinstance(p, Tensor)), torch.device("cpu"))
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    state = torch.zeros((), dtype=torch.int64)  # numbers stay 0-d on the host, where they meet device tensors without a copy
     for part in parts:
-        if isinstance(part, str):
-            part = zlib.crc32(part.encode())
-        state = _mix(state + _GOLDEN + _mix(torch.as_tensor(part, dtype=torch.int64, device=device)))
+        number = zlib.crc32(part.encode()) if isinstance(part, str) else part
+        state = _mix(state + _GOLDEN + _mix(torch.as_tensor(number, dtype=torch.int64)))
     return state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
@@ -9,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,24 +35,28 @@ def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = 
     change: accept a configuration that differs from the one the run folder was started with.
     """
     device = dist.init()
-    dist.keep_freed_memory()
-    try:
-        cores = len(os.sched_getaffinity(0))  # what this process may use, as SLURM and cpusets say
-        torch.set_num_threads(config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        _claim(run, config, change)
-        _loop(config, run, device, init, trace)
-    finally:
-        dist.shutdown()
+    if device.type == "cpu":
+        dist.keep_freed_memory()
+    cores = len(os.sched_getaffinity(0))  # what this process may use, as SLURM and cpusets say
+    torch.set_num_threads(config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    _on_main(lambda: _claim(run, config, change))
+    _loop(config, run, device, init, trace)
+    dist.shutdown()  # not after an error: other ranks would report the lost connection before this one reports its cause
 
 
 def _loop(config: Config, run: Path, device: torch.device, init: Path | None, trace: bool) -> None:
     stream = Stream(config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
     total = config.steps or round(config.epochs * stream.steps_per_epoch)
+    if total < 1:
+        raise ConfigError(f"epochs={config.epochs:g} is less than one step of the {stream.steps_per_epoch} per epoch")
+    schedule.lr(config.optim, config.batch, 0, stream.steps_per_epoch, total)  # refuses what does not fit before any work
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     writer = checkpoint.Writer(
         run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
     )
     start = _resume(engine, run, init)
+    _on_main(lambda: _write_config(run, config))  # only now: one that does not fit must not replace the one that does
+    meta = {"config": config.model_dump(mode="json"), "world": dist.world(), "versions": _versions()}
     monitor = Monitor(run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start_step=start)
     origin = f"resumed from step {start}" if start else f"started from {init}" if init else f"started from seed {config.seed}"
     monitor.note(f"{origin}; {stream.plan.mixing()}" if start < total else f"nothing left to train: {start} of {total} steps")
@@ -62,7 +67,10 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
         first = clock.epoch * stream.steps_per_epoch
         return engine.features(stream.batches(first, first + stream.steps_per_epoch), embed)
 
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close)  # also after an error: a save in flight is worth waiting for
+        stack.callback(stream.close)
+        stack.callback(monitor.close)
         with profile(run, trace) as tracer:
             for step, (batch, waited) in enumerate(_timed(stream.batches(start, total)), start):
                 clock = Clock(step, total, step // stream.steps_per_epoch, stream.steps_per_epoch)
@@ -74,11 +82,7 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
                 monitor.step(clock, result, engine.rates(), batch, waited, ema)
                 tracer.step()
                 if (step + 1) % every == 0 or step + 1 == total:
-                    writer.save(step + 1, engine.state(), _meta(config, step + 1, total))
-    finally:
-        monitor.close()
-        stream.close()
-        writer.close()  # also after an error: a save in flight is worth waiting for
+                    writer.save(step + 1, engine.state(), {"clock": {"step": step + 1, "total": total}, **meta})
 
 
 def build(config: Config, samples: int, steps_per_epoch: int, device: torch.device) -> Engine:
@@ -95,33 +99,38 @@ def build(config: Config, samples: int, steps_per_epoch: int, device: torch.devi
     return engine.Engine(method, config.engine, config.optim, device)  # type: ignore[no-any-return]
 
 
-def _claim(run: Path, config: Config, change: bool) -> None:
-    """Make the run folder and save the configuration in it; refuse the folder of a run with another one."""
+def _on_main(work: Callable[[], None]) -> None:
+    """Run on rank 0; every rank raises what it raised. A run folder that cannot be written is a ConfigError."""
     problem = None
     if dist.main():
         try:
-            problem = _claim_alone(run, config, change)
+            work()
+        except ConfigError as error:
+            problem = str(error)
         except OSError as error:
-            problem = f"cannot write the run folder {run}: {error.strerror}; choose another with --run"
+            problem = f"cannot write the run folder: {error}; choose another with --run"
     if problem := dist.broadcast_object(problem):
         raise ConfigError(problem)
 
 
-def _claim_alone(run: Path, config: Config, change: bool) -> str | None:
+def _claim(run: Path, config: Config, change: bool) -> None:
+    """Make the run folder; refuse the folder of a run with another configuration."""
     path = run / "config.yaml"
     run.mkdir(parents=True, exist_ok=True)
     # without a checkpoint there is nothing to protect: a start that was refused leaves only its configuration
-    if path.exists() and not change and any((run / "checkpoints").glob("step-*")):
-        differences = configuration.diff(configuration.load(path), config)
-        if differences:
-            shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differences)
-            return (
-                f"{run} holds a run of another configuration:\n{shown}\nUse another --run, or --change to go on with this one"
-            )
-    draft = path.with_suffix(".tmp")
+    if not path.exists() or change or not any((run / "checkpoints").glob("step-*")):
+        return
+    if differences := configuration.diff(configuration.load(path), config):
+        shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in differences)
+        raise ConfigError(
+            f"{run} holds a run of another configuration:\n{shown}\nUse another --run, or --change to go on with this one"
+        )
+
+
+def _write_config(run: Path, config: Config) -> None:
+    draft = run / "config.tmp"
     draft.write_text(configuration.dump(config))
-    draft.replace(path)
-    return None
+    draft.replace(run / "config.yaml")
 
 
 def _resume(engine: Engine, run: Path, init: Path | None) -> int:
@@ -162,14 +171,8 @@ def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
         yield item, time.perf_counter() - before
 
 
-def _meta(config: Config, step: int, total: int) -> dict[str, Any]:
-    return {
-        "clock": {"step": step, "total": total},
-        "config": config.model_dump(mode="json"),
-        "world": dist.world(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "git": _git(),
-    }
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "git": _git() if dist.main() else ""}
 
 
 def _git() -> str:

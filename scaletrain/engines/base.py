@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scaletrain import dist
 from scaletrain.config import ConfigError, Count, Leaf, Optim
 from scaletrain.core import Batch, Clock, Method, Out, Piece, Result, Staged
+from scaletrain.nn.norm import BatchNorm
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 
@@ -65,7 +66,7 @@ class Engine:
             method.get_submodule(target).requires_grad_(False)
         if config.compile:
             for child in method.children():
-                if not isinstance(child, nn.ModuleList):  # memories are not compiled
+                if not isinstance(child, (nn.ModuleList, Staged)):  # memories are not compiled
                     child.compile(dynamic=False)
         self.optimizer = groups.build(method, optim)
         self.staged = [m for m in method.modules() if isinstance(m, Staged)]
@@ -75,8 +76,7 @@ class Engine:
 
     def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> Result:
         """One optimizer step on this rank's slice of the global batch; every rank calls it together."""
-        batch = batch.double() if self.config.precision == "fp64" else batch
-        parts = batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]
+        parts = self.micro_batches(batch)
         outs = []
         for i, part in enumerate(parts):
             with self.synchronised(last=i == len(parts) - 1), self.autocast():
@@ -93,8 +93,21 @@ class Engine:
             self._skip(batch, clock, outs)
         self.optimizer.zero_grad(set_to_none=True)
         trust = self._trust() if finite else {}
-        parts_of_loss = {f"loss_{k}": v for k, v in outs[-1].losses.items()} if len(outs[-1].losses) > 1 else {}
-        return Result(loss, {**parts_of_loss, **outs[-1].scalars}, norm, trust, outs[-1].embedding, skipped=not finite)
+        shown = [{**({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}), **o.scalars} for o in outs]
+        scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
+        return Result(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """The parts that gradients are accumulated over. Raises ConfigError where that would change the normalisation."""
+        batch = batch.double() if self.config.precision == "fp64" else batch
+        parts = batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]
+        norms = [m.group for m in self.staged if isinstance(m, BatchNorm)]
+        if len(parts) > 1 and any(not group or len(parts[0]) % group for group in norms):
+            raise ConfigError(
+                f"engine.accumulate={len(parts)} leaves {len(parts[0])} samples per rank and micro-batch, which would change "
+                "the batch norm: set model.norm_group to a divisor of that, or engine.accumulate=1"
+            )
+        return parts
 
     def _apply(self, clock: Clock, norm: Tensor, lr: float, base_lr: float) -> None:
         if self.config.clip:
@@ -186,7 +199,7 @@ class Engine:
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         """Take everything from a checkpoint of the same method, written by any engine at any world size."""
-        self._create_optimizer_state(saved)
+        self._create_optimizer_state(saved)  # only now is it known what the optimizer keeps
         shards, tensors, there = self._shards(), self._tensors(), set(saved.names())
         for name, tensor in tensors.items():
             start, rows = shards.get(name, (0, 0))
@@ -200,12 +213,18 @@ class Engine:
             raise TrainingError(f"this checkpoint belongs to another model: it also holds {', '.join(extra[:3])}")
 
     def _create_optimizer_state(self, saved: Saved) -> None:
+        kept = {"step", "exp_avg", "exp_avg_sq"} if isinstance(self.optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+        if other := {n.rpartition(".")[2] for n in saved.names() if n.startswith("optim.")} - kept:
+            raise TrainingError(
+                f"this checkpoint holds another optimizer's state ({', '.join(sorted(other))}): keep optim.name, or export the "
+                "encoder and start a new run with --init"
+            )
         for name, parameter in self._named():
             prefix = f"optim.{name}."
             self.optimizer.state[parameter].update(
                 {
                     n.removeprefix(prefix): torch.empty_like(parameter)
-                    if saved.shape(n)
+                    if not n.endswith(".step")
                     else torch.empty((), dtype=torch.float32)  # AdamW's step counter lives on the CPU
                     for n in saved.names()
                     if n.startswith(prefix)

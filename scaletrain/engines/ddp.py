@@ -9,13 +9,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import dist
-from scaletrain.config import Optim
-from scaletrain.core import Batch, Clock, Method, Out
+from scaletrain.config import Optim, Positive
+from scaletrain.core import Batch, Clock, Method, Out, Result
 from scaletrain.engines import base
 
 
 class Config(base.EngineConfig):
-    bucket_mb: float = 25.0  # gradients are sent in buckets of this size while backward goes on
+    bucket_mb: Positive = 25.0  # gradients are sent in buckets of this size while backward goes on
 
 
 class Engine(base.Engine):
@@ -28,6 +28,27 @@ class Engine(base.Engine):
             self.wrapped = DistributedDataParallel(
                 method, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
             )
+
+        self.rehearsed = self.wrapped is None
+
+    def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> Result:
+        if not self.rehearsed:
+            self.rehearse(batch, clock)
+        return super().step(batch, clock, lr, base_lr)
+
+    def rehearse(self, batch: Batch, clock: Clock) -> None:
+        """One backward pass without a trace, before the first step of this process.
+
+        DDP lays out its buckets anew after its first backward pass, and the layout decides in which order three or more
+        ranks are added up: without this, the first step after a resume would round differently.
+        """
+        with self.autocast():
+            out = self.forward(self.micro_batches(batch)[0], clock)
+        self.backward(out, 1.0)
+        for module in self.staged:
+            module.discard()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.rehearsed = True
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if self.wrapped is None or last else self.wrapped.no_sync()

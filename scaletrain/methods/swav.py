@@ -41,7 +41,7 @@ class Model(Method):
             raise ValueError("swav needs two large views to swap codes between; data.views has one")
         if config.queue % facts.batch:
             raise ValueError(f"method.queue={config.queue} is not a multiple of the global batch {facts.batch}")
-        self.config, self.batch = config, facts.batch
+        self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
@@ -77,10 +77,11 @@ class Model(Method):
 
     def _codes(self, view: int, scores: Tensor, prototypes: Tensor, clock: Clock) -> Tensor:
         """Assignments [B, K] of one view; a full queue takes part in the balancing and is cut off again."""
+        rows = len(scores)
         if self.config.queue and clock.epoch >= self.config.queue_epoch and self.queues[view].full:
             past = dist.mine(self.queues[view].rows).to(scores) @ prototypes.T  # type: ignore[arg-type]
             scores = torch.cat([past, scores])
-        return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-self.batch // dist.world() :]
+        return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-rows:]
 
     def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
         # The authors normalise the prototypes before each forward; after each step is the same and keeps forward pure.

@@ -7,11 +7,13 @@ import logging
 from pathlib import Path
 
 import pytest
+import ranks
 import small
 import torch
+from torch._dynamo.utils import counters
 from toys import Toy, toy_engine
 
-from scaletrain import checkpoint
+from scaletrain import checkpoint, dist
 from scaletrain.config import ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine, TrainingError
@@ -70,6 +72,65 @@ def test_accumulation_equals_the_whole_batch_where_normalisation_fits_the_micro_
         assert x == pytest.approx(y, rel=1e-12)
     for name, tensor in a.method.named_parameters():
         torch.testing.assert_close(tensor, b.method.get_parameter(name), rtol=1e-9, atol=1e-11)
+
+
+def test_accumulation_that_would_change_the_normalisation_is_refused() -> None:
+    for group in (0, 3):  # the whole batch; three samples where a micro-batch has four
+        cfg = small.config("byol", engine={"accumulate": 3}, model={"norm_group": group})
+        with pytest.raises(ConfigError, match=r"leaves 4 samples per rank.*norm_group"):
+            small.run(small.engine(cfg), cfg, 0, 1)
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+
+
+def poisoned(poison: bool) -> dict[str, torch.Tensor]:
+    """Two good steps, then, if asked, one with a NaN in a sample of rank 1 that is skipped, then a good one."""
+    logging.getLogger("scaletrain").addHandler(lines := Lines())
+    cfg = small.config("deepcluster_v2")
+    engine = small.engine(cfg)
+    small.run(engine, cfg, 0, 2)
+    if poison:
+        bad = small.batch(cfg, 2)
+        if dist.rank() == 1:
+            bad.views[0][0, 1, 0, 0, 0] = float("nan")
+        assert engine.step(bad, dataclasses.replace(CLOCK, step=2), 0.2, 0.2).skipped
+        owner = int(dist.gather_nograd(bad.index)[cfg.batch // 2 + 1])  # second sample of the second half
+        assert not dist.main() or any(f"rank 1 is not finite; samples [{owner}]" in line for line in lines.seen), lines.seen
+    small.run(engine, cfg, 3, 4)
+    return {f"{name}@{piece.start}": piece.data for name, piece in engine.state().items()}
+
+
+def test_a_bad_sample_of_another_rank_makes_all_skip_and_is_named(tmp_path: Path) -> None:
+    results = []
+    for poison in (True, False):
+        folder = tmp_path / str(poison)
+        folder.mkdir()
+        results.append(ranks.run(2, poisoned, folder, poison))
+    for skipped, undisturbed in zip(*results, strict=True):
+        assert equal(skipped, undisturbed)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own looking around
+def test_a_compiled_engine_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+    counters.clear()
+    eager, compiled = (small.config("byol", engine={"compile": c}) for c in (False, True))
+    a, b = small.engine(eager), small.engine(compiled)
+    assert small.run(b, compiled, 0, 2) == pytest.approx(small.run(a, eager, 0, 2), rel=1e-9)
+    assert counters["stats"]["unique_graphs"] >= 5  # both backbones and all heads
+    assert sum(counters["graph_break"].values()) == 0
+    assert a.state().keys() == b.state().keys()
+    torch._dynamo.reset()
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees() -> None:
