@@ -226,7 +226,7 @@ def _from_torchvision(dest: Path) -> Path:
     return dest / "FashionMNIST" / "raw"
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
+# --- processes and paths ------------------------------------------------------------------------------------------------
 
 
 def _trained(settings: Sequence[str]) -> bool:

@@ -234,7 +234,7 @@ class Engine:
     def export(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.method.backbone.state_dict().items()}
 
-    # --- helpers ------------------------------------------------------------------------------------------------------
+    # --- parts ---------------------------------------------------------------------------------------------------------
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each group in the last step."""

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as c10d
 
-from scaletrain import dist
 from scaletrain.checkpoint import CheckpointError, Saved, Writer, latest
 from scaletrain.core import Piece
 
@@ -67,7 +66,7 @@ def test_any_world_restores_from_any_other(tmp_path: Path) -> None:
         if step > 1:
             check(latest(root), step - 1, rank, world)  # written by another world
         save(root, step, rank, world)
-        dist.barrier()  # rank 0 has committed
+        c10d.barrier()  # rank 0 has committed
         check(latest(root), step, rank, world)
 
     for step, world in enumerate((2, 3, 1, 2), start=1):
@@ -85,7 +84,7 @@ def test_all_ranks_take_the_same_step(tmp_path: Path) -> None:
 
     def work(rank: int, world: int) -> None:
         check(latest(root), 1, rank, world)
-        dist.barrier()
+        c10d.barrier()
         if rank == 0:
             (root / "step-00000001" / "manifest.json").write_bytes(b"")
         with pytest.raises(CheckpointError, match=r"no step in .* is whole"):
