@@ -13,7 +13,7 @@ import ranks
 import small
 import torch
 from bugs import BUGS
-from toys import ADVERSARY, Toy, toy_engine
+from toys import ADVERSARY, toy_engine
 
 from scaletrain.config import leaves
 
@@ -103,4 +103,3 @@ def test_training_moves_everything(reference: dict[str, torch.Tensor]) -> None:
     for method in METHODS:
         assert reference[f"{method}/loss"].std() > 1e-6
         assert any(v.abs().max() > 0 for k, v in of(method, reference).items() if "momentum_buffer" in k)
-    assert Toy.separate_losses

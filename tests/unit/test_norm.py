@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import ranks
@@ -156,6 +157,23 @@ def test_compiled_backbone_has_no_graph_break_and_stages_its_statistics() -> Non
     assert sum(counters["graph_break"].values()) == 0
     assert net.conv1.weight.grad is not None
     torch._dynamo.reset()
+
+
+def collectives(group: int) -> dict[str, Tensor]:
+    """Sums over ranks in a forward and in a backward of four views through one layer."""
+    x, _ = data((4, 4, 5, 4))
+    norm, leaf = make(group), x[:, dist.rank() * 2 : dist.rank() * 2 + 2].clone().requires_grad_()
+    with mock.patch.object(dist, "sum_nograd", wraps=dist.sum_nograd) as summed:
+        y = per_view(norm, leaf)
+        forward = summed.call_count
+        y.square().sum().backward()
+    return {"calls": torch.tensor([forward, summed.call_count - forward])}
+
+
+@pytest.mark.parametrize(("group", "calls"), [(0, [1, 1]), (2, [0, 0])])
+def test_all_views_share_one_collective_a_direction(group: int, calls: list[int], tmp_path: Path) -> None:
+    for result in ranks.run(2, collectives, tmp_path, group):
+        assert result["calls"].tolist() == calls
 
 
 def pooled_on_ranks(group: int) -> dict[str, Tensor]:
