@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench golden
+.PHONY: help demo test check gpu-check bench golden
 
 help: ## these words
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
@@ -16,6 +16,9 @@ test: .venv/.dev ## the test suite
 check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
 	@$(BIN)/python -m pytest tests/test_layers.py
+
+gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation
+	@$(BIN)/python -m scaletrain doctor --require-gpu && $(BIN)/python -m pytest -rs tests/unit/test_cuda.py
 
 bench: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
 	@$(if $(IMAGES),,echo "error: IMAGES=FOLDER is needed" >&2; exit 2;) $(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference

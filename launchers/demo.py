@@ -182,7 +182,7 @@ def find(source: Path | None) -> Path:
             raise DemoError(f"{source} has no {missing[0]}; give the folder that holds {', '.join(FILES)}")
         return source
     downloads = HOME / "data"
-    for folder in (Path("/") / SYSTEM, downloads, downloads / "FashionMNIST" / "raw"):
+    for folder in (Path("/") / SYSTEM, downloads):
         if all((folder / name).is_file() for name in FILES):
             return folder
     for what, fetch in ((f"Debian package {PACKAGE}", _from_debian), ("torchvision's download", _from_torchvision)):
@@ -214,16 +214,21 @@ def _from_debian(dest: Path) -> Path:
             _quiet(place, "apt-get", *own, "download", PACKAGE)
         package = next(place.glob("*.deb"))
         _quiet(place, "dpkg-deb", "-x", str(package), "unpacked")
-        shutil.rmtree(dest, ignore_errors=True)
-        (place / "unpacked" / SYSTEM).rename(dest)
-    return dest
+        return _keep(place / "unpacked" / SYSTEM, dest)
 
 
 def _from_torchvision(dest: Path) -> Path:
     from torchvision.datasets import FashionMNIST
 
-    FashionMNIST(str(dest), download=True)  # checks md5 sums
-    return dest / "FashionMNIST" / "raw"
+    with tempfile.TemporaryDirectory(dir=HOME) as temporary:
+        FashionMNIST(temporary, download=True)  # checks md5 sums
+        return _keep(Path(temporary) / "FashionMNIST" / "raw", dest)
+
+
+def _keep(found: Path, dest: Path) -> Path:
+    """Move what was fetched into place, only now that it is complete: `find` goes by names."""
+    shutil.rmtree(dest, ignore_errors=True)
+    return found.rename(dest)
 
 
 # --- processes and paths ------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Train on this machine with several processes:
 
     python launchers/local.py --procs 2 RECIPE [key=value ...] --run DIR
+    python launchers/local.py --procs 2 doctor [...]
 
-Everything but --procs, --port and --restarts is passed to `scaletrain train`. The exit code is that of the first process that
-failed; all others are ended with it, as they are when this launcher ends.
+Everything but --procs, --port and --restarts is passed to `scaletrain train`, or to `scaletrain doctor`. The exit code is that
+of the first process that failed; all others are ended with it, as they are when this launcher ends.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def _attempt(procs: int, port: int, rest: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    command = rest if rest[:1] == ["doctor"] else ["train", *rest]
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,7 +65,7 @@ def _attempt(procs: int, port: int, rest: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SCALETRAIN_ERROR_FILE"] = str(Path(folder) / "first-failure")
         try:
-            elastic_launch(config, sys.executable)("-m", "scaletrain", "train", *rest)
+            elastic_launch(config, sys.executable)("-m", "scaletrain", *command)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:

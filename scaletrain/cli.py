@@ -1,6 +1,7 @@
 """The command line. Heavy modules are imported inside the commands, so that --help is quick.
 
-Expected failures are one `error:` text on stderr and exit code 2; a defect of this program keeps its traceback (exit code 1).
+Expected failures are one `error:` text on stderr and exit code 2, or 75 where another start may succeed; a defect of this
+program keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ class _Guarded(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            usage, expected = hasattr(error, "exit_code"), _expected(error)
-            code = _claim(2 if usage or expected else 1)
+            expected = _expected(error)
+            usage = hasattr(error, "exit_code") and not expected
+            own = getattr(error, "exit_code", 2) if usage or expected else 1
+            code = _claim(own)
             if code is not None:
                 raise typer.Exit(code) from None
             if usage or not expected or ctx.params["debug"]:
                 raise
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(own) from None
 
 
 app = typer.Typer(
@@ -72,17 +75,28 @@ def train(
     init: Annotated[Path | None, typer.Option(help="safetensors file whose backbone starts a new run.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")] = False,
     change: Annotated[bool, typer.Option("--change", help="Go on in a run folder that has another configuration.")] = False,
+    data: Annotated[str | None, typer.Option(help="Short for data.path=DATA; `synthetic`: rehearse speed and memory.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Short for steps=STEPS; a rehearsal has no warm-up.")] = None,
 ) -> None:
     """Train by a recipe, or resume; launchers/local.py starts it on several processes."""
     from scaletrain import config as configuration
 
-    config = configuration.load(recipe, overrides or ())
+    short = [f"{key}={value}" for key, value in (("data.path", data), ("steps", steps)) if value is not None]
+    # a rehearsal is shorter than the warm-up of any recipe
+    first = ["optim.warmup_epochs=0"] if data == "synthetic" and steps is not None else []
+    config = configuration.load(recipe, [*first, *(overrides or ()), *short])
     run = run or Path("runs") / recipe.stem
     if os.environ.get("RANK", "0") == "0":
         _print_changes(recipe, configuration.load(recipe), config)
+    from scaletrain.interrupt import Stopped
     from scaletrain.train import train as start
 
-    start(config, run, init=init, trace=profile, change=change)
+    try:
+        start(config, run, init=init, trace=profile, change=change)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(str(stop))
+        raise typer.Exit(128 + stop.number) from None
 
 
 @app.command("eval")
@@ -121,12 +135,38 @@ def export(
     typer.echo(f"{file}: backbone of step {source.step}, {len(tensors)} tensors")
 
 
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Option(help="Run folder to measure; if it holds a run, with that run's recipe.")] = Path("runs"),
+    data: Annotated[Path | None, typer.Option(help="Folder of shards to measure.")] = None,
+    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Fail where there is no GPU.")] = False,
+) -> None:
+    """Check installation, machine, disks and network: a page for a bug report; torchrun starts it on several processes."""
+    from scaletrain import doctor
+
+    if doctor.examine(run, data, require_gpu=require_gpu):
+        raise typer.Exit(1)
+
+
 @show.command("config")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """The resolved configuration, as a run saves it."""
     from scaletrain import config
 
     typer.echo(config.dump(config.load(recipe, overrides or ())), nl=False)
+
+
+@show.command("model")
+def show_model(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Parameters, FLOPs per view and step, and activation memory of a recipe; nothing is computed."""
+    from scaletrain import config, sizes
+
+    found = sizes.measure(config.load(recipe, overrides or ()))
+    typer.echo(json.dumps(found, indent=1)) if as_json else sizes.show(found)
 
 
 @show.command("schema")

@@ -134,7 +134,8 @@ class Staged(nn.Module):
     So a skipped step and a pass for features leave no trace.
     """
 
-    def commit(self) -> None:
+    def commit(self, parts: int = 1) -> None:
+        """Write what was staged, by equally many calls in each of the step's `parts` micro-batches."""
         raise NotImplementedError
 
     def discard(self) -> None:

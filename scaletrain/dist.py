@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -89,6 +90,24 @@ def max_nograd(x: Tensor) -> Tensor:
     if world() > 1:
         c10d.all_reduce(x, op=c10d.ReduceOp.MAX)
     return x
+
+
+def max_later(value: int) -> Callable[[], int]:
+    """Begin to exchange a number; the function that is returned waits for it and gives the largest of all ranks."""
+    box = torch.tensor(value)
+    work = c10d.all_reduce(box, op=c10d.ReduceOp.MAX, async_op=True) if world() > 1 else None
+
+    def result() -> int:
+        if work is not None:
+            work.wait()
+        return int(box)
+
+    return result
+
+
+def barrier() -> None:
+    """Wait for all ranks, on the host."""
+    sum_nograd(torch.zeros(1))
 
 
 def gather_nograd(x: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def memory() -> dict[str, float]:
     peak = {"memory/rss_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if torch.cuda.is_available():
         peak["memory/cuda_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        peak["memory/cuda_reserved_mb"] = torch.cuda.max_memory_reserved() / 2**20
     return peak
 
 
@@ -164,7 +165,7 @@ class Steps(Protocol):
     def step(self) -> None: ...
 
 
-class _Unprofiled:
+class Unwatched:
     def step(self) -> None:
         """Nothing is recorded."""
 
@@ -173,7 +174,7 @@ class _Unprofiled:
 def profile(run: Path, enabled: bool) -> Iterator[Steps]:
     """Trace steps 5 to 10 (from 0) of this session into RUN/profile/rank<r>.json ; call `.step()` after each."""
     if not enabled:
-        yield _Unprofiled()
+        yield Unwatched()
         return
     path = run / "profile" / f"rank{dist.rank()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from scaletrain.core import Clock
 
 
+def number(value: float) -> str:
+    """Three digits, and all of them before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 class Pace:
     """Throughput clock of this session (a resumed run starts a new one); seconds are wall clock."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import importlib
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,13 @@ from scaletrain.config import Config, ConfigError
 from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.data.loader import Stream
 from scaletrain.engines.base import Engine, TrainingError
+from scaletrain.interrupt import Interrupt, Stopped, leave
+from scaletrain.marks import WAIT, mark
 from scaletrain.monitor import Monitor, profile
-from scaletrain.nn import resnet
+from scaletrain.nn import backbone
 from scaletrain.optim import schedule
+from scaletrain.rehearsal import rehearse
+from scaletrain.versions import commit
 
 T = TypeVar("T")
 
@@ -34,23 +39,26 @@ def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = 
     init: an exported or foreign safetensors file whose backbone starts a new run. trace: write a profile of some steps.
     change: accept a configuration that differs from the one the run folder was started with.
     """
-    device = dist.init()
-    if device.type == "cpu":
-        dist.keep_freed_memory()
-    cores = len(os.sched_getaffinity(0))  # what this process may use, as SLURM and cpusets say
-    torch.set_num_threads(config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    _on_main(lambda: _claim(run, config, change))
-    _loop(config, run, device, init, trace)
-    dist.shutdown()  # not after an error: other ranks would report the lost connection before this one reports its cause
+    with Interrupt() as interrupt, contextlib.ExitStack() as held:
+        device = dist.init()
+        if device.type == "cpu":
+            dist.keep_freed_memory()
+        torch.set_num_threads(config.threads or _threads())
+        _on_main(lambda: _claim(run, config, change, held))
+        stop = _loop(config, run, device, init, trace, interrupt)
+        dist.shutdown()  # not after an error: other ranks would report the lost connection before this one reports its cause
+    if stop:
+        raise stop
 
 
-def _loop(config: Config, run: Path, device: torch.device, init: Path | None, trace: bool) -> None:
+def _loop(
+    config: Config, run: Path, device: torch.device, init: Path | None, trace: bool, interrupt: Interrupt
+) -> Stopped | None:
+    """The request on which the run stopped before its end, if any."""
     stream = Stream(config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
-    total = config.steps or round(config.epochs * stream.steps_per_epoch)
-    if total < 1:
-        raise ConfigError(f"epochs={config.epochs:g} is less than one step of the {stream.steps_per_epoch} per epoch")
-    schedule.lr(config.optim, config.batch, 0, stream.steps_per_epoch, total)  # refuses what does not fit before any work
+    total = total_steps(config, stream.steps_per_epoch)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
+    engine.sample_name = stream.name
     writer = checkpoint.Writer(
         run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
     )
@@ -68,6 +76,7 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
         return engine.features(stream.batches(first, first + stream.steps_per_epoch), embed)
 
     with contextlib.ExitStack() as stack:
+        timer = stack.enter_context(rehearse(config, run, total - start, device))
         stack.callback(writer.close)  # also after an error: a save in flight is worth waiting for
         stack.callback(stream.close)
         stack.callback(monitor.close)
@@ -81,20 +90,46 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
                 ema = engine.method.ema(clock) if engine.method.targets else None
                 monitor.step(clock, result, engine.rates(), batch, waited, ema)
                 tracer.step()
-                if (step + 1) % every == 0 or step + 1 == total:
+                last = step + 1 == total
+                stop = 0 if last else interrupt.agreed()
+                if (step + 1) % every == 0 or last or stop:
                     writer.save(step + 1, engine.state(), {"clock": {"step": step + 1, "total": total}, **meta})
+                timer.step()
+                if stop:
+                    break
+            else:
+                return None
+    return leave(stop, step + 1)
 
 
-def build(config: Config, samples: int, steps_per_epoch: int, device: torch.device) -> Engine:
-    """The method of a configuration, drawn from its seed alone, inside its engine."""
+def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:
+    """What the method is told of a run."""
     sizes: dict[int, int] = {}
     for view in config.data.views:
         sizes[view.size] = sizes.get(view.size, 0) + view.count
     views = tuple(sorted(sizes.items(), reverse=True))
-    facts = Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed)
+    return Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed)
+
+
+def build_method(config: Config, facts: Facts) -> Method:
+    """The method of a configuration, drawn from its seed alone."""
     torch.manual_seed(config.seed)
     leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
-    method: Method = leaf.Model(config.method, lambda: resnet.build(config.model), facts)
+    return leaf.Model(config.method, lambda: backbone.build(config.model), facts)  # type: ignore[no-any-return]
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run. Raises ConfigError for what does not fit them."""
+    total = config.steps or round(config.epochs * steps_per_epoch)
+    if total < 1:
+        raise ConfigError(f"epochs={config.epochs:g} is less than one step of the {steps_per_epoch} per epoch")
+    schedule.lr(config.optim, config.batch, 0, steps_per_epoch, total)  # raises when the warm-up is longer
+    return total
+
+
+def build(config: Config, samples: int, steps_per_epoch: int, device: torch.device) -> Engine:
+    """The method of a configuration inside its engine."""
+    method = build_method(config, facts_of(config, samples, steps_per_epoch))
     engine = importlib.import_module(f"scaletrain.engines.{config.engine.name}")
     return engine.Engine(method, config.engine, config.optim, device)  # type: ignore[no-any-return]
 
@@ -113,10 +148,11 @@ def _on_main(work: Callable[[], None]) -> None:
         raise ConfigError(problem)
 
 
-def _claim(run: Path, config: Config, change: bool) -> None:
-    """Make the run folder; refuse the folder of a run with another configuration."""
+def _claim(run: Path, config: Config, change: bool, held: contextlib.ExitStack) -> None:
+    """Make the run folder and hold it; refuse that of a run with another configuration, or one that another process holds."""
     path = run / "config.yaml"
     run.mkdir(parents=True, exist_ok=True)
+    _hold(held.enter_context((run / ".lock").open("a+")), run)
     # without a checkpoint there is nothing to protect: a start that was refused leaves only its configuration
     if not path.exists() or change or not any((run / "checkpoints").glob("step-*")):
         return
@@ -125,6 +161,30 @@ def _claim(run: Path, config: Config, change: bool) -> None:
         raise ConfigError(
             f"{run} holds a run of another configuration:\n{shown}\nUse another --run, or --change to go on with this one"
         )
+
+
+def _hold(lock: TextIO, run: Path) -> None:
+    """Lock the run folder until the file is closed, at the latest by the end of this process."""
+    for patience in range(20, -1, -1):  # a predecessor that is being killed may take a moment
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # a file system without locks cannot protect
+            if not patience:
+                lock.seek(0)
+                raise ConfigError(f"{run} is being trained by {lock.read().strip() or 'another process'}") from None
+            time.sleep(0.25)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}, job {os.environ.get('SLURM_JOB_ID', 'none')}\n")
+    lock.flush()
+
+
+def _threads() -> int:
+    """CPU threads of this rank: what its launcher says, else an equal share of the cores that this process may use."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _write_config(run: Path, config: Config) -> None:
@@ -165,27 +225,12 @@ def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
     while True:
         before = time.perf_counter()
         try:
-            item = next(iterator)
+            with mark(WAIT):
+                item = next(iterator)
         except StopIteration:
             return
         yield item, time.perf_counter() - before
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "git": _git() if dist.main() else ""}
-
-
-def _git() -> str:
-    """Commit of the source tree, with '+' where it has changes; empty for an installed package."""
-    where = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), "describe", "--always", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+    return {"python": platform.python_version(), "torch": torch.__version__, "git": commit() if dist.main() else ""}

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from scaletrain.data import script
-from scaletrain.data.sources import MAX_PIXELS
 from scaletrain.data.verify import verify
+from scaletrain.data.write import MAX_PIXELS
 
 
 def main(

@@ -10,17 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    ("core", "config", "recipe"),
+    ("core", "config", "recipe", "marks", "versions"),
     ("dist",),
     ("ops", "nn", "optim"),
     ("data",),
     ("methods", "auxiliaries"),
     ("engines",),
-    ("checkpoint", "saved", "files", "monitor", "progress"),
+    ("checkpoint", "saved", "files", "monitor", "progress", "interrupt"),
+    ("rehearsal",),
     ("train",),
-    ("evals", "saliency"),
+    ("evals", "saliency", "doctor", "sizes"),
     ("report",),
-    ("cli",),
+    ("cli", "slurm"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

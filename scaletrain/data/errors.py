@@ -22,3 +22,9 @@ class ShardError(DataError):
 
     def __reduce__(self) -> tuple[type[ShardError], tuple[str, int, str]]:
         return ShardError, (self.shard, self.offset, self.text)
+
+
+class LoaderError(DataError):
+    """Loader processes died or hang: another start may succeed."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h

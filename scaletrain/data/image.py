@@ -63,15 +63,15 @@ def check(data: bytes, max_pixels: int) -> None:
         raise ImageError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
 
 
-def strict(data: bytes, max_pixels: int) -> None:
-    """Decode with Pillow too, which refuses the truncated and damaged files that OpenCV pads with gray."""
+def strict(data: bytes, max_pixels: int) -> Pixels:
+    """`decode`, and with Pillow too, which refuses the truncated and damaged files that OpenCV pads with gray."""
     check(data, max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             image.load()
     except Exception as error:  # Pillow raises many types for damaged files
         raise ImageError(f"the image is damaged ({error})") from None
-    _decode(data, cv2.IMREAD_COLOR_RGB)
+    return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
 def _decode(data: bytes, flags: int) -> Pixels:
@@ -120,3 +120,18 @@ def png(pixels: Pixels) -> bytes:
     """Encode [H, W] gray or [H, W, 3] RGB."""
     bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     return bytes(cv2.imencode(".png", bgr)[1])
+
+
+def jpeg(pixels: Pixels, quality: int) -> bytes:
+    """Encode [H, W, 3] RGB; `quality` in 1 .. 100."""
+    try:
+        return bytes(cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
+    except cv2.error as error:
+        raise ImageError(f"the image cannot be written as JPEG ({error.err})") from None
+
+
+def shrink(pixels: Pixels, side: int, interpolation: int = cv2.INTER_AREA) -> Pixels:
+    """[H, W, 3] or [H, W], H and W above `side` -> the short side is `side`. Area averages: antialiased (as FFCV's writer)."""
+    height, width = pixels.shape[:2]
+    scale = side / min(height, width)
+    return cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=interpolation)  # type: ignore[return-value]

@@ -46,15 +46,25 @@ def build(folder: Path, *, force: bool = False, progress: Callable[[int, int], N
         shards: list[Shard] = []
         for done, name in enumerate(names):
             progress(done, len(names))
-            rows, size, sha = table.scan(folder / name)
-            atomic(table_path(folder / name), table.pack(rows, size))
-            shards.append({"name": name, "samples": len(rows), "bytes": size, "sha256": sha})
+            shards.append(tabulate(folder / name))
         progress(len(names), len(names))
-        total = sum(s["samples"] for s in shards)
-        if not total:
-            raise DataError(f"{folder}: the shards hold no samples")
-        atomic(folder / MANIFEST, json.dumps({"version": VERSION, "samples": total, "shards": shards}, indent=0).encode())
+        publish(folder, shards)
     return shards
+
+
+def tabulate(path: Path) -> Shard:
+    """Read one shard, write its offset table beside it -> its entry of the manifest. Raises ShardError."""
+    rows, size, sha = table.scan(path)
+    atomic(table_path(path), table.pack(rows, size))
+    return {"name": path.name, "samples": len(rows), "bytes": size, "sha256": sha}
+
+
+def publish(folder: Path, shards: list[Shard]) -> None:
+    """Write the manifest; all offset tables must lie there already. Raises DataError when there are no samples."""
+    total = sum(s["samples"] for s in shards)
+    if not total:
+        raise DataError(f"{folder}: the shards hold no samples")
+    atomic(folder / MANIFEST, json.dumps({"version": VERSION, "samples": total, "shards": shards}, indent=0).encode())
 
 
 def table_path(shard: Path) -> Path:

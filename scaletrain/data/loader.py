@@ -6,6 +6,7 @@ import inspect
 import signal
 import warnings
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import cv2
@@ -15,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from scaletrain.config import Data
 from scaletrain.core import Batch
 from scaletrain.data.device import ToDevice
-from scaletrain.data.errors import DataError
+from scaletrain.data.errors import DataError, LoaderError
 from scaletrain.data.plan import Plan
 from scaletrain.data.reader import Shards
 from scaletrain.data.stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
+from scaletrain.marks import COPY, mark
 
 SYNTHETIC = "synthetic"
 
@@ -56,6 +58,13 @@ class Stream:
         self._running = [*(r for r in self._running if inspect.getgeneratorstate(r) != inspect.GEN_CLOSED), running]
         return running
 
+    def name(self, sample: int) -> str:
+        """Where to find a sample: SHARD.tar/KEY, or its number if the data is synthetic or cannot be read any more."""
+        with suppress(DataError, OSError):
+            if isinstance(self.dataset, Images):
+                return self.dataset.shards.name(sample)
+        return str(sample)
+
     def close(self) -> None:
         """Stop the workers of every iterator that is still open."""
         while self._running:
@@ -64,7 +73,9 @@ class Stream:
     def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         steps = _Steps(start, stop, self.steps_per_epoch)
         for raw in _load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device):
-            yield self._to_device(raw)
+            with mark(COPY):
+                batch = self._to_device(raw)
+            yield batch
 
 
 def plain(
@@ -160,11 +171,11 @@ def _init_worker(number: int) -> None:
 def _lost(error: RuntimeError, timeout: float) -> Exception:
     text = str(error).splitlines()[0]
     if "timed out" in text:
-        return DataError(
+        return LoaderError(
             f"no batch for {timeout:g} s: storage or a loader process hangs; raise data.timeout if it is only slow"
         )
     if "DataLoader worker" in text and "Caught" not in text:
-        return DataError(f"{text}; if memory ran out, lower data.workers or data.prefetch")
+        return LoaderError(f"{text}; if memory ran out, lower data.workers or data.prefetch")
     return error
 
 

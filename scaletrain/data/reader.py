@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from scaletrain.data import index, table
 from scaletrain.data.errors import ShardError
-from scaletrain.data.tar import BLOCK, MEMBER_BYTES
+from scaletrain.data.tar import BLOCK, MEMBER_BYTES, name_in
 
 OPEN_SHARDS = 256  # two file descriptors each; the usual limit of a process is 1024
 
@@ -35,6 +36,7 @@ class Shards:
         # arrays and not lists: workers that touch Python objects copy the parent's pages
         self._names: NDArray[np.bytes_] = np.array([s["name"].encode() for s in shards], np.bytes_)
         self._bytes = np.array([s["bytes"] for s in shards], np.int64)
+        self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()  # of all bytes, in order
         self.counts: NDArray[np.int64] = np.array([s["samples"] for s in shards], np.int64)
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
 
@@ -63,12 +65,19 @@ class Shards:
             found = self._member(number, file, row[6:9])
         return Sample(image, row[9], found)
 
+    def labels(self) -> NDArray[np.int64]:
+        """Of all samples [N], -1 where unknown."""
+        return np.concatenate([self._shard(number)[1]["label"] for number in range(len(self._names))])
+
     def fault(self, sample: int, text: object) -> ShardError:
         """An error about a sample, with its shard, offset and key."""
-        number = self._number(sample)
-        file, rows = self._shard(number)
-        offset = int(rows[sample - int(self._starts[number])]["image"])
-        return ShardError(self._path(number), offset, f"sample '{self._key(file, offset)}': {text}")
+        number, offset, key = self._find(sample)
+        return ShardError(self._path(number), offset, f"sample '{key}': {text}")
+
+    def name(self, sample: int) -> str:
+        """Where to find a sample in the folder, as SHARD.tar/KEY. Raises ShardError when its shard is not what was indexed."""
+        number, _, key = self._find(sample)
+        return f"{self._path(number).name}/{key}"
 
     def close(self) -> None:
         while self._open:
@@ -76,6 +85,13 @@ class Shards:
 
     def __del__(self) -> None:
         self.close()
+
+    def _find(self, sample: int) -> tuple[int, int, str]:
+        """Number of the shard, offset of the image in it, key."""
+        number = self._number(sample)
+        file, rows = self._shard(number)
+        offset = int(rows[sample - int(self._starts[number])]["image"])
+        return number, offset, self._key(file, offset)
 
     def _number(self, sample: int) -> int:
         return int(self._starts.searchsorted(sample, "right")) - 1
@@ -124,5 +140,4 @@ class Shards:
 
     def _key(self, file: int, offset: int) -> str:
         """The key in the header before a payload, for error texts."""
-        header = os.pread(file, BLOCK, offset - BLOCK)
-        return table.split(header[:100].split(b"\0")[0].decode("utf-8", "backslashreplace"))[0]
+        return table.split(name_in(os.pread(file, BLOCK, offset - BLOCK)))[0]

@@ -1,14 +1,27 @@
-"""What the scripts in shards/ share: errors as one line and exit code 2, and a progress bar."""
+"""What the scripts in shards/ share: common options, errors as one line and exit code 2, a progress bar, and the writing."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scaletrain.data import partial, write
+from scaletrain.data.errors import DataError
+from scaletrain.data.write import How, Source
+
+Dest = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make: DEST/NAME-000000.tar ..., index, classes.json.")]
+Splits = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make, with one folder of shards for each split.")]
+NEXT = "The same command goes on after a kill. The same input and options give the same bytes."
 
 
 def run(command: Callable[..., None]) -> None:
@@ -20,6 +33,59 @@ def run(command: Callable[..., None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def importer(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `how: How` appears on the command line as the options of How, after its own."""
+
+    @wraps(command)
+    def parsed(**given: Any) -> None:
+        how = How(**{name: given.pop(name) for name in names})
+        command(**given, how=how)
+
+    hints, names = get_type_hints(How, include_extras=True), [f.name for f in fields(How)]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "how"]
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(How)
+    ]
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *shared]
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__annotations__ = {p.name: p.annotation for p in parameters}
+    parsed.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n{NEXT}"
+    return parsed
+
+
+def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "") -> None:
+    """Write DEST/SPLIT for each split, or DEST itself for the split "", whose shards then have `name`."""
+    with partial.replacing(dest, write.head(splits, how, name), how.force) as job:
+        if job.resumed:
+            print(f"going on with {job.partial}")
+        try:
+            for split, source in splits.items():
+                with progress(f"writing {split}".strip()) as shown:
+                    journal = write.write(source, job.partial / split, name=name or split, how=how, progress=shown)
+                print(f"{dest / split}: {_summary(source, journal)}")
+        except BaseException:
+            if job.kept:
+                print(f"complete shards stay in {job.partial}: the same command goes on with them", file=sys.stderr)
+            raise
+
+
+def _summary(source: Source, journal: partial.Journal) -> str:
+    classes = f"in {len(source.classes)} classes" if source.classes else "with numbers as labels"
+    samples = sum(line.shard["samples"] for line in journal.lines)
+    text = f"{samples:,} images {classes if source.labelled else 'without labels'}, {len(journal.lines)} shards"
+    return text + (f"; left out as bad: {len(journal.bad)}, see {write.QUARANTINE}" if journal.bad else "")
+
+
+def lines(file: Path) -> list[str]:
+    """The lines of a small text file that are not blank, stripped. Raises DataError."""
+    try:
+        found = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    return found
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The offset table of one shard: where each sample's members are, how long, and their crc32.
 
-A sample is a run of members with one key: `key.jpg|jpeg|png|webp`, optionally `key.cls` or `key.json` (`{"label": 3}`) and
-`key.mask.png`. The key is the path up to the first dot of its last part, as WebDataset has it.
+A sample is a run of members with one key: `key.jpg|jpeg|png|webp`, optionally `key.cls` or `key.json` (`{"label": 3}`, or
+`{"labels": [1, 5]}` for many) and `key.mask.png`. The key is the path up to the first dot of its last part, as in WebDataset.
 """
 
 from __future__ import annotations
@@ -90,13 +90,23 @@ def _label(path: Path, key: str, member: Member) -> int:
             value = int(member.data.decode("ascii"))
         else:
             record = json.loads(member.data)
-            value = record.get("label", -1) if isinstance(record, dict) else None
+            value = _single(record) if isinstance(record, dict) else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value < 1 << 62:
         text = f"the label of '{key}' is not a whole number; write `3` in .cls or {{\"label\": 3}} in .json"
         raise ShardError(path, member.offset, text)
     return value
+
+
+def _single(record: dict[str, Any]) -> Any:
+    """`label`, or the only one of `labels`: a sample with several labels has no single one. None if they are malformed."""
+    many = record.get("labels")
+    if "label" in record or many is None:
+        return record.get("label", -1)
+    if not isinstance(many, list) or not all(type(label) is int and label >= 0 for label in many):
+        return None
+    return many[0] if len(many) == 1 else -1
 
 
 def pack(rows: Rows, shard_bytes: int) -> bytes:

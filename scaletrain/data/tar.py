@@ -28,6 +28,13 @@ _REFUSED = {
 }
 
 
+def name_in(header: bytes) -> str:
+    """The name in a member's header; cut short if it is above 100 bytes and stands in a block before it."""
+    name = header[:100].split(b"\0")[0]
+    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""  # GNU keeps times there
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     name: str
@@ -47,6 +54,7 @@ class Reader:
     def __iter__(self) -> Iterator[Member]:
         long_name: str | None = None
         with self.path.open("rb") as file:
+            file.seek(self.at)
             while True:
                 start, header = self.at, self._read(file, BLOCK, "header")
                 if not any(header):
@@ -112,11 +120,8 @@ class Reader:
         magic = header[257:263]
         if magic not in (b"ustar\0", b"ustar "):
             raise self._error(start, "not a ustar, GNU or pax header")
-        name = header[:100].split(b"\0")[0]
-        prefix = header[345:500].split(b"\0")[0] if magic == b"ustar\0" else b""  # GNU keeps times there
-        text = (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
         kind = chr(header[156])
-        return "0" if kind in "\0007" else kind, text, self._number(header[124:136], start, "size")
+        return "0" if kind in "\0007" else kind, name_in(header), self._number(header[124:136], start, "size")
 
     def _number(self, field: bytes, start: int, what: str) -> int:
         """Octal digits, or GNU's base-256 for large values."""

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from scaletrain import dist
 from scaletrain.config import ConfigError, Count, Leaf, Optim
 from scaletrain.core import Batch, Clock, Method, Out, Piece, Result, Staged
+from scaletrain.marks import BACKWARD, FORWARD, UPDATE, mark
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 
 log = logging.getLogger("scaletrain")
+NAMED = 16  # samples of a rank and a bad step
 
 
 class EngineConfig(Leaf):
@@ -71,6 +73,7 @@ class Engine:
         self.optimizer = groups.build(method, optim)
         self.staged = [m for m in method.modules() if isinstance(m, Staged)]
         self.skipped = 0
+        self.sample_name: Callable[[int], str] = str  # what the data calls the sample of a number, to name the bad ones
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -79,16 +82,17 @@ class Engine:
         parts = self.micro_batches(batch)
         outs = []
         for i, part in enumerate(parts):
-            with self.synchronised(last=i == len(parts) - 1), self.autocast():
+            with self.synchronised(last=i == len(parts) - 1), self.autocast(), mark(FORWARD):
                 out = self.forward(part, clock)
-            with self.synchronised(last=i == len(parts) - 1):
+            with self.synchronised(last=i == len(parts) - 1), mark(BACKWARD):
                 self.backward(out, 1 / len(parts))
             outs.append(Out(_detached(out.losses), _detached(out.scalars), out.embedding))
         groups.drop_frozen(self.optimizer.param_groups, clock.step)
         norm = self.gradient_norm()
         loss, finite = self._agree(torch.stack([_total(o) for o in outs]).mean(), norm)
         if finite:
-            self._apply(clock, norm, lr, base_lr)
+            with mark(UPDATE):
+                self._apply(clock, norm, lr, base_lr)
         else:
             self._skip(batch, clock, outs)
         self.optimizer.zero_grad(set_to_none=True)
@@ -116,7 +120,7 @@ class Engine:
         self.optimizer.step()
         self.move_targets(clock)
         for module in self.staged:
-            module.commit()
+            module.commit(self.config.accumulate)
         self.method.after_step(clock, self.write)
         self.skipped = 0
 
@@ -125,7 +129,7 @@ class Engine:
             module.discard()
         self.skipped += 1
         bad = ~torch.stack([_total(o) for o in outs]).isfinite().all()
-        found = dist.gather_objects((bool(bad), _suspects(batch, outs)))
+        found = dist.gather_objects((bool(bad), self._suspects(batch, outs)))
         # Where every loss is finite the gradient is not, and averaging has spread it: any rank may be its origin.
         what = "loss" if any(is_bad for is_bad, _ in found) else "gradient"
         for rank, (is_bad, samples) in enumerate(found):
@@ -137,6 +141,21 @@ class Engine:
                 f"(engine.max_skipped={self.config.max_skipped}). Lower optim.lr, use engine.precision=fp32, or look at the "
                 "samples named above; the last checkpoint is unharmed"
             )
+
+    def _suspects(self, batch: Batch, outs: Sequence[Out]) -> str:
+        """The samples whose pixels, or else whose embeddings, are not finite; all of them if that tells none apart.
+
+        A bad sample spreads through batch norm to the embeddings of all, so pixels are asked first.
+        """
+        evidence = [torch.stack([v.flatten(2).isfinite().all(2).all(0) for v in batch.views]).all(0)]
+        rows = [o.embedding for o in outs if o.embedding is not None]
+        if rows:
+            evidence.append(torch.cat(rows).flatten(1).isfinite().all(1))
+        chosen = next(
+            (batch.index[~fine] for fine in evidence if len(fine) == len(batch) and fine.any() and not fine.all()), batch.index
+        )
+        rest = f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else ""
+        return ", ".join(map(self.sample_name, chosen[:NAMED].tolist())) + rest
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, bool]:
         """The global loss and whether all is finite everywhere: one small collective and the step's only device sync."""
@@ -284,18 +303,3 @@ def _total(out: Out) -> Tensor:
 
 def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items()}
-
-
-def _suspects(batch: Batch, outs: Sequence[Out]) -> list[int]:
-    """Numbers of the samples whose pixels, or else whose embeddings, are not finite; if that tells none apart, the first few.
-
-    A bad sample spreads through batch norm to the embeddings of all, so pixels are asked first.
-    """
-    evidence = [torch.stack([v.flatten(2).isfinite().all(2).all(0) for v in batch.views]).all(0)]
-    rows = [o.embedding for o in outs if o.embedding is not None]
-    if rows:
-        evidence.append(torch.cat(rows).flatten(1).isfinite().all(1))
-    chosen = next(
-        (batch.index[~fine] for fine in evidence if len(fine) == len(batch) and fine.any() and not fine.all()), batch.index
-    )
-    return chosen[:16].tolist()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain import checkpoint, config, files
-from scaletrain.nn import resnet
+from scaletrain.nn import backbone
 
 Encoder = Literal["trained", "untrained", "pixels"]
 BACKBONE = "method.backbone."  # how a checkpoint names the trunk's tensors
@@ -116,7 +116,7 @@ def _fresh(model: config.Model, seed: int) -> nn.Module:
     """Weights that depend on the seed only, in eval mode; the caller's generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return resnet.build(model).eval().requires_grad_(False)
+        return backbone.build(model).eval().requires_grad_(False)
 
 
 def _load(model: nn.Module, weights: Weights, source: str) -> None:

@@ -29,6 +29,8 @@ class Config(Leaf):
 class Model(Method):
     """Each epoch clusters the embeddings of the last one; every view must find the cluster of its sample."""
 
+    global_loss = True  # a mean over those samples of the batch whose cluster is known
+
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
         self.config, self.seed = config, facts.seed

@@ -32,7 +32,7 @@ class Queue(Staged):
         return bool(self.written >= len(self.rows))
 
     @torch.no_grad()
-    def commit(self) -> None:
+    def commit(self, parts: int = 1) -> None:
         if self.staged is None:
             return
         new = dist.gather_nograd(self.staged).to(self.rows.dtype)[-len(self.rows) :]
@@ -81,7 +81,7 @@ class Bank(Staged):
         out[owned] = self.rows[wanted[owned] - self.start]
         return dist.mine(dist.sum_nograd(out))
 
-    def commit(self) -> None:
+    def commit(self, parts: int = 1) -> None:
         for index, rows in self.staged:
             self.write(index, rows)
         self.staged.clear()

@@ -86,11 +86,15 @@ class BatchNorm(Staged):
         return y
 
     @torch.no_grad()
-    def commit(self) -> None:
-        for mean, var, count, n_views in self.staged:
-            unbiased = var * (count / (count - 1).clamp_min(1)).to(var)
-            # Groups of one view are averaged; groups of one rank are averaged over ranks, which must agree afterwards.
-            stats = torch.stack([mean, unbiased]).unflatten(1, (n_views, -1)).mean(2)  # [2, V, C]
+    def commit(self, parts: int = 1) -> None:
+        calls = len(self.staged) // parts
+        for call in range(calls):
+            same = self.staged[call::calls]
+            count, n_views = same[0][2:]
+            # Groups of one view are averaged, as are those of other micro-batches and ranks: which holds which, is chance.
+            groups = [torch.stack([mean, var]).unflatten(1, (n_views, -1)) for mean, var, *_ in same]  # [2, V, G, C] each
+            stats = torch.cat(groups, 2).mean(2)
+            stats[1] *= (count / (count - 1).clamp_min(1)).to(stats)  # unbiased
             if self.group and dist.world() > 1:
                 stats = dist.sum_nograd(stats) / dist.world()
             decay = (1 - self.momentum) ** torch.arange(n_views - 1, -1, -1, device=stats.device, dtype=stats.dtype)

@@ -1,68 +1,18 @@
-"""ResNets with torchvision's parameter names (He et al., 2016; v1.5: the stride sits in the 3x3 convolution), any width.
+"""ResNets with torchvision's parameter names, 18 to 295 layers deep and of any width.
 
 `width` multiplies every stage and the stem, as in SimCLR and ReLICv2; a fraction gives the narrow nets of small studies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config import ConfigError, Model
+from scaletrain.nn.blocks import Basic, Bottleneck, conv, deep_stem
 from scaletrain.nn.norm import BatchNorm
-
-Norm = Callable[[int], BatchNorm]
-
-
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-
-
-class Basic(nn.Module):
-    expansion = 1
-
-    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = _conv(inputs, planes, 3, stride), norm(planes)
-        self.conv2, self.bn2 = _conv(planes, planes, 3), norm(planes)
-        self.downsample = _shortcut(inputs, planes, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-    @property
-    def last_norm(self) -> BatchNorm:
-        return self.bn2
-
-
-class Bottleneck(nn.Module):
-    expansion = 4
-
-    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = _conv(inputs, planes, 1), norm(planes)
-        self.conv2, self.bn2 = _conv(planes, planes, 3, stride), norm(planes)
-        self.conv3, self.bn3 = _conv(planes, 4 * planes, 1), norm(4 * planes)
-        self.downsample = _shortcut(inputs, 4 * planes, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-    @property
-    def last_norm(self) -> BatchNorm:
-        return self.bn3
-
-
-def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential | None:
-    return None if stride == 1 and inputs == outputs else nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
-
 
 LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (Basic, (2, 2, 2, 2)),
@@ -71,6 +21,9 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
     "resnet200": (Bottleneck, (3, 24, 36, 3)),
+    # differs: ReLICv2 says only that its ResNet-295 has 87M parameters. 98 blocks and the stem are 295 convolutions; they are
+    # spread in ResNet-200's proportion of 2 to 3, which gives 87.5M.
+    "resnet295": (Bottleneck, (3, 37, 55, 3)),
 }
 
 
@@ -85,17 +38,20 @@ class ResNet(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         if config.name not in LAYERS:
-            raise ConfigError(f"model.name: there is no '{config.name}'; known: {', '.join(LAYERS)}")
+            raise ConfigError(f"model.name: there is no '{config.name}'; known: {', '.join(LAYERS)}, timm/NAME")
         block, depths = LAYERS[config.name]
         base = round(64 * config.width)
-        if base < 1:
+        if base < 1 + config.sk:  # the deep stem starts with half of it
             raise ConfigError(f"model.width={config.width} leaves no channel")
+        if config.sk and block is Basic:
+            raise ConfigError(f"model.sk needs a network of bottlenecks, resnet50 or deeper; {config.name} has none")
 
         def norm(channels: int) -> BatchNorm:
             return BatchNorm(channels, group=config.norm_group)
 
+        make = partial(Bottleneck, sk=True) if config.sk else block
         cifar = config.stem == "cifar"
-        self.conv1 = _conv(3, base, 3) if cifar else _conv(3, base, 7, 2)
+        self.conv1 = conv(3, base, 3) if cifar else deep_stem(base, norm) if config.sk else conv(3, base, 7, 2)
         self.bn1 = norm(base)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
         inputs = base
@@ -103,7 +59,7 @@ class ResNet(nn.Module):
             planes = base * 2**stage
             blocks: list[nn.Module] = []
             for i in range(depth):
-                blocks.append(block(inputs, planes, 2 if stage and not i else 1, norm))
+                blocks.append(make(inputs, planes, 2 if stage and not i else 1, norm))
                 inputs = planes * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.features = inputs

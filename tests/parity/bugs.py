@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from scaletrain import dist
-from scaletrain.engines import base
+from scaletrain.engines import base, ddp
 from scaletrain.nn import norm
 from scaletrain.optim.lars import LARS
 
@@ -65,6 +65,27 @@ def ema_before_step() -> Any:
     return mock.patch.object(base.Engine, "_apply", early)
 
 
+def last_micro_batch_not_summed() -> Any:
+    """Gradients are summed over ranks within the first micro-batch, and those of the last stay each rank's own."""
+    right = ddp.Engine.synchronised
+    return mock.patch.object(ddp.Engine, "synchronised", lambda self, *, last: right(self, last=not last))
+
+
+def statistics_per_micro_batch() -> Any:
+    """Running statistics move with every micro-batch, though which samples it holds depends on the ranks."""
+    right = norm.BatchNorm.commit
+    return mock.patch.object(norm.BatchNorm, "commit", lambda self, parts: right(self))
+
+
 BUGS: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (lost_gather_gradient, allreduce_without_autograd, local_norm, local_batch_norm, ema_before_step)
+    f.__name__: f
+    for f in (
+        lost_gather_gradient,
+        allreduce_without_autograd,
+        local_norm,
+        local_batch_norm,
+        ema_before_step,
+        last_micro_batch_not_summed,
+        statistics_per_micro_batch,
+    )
 }

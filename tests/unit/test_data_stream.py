@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,25 @@ def test_pixels_change_with_seed_epoch_and_view(folder: Path) -> None:
 
     a, b, c = pixels(stream(folder), 0), pixels(stream(folder), 1), pixels(stream(folder, seed=6), 0)
     assert not any(torch.equal(a[i], b[i]) or torch.equal(a[i], c[i]) or torch.equal(a[i][0], a[i][1]) for i in range(48))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_each_member_is_decoded_once_for_all_views(tmp_path: Path, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: Counter[bytes] = Counter()
+    right = cv2.imdecode
+
+    def counted(buffer: np.ndarray, flags: int) -> np.ndarray:
+        decoded[buffer.tobytes()] += 1
+        return right(buffer, flags)
+
+    views = (View(size=16, count=2), View(size=8, count=6))
+    s = stream(write_shards(tmp_path / "d", (13, 11), masks=masks), views=views, masks=masks)
+    monkeypatch.setattr(cv2, "imdecode", counted)
+    batches = list(s.batches(0, 2))  # an epoch
+    assert [tuple(v.shape[:2]) for v in batches[0].views] == [(2, 12), (6, 12)]
+    for number in range(24):
+        assert decoded.pop(encode(picture(number))) == 1
+    assert sum(decoded.values()) == 24 * masks
 
 
 def test_random_state_of_the_process_is_left_alone(folder: Path) -> None:

@@ -1,0 +1,62 @@
+"""Requests to stop. A signal only sets a flag; all ranks agree on it at a step boundary, save together and end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scaletrain import dist
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM's warning before time-out and preemption; a plain request to end
+STOPPED_FILE = "SCALETRAIN_STOPPED_FILE"  # the variable by which a launcher says where to note that a run stopped on request
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and can go on."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step} on {signal.Signals(number).name}, saved; the same command goes on from there")
+        self.number, self.step = number, step
+
+
+class Interrupt:
+    """Context that catches the signals. Enter it on every rank, in the main thread, before loader workers start."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._asked: Callable[[], int] = lambda: 0
+
+    def __enter__(self) -> Interrupt:
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # a launcher may have blocked them, so that none is lost or deadly while Python starts
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self._received = self._received or number
+
+    def agreed(self) -> int:
+        """0, or the signal on which all ranks stop now. Called by every rank after every step.
+
+        With several ranks the answer is that of one step ago: the ranks' exchange runs beside the step and costs no waiting.
+        """
+        if dist.world() == 1:
+            return self._received
+        before, self._asked = self._asked(), dist.max_later(self._received)
+        return before
+
+
+def leave(number: int, step: int) -> Stopped:
+    """What to raise once this rank has saved. No rank returns before all have saved and the launcher has been told."""
+    dist.barrier()  # a scheduler ends every rank as soon as one has left
+    if dist.main() and (place := os.environ.get(STOPPED_FILE)):
+        Path(place).write_text(signal.Signals(number).name)
+    dist.barrier()
+    return Stopped(number, step)

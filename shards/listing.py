@@ -1,0 +1,47 @@
+"""Write shards from a listing of images: CSV or Parquet with paths or web addresses and any number of labels."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaletrain.data import script
+from scaletrain.data.fetch import fetch
+from scaletrain.data.listing import IMAGES, LABELS, Columns, Listing
+from scaletrain.data.write import How
+
+
+@script.importer
+def main(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .csv or .parquet file, or a folder of them.")],
+    dest: script.Dest,
+    how: How,
+    image: Annotated[str, typer.Option(help=f"Column of paths or addresses [{' or '.join(IMAGES)}].")] = "",
+    label: Annotated[str, typer.Option(help=f"Column of labels, numbers or names [{' or '.join(LABELS)}, if there].")] = "",
+    separator: Annotated[str, typer.Option(help="Between the labels of one CSV cell; Parquet has lists.")] = ";",
+    classes: Annotated[Path | None, typer.Option(help="Names of the classes by number, one a line [sorted names].")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that paths are relative to [the listing's].")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the network, of each try.")] = 10.0,
+    tries: Annotated[int, typer.Option(min=1, help="Of a download, while its failure may pass.")] = 3,
+    name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "train",
+) -> None:
+    """Write shards from a listing of images: CSV (with a first line of names) or Parquet, one row an image.
+
+    A row has a path or an http(s) address and no, one or many labels. One becomes KEY.cls; many become KEY.json with
+    {"labels": [1, 5]}, and the sample trains as one without a label. Downloads want --workers 64 or more, and --max-bad 5%.
+
+    A table of the rows is kept in a temporary file beside DEST; memory is about 50 bytes a row.
+    """
+    names = tuple(script.lines(classes)) if classes else ()
+    base = root or (source if source.is_dir() else source.parent)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    get = partial(fetch, timeout=timeout, tries=tries)
+    listed = Listing(source, Columns(image, label, separator), get, root=base, scratch=dest.parent, classes=names)
+    script.save(dest, {"": listed}, how, name)
+
+
+if __name__ == "__main__":
+    script.run(main)
