@@ -1,0 +1,77 @@
+"""Images per second that one core makes ready from the data folder, and the cores that feed a rehearsed run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from scaletrain import config as configuration
+from scaletrain import rehearsal
+from scaletrain.config import Data
+from scaletrain.data import index
+from scaletrain.data.errors import DataError
+from scaletrain.data.plan import Plan
+from scaletrain.data.reader import Shards
+from scaletrain.data.stream import Failure, Images
+from scaletrain.doctor.machine import cores_per_process
+from scaletrain.doctor.page import Finding, guarded, limit, measured, spread
+from scaletrain.progress import number
+
+SECONDS = 3.0  # of the measurement, at most one batch more
+ROWS = 16  # images of a measured batch
+
+
+def loader(data: Path, run: Path) -> list[Finding]:
+    """Read, decode and augment as the run's recipe does, or with two views of 224 pixels. Every rank calls it."""
+    cores = cores_per_process()
+    values, findings = measured("loader", lambda: _measure(data, run), "index the shards once: python shards/index.py DATA")
+    if not values:
+        return findings
+    what = f"{max(values['views']):.0f} views " + ("as in the run folder" if max(values["recipe"]) else "of 224 px")
+    text = (
+        f"{what}: {spread(values['core'], 'images/s')} per core, {spread(values['clock'], 'images/s')} per process by the clock"
+    )
+    needs = guarded("loader", lambda: needed(run, min(values["core"]), cores))
+    return [*findings, Finding("ok", "loader", text), *needs]
+
+
+def needed(run: Path, rate: float, cores: float) -> list[Finding]:
+    """What the rehearsal in the run folder asks of the loader, where a process has `cores` of `rate` images/s each."""
+    path = run / rehearsal.FILE
+    if not path.exists():
+        return []
+    asked = json.loads(path.read_text())["loader_images_per_second"]
+    process, node = float(asked["process"]), float(asked["node"])
+    text = f"the run as rehearsed needs {number(process)} images/s per process, {number(node)} per node: "
+    text += f"{process / rate:.1f} cores per process, which has {cores:g}"
+    cure = "ask for more cores, store smaller images (the importers' resize option), or use fewer views"
+    return [limit(process > rate * cores, "loader", text, cure)]
+
+
+def _measure(folder: Path, run: Path) -> dict[str, float]:
+    """One process, loading in its main thread: by its own time on a core, and by the clock, which waits for the disk too."""
+    if not (folder / index.MANIFEST).exists():
+        raise DataError(f"{folder} has no index, and making it is not the doctor's work")
+    recipe = run / "config.yaml"
+    data = configuration.load(recipe).data if recipe.exists() else Data()
+    shards = Shards(folder)
+    lanes = min(data.lanes, len(shards))
+    plan = Plan(shards.counts, seed=0, batch=lanes, lanes=lanes, window=data.window)
+    dataset = Images(data, shards, plan, 0, min(ROWS, lanes))
+    images, core, clock = 0, 0.0, 0.0
+    for step in range(plan.steps_per_epoch):
+        used, begin = time.process_time(), time.perf_counter()
+        batch = dataset[(0, step)]
+        if isinstance(batch, Failure):
+            raise batch.error
+        if step or plan.steps_per_epoch == 1:  # the first opens files and fills tables
+            images, core, clock = (
+                images + len(batch.samples),
+                core + time.process_time() - used,
+                clock + time.perf_counter() - begin,
+            )
+        if clock > SECONDS:
+            break
+    views = sum(view.count for view in data.views)
+    return {"core": images / core, "clock": images / clock, "views": views, "recipe": recipe.exists()}

@@ -1,0 +1,116 @@
+"""Findings, and how those of all ranks become one page that can be pasted into a bug report."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from scaletrain import dist
+from scaletrain.progress import number
+
+REPORT = "see the message; where it gives no clue, report it with this page"
+
+
+class Finding(NamedTuple):
+    """One line of the page. `text` holds no number that differs from rank to rank without meaning; see `measured`."""
+
+    status: Literal["ok", "warn", "fail", "skip"]
+    name: str
+    text: str
+    cure: str = ""
+
+
+def limit(bad: bool, name: str, text: str, cure: str) -> Finding:
+    """A finding that is worth a warning, with its cure, only if `bad`."""
+    return Finding("warn", name, text, cure) if bad else Finding("ok", name, text)
+
+
+def guarded(name: str, check: Callable[[], Sequence[Finding]]) -> list[Finding]:
+    """What a check finds; its own failure is a finding too, so that one broken thing does not hide the others."""
+    try:
+        return list(check())
+    except Exception as error:
+        return [_failure(name, error, REPORT)]
+
+
+def _failure(name: str, error: Exception, cure: str) -> Finding:
+    return Finding("fail", name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", cure)
+
+
+def measured(
+    name: str, measure: Callable[[], Mapping[str, float]], cure: str = REPORT
+) -> tuple[dict[str, list[float]], list[Finding]]:
+    """Numbers of all ranks, on every rank: {what: values of the ranks that have it}. Every rank calls it together.
+
+    A rank whose measurement raises has a finding instead, and holds nobody up.
+    """
+    own: dict[str, float] = {}
+    failed: list[Finding] = []
+    try:
+        own = dict(measure())
+    except Exception as error:
+        failed = [_failure(name, error, cure)]
+    values: dict[str, list[float]] = {}
+    for numbers in dist.gather_objects(own):
+        for what, value in numbers.items():
+            values.setdefault(what, []).append(value)
+    return values, merged(failed)
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """One number as it is, several as their range and median."""
+    if len(values) == 1:
+        return f"{number(values[0])} {unit}"
+    return f"{number(statistics.median(values))} {unit} ({number(min(values))} to {number(max(values))} over {len(values)})"
+
+
+def merged(own: Sequence[Finding]) -> list[Finding]:
+    """The findings of all ranks, on every rank; equal ones once, and where only some ranks have one, with these ranks."""
+    everyone = dist.gather_objects([tuple(finding) for finding in own])
+    owners: dict[Finding, list[int]] = {}
+    for rank, findings in enumerate(everyone):
+        for finding in dict.fromkeys(findings):
+            owners.setdefault(Finding(*finding), []).append(rank)
+    order = {name: at for at, name in enumerate(dict.fromkeys(finding.name for finding in owners))}
+    return [
+        finding if len(ranks) == len(everyone) else finding._replace(text=f"{finding.text} [{spans(ranks)}]")
+        for finding, ranks in sorted(owners.items(), key=lambda item: order[item[0].name])
+    ]
+
+
+def spans(ranks: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> `ranks 0-2, 5`."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    shown = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def lines(findings: Sequence[Finding]) -> str:
+    """The text of the page, without the user's name."""
+    shown = []
+    for status, name, text, cure in findings:
+        shown.append(f"{status:4}  {name:11}  {text}")
+        if cure:
+            shown.append(f"{'':17}  cure: {cure}")
+    return discreet("\n".join(shown))
+
+
+def discreet(text: str) -> str:
+    """`text` without the home folder and the user's name in paths: the page is meant for strangers."""
+    home = str(Path.home())
+    if len(home) > 1:
+        text = re.sub(rf"{re.escape(home)}(?=\W|$)", "~", text)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for this user
+        return text
+    return re.sub(rf"(?<=/){re.escape(user)}(?=\W|$)", "USER", text)

@@ -1,0 +1,82 @@
+"""The GPU against the CPU. The same cases run on the CPU against itself, which shows that they can run at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import small
+import torch
+
+from scaletrain.core import Batch, Clock
+from scaletrain.doctor import parity
+from scaletrain.train import build
+
+GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: the CUDA paths were NOT tested")
+)
+CLOCK = Clock(0, 20, 0, small.STEPS_PER_EPOCH)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("name", list(parity.CASES))
+def test_operation_agrees_with_the_cpu(name: str, device: str) -> None:
+    case, tolerance = parity.CASES[name]
+    assert parity.difference(case, torch.device(device)) <= tolerance
+
+
+def moved(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
+    """On the device; views in the dtype of the run."""
+    masks = None if batch.masks is None else batch.masks.to(device, dtype)
+    return replace(
+        batch,
+        views=tuple(v.to(device, dtype) for v in batch.views),
+        index=batch.index.to(device),
+        keys=batch.keys.to(device),
+        pixel_range=batch.pixel_range.to(device, dtype),
+        masks=masks,
+    )
+
+
+def step(method: str, device: str, precision: str) -> dict[str, torch.Tensor]:
+    """The loss of one step, and the parameters after it as they moved."""
+    cfg = small.config(method, engine={"precision": precision})
+    engine = build(cfg, small.SAMPLES, small.STEPS_PER_EPOCH, torch.device(device))
+    before = {name: p.detach().cpu().double().clone() for name, p in engine.method.named_parameters()}
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    loss = engine.step(moved(small.batch(cfg, 0), device, dtype), CLOCK, cfg.optim.lr, cfg.optim.lr).loss
+    moves = {name: p.detach().cpu().double() - before[name] for name, p in engine.method.named_parameters()}
+    return {"loss": torch.tensor(loss, dtype=torch.float64), **moves}
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The loss's relative difference, or the moves' as one long vector if that is larger."""
+    one, other = (torch.cat([v.flatten() for k, v in x.items() if k != "loss"]) for x in (a, b))
+    return max(float((a["loss"] - b["loss"]).abs() / b["loss"].abs()), float((one - other).norm() / other.norm()))
+
+
+@pytest.mark.parametrize("method", ["simclr", "byol"])
+@pytest.mark.parametrize(
+    ("device", "precision", "tolerance"),
+    [
+        pytest.param("cuda", "fp64", 1e-9, marks=GPU.marks),  # the mathematics, free of TF32 and rounding
+        pytest.param("cuda", "fp32", 5e-2, marks=GPU.marks),  # convolutions may use TF32, which has 10 bits
+        pytest.param("cuda", "bf16", 0.4, marks=GPU.marks),
+        ("cpu", "fp32", 1e-4),
+        ("cpu", "bf16", 0.4),  # 7 bits through 20 layers; the loss magnifies them by a temperature of 0.1
+    ],
+)
+def test_a_step_agrees_with_float64_on_the_cpu(method: str, device: str, precision: str, tolerance: float) -> None:
+    assert apart(step(method, device, precision), step(method, "cpu", "fp64")) < tolerance
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_difference_is_found(device: str) -> None:
+    def case(where: torch.device) -> list[torch.Tensor]:
+        wrong = case.calls == 0  # type: ignore[attr-defined]
+        case.calls += 1  # type: ignore[attr-defined]
+        return [torch.tensor([1.0, 2.0 + 0.02 * wrong, float("nan") if wrong and case.nan else 0.0], device=where)]  # type: ignore[attr-defined]
+
+    for nan, expected in ((False, 0.01), (True, float("inf"))):
+        case.calls, case.nan = 0, nan  # type: ignore[attr-defined]
+        assert parity.difference(case, torch.device(device)) == pytest.approx(expected)
