@@ -1,0 +1,193 @@
+"""Train on a SLURM cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from submitit import SlurmExecutor
+
+from scaletrain import config as configuration
+from scaletrain.data import script
+from scaletrain.data.loader import SYNTHETIC
+from scaletrain.data.plan import Plan
+from scaletrain.data.reader import Shards
+from scaletrain.data.stream import synthetic_counts
+from scaletrain.slurm import follow as watch
+from scaletrain.slurm import grid as grids
+from scaletrain.slurm import queue, submit
+from scaletrain.slurm.queue import SlurmError
+from scaletrain.slurm.submit import Resources
+from scaletrain.slurm.task import Task
+from scaletrain.train import total_steps
+
+DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "relicv2_r50_in1k.yaml"
+
+
+def main(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of the recipe, e.g. data.path=/shared/imagenet/train")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="Recipe: a YAML file.")] = DEFAULT,
+    run: Annotated[Path | None, typer.Option(help="Run folder, on storage that all nodes share; default runs/RECIPE.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Default: all of the partition's.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per GPU, or one.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Default: the node's, divided by its tasks.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Per node, e.g. 480G; default: the partition's.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, e.g. 1-00:00:00; the job requeues itself at its end.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Default: the cluster's default.")] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    constraint: Annotated[str | None, typer.Option(help="Features the nodes must have.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to avoid, e.g. n[3-4].")] = None,
+    mail: Annotated[str | None, typer.Option(help="Address told of end, failure and requeue.")] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="Shell line before the command, e.g. 'module load cuda'; may be repeated.")
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Command before `python`, e.g. 'apptainer exec --nv image.sif'.")
+    ] = None,
+    warning: Annotated[
+        int, typer.Option(min=1, help="Seconds before the limit at which the run saves: longer than its longest step.")
+    ] = 120,
+    restarts: Annotated[int, typer.Option(min=0, help="Crashes at one and the same checkpoint before the job gives up.")] = 3,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="One run for each value; may be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with seeds 0 ...")] = 1,
+    throttle: Annotated[int, typer.Option(min=1, help="Runs of a grid at once.")] = 256,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's states and log until it ends.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the result table of the grid in --run, submit nothing.")
+    ] = False,
+) -> None:
+    """Train on a SLURM cluster: saves, requeues and resumes by itself at time-out, preemption and node failure.
+
+    The same command goes on with a run that has ended before its time.
+    """
+    run = (run or Path("runs") / config.stem).absolute()
+    if table:
+        show(run)
+        return
+    place = queue.partition(partition)
+    gpus = place.gpus if gpus_per_node is None else gpus_per_node
+    tasks = tasks_per_node or max(1, gpus)
+    resources = Resources(
+        nodes=nodes,
+        tasks_per_node=tasks,
+        gpus_per_node=gpus,
+        cpus_per_task=cpus_per_task or max(1, place.cpus // tasks),
+        time=time,
+        mem=mem,
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        exclude=exclude,
+        mail=mail,
+        setup=tuple(setup or ()),
+        container=container,
+        throttle=throttle,
+        warning=warning,
+        restarts=restarts,
+    )
+    resources.check(place)
+    launch = Launch(config, tuple(overrides or ()), run, grids.combinations(grid or (), seeds))
+    launch.check(resources)
+    if warn := queue.check_shared(run, place.nodes):
+        typer.echo(f"warning: {warn}", err=True)
+    typer.echo(
+        f"{len(launch.runs)} run(s) of {resources.nodes} node(s) x {resources.tasks_per_node} process(es), "
+        f"{resources.gpus_per_node} GPU(s) per node, {resources.cpus_per_task} CPU(s) per process, partition {place.name}"
+    )
+    if dry_run:
+        typer.echo(submit.script(launch.executor(resources)))
+        return
+    jobs = queue.live(str(run))
+    if jobs and not follow:
+        raise SlurmError(f"job {', '.join(jobs)} trains {run} already: --follow shows it, `scancel {jobs[0]}` ends it")
+    if not jobs:
+        jobs = launch.submit(resources)
+        typer.echo(f"job {', '.join(jobs)}\nrun  {run}\nlogs {launch.folder}")
+    if follow:
+        launch.follow(jobs)
+
+
+class Launch:
+    """One run, or one for each element of a grid; `folder` is new with every launch and holds its logs."""
+
+    def __init__(self, recipe: Path, overrides: tuple[str, ...], run: Path, elements: list[tuple[str, ...]]) -> None:
+        self.recipe, self.run, self.elements = recipe.absolute(), run, elements
+        self.several = elements != [()]
+        self.runs = [grids.folder(run, element) if self.several else run for element in elements]
+        path = configuration.load(recipe, overrides).data.path
+        # the data path as the nodes will find it, whatever folder they start in
+        self.overrides = (*overrides, f"data.path={Path(path).absolute()}") if path and Path(path).is_dir() else overrides
+        launches = [int(place.name) for place in (run / "launches").glob("[0-9]*")]
+        self.folder = run / "launches" / f"{1 + max(launches, default=0):04d}"
+
+    def check(self, resources: Resources) -> None:
+        """Refuse here what every rank would refuse after hours in the queue."""
+        for element in self.elements:
+            config = configuration.load(self.recipe, [*self.overrides, *element])
+            if not config.data.path:
+                raise SlurmError(
+                    f"{self.recipe.name} needs a data set: add data.path=FOLDER, a folder of shards such as "
+                    "shards/imagenet.py writes, on storage that all nodes share (or data.path=synthetic to try the cluster)"
+                )
+            synthetic = config.data.path == SYNTHETIC
+            counts = synthetic_counts(config.data.synthetic_samples) if synthetic else Shards(config.data.path).counts
+            plan = Plan(counts, seed=config.seed, batch=config.batch, lanes=config.data.lanes, window=config.data.window)
+            plan.part(0, resources.world)
+            total_steps(config, plan.steps_per_epoch)
+
+    def executor(self, resources: Resources) -> SlurmExecutor:
+        return submit.prepare(self.folder, resources, f"scaletrain-{self.run.name}", str(self.run))
+
+    def submit(self, resources: Resources) -> list[str]:
+        arguments = ("train", str(self.recipe), *self.overrides)
+        tasks = [
+            Task((*arguments, *element, "--run", str(run)), str(self.folder))
+            for element, run in zip(self.elements, self.runs, strict=True)
+        ]
+        jobs = submit.submit(self.executor(resources), tasks, self.runs)
+        if self.several:
+            grids.save(self.run, self.elements)
+        return jobs
+
+    def follow(self, jobs: list[str]) -> None:
+        """Until the jobs have ended; exit code 1 if one has failed."""
+        folder = max((self.run / "launches").iterdir())
+        try:
+            states = watch.follow(jobs, folder, typer.echo)
+        except KeyboardInterrupt:
+            typer.echo(f"\nno longer followed; it goes on. `scancel {jobs[0].partition('_')[0]}` ends it")
+            raise typer.Exit(130) from None
+        if self.several:
+            show(self.run, {run: states[job].name.lower() for run, job in zip(self.runs, jobs, strict=False)})
+        failed = [job for job, state in states.items() if state.name != "COMPLETED"]
+        for job in failed:
+            for text in watch.complaints(job, folder):
+                typer.echo(text, err=True)
+        if failed:
+            raise typer.Exit(1)
+
+
+def show(run: Path, states: dict[Path, str] | None = None) -> None:
+    rows = grids.table(run, states)
+    shown = Table(*rows[0], box=box.SIMPLE)
+    for row in rows:
+        shown.add_row(*map(str, row.values()))
+    console = Console(highlight=False, markup=False)
+    console.print(shown)
+    console.print(f"the same as CSV: {run / grids.TABLE}")
+
+
+if __name__ == "__main__":
+    script.run(main)

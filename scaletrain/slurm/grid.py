@@ -1,0 +1,90 @@
+"""Grids: overrides with several values each, one run folder for every combination, one table of what came of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scaletrain.recipe import ConfigError, yaml
+
+SPEC, TABLE = "grid.json", "grid.csv"  # in the folder that holds the runs
+
+
+def combinations(axes: Iterable[str], seeds: int) -> list[tuple[str, ...]]:
+    """('optim.lr=0.2,0.3', ...) -> every combination as overrides; `seeds` adds seed=0 ... to each. Raises ConfigError.
+
+    Values are YAML: a comma inside brackets or quotes does not part two of them.
+    """
+    choices = [_values(axis) for axis in axes]
+    if seeds > 1:
+        choices.append([f"seed={seed}" for seed in range(seeds)])
+    keys = [values[0].partition("=")[0] for values in choices]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ConfigError(f"--grid names {', '.join(sorted(twice))} twice")
+    return list(itertools.product(*choices))
+
+
+def folder(run: Path, overrides: Sequence[str]) -> Path:
+    """Where a combination runs, e.g. RUN/optim.lr=0.2,seed=1."""
+    return run / re.sub(r"[^\w.=,+-]+", "_", ",".join(overrides))
+
+
+def save(run: Path, grid: Sequence[Sequence[str]]) -> None:
+    (run / SPEC).write_text(json.dumps([list(overrides) for overrides in grid], indent=1))
+
+
+def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str, Any]]:
+    """A row for each run of the grid in `run`: its overrides, state, last scalars and evaluations; also as grid.csv."""
+    try:
+        grid = json.loads((run / SPEC).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{run} holds no grid: launch one with --grid or --seeds") from None
+    rows = []
+    for overrides in grid:
+        place = folder(run, overrides)
+        row = dict(item.split("=", 1) for item in overrides)
+        rows.append({**row, **({"state": states[place]} if states else {}), **_reached(place), **_scores(place)})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    (run / TABLE).write_text(text.getvalue())
+    return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def _values(axis: str) -> list[str]:
+    key, _, text = axis.partition("=")
+    try:
+        values = yaml().load(f"[{text}]")
+    except Exception:  # ruamel has no common base of its errors that is not one of Python's own
+        values = []
+    if not key or not values:
+        raise ConfigError(f"--grid {axis}: write KEY=VALUE,VALUE, e.g. --grid optim.lr=0.2,0.3")
+    return [f"{key}={json.dumps(v) if not isinstance(v, str) else v}" for v in values]
+
+
+def _reached(run: Path) -> dict[str, Any]:
+    """Of the last recorded step."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    names = {"step": "step", "train/loss": "loss", "speed/images_per_second": "images/s"}
+    return {short: _short(last[name]) for name, short in names.items() if name in last}
+
+
+def _scores(run: Path) -> dict[str, Any]:
+    """Figures of the newest evaluation of each kind."""
+    cards = [json.loads(path.read_text()) for path in (run / "evals").glob("*.json")]
+    trained = sorted((card for card in cards if card["encoder"] == "trained"), key=lambda card: int(card["step"]))
+    return {name: _short(value) for card in trained for name, value in card["metrics"].items()}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,128 @@
+"""What the cluster says of itself and of its jobs, through sinfo, scontrol and squeue: accounting need not be installed."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+REQUEUED = ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "NODE_FAIL")  # may come back
+MEMORY_FILES = ("tmpfs", "ramfs", "devtmpfs")
+LOCAL_FILES = (*MEMORY_FILES, "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
+
+
+class SlurmError(ValueError):
+    """The cluster refused; the text says what to change."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """`cpus`, `gpus`: of its smallest node."""
+
+    name: str
+    nodes: tuple[str, ...]
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class State:
+    """e.g. RUNNING on n[1-2], or PENDING for (Resources). `name` is empty for a job that the controller has forgotten."""
+
+    name: str
+    where: str
+
+    @property
+    def live(self) -> bool:
+        return self.name in LIVE or self.name in REQUEUED
+
+    def __str__(self) -> str:
+        return f"{self.name.lower()} {self.where}".strip() if self.name else "no longer in the queue"
+
+
+def ask(*command: str) -> str:
+    """Standard output of one of SLURM's programs. Raises SlurmError with its own words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise SlurmError(
+            f"{command[0]} is not installed: this is no machine of a SLURM cluster. launchers/local.py trains on this machine, "
+            "torchrun on several"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} does not answer: is slurmctld up? Try `scontrol ping`") from None
+    if done.returncode:
+        raise SlurmError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return done.stdout.strip()
+
+
+def partition(name: str | None = None) -> Partition:
+    """The named or the default partition."""
+    rows = [line.split("|") for line in ask("sinfo", "-h", "-N", "-a", "-o", "%P|%N|%c|%G").splitlines()]
+    known = sorted({row[0] for row in rows})
+    chosen = name if name is not None else next((p.removesuffix("*") for p in known if p.endswith("*")), None)
+    if chosen is None:
+        raise SlurmError(f"the cluster has no default partition: choose one with --partition; there are {', '.join(known)}")
+    mine = [row for row in rows if row[0].removesuffix("*") == chosen]
+    if not mine:
+        there = ", ".join(p.removesuffix("*") for p in known) or "none"
+        raise SlurmError(f"the cluster has no partition '{chosen}'; there are {there}")
+    cpus = min(int(re.sub(r"\D.*", "", row[2])) for row in mine)
+    return Partition(chosen, tuple(row[1] for row in mine), cpus, min(_gpus(row[3]) for row in mine))
+
+
+def states(jobs: Iterable[str]) -> dict[str, State]:
+    """Of each job or array element (`12_3`)."""
+    jobs = list(jobs)
+    wanted = ",".join(sorted({job.partition("_")[0] for job in jobs}))
+    try:
+        lines = ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R", "-j", wanted).splitlines()
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        lines = []
+    there = {job: State(name, where) for job, name, where in (line.split("|", 2) for line in lines)}
+    return {job: there.get(job, State("", "")) for job in jobs}
+
+
+def live(comment: str) -> list[str]:
+    """This user's jobs with this comment that run or wait."""
+    lines = ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%k").splitlines()
+    return [job for job, found in (line.split("|", 1) for line in lines) if found == comment]
+
+
+def check_shared(folder: Path, nodes: Iterable[str]) -> str | None:
+    """A warning where the folder may be unknown to the nodes. Raises SlurmError where it must be."""
+    kind = _file_system(folder)
+    if kind not in LOCAL_FILES or all(map(_here, nodes)):
+        return None
+    if kind in MEMORY_FILES or folder.is_relative_to("/tmp") or folder.is_relative_to("/var/tmp"):
+        raise SlurmError(f"{folder} is on this machine only ({kind}), but the nodes write logs there: choose a shared --run")
+    return f"{folder} is on a {kind} file system: the nodes must see it under this name"
+
+
+def _file_system(path: Path) -> str:
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    path = path.resolve()
+    return max((m for m in mounts if path.is_relative_to(m[0])), key=lambda m: len(m[0]), default=["/", "unknown"])[1]
+
+
+def _here(node: str) -> bool:
+    """Whether a node is this machine: only an own address can be bound."""
+    found = re.search(r"NodeAddr=(\S+)", ask("scontrol", "show", "node", "-o", node))
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind((found[1] if found else node, 0))
+        return True
+    except OSError:
+        return False
+
+
+def _gpus(resources: str) -> int:
+    """e.g. 'gpu:a100:8(S:0-1),nvme:1' -> 8."""
+    return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", resources))
