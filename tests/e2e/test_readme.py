@@ -91,6 +91,6 @@ def test_everything_named_is_there() -> None:
     for link in links:
         assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
     for heading in re.findall(r"\]\(#([^)]+)\)", README):
-        assert re.search(rf"^## {heading}$", README, re.MULTILINE | re.IGNORECASE), heading
+        assert re.search(rf"^## {heading.replace('-', ' ')}$", README, re.MULTILINE | re.IGNORECASE), heading
     for path in re.findall(r"(?:configs|shards|launchers)/\w+\.(?:yaml|py)", README):
         assert (ROOT / path).is_file(), path
