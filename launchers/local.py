@@ -19,6 +19,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
+ASKED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))  # ended because it was told to
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
             print(f"error: port {options.port} on 127.0.0.1: {problem}; choose another --port or leave it out", file=sys.stderr)
             return 2
         code = _attempt(options.procs, options.port, rest)
-        if code in (0, 2, 130, 143) or not left:  # 2: the same input would be refused again
+        if code in (0, 2, *ASKED) or not left:  # 2: the same input would be refused again
             return code
         print(f"starting again, {left} restart(s) left", file=sys.stderr)
     return code
@@ -71,7 +73,7 @@ def _attempt(procs: int, port: int, rest: list[str]) -> int:
             if failure.exitcode < 0:
                 print(f"process {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
                 return 128 - failure.exitcode
-            if failure.exitcode not in (2, 130):
+            if failure.exitcode not in (2, 75, *ASKED):
                 print(f"process {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
             return failure.exitcode
         except SignalException as error:

@@ -1,0 +1,107 @@
+"""A request to stop that reaches one rank, a cancelled launcher, a second start in the same folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaletrain import checkpoint
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+RECIPE = f"""
+batch: 8
+steps: {STEPS}
+data: {{path: synthetic, synthetic_samples: 32, lanes: 4, workers: 1, views: [{{size: 16, count: 2}}]}}
+model: {{name: resnet18, width: 0.0625, stem: cifar}}
+method: {{name: byol, hidden: 24, dim: 8}}
+optim: {{lr: 0.3, rule: none, warmup_epochs: 0}}
+engine: {{name: ddp, precision: fp64}}
+checkpoint: {{every_steps: 100}}
+monitor: {{every: 1, images_every: 0}}
+"""
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(tmp_path: Path, run: str) -> subprocess.Popen[str]:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, str(ROOT / "launchers" / "local.py"), "--procs", "2", str(recipe), "--run", str(tmp_path / run)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < step:
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    """The launcher's child that is this rank; its loader workers are that one's children."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mine = f"PPid:\t{launcher}\n" in (folder / "status").read_text()
+            if mine and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                return int(folder.name)
+    raise AssertionError("no such rank")
+
+
+def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on n1, job 12\n")
+        lock.flush()
+        with start(tmp_path, "run") as process:
+            errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 2
+        assert f"error: {tmp_path / 'run'} is being trained by process 7 on n1, job 12\n" == errors
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def result(run: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.latest(run / "checkpoints")
+    assert saved is not None
+    assert saved.step == STEPS
+    return {name: saved.read(name) for name in saved.names()}
+
+
+def warn_one_rank(launcher: int) -> None:
+    os.kill(rank_process(launcher, 1), signal.SIGUSR2)
+
+
+def end_the_launcher(launcher: int) -> None:
+    os.kill(launcher, signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (end_the_launcher, 143, "SIGTERM")])
+def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, ask: Callable[[int], None], code: int, name: str
+) -> None:
+    with start(tmp_path, "run") as process:
+        wait_for_step(tmp_path / "run", 6, process)
+        ask(process.pid)
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+    reached = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
+    assert reached < STEPS
+    assert f"stopped at step {reached} on {name}, saved; the same command goes on from there" in out
+    assert "failed" not in errors
+    with start(tmp_path, "run") as process:
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert f"resumed from step {reached};" in out
+    with start(tmp_path, "undisturbed") as process:
+        process.communicate(timeout=120)
+    got, want = result(tmp_path / "run"), result(tmp_path / "undisturbed")
+    assert all(torch.equal(got[name], want[name]) for name in want)

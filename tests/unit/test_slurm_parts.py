@@ -1,0 +1,93 @@
+"""What the SLURM launcher computes without a cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scaletrain.recipe import ConfigError
+from scaletrain.slurm import grid, queue, task
+
+
+def test_torchrun_variables_of_the_last_task_of_an_uneven_job() -> None:
+    slurm = {
+        "SLURM_JOB_ID": "41", "SLURM_PROCID": "9", "SLURM_NTASKS": "10", "SLURM_LOCALID": "1", "SLURM_NODEID": "3",
+        "SLURM_STEP_TASKS_PER_NODE": "4,2(x3)", "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.7", "SLURM_CPUS_PER_TASK": "6",
+    }  # fmt: skip
+    first = task.environment(slurm, "/shared/launch")
+    assert first["RANK"], first["WORLD_SIZE"] == ("9", "10")
+    assert (first["LOCAL_RANK"], first["LOCAL_WORLD_SIZE"]) == ("1", "2")
+    assert (first["MASTER_ADDR"], first["OMP_NUM_THREADS"]) == ("10.1.0.7", "6")
+    again = task.environment(slurm | {"SLURM_RESTART_COUNT": "1"}, "/shared/launch")
+    changed = {key for key in first if first[key] != again[key]}
+    assert changed == {"MASTER_PORT", "SCALETRAIN_ERROR_FILE", "SCALETRAIN_STOPPED_FILE"}
+
+
+def test_ports_stay_in_their_range_and_spread() -> None:
+    ports = {task.port(str(job), restart) for job in range(1000) for restart in range(2)}
+    assert ports <= set(range(10_000, 32_000))
+    assert len(ports) > 1850  # 2,000 throws into 22,000 fields leave about 1,913 different ones
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [("(null)", 0), ("gpu:8", 8), ("gpu:a100:8(S:0-1)", 8), ("gpu:a100:4,gpu:h100:2,nvme:3", 6), ("nvme:2", 0), ("mygpu:3", 0)],
+)
+def test_gpus_of_a_node(text: str, gpus: int) -> None:
+    assert queue._gpus(text) == gpus
+
+
+def test_grid_values_are_yaml() -> None:
+    axes = ["optim.lr=0.1,2e-1", "data.views.0.area=[0.2, 1],[0.08, 1]", "method=byol,swav"]
+    got = grid.combinations(axes, seeds=2)
+    assert len(got) == 16
+    assert got[0] == ("optim.lr=0.1", "data.views.0.area=[0.2, 1]", "method=byol", "seed=0")
+    assert got[-1] == ("optim.lr=0.2", "data.views.0.area=[0.08, 1]", "method=swav", "seed=1")
+    assert grid.combinations([], 1) == [()]
+    folders = {grid.folder(Path("runs"), element) for element in got}
+    assert len(folders) == 16
+    assert all(folder.parent == Path("runs") for folder in folders)
+
+
+@pytest.mark.parametrize("axis", ["optim.lr", "optim.lr=", "=1", "optim.lr=[1"])
+def test_grid_axis_that_cannot_be_read(axis: str) -> None:
+    with pytest.raises(ConfigError, match="write KEY=VALUE,VALUE"):
+        grid.combinations([axis], 1)
+
+
+def test_grid_names_a_key_once() -> None:
+    with pytest.raises(ConfigError, match="names seed twice"):
+        grid.combinations(["seed=1,2"], 3)
+
+
+def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> None:
+    elements = grid.combinations(["optim.lr=0.1,0.2"], 1)
+    grid.save(tmp_path, elements)
+    done = grid.folder(tmp_path, elements[0])
+    (done / "evals").mkdir(parents=True)
+    (done / "metrics.jsonl").write_text(
+        '{"step": 4, "train/loss": 3.0}\n{"step": 8, "train/loss": 2.123456789}\n{"step": 9, "tr'
+    )
+    for step, score, encoder in ((100, 50.0, "trained"), (20, 40.0, "trained"), (0, 90.0, "untrained")):
+        card = {"encoder": encoder, "step": step, "metrics": {"knn_20": score}}
+        (done / "evals" / f"knn-step-{step}.json").write_text(json.dumps(card))
+    first, second = grid.table(tmp_path, {done: "completed", grid.folder(tmp_path, elements[1]): "pending"})
+    assert first == {"optim.lr": "0.1", "state": "completed", "step": 8, "loss": 2.1235, "knn_20": 50.0}
+    assert second == {"optim.lr": "0.2", "state": "pending", "step": "", "loss": "", "knn_20": ""}
+    assert (tmp_path / "grid.csv").read_text().splitlines()[1] == "0.1,completed,8,2.1235,50.0"
+
+
+def test_folder_that_only_this_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(queue, "_here", lambda node: node == "here")
+    for kind, problem in (("nfs4", None), ("lustre", None), ("ext4", None), ("tmpfs", "on this machine only")):
+        monkeypatch.setattr(queue, "_file_system", lambda path, kind=kind: kind)
+        assert queue.check_shared(Path("/shared/run"), ["here"]) is None
+        if problem:
+            with pytest.raises(queue.SlurmError, match=problem):
+                queue.check_shared(Path("/shared/run"), ["here", "n7"])
+        else:
+            warned = queue.check_shared(Path("/shared/run"), ["here", "n7"])
+            assert (warned is not None) == (kind == "ext4")
+    assert queue.check_shared(Path("/tmp"), ["here"]) is None
