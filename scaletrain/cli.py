@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -244,4 +245,15 @@ def _follow_launcher() -> None:
 
 def main() -> None:
     _follow_launcher()
-    app(prog_name="scaletrain")
+    try:
+        app(prog_name="scaletrain")
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if code in (0, None) or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # a normal exit may wait for ever for a collective that the others no longer join, and nobody would see the failure
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
