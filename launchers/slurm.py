@@ -170,7 +170,8 @@ class Launch:
             typer.echo(f"\nno longer followed; it goes on. `scancel {jobs[0].partition('_')[0]}` ends it")
             raise typer.Exit(130) from None
         if self.several:
-            show(self.run, {run: states[job].name.lower() for run, job in zip(self.runs, jobs, strict=False)})
+            runs = (folder / submit.RUNS).read_text().splitlines()  # by number of the element: some may have ended before
+            show(self.run, {Path(runs[int(job.partition("_")[2] or 0)]): state.name.lower() for job, state in states.items()})
         failed = [job for job, state in states.items() if state.name != "COMPLETED"]
         for job in failed:
             for text in watch.complaints(job, folder):

@@ -49,7 +49,7 @@ def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str,
     for overrides in grid:
         place = folder(run, overrides)
         row = dict(item.split("=", 1) for item in overrides)
-        rows.append({**row, **({"state": states[place]} if states else {}), **_reached(place), **_scores(place)})
+        rows.append({**row, **({"state": states.get(place, "")} if states else {}), **_reached(place), **_scores(place)})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
