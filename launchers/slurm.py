@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -76,13 +77,17 @@ def main(
         show(run)
         return
     place = queue.partition(partition)
-    gpus = place.gpus if gpus_per_node is None else gpus_per_node
+    if gpus_per_node is None and len(set(place.gpus)) > 1:
+        raise SlurmError(
+            f"the nodes of partition '{place.name}' have {min(place.gpus)} to {max(place.gpus)} GPUs: say --gpus-per-node"
+        )
+    gpus = place.gpus[0] if gpus_per_node is None else gpus_per_node
     tasks = tasks_per_node or max(1, gpus)
     resources = Resources(
         nodes=nodes,
         tasks_per_node=tasks,
         gpus_per_node=gpus,
-        cpus_per_task=cpus_per_task or max(1, place.cpus // tasks),
+        cpus_per_task=cpus_per_task or max(1, min(place.cpus) // tasks),
         time=time,
         mem=mem,
         partition=partition,
@@ -115,6 +120,8 @@ def main(
     if not jobs:
         jobs = launch.submit(resources)
         typer.echo(f"job {', '.join(jobs)}\nrun  {run}\nlogs {launch.folder}")
+    else:
+        typer.echo(f"job {', '.join(jobs)} trains {run} already and is followed; nothing new is submitted")
     if follow:
         launch.follow(jobs)
 
@@ -128,9 +135,14 @@ class Launch:
         self.runs = [grids.folder(run, element) if self.several else run for element in elements]
         path = configuration.load(recipe, overrides).data.path
         # the data path as the nodes will find it, whatever folder they start in
-        self.overrides = (*overrides, f"data.path={Path(path).absolute()}") if path and Path(path).is_dir() else overrides
-        launches = [int(place.name) for place in (run / "launches").glob("[0-9]*")]
-        self.folder = run / "launches" / f"{1 + max(launches, default=0):04d}"
+        self.overrides = (
+            (*overrides, f"data.path={json.dumps(str(Path(path).absolute()))}") if path and Path(path).is_dir() else overrides
+        )
+        self.folder = run / "launches" / f"{1 + int(max(self._launches(), default='0')):04d}"
+
+    def _launches(self) -> list[str]:
+        """Names of the launches so far."""
+        return [place.name for place in (self.run / "launches").glob("[0-9][0-9][0-9][0-9]")]
 
     def check(self, resources: Resources) -> None:
         """Refuse here what every rank would refuse after hours in the queue."""
@@ -156,14 +168,13 @@ class Launch:
             Task((*arguments, *element, "--run", str(run)), str(self.folder))
             for element, run in zip(self.elements, self.runs, strict=True)
         ]
-        jobs = submit.submit(self.executor(resources), tasks, self.runs)
         if self.several:
             grids.save(self.run, self.elements)
-        return jobs
+        return submit.submit(self.executor(resources), tasks, self.runs)
 
     def follow(self, jobs: list[str]) -> None:
         """Until the jobs have ended; exit code 1 if one has failed."""
-        folder = max((self.run / "launches").iterdir())
+        folder = self.run / "launches" / max(self._launches())
         try:
             states = watch.follow(jobs, folder, typer.echo)
         except KeyboardInterrupt:

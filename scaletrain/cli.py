@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import errno
 import importlib.util
 import json
 import os
@@ -42,7 +43,7 @@ class _Guarded(TyperGroup):
         except Exception as error:
             expected = _expected(error)
             usage = hasattr(error, "exit_code") and not expected
-            own = getattr(error, "exit_code", 2) if usage or expected else 1
+            own = _code(error) if usage or expected else 1
             code = _claim(own)
             if code is not None:
                 raise typer.Exit(code) from None
@@ -108,11 +109,14 @@ def evaluate(
     test_data: Annotated[Path | None, typer.Option("--test", help="Default: `test` or `val` beside them.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="e.g. linear.epochs=20; may be repeated.")] = None,
     encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="What is judged.")] = "trained",
+    labels: Annotated[Path | None, typer.Option(help="Train on this label subset only, a file of shards/subset.py.")] = None,
 ) -> None:
     """Judge a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
     from scaletrain import evals
 
-    cards = evals.run(target, benchmarks, train=train_data, test=test_data, overrides=settings or (), encoder=encoder)
+    cards = evals.run(
+        target, benchmarks, train=train_data, test=test_data, overrides=settings or (), encoder=encoder, labels=labels
+    )
     evals.report(cards)
 
 
@@ -219,6 +223,13 @@ def _expected(error: Exception) -> bool:
         trace = trace.tb_next
     here = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
     return here or type(error).__module__.partition(".")[0] == "scaletrain"
+
+
+def _code(error: Exception) -> int:
+    """2: the same input would be refused again; 75 (EX_TEMPFAIL of sysexits.h): another start may succeed."""
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO):
+        return 75
+    return int(getattr(error, "exit_code", 2))
 
 
 def _claim(code: int) -> int | None:

@@ -25,6 +25,8 @@ _reduce_scatter = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_sc
 class LaunchError(ValueError):
     """The process group could not be made; the text says why."""
 
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
 
 def init(timeout_seconds: float = 1800.0) -> torch.device:
     """Join the process group that torchrun's variables describe (none: a single process) and return this rank's device."""

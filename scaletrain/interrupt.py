@@ -15,10 +15,13 @@ STOPPED_FILE = "SCALETRAIN_STOPPED_FILE"  # the variable by which a launcher say
 
 
 class Stopped(Exception):
-    """The run was asked to stop, has saved, and can go on."""
+    """The run was asked to stop and can go on."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped at step {step} on {signal.Signals(number).name}, saved; the same command goes on from there")
+    def __init__(self, number: int, step: int, saved: bool) -> None:
+        where = (
+            "saved; the same command goes on from there" if saved else "in a pass between steps: back to the last checkpoint"
+        )
+        super().__init__(f"stopped at step {step} on {signal.Signals(number).name}, {where}")
         self.number, self.step = number, step
 
 
@@ -26,7 +29,7 @@ class Interrupt:
     """Context that catches the signals. Enter it on every rank, in the main thread, before loader workers start."""
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._training = 0, False
         self._asked: Callable[[], int] = lambda: 0
 
     def __enter__(self) -> Interrupt:
@@ -40,6 +43,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
+        if self._received and not self._training:  # asked twice before there is anything to save
+            os._exit(128 + number)
         self._received = self._received or number
 
     def agreed(self) -> int:
@@ -47,16 +52,16 @@ class Interrupt:
 
         With several ranks the answer is that of one step ago: the ranks' exchange runs beside the step and costs no waiting.
         """
+        self._training = True
         if dist.world() == 1:
             return self._received
         before, self._asked = self._asked(), dist.max_later(self._received)
         return before
 
 
-def leave(number: int, step: int) -> Stopped:
-    """What to raise once this rank has saved. No rank returns before all have saved and the launcher has been told."""
+def announce(stop: Stopped) -> None:
+    """Once this rank has nothing more to save: no rank returns before that holds for all and the launcher has been told."""
     dist.barrier()  # a scheduler ends every rank as soon as one has left
     if dist.main() and (place := os.environ.get(STOPPED_FILE)):
-        Path(place).write_text(signal.Signals(number).name)
+        Path(place).write_text(signal.Signals(stop.number).name)
     dist.barrier()
-    return Stopped(number, step)

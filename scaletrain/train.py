@@ -22,7 +22,7 @@ from scaletrain.config import Config, ConfigError
 from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.data.loader import Stream
 from scaletrain.engines.base import Engine, TrainingError
-from scaletrain.interrupt import Interrupt, Stopped, leave
+from scaletrain.interrupt import Interrupt, Stopped, announce
 from scaletrain.marks import WAIT, mark
 from scaletrain.monitor import Monitor, profile
 from scaletrain.nn import backbone
@@ -31,6 +31,12 @@ from scaletrain.rehearsal import rehearse
 from scaletrain.versions import commit
 
 T = TypeVar("T")
+
+
+class BusyError(ConfigError):
+    """Another process trains in the run folder."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = False, change: bool = False) -> None:
@@ -45,16 +51,15 @@ def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = 
             dist.keep_freed_memory()
         torch.set_num_threads(config.threads or _threads())
         _on_main(lambda: _claim(run, config, change, held))
-        stop = _loop(config, run, device, init, trace, interrupt)
+        try:
+            _loop(config, run, device, init, trace, interrupt)
+        except Stopped as stop:
+            announce(stop)
+            raise
         dist.shutdown()  # not after an error: other ranks would report the lost connection before this one reports its cause
-    if stop:
-        raise stop
 
 
-def _loop(
-    config: Config, run: Path, device: torch.device, init: Path | None, trace: bool, interrupt: Interrupt
-) -> Stopped | None:
-    """The request on which the run stopped before its end, if any."""
+def _loop(config: Config, run: Path, device: torch.device, init: Path | None, trace: bool, interrupt: Interrupt) -> None:
     stream = Stream(config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
     total = total_steps(config, stream.steps_per_epoch)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
@@ -73,7 +78,10 @@ def _loop(
 
     def features(clock: Clock, embed: Callable[[Batch], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         first = clock.epoch * stream.steps_per_epoch
-        return engine.features(stream.batches(first, first + stream.steps_per_epoch), embed)
+        for found in engine.features(stream.batches(first, first + stream.steps_per_epoch), embed):
+            if number := interrupt.agreed():  # such a pass may take longer than a scheduler waits
+                raise Stopped(number, clock.step, saved=False)
+            yield found
 
     with contextlib.ExitStack() as stack:
         timer = stack.enter_context(rehearse(config, run, total - start, device))
@@ -96,10 +104,7 @@ def _loop(
                     writer.save(step + 1, engine.state(), {"clock": {"step": step + 1, "total": total}, **meta})
                 timer.step()
                 if stop:
-                    break
-            else:
-                return None
-    return leave(stop, step + 1)
+                    raise Stopped(stop, step + 1, saved=True)
 
 
 def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:
@@ -141,11 +146,11 @@ def _on_main(work: Callable[[], None]) -> None:
         try:
             work()
         except ConfigError as error:
-            problem = str(error)
+            problem = error
         except OSError as error:
-            problem = f"cannot write the run folder: {error}; choose another with --run"
+            problem = ConfigError(f"cannot write the run folder: {error}; choose another with --run")
     if problem := dist.broadcast_object(problem):
-        raise ConfigError(problem)
+        raise problem
 
 
 def _claim(run: Path, config: Config, change: bool, held: contextlib.ExitStack) -> None:
@@ -165,7 +170,8 @@ def _claim(run: Path, config: Config, change: bool, held: contextlib.ExitStack) 
 
 def _hold(lock: TextIO, run: Path) -> None:
     """Lock the run folder until the file is closed, at the latest by the end of this process."""
-    for patience in range(20, -1, -1):  # a predecessor that is being killed may take a moment
+    # a predecessor that is being killed may take a moment, one on a lost node until the file system gives up its lock
+    for patience in range(240 if "SLURM_RESTART_COUNT" in os.environ else 20, -1, -1):
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
@@ -174,7 +180,7 @@ def _hold(lock: TextIO, run: Path) -> None:
                 return  # a file system without locks cannot protect
             if not patience:
                 lock.seek(0)
-                raise ConfigError(f"{run} is being trained by {lock.read().strip() or 'another process'}") from None
+                raise BusyError(f"{run} is being trained by {lock.read().strip() or 'another process'}") from None
             time.sleep(0.25)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()}, job {os.environ.get('SLURM_JOB_ID', 'none')}\n")

@@ -28,7 +28,7 @@ def main(
     1 % in the 10 %. OUT holds indices, keys and labels, and the checksum of the shards; it is refused for others.
     """
     if sum(option is not None for option in (share, per_class, names)) != 1:
-        raise DataError("give one of --share, --per-class and --names")
+        raise DataError("give one of --share (in per cent), --per-class and --names")
     if out.exists() and not force:
         raise DataError(f"{out} exists already; choose another name, or replace it with --force")
     shards = Shards(folder)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +18,7 @@ from scaletrain.config import Data
 from scaletrain.core import Batch
 from scaletrain.data.device import ToDevice
 from scaletrain.data.errors import DataError, LoaderError
-from scaletrain.data.plan import Plan
+from scaletrain.data.plan import Ints, Plan
 from scaletrain.data.reader import Shards
 from scaletrain.data.stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
 from scaletrain.marks import COPY, mark
@@ -28,10 +29,12 @@ SYNTHETIC = "synthetic"
 class Stream:
     """The training data of one rank: the same global batches at every world size and number of workers.
 
-    Raises DataError when batch, lanes, world or the data set do not fit together.
+    Raises DataError when batch, lanes, world or the data set do not fit together. `rows` [N]: of these samples only.
     """
 
-    def __init__(self, data: Data, *, seed: int, batch: int, rank: int, world: int, device: torch.device) -> None:
+    def __init__(
+        self, data: Data, *, seed: int, batch: int, rank: int, world: int, device: torch.device, rows: Ints | None = None
+    ) -> None:
         if not data.path:
             raise DataError(
                 "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py writes, "
@@ -40,6 +43,7 @@ class Stream:
         self.data, self.device = data, device
         shards = None if data.path == SYNTHETIC else Shards(data.path)
         counts = synthetic_counts(data.synthetic_samples) if shards is None else shards.counts
+        counts = counts if rows is None else np.array([len(rows)])
         self.plan = Plan(counts, seed=seed, batch=batch, lanes=data.lanes, window=data.window)
         lo, hi = self.plan.part(rank, world)
         if shards is None:
@@ -47,7 +51,7 @@ class Stream:
         else:
             if rank == 0:  # once is enough; every rank checks again what it opens
                 shards.check()
-            self.dataset = Images(data, shards, self.plan, lo, hi)
+            self.dataset = Images(data, shards, self.plan, lo, hi, rows)
         self.samples, self.steps_per_epoch = self.plan.samples, self.plan.steps_per_epoch
         self._to_device = ToDevice(device, seed, data.mean, data.std)
         self._running: list[Generator[Batch, None, None]] = []
@@ -92,18 +96,21 @@ def plain(
     std: Sequence[float],
     max_pixels: int = 50_000_000,
     timeout: float = 300.0,
+    rows: Ints | None = None,
 ) -> Iterator[Batch]:
     """Every sample once, in its own order, as one view [1, B, 3, size, size]; the last batch may be short.
 
     `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks take contiguous parts that differ by at most one sample.
+    `rows` [N], ascending: these samples only.
     """
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
     shards = Shards(path)
-    lo, hi = rank * len(shards) // world, (rank + 1) * len(shards) // world
+    samples = len(shards) if rows is None else len(rows)
+    lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
     to_device = ToDevice(device, 0, mean, std)
-    dataset = Whole(shards, size, resize, max_pixels)
+    dataset = Whole(shards, size, resize, max_pixels, rows)
     return (to_device(raw) for raw in _load(dataset, ranges, workers, 2, timeout, device))
 
 

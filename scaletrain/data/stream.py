@@ -20,7 +20,7 @@ from scaletrain.config import Data, View
 from scaletrain.data import colour, crop, image
 from scaletrain.data.errors import DataError, ImageError
 from scaletrain.data.image import Pixels
-from scaletrain.data.plan import Plan
+from scaletrain.data.plan import Ints, Plan
 from scaletrain.data.reader import Shards
 from scaletrain.data.views import Params, draw, expand, uniforms
 
@@ -49,15 +49,16 @@ class Failure(NamedTuple):
 
 
 class Images(Dataset[Raw | Failure]):
-    """Positions [lo, hi) of the plan's global batches, as augmented views."""
+    """Positions [lo, hi) of the plan's global batches, as augmented views. With `rows` [N], a plan of these samples."""
 
-    def __init__(self, data: Data, shards: Shards, plan: Plan, lo: int, hi: int) -> None:
-        self.data, self.shards, self.plan, self.lo, self.hi = data, shards, plan, lo, hi
+    def __init__(self, data: Data, shards: Shards, plan: Plan, lo: int, hi: int, rows: Ints | None = None) -> None:
+        self.data, self.shards, self.plan, self.lo, self.hi, self.rows = data, shards, plan, lo, hi, rows
         self.groups = expand(data.views)
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
         epoch, step = at
         index = self.plan.batch(epoch, step, self.lo, self.hi)
+        index = index if self.rows is None else self.rows[index]
         raw = _empty(epoch, self.groups, len(index), self.data.masks)
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index))
         draws = uniforms(keys, sum(map(len, self.groups)))
@@ -128,16 +129,17 @@ def synthetic_counts(samples: int) -> NDArray[np.int64]:
 
 
 class Whole(Dataset[Raw | Failure]):
-    """Samples [lo, hi) of a folder in their own order, one deterministic view each, for evaluation."""
+    """Samples [lo, hi) of a folder, or of its `rows` [N], in their own order, one deterministic view each, for evaluation."""
 
-    def __init__(self, shards: Shards, size: int, protocol: str, max_pixels: int) -> None:
-        self.shards, self.size, self.protocol, self.max_pixels = shards, size, protocol, max_pixels
+    def __init__(self, shards: Shards, size: int, protocol: str, max_pixels: int, rows: Ints | None = None) -> None:
+        self.shards, self.size, self.protocol, self.max_pixels, self.rows = shards, size, protocol, max_pixels, rows
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
         raw = _empty(0, [[View(size=self.size)]], at[1] - at[0], masks=False)
         out = raw.views[0].numpy()
+        index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
         try:
-            for row, sample in enumerate(range(*at)):
+            for row, sample in enumerate(index.tolist()):
                 found = self.shards.read(sample)
                 try:
                     pixels = image.decode(found.image, self.max_pixels)
@@ -147,7 +149,7 @@ class Whole(Dataset[Raw | Failure]):
                 raw.labels[row] = found.label
         except DataError as error:
             return Failure(error)
-        raw.samples.copy_(torch.arange(*at))
+        raw.samples.copy_(torch.from_numpy(index))
         return raw
 
 

@@ -43,12 +43,15 @@ def run(
     test: Path | None = None,
     overrides: Iterable[str] = (),
     encoder: Encoder = "trained",
+    labels: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Judge RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one card per benchmark.
 
     `train` and `test` are folders of shards with labels; by default the run's own data and the folder `test` or `val` beside
     it. `overrides` such as `linear.epochs=20` or `features.size=224` name a benchmark's or the features' settings. `encoder`
-    puts a baseline in the place of the trained one. Cards go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals.
+    puts a baseline in the place of the trained one. `labels` is a label subset of the training shards: no other sample of
+    them is used, and the file's stem ends the names of cards and scalars. Cards go to RUN/evals or beside FILE, scalars to
+    RUN/tensorboard/evals.
     Raises EvalError and other ValueErrors whose text says what to do.
     """
     dist.keep_freed_memory()
@@ -56,7 +59,7 @@ def run(
     subject = targets.find(target, encoder)
     features = settings.pop("features")
     assert isinstance(features, FeaturesConfig)
-    scene = Scene(subject, features, *_folders(subject, train, test))
+    scene = Scene(subject, features, *_folders(subject, train, test), labels)
     cards = []
     for name, chosen in settings.items():
         begun = time.monotonic()
@@ -74,7 +77,7 @@ def run(
             "versions": _versions(),
             "seconds": round(time.monotonic() - begun, 2),
         }
-        _write(subject, card)
+        _write(subject, card, f"-{labels.stem}" if labels else "")
         cards.append(card)
     return cards
 
@@ -152,9 +155,9 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("scaletrain", "torch", "numpy")}}
 
 
-def _write(subject: Subject, card: Mapping[str, Any]) -> None:
-    """The card as JSON, whole or not at all, and its metrics into the run's TensorBoard."""
-    suffix = "" if subject.encoder == "trained" else f"-{subject.encoder}"
+def _write(subject: Subject, card: Mapping[str, Any], subset: str) -> None:
+    """The card as JSON, whole or not at all, and its metrics into the run's TensorBoard. `subset` ends the names of both."""
+    suffix = ("" if subject.encoder == "trained" else f"-{subject.encoder}") + subset
     prefix = "" if subject.run else f"{subject.source.stem}-"  # several exported files may share a folder
     path = subject.home / f"{prefix}{card['benchmark']}-step-{card['step']}{suffix}.json"
     try:

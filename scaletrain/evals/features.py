@@ -20,6 +20,9 @@ from torch import Tensor
 from scaletrain import config
 from scaletrain.core import Batch
 from scaletrain.data import index, loader, write
+from scaletrain.data.labels import load as load_subset
+from scaletrain.data.plan import Ints
+from scaletrain.data.reader import Shards
 from scaletrain.evals.targets import EvalError, Subject
 
 Item = TypeVar("Item")
@@ -44,12 +47,28 @@ class Features:
 
 
 class Scene:
-    """One encoder, one training and one test set. What a benchmark has encoded the next one finds ready."""
+    """One encoder, one training and one test set. What a benchmark has encoded the next one finds ready.
 
-    def __init__(self, subject: Subject, settings: Config, train: str | Path, test: str | Path) -> None:
+    With a label subset the training set is its samples, numbered 0, 1, ... in their order, and no other image is read.
+    """
+
+    def __init__(
+        self, subject: Subject, settings: Config, train: str | Path, test: str | Path, subset: Path | None = None
+    ) -> None:
+        """Raises DataError for a `subset` of other shards than `train`."""
         self.subject, self.settings = subject, settings
         self.train, self.test = str(train), str(test)
         _same_classes(self.train, self.test)
+        self._rows: Ints | None = None  # the samples of the shards that are the training set; None: all
+        self.known: Tensor | None = None  # the labels [N] of a label subset
+        self._labelled_by = self.train
+        self._card: dict[str, Any] = {}
+        if subset is not None:
+            found = load_subset(subset, Shards(self.train))
+            self._rows, self.known = found.index, torch.from_numpy(found.labels)
+            self._labelled_by = str(subset)
+            digest = hashlib.sha256(subset.read_bytes()).hexdigest()
+            self._card = {"labels": {"file": subset.name, "sha256": digest, "samples": self.samples, "rule": found.rule}}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.size = min(settings.size or subject.size, subject.size if subject.encoder == "pixels" else 1 << 20)
         self.module = subject.module.to(self.device)
@@ -60,7 +79,7 @@ class Scene:
     @cached_property
     def samples(self) -> int:
         """In the training set."""
-        return int(_index(self.train)["samples"])
+        return int(_index(self.train)["samples"]) if self._rows is None else len(self._rows)
 
     @property
     def classes(self) -> int:
@@ -71,7 +90,7 @@ class Scene:
     def bank(self) -> Features:
         """All training images through the test transform."""
         if self._bank is None:
-            self._bank = Features(*self._encode(self.train, "training images"))
+            self._bank = Features(*self._encode(self.train, "training images", rows=self._rows))
             self._labels = self._bank.labels
         return self._bank
 
@@ -81,8 +100,8 @@ class Scene:
             self._queries = Features(*self._encode(self.test, "test images"))
             if self._labels is not None and int(self._queries.labels.max()) >= self.classes:
                 raise EvalError(
-                    f"{self.test}: label {int(self._queries.labels.max())}, but the labels of {self.train} end at "
-                    f"{self.classes - 1}; the two are not one data set. Give the right ones with --train and --test"
+                    f"{self.test}: label {int(self._queries.labels.max())}, but the labels of {self._labelled_by} end at "
+                    f"{self.classes - 1}; the two are not one data set. Give the right ones with --train, --test and --labels"
                 )
         return self._queries
 
@@ -90,7 +109,7 @@ class Scene:
         """The training images of the numbers `rows` (ascending) through the test transform; no other image is encoded."""
         if self._bank is not None:
             return Features(self._bank.x[rows], self._bank.labels[rows])
-        x, self._labels = self._encode(self.train, "held-out images", mask(rows, self.samples))
+        x, self._labels = self._encode(self.train, "held-out images", mask(rows, self.samples), self._rows)
         return Features(x, self._labels[rows])
 
     def augmented(self, wanted: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,10 +127,13 @@ class Scene:
                 "views": (self.view,),
             }
         )
-        stream = loader.Stream(data, seed=seed, batch=batch, rank=0, world=1, device=self.device)
+        stream = loader.Stream(data, seed=seed, batch=batch, rank=0, world=1, device=self.device, rows=self._rows)
         try:
             for part in stream.batches(0, sys.maxsize):
-                keep = wanted[part.index.cpu()].to(self.device)
+                number = part.index.cpu()
+                if self._rows is not None:
+                    number = torch.searchsorted(torch.from_numpy(self._rows), number)
+                keep = wanted[number].to(self.device)
                 yield self._forward(part, keep), _labels(part, self.train)[keep]
         finally:
             stream.close()
@@ -141,13 +163,14 @@ class Scene:
         return {"name": "random resized crop and flip", **self.view.model_dump(mode="json", include=set(kept))}
 
     def provenance(self) -> dict[str, Any]:
-        return {name: {"path": path, **_index(path)} for name, path in (("train", self.train), ("test", self.test))}
+        data = {name: {"path": path, **_index(path)} for name, path in (("train", self.train), ("test", self.test))}
+        return {**data, **self._card}
 
     # --- encoding ---
 
-    def _encode(self, path: str, what: str, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Features [N, D] (of the `wanted` [N] bool rows only, if given) and all labels [N], in sample order."""
-        samples = _index(path)["samples"]
+    def _encode(self, path: str, what: str, wanted: Tensor | None = None, rows: Ints | None = None) -> tuple[Tensor, Tensor]:
+        """Features [N, D] (of the `wanted` [N] bool only, if given) and all labels [N], in the order of `rows`."""
+        samples = _index(path)["samples"] if rows is None else len(rows)
         data = self.subject.data
         images = loader.plain(
             path,
@@ -160,18 +183,23 @@ class Scene:
             std=data.std,
             max_pixels=data.max_pixels,
             timeout=data.timeout,
+            rows=rows,
         )
-        rows = samples if wanted is None else int(wanted.sum())
+        numbers = torch.arange(samples) if rows is None else torch.from_numpy(rows)
+        kept = samples if wanted is None else int(wanted.sum())
         x, labels, seen, done = torch.empty(0), torch.empty(samples, dtype=torch.int64), 0, 0
         for batch in watch(images, what, samples, len):
             where = torch.arange(seen, seen + len(batch))
-            if not torch.equal(batch.index.cpu(), where):
-                raise EvalError(f"{path}: the stream gave samples {batch.index.tolist()[:3]} .. where {seen} .. were due")
+            due = numbers[seen : seen + len(batch)]
+            if not torch.equal(batch.index.cpu(), due):
+                raise EvalError(
+                    f"{path}: the stream gave samples {batch.index.tolist()[:3]} .. where {due[:3].tolist()} .. were due"
+                )
             labels[where] = _labels(batch, path).cpu()
             seen += len(batch)
             part = self._forward(batch, None if wanted is None else wanted[where].to(self.device))
             if not done:  # filled in place: a list and its concatenation would need the memory twice
-                x = torch.empty(rows, part.shape[1])
+                x = torch.empty(kept, part.shape[1])
             x[done : done + len(part)] = part
             done += len(part)
         if seen != samples:

@@ -75,16 +75,30 @@ class Heads:
         return torch.cat(parts, 1)
 
 
-def held_out(samples: int) -> Tensor:
+def held_out(samples: int, labels: Tensor | None = None) -> Tensor:
     """Sample numbers [H] that choose the learning rate, H = min(10,009, a tenth): those of the smallest hash, ascending.
 
     The list depends on the number of samples only, never on a seed, a rank or the order of reading. BYOL holds out 10,009
-    images of ImageNet's training set (appendix D.1).
+    images of ImageNet's training set (appendix D.1). With `labels` [samples], of a label subset, every class keeps the image of
+    its largest hash for the training: with few images a tenth could be all of a class.
     """
     if samples < 2:
         raise EvalError(f"{samples} training image(s) cannot be split into a training and a held-out part")
     order = dist.hash64("linear held-out", torch.arange(samples)).argsort(stable=True)
+    if labels is not None:
+        order = order[_occurs_later(labels[order])]
+        if not len(order):
+            raise EvalError(
+                "the label subset has one image per class, which cannot be split into a training and a held-out part; "
+                "take at least two per class, or judge by knn"
+            )
     return order[: max(1, min(10_009, samples // 10))].sort().values
+
+
+def _occurs_later(values: Tensor) -> Tensor:
+    """[N] bool: the same value comes again in `values` [N]."""
+    last = torch.full((int(values.max()) + 1,), -1).scatter_reduce(0, values, torch.arange(len(values)), "amax")
+    return last[values] > torch.arange(len(values))
 
 
 def carve(chunks: Iterable[tuple[Tensor, ...]], batch: int) -> Iterator[tuple[Tensor, ...]]:
@@ -124,7 +138,7 @@ def fit(rates: Sequence[float], batches: Iterator[tuple[Tensor, ...]], steps: in
 
 def measure(config: Config, scene: Scene) -> tuple[dict[str, float], dict[str, Any]]:
     """The benchmark: metrics in per cent, and what belongs on the protocol card."""
-    out = held_out(scene.samples)
+    out = held_out(scene.samples, scene.known)
     judge, classes = scene.part(out), scene.classes
     rows = (~mask(out, scene.samples)).nonzero().flatten()
     batch = min(config.batch, len(rows))

@@ -9,6 +9,7 @@ from pathlib import Path
 from scaletrain.slurm import queue
 
 EVERY = 3.0  # seconds between looks at the queue: polite to a controller that serves many
+PATIENCE = 40  # looks in a row that may fail
 TAIL = 12  # lines of each error log that a failed job shows
 
 
@@ -32,8 +33,17 @@ def follow(jobs: Sequence[str], folder: Path, say: Callable[[str], None]) -> dic
     """Until every job has ended. The last states; a single job's log is shown as it grows, of an array the states only."""
     tails = [Tail(folder / f"{jobs[0]}_0_log.{kind}") for kind in ("out", "err")] if len(jobs) == 1 else []
     before: dict[str, queue.State] = {}
+    failures = 0
     while True:
-        states = queue.states(jobs)
+        try:
+            states, failures = queue.states(jobs), 0
+        except queue.SlurmError as error:  # a busy controller is no reason to leave
+            failures += 1
+            if failures == PATIENCE:
+                raise
+            say(f"{time.strftime('%H:%M:%S')} {error}")
+            time.sleep(EVERY)
+            continue
         for job, state in states.items():
             if before.get(job) != state:
                 say(f"{time.strftime('%H:%M:%S')} job {job}: {state}")

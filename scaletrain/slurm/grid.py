@@ -27,7 +27,10 @@ def combinations(axes: Iterable[str], seeds: int) -> list[tuple[str, ...]]:
     keys = [values[0].partition("=")[0] for values in choices]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ConfigError(f"--grid names {', '.join(sorted(twice))} twice")
-    return list(itertools.product(*choices))
+    elements = list(itertools.product(*choices))
+    if len({folder(Path(), element) for element in elements}) < len(elements):
+        raise ConfigError("--grid names a value twice, or values whose folders would have the same name")
+    return elements
 
 
 def folder(run: Path, overrides: Sequence[str]) -> Path:
@@ -36,7 +39,11 @@ def folder(run: Path, overrides: Sequence[str]) -> Path:
 
 
 def save(run: Path, grid: Sequence[Sequence[str]]) -> None:
-    (run / SPEC).write_text(json.dumps([list(overrides) for overrides in grid], indent=1))
+    """Add the elements to those that earlier launches have left in `run`."""
+    run.mkdir(parents=True, exist_ok=True)
+    path = run / SPEC
+    known = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps(known + [list(new) for new in grid if list(new) not in known], indent=1))
 
 
 def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str, Any]]:

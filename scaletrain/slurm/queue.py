@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import math
 import re
 import socket
 import subprocess
@@ -22,12 +23,12 @@ class SlurmError(ValueError):
 
 @dataclass(frozen=True)
 class Partition:
-    """`cpus`, `gpus`: of its smallest node."""
+    """`cpus`, `gpus`: of each node."""
 
     name: str
     nodes: tuple[str, ...]
-    cpus: int
-    gpus: int
+    cpus: tuple[int, ...]
+    gpus: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,29 @@ def ask(*command: str) -> str:
 
 
 def partition(name: str | None = None) -> Partition:
-    """The named or the default partition."""
+    """The named or the default partition; several, parted by commas, as one."""
     rows = [line.split("|") for line in ask("sinfo", "-h", "-N", "-a", "-o", "%P|%N|%c|%G").splitlines()]
     known = sorted({row[0] for row in rows})
     chosen = name if name is not None else next((p.removesuffix("*") for p in known if p.endswith("*")), None)
     if chosen is None:
         raise SlurmError(f"the cluster has no default partition: choose one with --partition; there are {', '.join(known)}")
-    mine = [row for row in rows if row[0].removesuffix("*") == chosen]
-    if not mine:
-        there = ", ".join(p.removesuffix("*") for p in known) or "none"
-        raise SlurmError(f"the cluster has no partition '{chosen}'; there are {there}")
-    cpus = min(int(re.sub(r"\D.*", "", row[2])) for row in mine)
-    return Partition(chosen, tuple(row[1] for row in mine), cpus, min(_gpus(row[3]) for row in mine))
+    there = [p.removesuffix("*") for p in known]
+    for part in chosen.split(","):
+        if part not in there:
+            raise SlurmError(f"the cluster has no partition '{part}'; there are {', '.join(there) or 'none'}")
+    mine = {row[1]: row for row in rows if row[0].removesuffix("*") in chosen.split(",")}.values()
+    cpus = tuple(int(re.sub(r"\D.*", "", row[2])) for row in mine)
+    return Partition(chosen, tuple(row[1] for row in mine), cpus, tuple(_gpus(row[3]) for row in mine))
+
+
+def seconds(limit: str) -> float:
+    """Of a time limit as SLURM writes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; UNLIMITED and what else has no number."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if not found:
+        return math.inf
+    days, a, b, c = (int(part or 0) for part in found.groups())
+    hours, minutes, rest = (a, b, c) if found[1] or found[4] else (0, a, b)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def states(jobs: Iterable[str]) -> dict[str, State]:

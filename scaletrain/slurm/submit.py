@@ -17,6 +17,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
+from scaletrain.slurm import queue
 from scaletrain.slurm.queue import Partition, SlurmError
 from scaletrain.slurm.task import Task
 
@@ -53,11 +54,18 @@ class Resources:
         """Raises SlurmError for what the partition can never give."""
         for wanted, given, name, option in (
             (self.nodes, len(partition.nodes), "nodes", "--nodes"),
-            (self.gpus_per_node, partition.gpus, "GPUs per node", "--gpus-per-node"),
-            (self.tasks_per_node * self.cpus_per_task, partition.cpus, "CPUs per node", "--tasks-per-node or --cpus-per-task"),
+            (self.gpus_per_node, max(partition.gpus), "GPUs per node", "--gpus-per-node"),
+            (
+                self.tasks_per_node * self.cpus_per_task,
+                max(partition.cpus),
+                "CPUs per node",
+                "--tasks-per-node or --cpus-per-task",
+            ),
         ):
             if wanted > given:
                 raise SlurmError(f"partition '{partition.name}' has {given} {name} and {wanted} are asked for: lower {option}")
+        if self.time and self.warning >= queue.seconds(self.time):
+            raise SlurmError(f"--warning {self.warning} seconds before the end leave nothing of --time {self.time}: lower it")
 
 
 def prepare(folder: Path, resources: Resources, name: str, comment: str) -> submitit.SlurmExecutor:
@@ -67,7 +75,7 @@ def prepare(folder: Path, resources: Resources, name: str, comment: str) -> subm
         executor = submitit.SlurmExecutor(folder=folder, python=python)
     except RuntimeError:
         raise SlurmError("srun is not installed: this is no machine of a SLURM cluster") from None
-    extra = {"mem": resources.mem, "time": resources.time, "requeue": True}
+    extra = {"mem": resources.mem, "requeue": True}
     executor.update_parameters(
         job_name=name,
         comment=comment,
@@ -75,6 +83,7 @@ def prepare(folder: Path, resources: Resources, name: str, comment: str) -> subm
         ntasks_per_node=resources.tasks_per_node,
         cpus_per_task=resources.cpus_per_task,
         gpus_per_node=resources.gpus_per_node or None,
+        time=resources.time,  # its default is five minutes
         partition=resources.partition,
         account=resources.account,
         qos=resources.qos,
@@ -84,6 +93,7 @@ def prepare(folder: Path, resources: Resources, name: str, comment: str) -> subm
         mail_type="END,FAIL,REQUEUE" if resources.mail else None,
         array_parallelism=resources.throttle,
         signal_delay_s=resources.warning,
+        wckey=None,  # its default is refused where such keys are enforced
         setup=_before(folder, resources),
         teardown=_after(folder, resources.restarts),
         # since SLURM 22.05 srun does not take the number of CPUs from sbatch
@@ -100,12 +110,13 @@ def script(executor: submitit.SlurmExecutor) -> str:
 
 def submit(executor: submitit.SlurmExecutor, tasks: Sequence[Task], runs: Sequence[Path]) -> list[str]:
     """The ids of the jobs; several tasks make one array. Raises SlurmError with sbatch's own words."""
-    executor.folder.mkdir(parents=True, mode=0o700)  # what is pickled there is run, so only this user may write
+    _make(executor.folder)
     (executor.folder / RUNS).write_text("".join(f"{run}\n" for run in runs))
-    conf = {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    inside = "SLURM_JOB_ID" in os.environ  # then what that job was given is not for this one
+    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or (k.startswith("SBATCH_") and not inside)}
     try:
-        with clean_env():  # from inside a job: what that one was given is not for this one
-            os.environ.update(conf)
+        with clean_env():
+            os.environ.update(kept)
             if len(tasks) == 1:
                 return [executor.submit(tasks[0]).job_id]
             with executor.batch():
@@ -113,6 +124,20 @@ def submit(executor: submitit.SlurmExecutor, tasks: Sequence[Task], runs: Sequen
             return [job.job_id for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(f"sbatch refused the job: {_reason(str(error))}") from None
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of a launch, closed to others: what is pickled there is run."""
+    launches = folder.parent
+    launches.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    launches.mkdir(exist_ok=True, mode=0o700)
+    for place in (launches.parent, launches):
+        state = place.stat()
+        if state.st_uid != os.getuid() or state.st_mode & 0o022:
+            raise SlurmError(
+                f"{place} can be changed by others, who could then run programs as you: chmod go-w it, or choose --run"
+            )
+    folder.mkdir(mode=0o700)
 
 
 def _reason(text: str) -> str:
@@ -126,8 +151,9 @@ def _before(folder: Path, resources: Resources) -> list[str]:
     if resources.nodes > 1:
         text = f"error: some nodes do not see {folder}: choose a --run that all nodes share"
         look = "srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1"
-        lines.append(f"{look} test -d {shlex.quote(str(folder))} || {{ echo {shlex.quote(text)} >&2; exit 2; }}")
-    return lines
+        lines += [f"look() {{ {look} test -d {shlex.quote(str(folder))}; }}"]
+        lines += [f"look || {{ sleep 5; look; }} || {{ sleep 20; look; }} || {{ echo {shlex.quote(text)} >&2; exit 2; }}"]
+    return [*lines, "set +e  # what ends the command is judged below"]
 
 
 def _after(folder: Path, restarts: int) -> list[str]:

@@ -142,8 +142,9 @@ def test_every_method_has_its_recipes() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_head_comment(name: str) -> None:
     head = head_of(name)
-    procs = 2 if name.endswith(("_cifar10", "_mnist")) else 8
-    assert f"python launchers/local.py --procs {procs} configs/{name}.yaml data.path=" in head
+    small = name.endswith(("_cifar10", "_mnist"))
+    command = f"python launchers/{'local.py --procs 2' if small else 'slurm.py --nodes 8 --config'}"
+    assert f"{command} configs/{name}.yaml data.path=" in head
     assert "Values: " in head
     assert name == "demo_fashion_mnist" or ("Published: " in head and "Not measured here" in head)
 

@@ -56,6 +56,25 @@ def rank_process(launcher: int, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
+def test_asked_in_the_pass_before_an_epoch_it_leaves_at_once(tmp_path: Path) -> None:
+    """Clustering goes over all samples first: with these, for longer than the test may take."""
+    recipe = tmp_path / "recipe.yaml"
+    long = "{name: deepcluster_v2, hidden: 24, dim: 8, clusters: [5, 4], iterations: 4}"
+    text = RECIPE.replace("synthetic_samples: 32", "synthetic_samples: 400000")
+    recipe.write_text(text.replace("{name: byol, hidden: 24, dim: 8}", long))
+    command = [sys.executable, "-m", "scaletrain", "train", str(recipe), "--run", str(tmp_path / "run")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run" / "config.yaml").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR2)
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == 140, errors
+    assert "stopped at step 0 on SIGUSR2, in a pass between steps: back to the last checkpoint" in out
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
@@ -64,7 +83,7 @@ def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path: Path) -> None:
         lock.flush()
         with start(tmp_path, "run") as process:
             errors = process.communicate(timeout=120)[1]
-        assert process.returncode == 2
+        assert process.returncode == 75
         assert f"error: {tmp_path / 'run'} is being trained by process 7 on n1, job 12\n" == errors
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 

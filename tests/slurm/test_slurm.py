@@ -25,6 +25,7 @@ from scaletrain.slurm import task
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
+CRASHED = r"exit code \d+, requeued from step-0*(\d+).*resumed from step \1;|resumed from step \d+;.*exit code \d+"
 RECIPE = f"""
 batch: 12
 steps: {STEPS}
@@ -129,7 +130,11 @@ def signal_job(cluster: Cluster, job: str) -> None:
     cluster.run(f"scancel --signal=USR2 {job}")
 
 
-def kill_rank(cluster: Cluster, job: str) -> None:
+def kill_first_rank(cluster: Cluster, job: str) -> None:
+    os.kill(rank_process(cluster, job, 0), signal.SIGKILL)
+
+
+def kill_other_rank(cluster: Cluster, job: str) -> None:
     os.kill(rank_process(cluster, job, 1), signal.SIGKILL)
 
 
@@ -148,7 +153,8 @@ def preempt(cluster: Cluster, job: str) -> None:
     [
         (signal_job, r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;"),
         (preempt, r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;"),
-        (kill_rank, r"exit code \d+, requeued from step-0*(\d+).*resumed from step \1;|resumed from step \d+;.*exit code \d+"),
+        (kill_first_rank, CRASHED),
+        (kill_other_rank, CRASHED),
         (lose_node, r"Node failure on n\d.*resumed from step \d+;"),
     ],
 )
@@ -163,8 +169,6 @@ def test_a_disturbed_job_ends_like_an_undisturbed_one(
     run = tmp_path / "run"
     job = start(cluster, recipe, run)
     wait_for(lambda: steps(run) >= 9)
-    refused = launch(cluster, recipe, run, code=2)
-    assert f"job {job} trains {run} already" in refused.stderr
     disturb(cluster, job)
     assert cluster.until(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", log(run)
     assert re.search(trace, log(run), re.DOTALL), log(run)
@@ -218,6 +222,24 @@ def test_grid_runs_as_one_array_with_one_table(cluster: Cluster, recipe: Path, t
     assert "0.2" in launch(cluster, recipe, run, "--table").stdout
 
 
+def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "grid"
+    done = launch(cluster, recipe, run, "--seeds", "2", "--cpus-per-task", "1", "--throttle", "1")
+    job = re.search(r"job (\d+)_0, ", done.stdout)
+    assert job
+    first, second = (run / f"seed={seed}" for seed in range(2))
+    wait_for(lambda: steps(first) >= 9)
+    cluster.run(f"scancel --signal=USR2 {job[1]}_0")
+    assert cluster.until(f"{job[1]}_1", "COMPLETED", "FAILED") == "COMPLETED", log(run)
+    assert cluster.until(f"{job[1]}_0", "COMPLETED", "FAILED") == "COMPLETED", log(run)
+    assert tensors(first).keys() == tensors(second).keys()
+    assert log(run).count("saved on request, requeued") == 1
+    again = launch(cluster, recipe, run, "--seeds", "3", "--cpus-per-task", "1", "--follow")
+    assert again.stdout.count("completed") >= 3
+    rows = list(csv.DictReader((run / "grid.csv").read_text().splitlines()))
+    assert [(row["seed"], row["step"]) for row in rows] == [("0", str(STEPS - 1)), ("1", str(STEPS - 1)), ("2", str(STEPS - 1))]
+
+
 def test_a_job_can_submit_a_job(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     inner = [sys.executable, str(ROOT / "launchers" / "slurm.py"), "--config", str(recipe), "--run", str(run), *SHORT]
@@ -253,6 +275,8 @@ def test_a_job_can_submit_a_job(cluster: Cluster, recipe: Path, tmp_path: Path) 
         (["--tasks-per-node", "4", "batch=6"], "batch"),
         (["optim.lrr=1"], "did you mean 'optim.lr'"),
         (["--grid", "optim.lr"], "write KEY=VALUE,VALUE"),
+        (["--grid", "optim.lr=0.2,0.20"], "names a value twice"),
+        (["--time", "1", "--warning", "60"], "leave nothing of --time 1"),
         (["--account", "x" * 4000, "--qos", "no such"], "sbatch refused the job"),
     ],
 )
@@ -285,6 +309,8 @@ def test_dry_run_shows_the_script_and_leaves_nothing(cluster: Cluster, recipe: P
         assert f"#SBATCH {'--mail-user' if name == '--mail' else name}={value}\n" in done.stdout
     assert "\nmodule load cuda\n" in done.stdout
     assert f"apptainer exec x.sif {sys.executable} -u -m submitit" in done.stdout
+    assert "wckey" not in done.stdout
+    assert "--time" not in launch(cluster, recipe, run, "--dry-run").stdout, "the partition's, not submitit's"
     script = done.stdout[done.stdout.index("#!/bin/bash") :]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert not run.exists()
@@ -294,6 +320,7 @@ def test_taken_port_is_named_and_the_next_start_takes_another(cluster: Cluster, 
     run = tmp_path / "run"
     cluster.run("scontrol update partitionname=train state=down")
     job = start(cluster, recipe, run, *SHORT)
+    assert f"job {job} trains {run} already" in launch(cluster, recipe, run, code=2).stderr
     with socket.socket() as other:
         other.bind(("", task.port(job, 0)))
         other.listen()

@@ -99,10 +99,11 @@ def test_eval_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(evals, "run", lambda *args, **kwargs: seen.append((*args, kwargs)) or [{"benchmark": "knn"}])
     monkeypatch.setattr(evals, "report", shown.append)
-    options = ("--train", "a", "--test", "b", "--set", "knn.k=[1]", "--set", "linear.epochs=2", "--encoder", "pixels")
+    settings = ("--set", "knn.k=[1]", "--set", "linear.epochs=2")
+    options = ("--train", "a", "--test", "b", *settings, "--encoder", "pixels", "--labels", "c")
     assert call("eval", "run", "knn", "linear", *options).exit_code == 0
     overrides = ["knn.k=[1]", "linear.epochs=2"]
-    passed = {"train": Path("a"), "test": Path("b"), "overrides": overrides, "encoder": "pixels"}
+    passed = {"train": Path("a"), "test": Path("b"), "overrides": overrides, "encoder": "pixels", "labels": Path("c")}
     assert seen == [(Path("run"), ["knn", "linear"], passed)]
     assert shown == [[{"benchmark": "knn"}]]
 

@@ -148,7 +148,7 @@ def test_published_lists_of_names(tmp_path: Path) -> None:
 def test_faults_of_the_command(tmp_path: Path) -> None:
     run("folder", tree(tmp_path / "src", {"a": 3, "b": 2}), tmp_path / "train")
     out = tmp_path / "out.json"
-    run("subset", tmp_path / "train", out, fails="give one of --share, --per-class and --names")
+    run("subset", tmp_path / "train", out, fails="give one of --share (in per cent), --per-class and --names")
     run("subset", tmp_path / "train", out, "--share", 1, "--per-class", 1, fails="give one of")
     run("subset", tmp_path / "train", out, "--share", 1, fails="1% of 5 labelled samples are 0, fewer than the 2 classes")
     run("subset", tmp_path / "train", out, "--per-class", 3, fails="class 1 has 2 samples, and not 3")

@@ -29,6 +29,7 @@ class Scene:
 
     transform: dict[str, Any] = {}  # noqa: RUF012
     augmentation: dict[str, Any] = {}  # noqa: RUF012
+    known = None  # of no label subset
 
     def __init__(self, train: Features, test: Features) -> None:
         self.train, self.test, self.samples, self.classes = train, test, len(train.labels), CLASSES
@@ -151,7 +152,9 @@ def test_augmented_batches_leave_out_what_is_held_out() -> None:
         while True:
             yield train.x[rows], train.labels[rows]
 
-    scene = SimpleNamespace(**vars(Scene(train, test)), transform={}, augmentation={"name": "crops"}, augmented=augmented)
+    scene = SimpleNamespace(
+        **vars(Scene(train, test)), known=None, transform={}, augmentation={"name": "crops"}, augmented=augmented
+    )
     scene.part, scene.queries = Scene(train, test).part, Scene(train, test).queries
     metrics, card = probe(scene, augment=True)
     assert metrics["linear"] == 100.0
