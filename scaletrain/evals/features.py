@@ -102,6 +102,8 @@ class Scene:
         data = self.subject.data.model_copy(
             update={
                 "path": self.train,
+                "mixture": (),
+                "epoch_samples": 0,
                 "lanes": math.gcd(batch, self.subject.data.lanes),  # a small batch still fits
                 "workers": self.settings.workers,
                 "masks": False,
@@ -160,6 +162,7 @@ class Scene:
             std=data.std,
             max_pixels=data.max_pixels,
             timeout=data.timeout,
+            cache=data.cache,
         )
         rows = samples if wanted is None else int(wanted.sum())
         x, labels, seen, done = torch.empty(0), torch.empty(samples, dtype=torch.int64), 0, 0
@@ -222,4 +225,4 @@ def _same_classes(train: str, test: str) -> None:
 def _index(path: str) -> dict[str, Any]:
     """Number of samples and sha256 of the manifest."""
     samples = sum(shard["samples"] for shard in index.load(Path(path)))
-    return {"samples": samples, "index_sha256": hashlib.sha256((Path(path) / index.MANIFEST).read_bytes()).hexdigest()}
+    return {"samples": samples, "index_sha256": hashlib.sha256((index.home(Path(path)) / index.MANIFEST).read_bytes()).hexdigest()}
