@@ -14,10 +14,7 @@ from submitit import SlurmExecutor
 
 from scaletrain import config as configuration
 from scaletrain.data import script
-from scaletrain.data.loader import SYNTHETIC
-from scaletrain.data.plan import Plan
-from scaletrain.data.reader import Shards
-from scaletrain.data.stream import synthetic_counts
+from scaletrain.data.loader import opened, planned
 from scaletrain.slurm import follow as watch
 from scaletrain.slurm import grid as grids
 from scaletrain.slurm import queue, submit
@@ -126,6 +123,11 @@ def main(
         launch.follow(jobs)
 
 
+def _lasting(path: str) -> str:
+    """A folder as an absolute path; an address or `synthetic` as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+
 class Launch:
     """One run, or one for each element of a grid; `folder` is new with every launch and holds its logs."""
 
@@ -133,11 +135,14 @@ class Launch:
         self.recipe, self.run, self.elements = recipe.absolute(), run, elements
         self.several = elements != [()]
         self.runs = [grids.folder(run, element) if self.several else run for element in elements]
-        path = configuration.load(recipe, overrides).data.path
-        # the data path as the nodes will find it, whatever folder they start in
-        self.overrides = (
-            (*overrides, f"data.path={json.dumps(str(Path(path).absolute()))}") if path and Path(path).is_dir() else overrides
-        )
+        data = configuration.load(recipe, overrides).data
+        self.overrides = overrides
+        # the data as the nodes will find it, whatever folder they start in
+        if data.mixture:
+            parts = [{"path": _lasting(part.path), "weight": part.weight} for part in data.mixture]
+            self.overrides = (*overrides, f"data.mixture={json.dumps(parts)}")
+        elif data.path:
+            self.overrides = (*overrides, f"data.path={json.dumps(_lasting(data.path))}")
         self.folder = run / "launches" / f"{1 + int(max(self._launches(), default='0')):04d}"
 
     def _launches(self) -> list[str]:
@@ -148,14 +153,12 @@ class Launch:
         """Refuse here what every rank would refuse after hours in the queue."""
         for element in self.elements:
             config = configuration.load(self.recipe, [*self.overrides, *element])
-            if not config.data.path:
+            if not config.data.path and not config.data.mixture:
                 raise SlurmError(
                     f"{self.recipe.name} needs a data set: add data.path=FOLDER, a folder of shards such as "
                     "shards/imagenet.py writes, on storage that all nodes share (or data.path=synthetic to try the cluster)"
                 )
-            synthetic = config.data.path == SYNTHETIC
-            counts = synthetic_counts(config.data.synthetic_samples) if synthetic else Shards(config.data.path).counts
-            plan = Plan(counts, seed=config.seed, batch=config.batch, lanes=config.data.lanes, window=config.data.window)
+            plan = planned(config.data, opened(config.data), seed=config.seed, batch=config.batch)
             plan.part(0, resources.world)
             total_steps(config, plan.steps_per_epoch)
 

@@ -55,8 +55,8 @@ class View(Frozen):
     area: Range = (0.08, 1.0)  # share of the image that a crop covers
     ratio: Range = (3 / 4, 4 / 3)
     crop: Share = 1.0  # probability of cropping at all; otherwise the whole image is resized
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    antialias: bool = True
+    interpolation: Literal["bilinear", "bicubic", "keys"] = "bicubic"  # keys: TensorFlow's bicubic, never antialiased
+    antialias: bool = True  # widen the filter with the reduction, as Pillow does
     flip: Share = 0.5
     jitter: Share = 0.8
     brightness: Share = 0.4
@@ -76,21 +76,44 @@ class View(Frozen):
                 raise ValueError(f"{name} is a range (low, high) with 0 < low <= high, got ({low}, {high})")
         if self.area[1] > 1:
             raise ValueError(f"area is a share of the image, at most 1, got {self.area[1]}")
+        if self.interpolation == "keys" and self.antialias:
+            raise ValueError("interpolation keys is TensorFlow's bicubic without antialiasing: add antialias: false")
         return self
 
 
+class Part(Frozen):
+    """One of the data sets of a mixture."""
+
+    path: Annotated[str, Field(min_length=1)]  # folder of tar shards
+    weight: Positive  # share of the draws, relative to the other parts
+
+
+class Cache(Frozen):
+    """Whole shards on this node's disk, shared by its ranks: those of http://, https:// and s3:// addresses."""
+
+    path: str = ""  # folder of this node; "": the one for temporary files
+    bytes: Count = 100_000_000_000  # oldest shards are deleted beyond; want twice the shards in use, which the run prints
+    stage: bool = False  # copy the shards of local folders too: for parallel file systems, which random reads hurt
+
+
 class Data(Frozen):
-    path: str = ""  # folder of tar shards, or the word `synthetic`
+    path: str = ""  # folder of tar shards, local or http(s)://HOST/FOLDER or s3://BUCKET/FOLDER, or the word `synthetic`
+    cache: Cache = Cache()
+    mixture: tuple[Part, ...] = ()  # in place of path: folders that every batch draws from
+    epoch_samples: Natural = 0  # samples that count as an epoch; 0: as many as the data has
     lanes: Count = 64  # equal parts of the epoch's line of samples that feed every batch
     window: Count = 16  # shards among which a lane shuffles
     workers: Natural = 4  # loader processes per rank; 0 loads in the training process
     prefetch: Count = 2  # batches held ready by each worker
     timeout: Positive = 300.0  # seconds without a batch before the loader is declared dead
     masks: bool = False  # read `key.mask.png` members and crop them with the large views
+    on_bad: Literal["raise", "skip"] = "raise"  # a sample that cannot be used: stop, or replace it by another and count it
+    max_bad: Share = 0.001  # share of the samples that may be replaced before the run stops
     max_pixels: Count = 50_000_000  # images above this are refused before decoding
     synthetic_samples: Count = 1_281_167
     mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; 0 and std 1 leave them so
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    augment: Literal["worker", "device"] = "worker"  # where colours, blur and flips are computed; crops always in the worker
     views: tuple[View, ...] = (View(count=2),)
 
     @model_validator(mode="before")
@@ -102,6 +125,12 @@ class Data(Frozen):
     def _some_views(self) -> Data:
         if not self.views:
             raise ValueError("views is empty; a method needs at least one view")
+        return self
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Data:
+        if self.path and self.mixture:
+            raise ValueError("path and mixture exclude each other; clear one with data.path='' or data.mixture=[]")
         return self
 
 

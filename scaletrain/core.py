@@ -23,7 +23,7 @@ class Batch:
 
     views: tuple[Tensor, ...]  # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
     index: Tensor  # [B] int64: the sample's number in the data set
-    keys: Tensor  # [B] int64: hash of (seed, epoch, index, repeat), the root of all randomness of the sample
+    keys: Tensor  # [B] int64: hash of (seed, epoch, planned index, repeat), the root of all randomness of the sample
     pixel_range: Tensor  # [2, 3]: what a black and a white pixel become after normalisation
     labels: Tensor | None = None  # [B] int64, -1 where unknown
     masks: Tensor | None = None  # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it

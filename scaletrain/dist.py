@@ -72,6 +72,11 @@ def world() -> int:
     return c10d.get_world_size() if c10d.is_initialized() else 1
 
 
+def local_world() -> int:
+    """Processes of this node, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def main() -> bool:
     return rank() == 0
 

@@ -53,9 +53,19 @@ class Monitor:
         self._screen = Screen(total_steps, math.ceil(total_steps / max(1, steps_per_epoch)), start_step)
 
     def step(
-        self, clock: Clock, result: Result, rates: Mapping[str, float], batch: Batch, waited: float, ema: float | None = None
+        self,
+        clock: Clock,
+        result: Result,
+        rates: Mapping[str, float],
+        batch: Batch,
+        waited: float,
+        ema: float | None = None,
+        more: Mapping[str, float] | None = None,
     ) -> None:
-        """Note the step that began at `clock`. `rates`: learning rate by group; `waited`: seconds without data; `ema`: tau."""
+        """Note the step that began at `clock`.
+
+        rates: learning rate by group; waited: seconds without data; ema: tau; more: scalars that are known elsewhere.
+        """
         if not self._active:
             return
         self._step = clock.step
@@ -66,7 +76,7 @@ class Monitor:
                 self._board.add_image(f"views/{views.shape[-1]}px", grid(views, batch.pixel_range), clock.step)
         if clock.every(self._every) or clock.step == self._total - 1:
             # Tensors are read only here: reading one makes the host wait for the device.
-            self._record(clock, self._scalars(result, rates, ema), rates)
+            self._record(clock, self._scalars(result, rates, ema) | dict(more or {}), rates)
 
     def note(self, text: str) -> None:
         """One line for the reader, on the console and in TensorBoard."""

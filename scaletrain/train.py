@@ -9,7 +9,7 @@ import importlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -20,12 +20,14 @@ from scaletrain import checkpoint, dist
 from scaletrain import config as configuration
 from scaletrain.config import Config, ConfigError
 from scaletrain.core import Batch, Clock, Facts, Method
+from scaletrain.data.bad import Account, count_of
 from scaletrain.data.loader import Stream
 from scaletrain.engines.base import Engine, TrainingError
 from scaletrain.interrupt import Interrupt, Stopped, announce
 from scaletrain.marks import WAIT, mark
 from scaletrain.monitor import Monitor, profile
 from scaletrain.nn import backbone
+from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.rehearsal import rehearse
 from scaletrain.versions import commit
@@ -63,16 +65,24 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
     stream = Stream(config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
     total = total_steps(config, stream.steps_per_epoch)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
+    if not stream.plan.whole and any(isinstance(module, Bank) for module in engine.method.modules()):
+        raise ConfigError(
+            f"{config.method.name} carries every sample's embedding from epoch to epoch, so its epochs must be those of one "
+            "whole data set: use data.path, without data.mixture and data.epoch_samples"
+        )
     engine.sample_name = stream.name
     writer = checkpoint.Writer(
         run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
     )
-    start = _resume(engine, run, init)
+    start, told = _resume(engine, run, init)
     _on_main(lambda: _write_config(run, config))  # only now: one that does not fit must not replace the one that does
     meta = {"config": config.model_dump(mode="json"), "world": dist.world(), "versions": _versions()}
     monitor = Monitor(run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start_step=start)
     origin = f"resumed from step {start}" if start else f"started from {init}" if init else f"started from seed {config.seed}"
-    monitor.note(f"{origin}; {stream.plan.mixing()}" if start < total else f"nothing left to train: {start} of {total} steps")
+    monitor.note(f"{origin}; {stream.mixing()}" if start < total else f"nothing left to train: {start} of {total} steps")
+    bad = Account(
+        run, config.data, epoch=stream.steps_per_epoch * config.batch, batch=config.batch, start=start, before=count_of(told)
+    )
     base = schedule.base_lr(config.optim, config.batch)
     every = config.checkpoint.every_steps or stream.steps_per_epoch
 
@@ -89,19 +99,24 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
         stack.callback(stream.close)
         stack.callback(monitor.close)
         with profile(run, trace) as tracer:
-            for step, (batch, waited) in enumerate(_timed(stream.batches(start, total)), start):
+            for step, (batch, waited) in enumerate(_timed(stream.batches(start, total, bad.add)), start):
                 clock = Clock(step, total, step // stream.steps_per_epoch, stream.steps_per_epoch)
                 if step % stream.steps_per_epoch == 0:
                     engine.method.on_epoch(clock, lambda embed, clock=clock: features(clock, embed))  # type: ignore[misc]
                 lr = schedule.lr(config.optim, config.batch, step, stream.steps_per_epoch, total)
                 result = engine.step(batch, clock, lr, base)
                 ema = engine.method.ema(clock) if engine.method.targets else None
-                monitor.step(clock, result, engine.rates(), batch, waited, ema)
-                tracer.step()
                 last = step + 1 == total
                 stop = 0 if last else interrupt.agreed()
-                if (step + 1) % every == 0 or last or stop:
-                    writer.save(step + 1, engine.state(), {"clock": {"step": step + 1, "total": total}, **meta})
+                save = (step + 1) % every == 0 or last or bool(stop)
+                if bad.on and (save or clock.every(config.monitor.every)):
+                    bad.agree(step + 1)
+                monitor.step(clock, result, engine.rates(), batch, waited, ema, bad.scalars())
+                tracer.step()
+                if save:
+                    writer.save(step + 1, engine.state(), {"clock": {"step": step + 1, "total": total}, **bad.meta(), **meta})
+                if bad.on and (last or stop):
+                    monitor.note(bad.summary(step + 1))
                 timer.step()
                 if stop:
                     raise Stopped(stop, step + 1, saved=True)
@@ -199,14 +214,15 @@ def _write_config(run: Path, config: Config) -> None:
     draft.replace(run / "config.yaml")
 
 
-def _resume(engine: Engine, run: Path, init: Path | None) -> int:
+def _resume(engine: Engine, run: Path, init: Path | None) -> tuple[int, Mapping[str, object]]:
+    """The step to go on from, and what its checkpoint tells besides."""
     saved = checkpoint.latest(run / "checkpoints")
     if saved is not None:
         engine.restore(saved)
-        return saved.step
+        return saved.step, saved.meta
     if init is not None:
         start_from(engine.method, init)
-    return 0
+    return 0, {}
 
 
 def start_from(method: Method, path: Path) -> None:

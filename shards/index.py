@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scaletrain.data import index, script
+from scaletrain.data import index, script, table
+from scaletrain.data.errors import ShardError
 
 
 def main(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of .tar shards.")],
     force: Annotated[bool, typer.Option("--force", help="Make it again, from the shards as they are now.")] = False,
+    skip: Annotated[bool, typer.Option("--skip", help="Name damaged samples and leave them out; do not stop.")] = False,
 ) -> None:
-    """Make the index of a folder of WebDataset tars: index.json and one offset table per shard."""
+    """Make the index of a folder of WebDataset tars: index.json and one offset table per shard.
+
+    It lies in the folder, or in ~/.cache/scaletrain where that cannot be written. Members of other types are passed over.
+    """
+    faults: list[ShardError] = []
     with script.progress("indexing") as progress:
-        shards = index.build(folder, force=force, progress=progress)
-    print(f"{folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards")
+        shards = index.build(folder, force=force, progress=progress, report=faults.append if skip else table.stop)
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    left = f"; {len(faults)} faults left out" if faults else ""
+    print(f"{folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards{left}")
 
 
 if __name__ == "__main__":

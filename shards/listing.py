@@ -26,12 +26,16 @@ def main(
     root: Annotated[Path | None, typer.Option(help="Folder that paths are relative to [the listing's].")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the network, of each try.")] = 10.0,
     tries: Annotated[int, typer.Option(min=1, help="Of a download, while its failure may pass.")] = 3,
+    keep_copies: Annotated[
+        bool, typer.Option("--keep-copies", help="Write images of equal bytes as often as they are listed [once].")
+    ] = False,
     name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "train",
 ) -> None:
     """Write shards from a listing of images: CSV (with a first line of names) or Parquet, one row an image.
 
     A row has a path or an http(s) address and no, one or many labels. One becomes KEY.cls; many become KEY.json with
     {"labels": [1, 5]}, and the sample trains as one without a label. Downloads want --workers 64 or more, and --max-bad 5%.
+    Of images whose files are equal byte by byte, one stays, with its labels; copies.jsonl lists the others.
 
     A table of the rows is kept in a temporary file beside DEST; memory is about 50 bytes a row.
     """
@@ -40,7 +44,7 @@ def main(
     dest.parent.mkdir(parents=True, exist_ok=True)
     get = partial(fetch, timeout=timeout, tries=tries)
     listed = Listing(source, Columns(image, label, separator), get, root=base, scratch=dest.parent, classes=names)
-    script.save(dest, {"": listed}, how, name)
+    script.save(dest, {"": listed}, how, name, unique=not keep_copies)
 
 
 if __name__ == "__main__":

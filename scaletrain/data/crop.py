@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from scaletrain.data import keys
 from scaletrain.data.image import Pixels
 from scaletrain.data.views import Box
 
@@ -18,8 +19,8 @@ def resize(image: Pixels, height: int, width: int, interpolation: str, antialias
     """[H, W, 3] -> [height, width, 3].
 
     Antialiased: the filter widens with the reduction, as in Pillow; torch's uint8 kernel gives Pillow's values and is faster
-    than OpenCV's INTER_AREA. Otherwise four or sixteen neighbours, whatever the reduction, as in BYOL's and ReLICv2's code.
-    differs: OpenCV's plain bicubic has a = -0.75 (as torch), TensorFlow's -0.5.
+    than OpenCV's INTER_AREA. Otherwise four or sixteen neighbours, whatever the reduction: bilinear and bicubic are OpenCV's
+    (the cubic with a = -.75, as torch's), keys is TensorFlow's bicubic, as in BYOL's and ReLICv2's code.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -34,7 +35,21 @@ def resize(image: Pixels, height: int, width: int, interpolation: str, antialias
 def crop(image: Pixels, box: Box, size: int, interpolation: str, antialias: bool) -> Pixels:
     """The box, resized to [size, size, 3]."""
     top, left, height, width = box
+    if interpolation == "keys":
+        out = np.empty((size, size, 3), np.uint8)
+        keys.resize(rows(image), top, left, height, width, rows(out))
+        return out
     return resize(image[top : top + height, left : left + width], size, size, interpolation, antialias)
+
+
+def prepare() -> None:
+    """Compile `keys`, so that the processes that are forked from this one need not."""
+    crop(np.zeros((8, 8, 3), np.uint8), (0, 0, 8, 8), 8, "keys", antialias=False)
+
+
+def rows(image: Pixels) -> NDArray[np.uint8]:
+    """[H, W, 3] -> [H, 3 W], as compiled code takes it; the same memory if that is contiguous."""
+    return image.reshape(len(image), -1)
 
 
 def crop_mask(mask: NDArray[np.uint8], box: Box, size: int, flip: bool) -> NDArray[np.uint8]:

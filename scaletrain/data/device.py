@@ -1,13 +1,14 @@
-"""Raw uint8 batches become core.Batch on the device: copied without waiting, normalised there."""
+"""Raw uint8 batches become core.Batch on the device: copied without waiting, there augmented if asked, and normalised."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from scaletrain.core import Batch
+from scaletrain.data import batched
 from scaletrain.data.stream import Raw, sample_keys
 
 
@@ -23,10 +24,11 @@ class ToDevice:
 
     def __call__(self, raw: Raw) -> Batch:
         index = self._copy(raw.samples)
+        repeats = raw.repeats if isinstance(raw.repeats, int) else self._copy(raw.repeats)
         return Batch(
-            views=tuple(self._normalise(v) for v in raw.views),
+            views=tuple(self._views(raw)),
             index=index,
-            keys=sample_keys(self.seed, raw.epoch, index),
+            keys=sample_keys(self.seed, raw.epoch, index if raw.planned is None else self._copy(raw.planned), repeats),
             pixel_range=self.pixel_range,
             labels=self._copy(raw.labels),
             masks=None if raw.masks is None else self._copy(raw.masks).float().unsqueeze(2),
@@ -35,6 +37,11 @@ class ToDevice:
     def _copy(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True)
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _views(self, raw: Raw) -> Iterator[Tensor]:
         """[V, B, H, W, 3] uint8 -> [V, B, 3, H, W] float32 that is channels_last once V and B are flattened together."""
-        return self._copy(x).permute(0, 1, 4, 2, 3).float().mul_(self.scale).add_(self.shift)
+        for pixels, params in zip(raw.views, raw.params or [None] * len(raw.views), strict=True):
+            x = self._copy(pixels).permute(0, 1, 4, 2, 3).float()
+            if params is not None:
+                for view, rest in zip(x, params, strict=True):  # one at a time: the copies in between are as large as it
+                    batched.augment(view, rest)
+            yield x.mul_(self.scale).add_(self.shift)

@@ -17,7 +17,8 @@ class ShardError(DataError):
     """A tar shard that is damaged, truncated, altered or hostile. `shard` and `offset` (bytes) say where."""
 
     def __init__(self, shard: str | Path, offset: int, text: str) -> None:
-        super().__init__(f"{shard} at byte {offset}: {text}")
+        line = f"{shard} at byte {offset}: {text}"  # a hostile name must not break the line or steer a terminal
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
         self.shard, self.offset, self.text = str(shard), offset, text
 
     def __reduce__(self) -> tuple[type[ShardError], tuple[str, int, str]]:

@@ -1,16 +1,18 @@
-"""Images from http and https addresses of a listing, which is not trusted: bounded in size and time, and nothing but the web.
+"""Bytes from http and https addresses: bounded in size and time, and nothing but the web. What is fetched is not trusted.
 
-Failures that may pass (time-outs, broken connections, HTTP 408, 429 and 5xx) are tried again. Environment variables such as
-`https_proxy` are honoured.
+Failures that may pass (time-outs, broken connections, HTTP 408, 425, 429 and 5xx) are tried again. Environment variables such
+as `https_proxy` are honoured.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
+from collections.abc import Callable, Iterator
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from time import monotonic, sleep
-from typing import IO
+from typing import IO, TypeVar
 from urllib import request
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
@@ -18,78 +20,96 @@ from urllib.parse import quote, urlsplit
 from scaletrain.data.errors import DataError
 from scaletrain.data.tar import MEMBER_BYTES
 
-_AGAIN = (408, 429)  # and 5xx
-_WHOLE = 10  # a download may take so many time-outs altogether, else a server could drip for ever
+T = TypeVar("T")
+LONGEST = 30.0  # seconds between two tries at most
+_AGAIN = (408, 425, 429)  # and 5xx
+_WHOLE = 10  # an image may take so many time-outs altogether, else a server could drip for ever
+_CHUNK = 1 << 20
+_JITTER = random.SystemRandom()  # forked processes would share the state of any other generator and come back all at once
 
 
-class _Passing(Exception):
+class Passing(Exception):
     """A failure that may pass."""
 
 
 def fetch(url: str, timeout: float, tries: int) -> bytes:
     """The content; `timeout` is in seconds, of one wait for the network. Raises DataError with the reason."""
-    _web(url)
+    return again(lambda: b"".join(parts(url, MEMBER_BYTES, timeout, timeout * _WHOLE)), tries)
+
+
+def again(work: Callable[[], T], tries: int) -> T:
+    """Its result, tried again after failures that may pass, with waits that double. Raises DataError with the last reason."""
     for attempt in range(tries):
         try:
-            return _once(url, timeout)
-        except _Passing as error:
+            return work()
+        except Passing as error:
             reason = str(error)
             if attempt + 1 < tries:
-                sleep(2**attempt)
+                sleep(min(2.0**attempt, LONGEST) * _JITTER.uniform(0.5, 1.0))
     raise DataError(f"{reason} (tried {tries} times)")
 
 
-def _once(url: str, timeout: float) -> bytes:
+def parts(url: str, limit: int, timeout: float, seconds: float) -> Iterator[bytes]:
+    """The content piece by piece, at most `limit` bytes within `seconds`. Raises Passing, or DataError for what cannot pass."""
+    _web(url)
     address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
     try:
         with _OPENER.open(request.Request(address, headers={"User-Agent": "scaletrain"}), timeout=timeout) as answer:
-            return _content(answer, timeout * _WHOLE)
+            yield from _content(answer, limit, seconds)
     except HTTPError as error:
         error.close()
-        kind = _Passing if error.code in _AGAIN or error.code >= 500 else DataError
+        kind = Passing if error.code in _AGAIN or error.code >= 500 else DataError
         raise kind(f"HTTP {error.code} {error.reason}") from None
     except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-        raise _Passing(f"the download failed: {getattr(error, 'reason', None) or error}") from None
+        raise Passing(f"the download failed: {getattr(error, 'reason', None) or error}") from None
 
 
-def _content(answer: HTTPResponse, seconds: float) -> bytes:
-    end, parts, size = monotonic() + seconds, list[bytes](), 0
-    while part := answer.read1(1 << 16):
-        parts.append(part)
+def _content(answer: HTTPResponse, limit: int, seconds: float) -> Iterator[bytes]:
+    end, size = monotonic() + seconds, 0
+    while part := answer.read1(_CHUNK):
         size += len(part)
-        if size > MEMBER_BYTES:
-            raise DataError(f"is larger than {MEMBER_BYTES} bytes")
+        if size > limit:
+            raise DataError(f"is larger than {limit} bytes")
         if monotonic() > end:
-            raise _Passing(f"the download takes more than {seconds:g} seconds")
+            raise Passing(f"the download takes more than {seconds:g} seconds")
+        yield part
     if answer.length:
-        raise _Passing(f"the download was cut short by {answer.length} bytes")
-    return b"".join(parts)
+        raise Passing(f"the download was cut short by {answer.length} bytes")
 
 
 def _web(url: str) -> None:
     try:
-        parts = urlsplit(url)
+        address = urlsplit(url)
     except ValueError as error:
         raise DataError(f"no valid address ({error})") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DataError(f"only http:// and https:// addresses are fetched, not {parts.scheme}:")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise DataError(f"only http:// and https:// addresses are fetched, not {address.scheme}:")
 
 
 class _Redirects(request.HTTPRedirectHandler):
-    """Follows to the web only, and not from the listed host into the private network of this machine."""
+    """Follows to the web only, and not from the first host into the private network of this machine."""
 
     max_redirections = 5
 
     def redirect_request(
         self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> request.Request | None:
-        _web(newurl)
-        host = urlsplit(newurl).hostname
-        if host != urlsplit(req.full_url).hostname:
-            for found in socket.getaddrinfo(host, None):
-                if not ipaddress.ip_address(found[4][0]).is_global:
-                    raise DataError(f"redirects to {host}, which is in a private network")
+        try:
+            _follow(req.full_url, newurl)
+        except BaseException:
+            fp.close()
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _follow(url: str, to: str) -> None:
+    """Raises DataError for a redirection that is not followed."""
+    _web(to)
+    host = urlsplit(to).hostname
+    if host != urlsplit(url).hostname:
+        for found in socket.getaddrinfo(host, None):
+            if not ipaddress.ip_address(found[4][0]).is_global:
+                raise DataError(f"redirects to {host}, which is in a private network")
 
 
 def _opener() -> request.OpenerDirector:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import io
 import struct
+from contextlib import suppress
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from scaletrain.data.errors import ImageError
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
+SCANS = 500  # of a progressive JPEG; encoders write about ten, and each one touches every pixel
+TAIL = 4096  # bytes in which a JPEG's end is looked for: some cameras write a little after it
 
 
 def kind(data: bytes) -> str:
@@ -44,7 +47,11 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes, max_pixels: int) -> Pixels:
-    """RGB pixels, upright by EXIF; gray, palette, CMYK and 16-bit images become 8-bit RGB, alpha is dropped."""
+    """RGB pixels, upright by EXIF (torchvision leaves them lying); of an animation, the first frame.
+
+    Gray, palette, CMYK and 16-bit images become 8-bit RGB (the upper byte); alpha is dropped. Of damaged files those are read
+    that Pillow calls complete, such as a PNG without its end.
+    """
     check(data, max_pixels)
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
@@ -56,6 +63,7 @@ def decode_mask(data: bytes, max_pixels: int) -> Pixels:
 
 
 def check(data: bytes, max_pixels: int) -> None:
+    """Refuse what is no image, or would take too much memory or time to decode."""
     height, width = size(data)
     if height * width == 0:
         raise ImageError("not a JPEG, PNG or WebP image")
@@ -64,24 +72,30 @@ def check(data: bytes, max_pixels: int) -> None:
 
 
 def strict(data: bytes, max_pixels: int) -> Pixels:
-    """`decode`, and with Pillow too, which refuses the truncated and damaged files that OpenCV pads with gray."""
+    """`decode`, for files that Pillow reads without a complaint."""
     check(data, max_pixels)
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            image.load()
-    except Exception as error:  # Pillow raises many types for damaged files
-        raise ImageError(f"the image is damaged ({error})") from None
+    _pillow(data, "RGB")
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
 def _decode(data: bytes, flags: int) -> Pixels:
+    # OpenCV before 5 fills what a JPEG lacks with gray, and says nothing; a sound file ends with this marker
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" in data[-TAIL:]:
+        with suppress(cv2.error):
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+            if pixels is not None:
+                return pixels  # type: ignore[return-value]
+    return _pillow(data, "L" if flags == cv2.IMREAD_GRAYSCALE else "RGB")
+
+
+def _pillow(data: bytes, mode: str) -> Pixels:
+    """Slower than OpenCV, but it says exactly what is wrong. Raises ImageError."""
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise ImageError(f"the image cannot be decoded ({error.err})") from None
-    if pixels is None:
-        raise ImageError("the image cannot be decoded")
-    return pixels  # type: ignore[return-value]
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            image.load()
+            return np.array(ImageOps.exif_transpose(image).convert(mode))
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise ImageError(f"the image is damaged ({error})") from None
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:
@@ -95,6 +109,8 @@ def _jpeg(data: bytes) -> tuple[int, int]:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 5)
+            if marker & 3 == 2 and data.count(b"\xff\xda") > SCANS:
+                raise ImageError(f"a progressive JPEG of more than {SCANS} scans, each of which is decoded in full")
             return height, width
         if marker in (0xD9, 0xDA):
             return 0, 0

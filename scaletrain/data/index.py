@@ -7,54 +7,85 @@ The manifest lists, in the canonical order of samples, each shard's name, sample
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from time import monotonic
+
+import numpy as np
+from numpy.typing import NDArray
 
 from scaletrain.data import table
-from scaletrain.data.errors import DataError
+from scaletrain.data.errors import DataError, ShardError
+from scaletrain.data.manifest import VERSION, Manifest, parse
+from scaletrain.data.manifest import Shard as Shard
 
 MANIFEST = "index.json"
-VERSION = 1
-FIELDS = {"name": str, "samples": int, "bytes": int, "sha256": str}
-Shard = dict[str, Any]  # FIELDS
+READERS = 8  # shards read at a time while indexing
+SHOWN = 10  # faults said one by one
+SILENCE = 10.0  # seconds between lines of progress
 
 
-def load(folder: Path, notice: Callable[[str], None] = print) -> list[Shard]:
-    """The shards of a folder in canonical order; a folder of tars without an index is indexed first. Raises DataError."""
-    _folder_of_tars(folder)
-    if not (folder / MANIFEST).exists():
-        if not os.access(folder, os.W_OK):
-            raise DataError(f"{folder} has no {MANIFEST} and cannot be written: let its owner run shards/index.py {folder}")
-        notice(f"{folder} has no index yet: reading every shard once to make it")
-        build(folder)
-    shards = _parse(folder / MANIFEST)
-    _same_names(folder, shards)
+def load(folder: Path, notice: Callable[[str], None] = print, skip: bool = False) -> Manifest:
+    """The shards of a folder in canonical order; a folder of tars without an index is indexed first. Raises DataError.
+
+    `skip`: while indexing, faults are said and left out in place of raised.
+    """
+    there = np.array([os.fsencode(name) for name in _folder_of_tars(folder)])
+    place = home(folder) / MANIFEST
+    if not place.exists():
+        notice(f"{folder} has no index yet: reading every shard once to make it in {place.parent}")
+        faults: list[ShardError] = []
+        build(folder, progress=_said(notice), report=faults.append if skip else table.stop)
+        for fault in faults[:SHOWN]:
+            notice(f"left out: {fault}")
+        if faults:
+            notice(f"{len(faults)} faults left out of the index; shards/verify.py {folder} lists them")
+    shards = _parse(place)
+    _same_names(folder, there, shards)
     return shards
 
 
-def build(folder: Path, *, force: bool = False, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Shard]:
-    """Read all shards once and write the tables and the manifest. Of several processes one works, the others wait for it."""
-    names = _folder_of_tars(folder)
-    with _alone(folder):
-        if not force and (folder / MANIFEST).exists():
-            return _parse(folder / MANIFEST)
+def build(
+    folder: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[ShardError], None] = table.stop,
+) -> Sequence[Shard]:
+    """Read all shards once and write the tables and the manifest. Of several processes one works, the others wait for it.
+
+    Raises ShardError at the first fault unless `report`, called from this thread, takes it and returns.
+    """
+    names = [name for name in _folder_of_tars(folder) if (folder / name).is_file()]
+    place = home(folder)
+    with _alone(place):
+        if not force and (place / MANIFEST).exists():
+            return _parse(place / MANIFEST)
         shards: list[Shard] = []
-        for done, name in enumerate(names):
-            progress(done, len(names))
-            shards.append(tabulate(folder / name))
-        progress(len(names), len(names))
+        # checksums let go of the interpreter's lock; a pool takes each shard with its own list, so that faults keep their order
+        with ThreadPoolExecutor(min(READERS, len(os.sched_getaffinity(0)))) as pool:
+            try:
+                for shard, faults in pool.map(lambda name: _tried(folder / name), names):
+                    for fault in faults:
+                        report(fault)
+                    shards.append(shard)
+                    progress(len(shards), len(names))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         publish(folder, shards)
     return shards
 
 
-def tabulate(path: Path) -> Shard:
-    """Read one shard, write its offset table beside it -> its entry of the manifest. Raises ShardError."""
-    rows, size, sha = table.scan(path)
+def tabulate(path: Path, report: Callable[[ShardError], None] = table.stop) -> Shard:
+    """Read one shard, write its offset table -> its entry of the manifest. Faults as in `table.scan`."""
+    rows, size, sha = table.scan(path, report)
     atomic(table_path(path), table.pack(rows, size))
     return {"name": path.name, "samples": len(rows), "bytes": size, "sha256": sha}
 
@@ -64,11 +95,45 @@ def publish(folder: Path, shards: list[Shard]) -> None:
     total = sum(s["samples"] for s in shards)
     if not total:
         raise DataError(f"{folder}: the shards hold no samples")
-    atomic(folder / MANIFEST, json.dumps({"version": VERSION, "samples": total, "shards": shards}, indent=0).encode())
+    manifest = {"version": VERSION, "samples": total, "shards": shards}
+    atomic(home(folder) / MANIFEST, json.dumps(manifest, indent=0).encode())
 
 
 def table_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".idx")
+    return home(shard.parent) / (shard.name + ".idx")
+
+
+def home(folder: Path) -> Path:
+    """Where the index of a folder lies: in it, or in the user's cache if it has none and cannot be written."""
+    if (folder / MANIFEST).exists() or os.access(folder, os.W_OK):
+        return folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaletrain" / "index"
+    place = cache / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        cure = f"let its owner run shards/index.py {folder}, or set XDG_CACHE_HOME"
+        text = f"{folder} has no {MANIFEST} and cannot be written, nor can {place} ({error.strerror})"
+        raise DataError(f"{text}: {cure}") from None
+    return place
+
+
+def _tried(path: Path) -> tuple[Shard, list[ShardError]]:
+    faults: list[ShardError] = []
+    return tabulate(path, faults.append), faults
+
+
+def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Progress as lines, few enough for a log."""
+    last = monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if monotonic() - last > SILENCE:
+            last = monotonic()
+            notice(f"indexed {done:,} of {total:,} shards")
+
+    return progress
 
 
 def atomic(path: Path, data: bytes) -> None:
@@ -89,7 +154,8 @@ def atomic(path: Path, data: bytes) -> None:
 def _folder_of_tars(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data folder; write one with shards/folder.py IMAGES {folder}")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".tar" and p.is_file())
+    with os.scandir(folder) as entries:  # without a look at each, which is slow on a network
+        names = sorted(entry.name for entry in entries if entry.name.endswith(".tar"))
     if not names:
         inner = sorted(p.parent.name for p in folder.glob("*/*.tar"))
         cure = f"did you mean {folder / inner[0]}?" if inner else "write shards with shards/folder.py IMAGES FOLDER"
@@ -97,32 +163,25 @@ def _folder_of_tars(folder: Path) -> list[str]:
     return names
 
 
-def _parse(path: Path) -> list[Shard]:
+def _parse(path: Path) -> Manifest:
     cure = f"remake it with shards/index.py --force {path.parent}"
     try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            return parse(file, str(path), cure)
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); {cure}") from None
-    if not isinstance(raw, dict) or raw.get("version") != VERSION or not isinstance(raw.get("shards"), list):
-        raise DataError(f"{path} is not a version {VERSION} manifest; {cure}")
-    for shard in raw["shards"]:
-        if not isinstance(shard, dict) or not all(isinstance(shard.get(k), t) for k, t in FIELDS.items()):
-            raise DataError(f"{path} has a malformed entry: {str(shard)[:80]}; {cure}")
-        if Path(shard["name"]).name != shard["name"] or shard["samples"] < 0:
-            raise DataError(f"{path} names a shard outside its folder or of negative length: {str(shard)[:80]}; {cure}")
-    return cast(list[Shard], raw["shards"])
 
 
-def _same_names(folder: Path, shards: list[Shard]) -> None:
+def _same_names(folder: Path, there: NDArray[np.bytes_], shards: Manifest) -> None:
     """The manifest and the folder must agree, else samples would be lost or invented silently."""
-    there = {p.name for p in folder.iterdir() if p.suffix == ".tar"}
-    listed = {s["name"] for s in shards}
-    if listed - there:
+    if np.array_equal(np.sort(shards.names), np.sort(there)):  # a fraction of what telling differences takes
+        return
+    if len(lost := np.setdiff1d(shards.names, there)):
         raise DataError(
-            f"{folder / min(listed - there)} is in {MANIFEST} but not in the folder; restore it or re-index with --force"
+            f"{folder / os.fsdecode(lost[0])} is in {MANIFEST} but not in the folder; restore it or re-index with --force"
         )
-    if there - listed:
-        raise DataError(f"{folder / min(there - listed)} is not in {MANIFEST}; run shards/index.py --force {folder}")
+    if len(new := np.setdiff1d(there, shards.names)):
+        raise DataError(f"{folder / os.fsdecode(new[0])} is not in {MANIFEST}; run shards/index.py --force {folder}")
 
 
 @contextmanager

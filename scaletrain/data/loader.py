@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from scaletrain.config import Data
+from scaletrain import dist
+from scaletrain.config import Cache, Data
 from scaletrain.core import Batch
+from scaletrain.data import watch
+from scaletrain.data.bad import Replaced
 from scaletrain.data.device import ToDevice
-from scaletrain.data.errors import DataError, LoaderError
-from scaletrain.data.plan import Ints, Plan
-from scaletrain.data.reader import Shards
+from scaletrain.data.errors import DataError
+from scaletrain.data.joined import Joined
+from scaletrain.data.mixture import Mixture, Source
+from scaletrain.data.plan import Batches, Ints, Plan
+from scaletrain.data.reader import NODE, Shards
 from scaletrain.data.stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
 from scaletrain.marks import COPY, mark
 
 SYNTHETIC = "synthetic"
+
+
+def _unnoted(step: int, replaced: Sequence[Replaced]) -> None:
+    """For passes over the data that are no steps of training."""
 
 
 class Stream:
@@ -35,51 +47,82 @@ class Stream:
     def __init__(
         self, data: Data, *, seed: int, batch: int, rank: int, world: int, device: torch.device, rows: Ints | None = None
     ) -> None:
-        if not data.path:
-            raise DataError(
-                "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py writes, "
-                "or data.path=synthetic"
-            )
         self.data, self.device = data, device
-        shards = None if data.path == SYNTHETIC else Shards(data.path)
-        counts = synthetic_counts(data.synthetic_samples) if shards is None else shards.counts
-        counts = counts if rows is None else np.array([len(rows)])
-        self.plan = Plan(counts, seed=seed, batch=batch, lanes=data.lanes, window=data.window)
+        shards = opened(data)
+        self.plan = planned(data, shards, seed=seed, batch=batch, rows=rows)
         lo, hi = self.plan.part(rank, world)
         if shards is None:
             self.dataset: Dataset[Raw | Failure] = Synthetic(data, self.plan, lo, hi)
         else:
             if rank == 0:  # once is enough; every rank checks again what it opens
                 shards.check()
+            shards.fits(-(-self.plan.in_use()[1] * dist.local_world() // world))
             self.dataset = Images(data, shards, self.plan, lo, hi, rows)
         self.samples, self.steps_per_epoch = self.plan.samples, self.plan.steps_per_epoch
         self._to_device = ToDevice(device, seed, data.mean, data.std)
         self._running: list[Generator[Batch, None, None]] = []
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of the global steps start .. stop - 1, through epoch ends without a pause."""
-        running = self._batches(start, stop)
+    def batches(self, start: int, stop: int, lost: Callable[[int, Sequence[Replaced]], None] = _unnoted) -> Iterator[Batch]:
+        """Batches of the global steps start .. stop - 1, through epoch ends without a pause.
+
+        lost(step, replaced) is called for each before it is handed out.
+        """
+        running = self._batches(start, stop, lost)
         self._running = [*(r for r in self._running if inspect.getgeneratorstate(r) != inspect.GEN_CLOSED), running]
         return running
 
+    def mixing(self) -> str:
+        """What a batch is drawn from, how well that mixes and the cache that it asks for, in a line."""
+        if not isinstance(self.dataset, Images):
+            return self.plan.mixing()
+        shards = self.dataset.shards
+        hidden = isinstance(shards, Joined) and not shards.labelled
+        labels = "; labels are not used: the parts differ in classes.json, or lack it" if hidden else ""
+        return self.plan.mixing(shards.shard_bytes) + labels
+
     def name(self, sample: int) -> str:
         """Where to find a sample: SHARD.tar/KEY, or its number if the data is synthetic or cannot be read any more."""
-        with suppress(DataError, OSError):
-            if isinstance(self.dataset, Images):
-                return self.dataset.shards.name(sample)
-        return str(sample)
+        return _name(self.dataset, sample)
 
     def close(self) -> None:
         """Stop the workers of every iterator that is still open."""
         while self._running:
             self._running.pop().close()
 
-    def _batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+    def _batches(self, start: int, stop: int, lost: Callable[[int, Sequence[Replaced]], None]) -> Generator[Batch, None, None]:
         steps = _Steps(start, stop, self.steps_per_epoch)
-        for raw in _load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device):
+        raws = _load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device)
+        for step, raw in enumerate(raws, start):
+            lost(step, raw.replaced)
             with mark(COPY):
                 batch = self._to_device(raw)
             yield batch
+
+
+def opened(data: Data) -> Shards | Joined | None:
+    """The shards that a recipe names; None for synthetic data. Raises DataError."""
+    if data.mixture:
+        return Joined([part.path for part in data.mixture], cache=data.cache, skip=data.on_bad == "skip")
+    if not data.path:
+        raise DataError(
+            "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py writes, "
+            "or data.path=synthetic"
+        )
+    return None if data.path == SYNTHETIC else Shards(data.path, cache=data.cache, skip=data.on_bad == "skip")
+
+
+def planned(data: Data, shards: Shards | Joined | None, *, seed: int, batch: int, rows: Ints | None = None) -> Batches:
+    """The order of the samples of `opened`, or of its `rows` [N]. Raises DataError where batch, lanes and data do not fit."""
+    if isinstance(shards, Joined):
+        weighted = zip(data.mixture, shards.parts, strict=True)
+        sources = [Source(part.path, held.counts, part.weight) for part, held in weighted]
+    else:
+        counts = synthetic_counts(data.synthetic_samples) if shards is None else shards.counts
+        counts = counts if rows is None else np.array([len(rows)])
+        sources = [Source(data.path, counts, 1.0)]
+        if not data.epoch_samples:
+            return Plan(counts, seed=seed, batch=batch, lanes=data.lanes, window=data.window)
+    return Mixture(sources, seed=seed, batch=batch, lanes=data.lanes, window=data.window, epoch_samples=data.epoch_samples)
 
 
 def plain(
@@ -97,6 +140,7 @@ def plain(
     max_pixels: int = 50_000_000,
     timeout: float = 300.0,
     rows: Ints | None = None,
+    cache: Cache = NODE,
 ) -> Iterator[Batch]:
     """Every sample once, in its own order, as one view [1, B, 3, size, size]; the last batch may be short.
 
@@ -105,7 +149,7 @@ def plain(
     """
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
-    shards = Shards(path)
+    shards = Shards(path, cache=cache)
     samples = len(shards) if rows is None else len(rows)
     lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
@@ -132,6 +176,7 @@ def _load(
 ) -> Generator[Raw, None, None]:
     """Run the data set in worker processes, in the sampler's order. Raises DataError, also for dead and silent workers."""
     workers = min(workers, len(sampler))
+    reading = watch.nothing_read(workers)
     with warnings.catch_warnings():
         # the number of workers is the recipe's; torch would compare it with the cores of this machine
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -143,17 +188,15 @@ def _load(
             prefetch_factor=prefetch if workers else None,
             collate_fn=_as_is,
             pin_memory=device.type == "cuda",
-            timeout=timeout if workers else 0,
-            worker_init_fn=_init_worker,
+            timeout=min(watch.CHECK, timeout) if workers else 0,
+            worker_init_fn=partial(_init_worker, reading),
             generator=torch.Generator(),  # else the loader would draw a seed from the global generator
         )
         running = iter(loader)
+    watched = watch.Watch(running, reading, partial(_name, dataset), timeout) if workers else None
     try:
         while True:
-            try:
-                raw = next(running, None)
-            except RuntimeError as error:
-                raise _lost(error, timeout) from None
+            raw = watched.next() if watched else next(running, None)
             if raw is None:
                 return
             if isinstance(raw, Failure):
@@ -163,27 +206,26 @@ def _load(
         _stop(running)
 
 
+def _name(dataset: Dataset[Raw | Failure], sample: int) -> str:
+    with suppress(DataError, OSError):
+        if isinstance(dataset, Images | Whole):
+            return dataset.shards.name(sample)
+    return str(sample)
+
+
 def _as_is(raw: Any) -> Any:
     return raw
 
 
-def _init_worker(number: int) -> None:
+def _init_worker(reading: Tensor, number: int) -> None:
     """Signals of preemption are the main process's business: workers serve on while it saves."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def _lost(error: RuntimeError, timeout: float) -> Exception:
-    text = str(error).splitlines()[0]
-    if "timed out" in text:
-        return LoaderError(
-            f"no batch for {timeout:g} s: storage or a loader process hangs; raise data.timeout if it is only slow"
-        )
-    if "DataLoader worker" in text and "Caught" not in text:
-        return LoaderError(f"{text}; if memory ran out, lower data.workers or data.prefetch")
-    return error
+    info = get_worker_info()
+    if info is not None:
+        watch.in_worker(reading, number, info.dataset)
 
 
 def _stop(running: Any) -> None:
@@ -192,6 +234,9 @@ def _stop(running: Any) -> None:
     The order matters: once torch has shut down, it no longer watches the workers and a killed one raises nothing.
     """
     workers = getattr(running, "_workers", ())
+    for worker in workers:
+        if worker.is_alive():
+            os.kill(worker.pid, signal.SIGCONT)  # else each stopped one takes torch's whole patience
     if workers:
         running._shutdown_workers()
     for worker in workers:

@@ -22,6 +22,7 @@ from scaletrain.data.errors import DataError
 
 CLASSES = "classes.json"
 QUARANTINE = "quarantine.jsonl"
+COPIES = "copies.jsonl"
 HEAD = ".import.json"
 JOURNAL = ".journal.jsonl"
 
@@ -33,6 +34,7 @@ class Bad:
     number: int  # in the source
     path: str
     reason: str
+    copy: bool = False  # it is sound, and there is the same one already
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,11 @@ class Journal:
 
     @property
     def bad(self) -> list[Bad]:
-        return [bad for line in self.lines for bad in line.bad]
+        return [bad for line in self.lines for bad in line.bad if not bad.copy]
+
+    @property
+    def copies(self) -> list[Bad]:
+        return [bad for line in self.lines for bad in line.bad if bad.copy]
 
     def add(self, shard: Path, bad: list[Bad]) -> None:
         """Index a shard that was just written, and note it once both are on disk."""
@@ -76,8 +82,10 @@ class Journal:
     def finish(self, classes: tuple[str, ...]) -> None:
         if classes:
             index.atomic(self.folder / CLASSES, json.dumps(classes, ensure_ascii=False).encode())
-        if self.bad:
-            index.atomic(self.folder / QUARANTINE, "".join(json.dumps(asdict(bad)) + "\n" for bad in self.bad).encode())
+        for name, left in ((QUARANTINE, self.bad), (COPIES, self.copies)):
+            if left:
+                lines = [json.dumps({"number": one.number, "path": one.path, "reason": one.reason}) + "\n" for one in left]
+                index.atomic(self.folder / name, "".join(lines).encode())
         index.publish(self.folder, [line.shard for line in self.lines])
 
     def _sound(self, text: str) -> Line | None:
@@ -196,7 +204,7 @@ def _to_disk(path: Path) -> None:
 
 def _only_shards(folder: Path) -> None:
     """--force deletes a folder of shards and nothing else."""
-    names = (index.MANIFEST, CLASSES, QUARANTINE)
+    names = (index.MANIFEST, CLASSES, QUARANTINE, COPIES)
     for path in folder.rglob("*"):
         ours = path.suffix in (".tar", ".idx") or path.name in names or path.name.startswith(".")
         if path.is_symlink() or not (path.is_dir() or ours):

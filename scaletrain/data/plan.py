@@ -7,6 +7,9 @@ Global batch t takes the next B/C samples of each lane. Nothing of the size of N
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,22 +21,38 @@ Ints = NDArray[np.int64]
 ROUNDS = 8  # of the Feistel network, half of them on each coordinate
 
 
-class Plan:
-    """`counts` [S]: samples of each shard in canonical order; a sample's number is its place in that order."""
+class Draws(NamedTuple):
+    """What fills some rows of a batch. (epoch, sample, repeat) occurs once in a run and is the root of a draw's randomness."""
 
-    def __init__(self, counts: Ints, *, seed: int, batch: int, lanes: int, window: int) -> None:
-        self.counts = np.asarray(counts, np.int64)
-        self.seed, self.size, self.lanes, self.window = seed, batch, lanes, window
-        self.samples = int(self.counts.sum())
-        self._starts = np.cumsum(self.counts) - self.counts
-        if batch % lanes:
-            raise DataError(
-                f"data.lanes={lanes} does not divide batch={batch}; set data.lanes to a divisor such as {divisor(batch, lanes)}"
-            )
-        if self.samples < batch:
-            raise DataError(f"the data set has {self.samples} samples, fewer than batch={batch}; lower batch")
-        self.steps_per_epoch = (self.samples // lanes) // (batch // lanes)
-        self._line: tuple[int, Ints, Ints] | None = None
+    samples: Ints  # [K] numbers in the data set
+    repeats: Ints  # [K] passes through the sample's source that began after the epoch did
+
+
+class Batches(ABC):
+    """Global batches of `size` draws, numbered by epoch and step."""
+
+    whole: bool  # an epoch draws every sample once, but for a rest smaller than a batch
+    samples: int  # that can be drawn, in all sources
+    steps_per_epoch: int
+
+    def __init__(self, *, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+
+    @abstractmethod
+    def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
+        """Positions [lo, hi) of the epoch's global batch number `step`. Raises IndexError for a step outside the epoch."""
+
+    @abstractmethod
+    def in_use(self) -> tuple[int, int]:
+        """Distinct shards of the first batch, and shards that all nodes together read from while the first windows last."""
+
+    @abstractmethod
+    def _about(self) -> str:
+        """What is drawn from."""
+
+    def batch(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Ints:
+        """Sample numbers of `draws`."""
+        return self.draws(epoch, step, lo, hi).samples
 
     def part(self, rank: int, world: int) -> tuple[int, int]:
         """This rank's positions [lo, hi) of every global batch."""
@@ -43,27 +62,57 @@ class Plan:
         rows = self.size // world
         return rank * rows, (rank + 1) * rows
 
-    def batch(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Ints:
-        """Sample numbers at positions [lo, hi) of the epoch's global batch number `step` -> [hi - lo] int64."""
+    def mixing(self, shard_bytes: float = 0.0) -> str:
+        """How well a batch mixes and what cache that asks for, for the start of a run. `shard_bytes`: mean size of a shard."""
+        distinct, held = self.in_use()
+        cache = f", {held * shard_bytes / 1e9:,.3g} GB over all nodes" if shard_bytes else ""
+        return f"{self._about()}; a batch of {self.size:,} mixes {distinct:,} shards and keeps {held:,} in use{cache}"
+
+    def _inside(self, step: int) -> None:
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} is outside the epoch's {self.steps_per_epoch} steps")
-        rows = self.size // self.lanes
-        position = np.arange(lo, self.size if hi is None else hi, dtype=np.int64)
-        lane, at = position // rows, step * rows + position % rows
-        return self._canonical(epoch, self._shuffled(epoch, lane, at))
 
-    def mixing(self) -> str:
-        """How well a batch mixes and what that costs, for the start of a run."""
-        shards = np.searchsorted(self._starts, self.batch(0, 0), "right")
-        distinct, total = len(np.unique(shards)), len(self.counts)
-        held = min(self.lanes * min(self.window, total), total)
-        return (
-            f"{self.samples:,} samples in {total:,} shards; a batch of {self.size:,} mixes {distinct:,} shards "
-            f"over {self.lanes} lanes and keeps about {held:,} shards in use"
-        )
 
-    def _shuffled(self, epoch: int, lane: Ints, at: Ints) -> Ints:
-        """Position `at` of a lane before the shuffle -> position on the epoch's line after it."""
+class Order:
+    """One data set's order in each pass through it. `counts` [S]: samples of each shard in canonical order."""
+
+    def __init__(self, counts: Ints, *, seed: int, lanes: int, window: int) -> None:
+        self.counts = np.asarray(counts, np.int64)
+        self.seed, self.lanes, self.window = seed, lanes, window
+        self.samples = int(self.counts.sum())
+        self._starts = np.cumsum(self.counts) - self.counts
+        self._line: tuple[int, Ints, Ints] | None = None
+
+    def at(self, epoch: int, lane: Ints, at: Ints) -> Ints:
+        """Numbers of the samples at places `at` of lanes `lane`, [K] each -> [K]."""
+        start, size, key = self._blocks(epoch, lane, at)
+        return self._canonical(epoch, start + bijection(lane * self.samples // self.lanes + at - start, size, key))
+
+    def turn(self, place: Ints) -> tuple[Ints, Ints]:
+        """Lane and place in it of each place [K] in 0 .. samples - 1, when lanes take turns until all are empty."""
+        rounds, rest = divmod(self.samples, self.lanes)
+        lane, at = place % self.lanes, place // self.lanes
+        # lanes differ in length by one: in the last round the j-th turn is that of the j-th longer lane
+        return np.where(at == rounds, -(-(lane + 1) * self.lanes // max(rest, 1)) - 1, lane), at
+
+    def shards(self, samples: Ints) -> Ints:
+        """Numbers of the shards that hold the samples."""
+        return np.searchsorted(self._starts, samples, "right") - 1
+
+    def in_use(self, epoch: int) -> int:
+        """Shards that the first blocks of all lanes touch."""
+        lane = np.arange(min(self.lanes, self.samples))
+        lane = lane[(lane + 1) * self.samples // self.lanes > lane * self.samples // self.lanes]
+        start, size, _ = self._blocks(epoch, lane, np.zeros_like(lane))
+        _, ends = self._shards_of(epoch)
+        first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, start + size - 1, "right")
+        covered = np.zeros(len(ends) + 1, np.int64)
+        np.add.at(covered, first, 1)
+        np.add.at(covered, last + 1, -1)
+        return int(np.count_nonzero((np.cumsum(covered)[:-1] > 0) & (np.diff(ends, prepend=0) > 0)))
+
+    def _blocks(self, epoch: int, lane: Ints, at: Ints) -> tuple[Ints, Ints, Ints]:
+        """The block around each place: its start on the epoch's line, its length, its key."""
         begin = lane * self.samples // self.lanes
         length = (lane + 1) * self.samples // self.lanes - begin
         # equal blocks and not blocks of fixed length, whose remainder would be shuffled among few samples
@@ -71,17 +120,51 @@ class Plan:
         block = ((at + 1) * blocks - 1) // length
         first = block * length // blocks
         size = (block + 1) * length // blocks - first
-        start: Ints = begin + first
-        return start + bijection(at - first, size, _hash(self.seed, "lane", epoch, lane, block))
+        return begin + first, size, keyed(self.seed, "lane", epoch, lane, block)
 
     def _canonical(self, epoch: int, position: Ints) -> Ints:
-        if self._line is None or self._line[0] != epoch:
-            order = dist.permutation(len(self.counts), self.seed, "shards", epoch).numpy()
-            self._line = epoch, order, np.cumsum(self.counts[order])
-        _, order, ends = self._line
+        order, ends = self._shards_of(epoch)
         slot = np.searchsorted(ends, position, "right")
         shard = order[slot]
         return position + (self._starts[shard] + self.counts[shard] - ends[slot])
+
+    def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
+        """The epoch's shards in their order on the line, and where each ends there; the last epoch asked for is kept."""
+        if self._line is None or self._line[0] != epoch:
+            order = dist.permutation(len(self.counts), self.seed, "shards", epoch).numpy()
+            self._line = epoch, order, np.cumsum(self.counts[order])
+        return self._line[1:]
+
+
+class Plan(Batches):
+    """Epochs of one whole data set; a sample's number is its place in the canonical order of `counts`."""
+
+    whole = True
+
+    def __init__(self, counts: Ints, *, seed: int, batch: int, lanes: int, window: int) -> None:
+        super().__init__(seed=seed, size=batch)
+        self.order = Order(counts, seed=seed, lanes=lanes, window=window)
+        self.samples = self.order.samples
+        if batch % lanes:
+            raise DataError(
+                f"data.lanes={lanes} does not divide batch={batch}; set data.lanes to a divisor such as {divisor(batch, lanes)}"
+            )
+        if self.samples < batch:
+            raise DataError(f"the data set has {self.samples} samples, fewer than batch={batch}; lower batch")
+        self.steps_per_epoch = (self.samples // lanes) // (batch // lanes)
+
+    def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
+        self._inside(step)
+        rows = self.size // self.order.lanes
+        position = np.arange(lo, self.size if hi is None else hi, dtype=np.int64)
+        lane, at = position // rows, step * rows + position % rows
+        return Draws(self.order.at(epoch, lane, at), np.zeros_like(position))
+
+    def in_use(self) -> tuple[int, int]:
+        return len(np.unique(self.order.shards(self.batch(0, 0)))), self.order.in_use(0)
+
+    def _about(self) -> str:
+        return f"{self.samples:,} samples in {len(self.order.counts):,} shards over {self.order.lanes} lanes"
 
 
 def bijection(x: Ints, n: Ints, key: Ints) -> Ints:
@@ -103,15 +186,15 @@ def bijection(x: Ints, n: Ints, key: Ints) -> Ints:
 def _feistel(x: Ints, a: Ints, b: Ints, key: Ints) -> Ints:
     left, right = x % a, x // a
     for turn in range(0, ROUNDS, 2):
-        left = (left + (_hash(key, turn, right) & _POSITIVE)) % a
-        right = (right + (_hash(key, turn + 1, left) & _POSITIVE)) % b
+        left = (left + (keyed(key, turn, right) & _POSITIVE)) % a
+        right = (right + (keyed(key, turn + 1, left) & _POSITIVE)) % b
     return left + a * right
 
 
 _POSITIVE = (1 << 62) - 1  # leaves room for the addition
 
 
-def _hash(*parts: int | str | Ints) -> Ints:
+def keyed(*parts: int | str | Ints) -> Ints:
     return dist.hash64(*(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)).numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -13,10 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.data import index, table
-from scaletrain.data.errors import ShardError
-from scaletrain.data.tar import BLOCK, MEMBER_BYTES, name_in
+from scaletrain.config import Cache
+from scaletrain.data import index, staged, table
+from scaletrain.data.errors import DataError, LoaderError, ShardError
+from scaletrain.data.remote import is_remote
+from scaletrain.data.tar import BLOCK, MEMBER_BYTES, header_fault, name_in
 
+NODE = Cache()
 OPEN_SHARDS = 256  # two file descriptors each; the usual limit of a process is 1024
 
 
@@ -29,16 +33,27 @@ class Sample(NamedTuple):
 class Shards:
     """The samples of a folder, numbered in the manifest's order. Files open when first read; safe to fork and to pickle."""
 
-    def __init__(self, folder: str | Path, notice: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        notice: Callable[[str], None] = print,
+        keep: int = OPEN_SHARDS,
+        skip: bool = False,
+        cache: Cache = NODE,
+    ) -> None:
         self._open: OrderedDict[int, tuple[int, table.Rows]] = OrderedDict()
+        self._staged: staged.Staged | None = None
+        self._keep = keep  # shards held open
+        self._skip = skip  # one bad sample does not condemn its shard
         self.folder = Path(folder)
-        shards = index.load(self.folder, notice)
+        remote = is_remote(str(folder))
+        shards = staged.manifest(str(folder)) if remote else index.load(self.folder, notice, skip)
         # arrays and not lists: workers that touch Python objects copy the parent's pages
-        self._names: NDArray[np.bytes_] = np.array([s["name"].encode() for s in shards], np.bytes_)
-        self._bytes = np.array([s["bytes"] for s in shards], np.int64)
-        self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()  # of all bytes, in order
-        self.counts: NDArray[np.int64] = np.array([s["samples"] for s in shards], np.int64)
+        self._names, self._bytes, self.counts = shards.names, shards.bytes, shards.samples
+        self.fingerprint = hashlib.sha256(shards.sha256.tobytes()).hexdigest()  # of all bytes, in order
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
+        if remote or cache.stage:
+            self._staged = staged.Staged(str(folder), cache, shards)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -48,8 +63,20 @@ class Shards:
 
     def check(self) -> None:
         """Compare every shard's size with the manifest. Raises ShardError naming the first that differs."""
+        if self._staged is not None:
+            return  # what is fetched is checked when it comes
         for number in range(len(self._names)):
             self._check_size(number, self._path(number).stat().st_size)
+
+    def fits(self, shards: int) -> None:
+        """Raises DataError unless the cache, if these are fetched into it, holds the shards that this node uses at once."""
+        if self._staged is not None:
+            self._staged.fits(shards)
+
+    def expect(self, step: int, course: staged.Course) -> None:
+        """Shards that are fetched into the cache: those of this step and the next are needed soon."""
+        if self._staged is not None:
+            self._staged.expect(step, course)
 
     def read(self, sample: int, mask: bool = False) -> Sample:
         """Members of a sample. Raises ShardError naming shard, offset and key when the bytes are not those indexed."""
@@ -61,18 +88,27 @@ class Shards:
         if mask:
             if not row[7]:
                 text = f"sample '{self._key(file, row[0])}' has no .mask.png member; add masks or set data.masks=false"
-                raise ShardError(self._path(number), row[0], text)
+                raise ShardError(self._where(number), row[0], text)
             found = self._member(number, file, row[6:9])
-        return Sample(image, row[9], found)
+        return Sample(image, max(-1, row[9]), found)
+
+    @property
+    def shard_bytes(self) -> float:
+        """Mean size of a shard."""
+        return float(self._bytes.mean())
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """The samples [lo, hi) of the folder that holds it."""
+        return 0, len(self)
 
     def labels(self) -> NDArray[np.int64]:
         """Of all samples [N], -1 where unknown."""
-        return np.concatenate([self._shard(number)[1]["label"] for number in range(len(self._names))])
+        return np.concatenate([self._rows(number)["label"] for number in range(len(self._names))])
 
     def fault(self, sample: int, text: object) -> ShardError:
         """An error about a sample, with its shard, offset and key."""
         number, offset, key = self._find(sample)
-        return ShardError(self._path(number), offset, f"sample '{key}': {text}")
+        return ShardError(self._where(number), offset, f"sample '{key}': {text}")
 
     def name(self, sample: int) -> str:
         """Where to find a sample in the folder, as SHARD.tar/KEY. Raises ShardError when its shard is not what was indexed."""
@@ -80,11 +116,16 @@ class Shards:
         return f"{self._path(number).name}/{key}"
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1][0])
+        self._release()
+        if self._staged is not None:
+            self._staged.close()
 
     def __del__(self) -> None:
         self.close()
+
+    def _release(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1][0])
 
     def _find(self, sample: int) -> tuple[int, int, str]:
         """Number of the shard, offset of the image in it, key."""
@@ -96,31 +137,42 @@ class Shards:
     def _number(self, sample: int) -> int:
         return int(self._starts.searchsorted(sample, "right")) - 1
 
+    def _rows(self, number: int) -> table.Rows:
+        return self._shard(number)[1] if self._staged is None else self._staged.rows(number)
+
+    def _where(self, number: int) -> str | Path:
+        """For people."""
+        return self._path(number) if self._staged is None else self._staged.url(number)
+
     def _path(self, number: int) -> Path:
-        return self.folder / str(self._names[number], "utf-8")
+        return self.folder / os.fsdecode(self._names[number])
 
     def _check_size(self, number: int, size: int) -> None:
         expected = int(self._bytes[number])
-        if size != expected:
+        if size != expected and not self._skip:
             text = f"the shard has {size} bytes and not the {expected} indexed: truncated or altered after indexing"
-            raise ShardError(self._path(number), min(size, expected), f"{text}; run shards/index.py --force if meant")
+            raise ShardError(self._where(number), min(size, expected), f"{text}; run shards/index.py --force if meant")
 
     def _shard(self, number: int) -> tuple[int, table.Rows]:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
+        if self._staged is not None:
+            self._release()  # one at a time: what is open stays in the cache
+            self._open[number] = self._staged.open(number), self._staged.rows(number)
+            return self._open[number]
         path = self._path(number)
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise ShardError(path, 0, f"cannot be opened: {error.strerror}") from None
+            raise _failed(path, 0, error) from None
         try:
             self._check_size(number, os.fstat(file).st_size)
             rows = table.load(index.table_path(path), int(self.counts[number]), int(self._bytes[number]))
         except BaseException:
             os.close(file)
             raise
-        if len(self._open) >= OPEN_SHARDS:
+        if len(self._open) >= self._keep:
             os.close(self._open.popitem(last=False)[1][0])
         self._open[number] = (file, rows)
         return file, rows
@@ -128,16 +180,39 @@ class Shards:
     def _member(self, number: int, file: int, place: tuple[int, int, int]) -> bytes:
         offset, size, crc = place
         if size > MEMBER_BYTES:
-            raise ShardError(self._path(number), offset, f"a member of {size} bytes is above the limit of {MEMBER_BYTES}")
+            raise ShardError(self._where(number), offset, f"a member of {size} bytes is above the limit of {MEMBER_BYTES}")
+        if not BLOCK <= offset <= int(self._bytes[number]) - size:
+            text = f"the index places {size} bytes there, outside the shard; run shards/index.py --force"
+            raise ShardError(self._where(number), offset, text)
         try:
-            data = os.pread(file, size, offset)
+            block = os.pread(file, BLOCK + size, offset - BLOCK)  # with its header, so that damage there is seen too
         except OSError as error:
-            raise ShardError(self._path(number), offset, f"reading failed: {error.strerror}") from None
-        if len(data) != size or zlib.crc32(data) != crc:
-            text = f"the content of '{self._key(file, offset)}' is not what was indexed (crc32 differs): damaged or altered"
-            raise ShardError(self._path(number), offset, f"{text}; run shards/verify.py {self.folder}")
-        return data
+            raise _failed(self._where(number), offset, error) from None
+        header, data = block[:BLOCK], block[BLOCK:]
+        if not header:
+            fault = "the shard ends before this sample"
+        elif len(data) != size:
+            fault = f"the shard ends after {len(data)} of {size} bytes of '{key_in(header)}'"
+        elif zlib.crc32(data) != crc:
+            fault = f"the content of '{key_in(header)}' is not what was indexed (crc32 differs)"
+        elif wrong := header_fault(header):
+            offset, fault = offset - BLOCK, f"{wrong} before the content of '{key_in(header)}'"
+        else:
+            return data
+        text = f"{fault}: damaged or altered; run shards/verify.py {self.folder}"
+        raise ShardError(self._where(number), offset, text)
 
     def _key(self, file: int, offset: int) -> str:
         """The key in the header before a payload, for error texts."""
-        return table.split(name_in(os.pread(file, BLOCK, offset - BLOCK)))[0]
+        return key_in(os.pread(file, BLOCK, max(0, offset - BLOCK)))
+
+
+def key_in(header: bytes) -> str:
+    return table.split(name_in(header))[0]
+
+
+def _failed(path: str | Path, offset: int, error: OSError) -> DataError:
+    """A missing file and a bad disk block stay so; anything else may pass, and must not become a substitute."""
+    if error.errno in (errno.ENOENT, errno.EIO):
+        return ShardError(path, offset, f"cannot be read: {error.strerror}")
+    return LoaderError(f"{path} at byte {offset} cannot be read: {error.strerror}")

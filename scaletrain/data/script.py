@@ -56,15 +56,16 @@ def importer(command: Callable[..., None]) -> Callable[..., None]:
     return parsed
 
 
-def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "") -> None:
-    """Write DEST/SPLIT for each split, or DEST itself for the split "", whose shards then have `name`."""
-    with partial.replacing(dest, write.head(splits, how, name), how.force) as job:
+def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "", unique: bool = False) -> None:
+    """Write DEST/SPLIT for each split, or DEST itself for the split "", whose shards then have `name`. `unique`: see write."""
+    with partial.replacing(dest, write.head(splits, how, name, unique), how.force) as job:
         if job.resumed:
             print(f"going on with {job.partial}")
         try:
             for split, source in splits.items():
                 with progress(f"writing {split}".strip()) as shown:
-                    journal = write.write(source, job.partial / split, name=name or split, how=how, progress=shown)
+                    folder = job.partial / split
+                    journal = write.write(source, folder, name=name or split, how=how, unique=unique, progress=shown)
                 print(f"{dest / split}: {_summary(source, journal)}")
         except BaseException:
             if job.kept:
@@ -76,6 +77,8 @@ def _summary(source: Source, journal: partial.Journal) -> str:
     classes = f"in {len(source.classes)} classes" if source.classes else "with numbers as labels"
     samples = sum(line.shard["samples"] for line in journal.lines)
     text = f"{samples:,} images {classes if source.labelled else 'without labels'}, {len(journal.lines)} shards"
+    if journal.copies:
+        text += f"; left out as copies of others: {len(journal.copies):,}, see {partial.COPIES}"
     return text + (f"; left out as bad: {len(journal.bad)}, see {write.QUARANTINE}" if journal.bad else "")
 
 

@@ -6,9 +6,11 @@ device: a quarter of the bytes to hand over.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,18 +20,21 @@ from torch.utils.data import Dataset, get_worker_info
 from scaletrain import dist
 from scaletrain.config import Data, View
 from scaletrain.data import colour, crop, image
-from scaletrain.data.errors import DataError, ImageError
+from scaletrain.data.bad import TRIES, Replaced, substitutes
+from scaletrain.data.errors import DataError, ImageError, ShardError
 from scaletrain.data.image import Pixels
-from scaletrain.data.plan import Ints, Plan
+from scaletrain.data.joined import Joined
+from scaletrain.data.plan import Batches, Ints
 from scaletrain.data.reader import Shards
-from scaletrain.data.views import Params, draw, expand, uniforms
+from scaletrain.data.staged import Epochs, Sweep
+from scaletrain.data.views import COLUMNS, Params, draw, expand, packed, uniforms
 
 SYNTHETIC_SHARD = 1000  # samples per pretended shard
 
 
-def sample_keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
-    """[B] int64, what core.Batch.keys holds. The last part counts repetitions of a sample inside an epoch: none yet."""
-    return dist.hash64(seed, epoch, samples, 0)
+def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor | int = 0) -> Tensor:
+    """[B] int64, what core.Batch.keys holds; `repeats` [B] as in plan.Draws."""
+    return dist.hash64(seed, epoch, samples, repeats)
 
 
 class Raw(NamedTuple):
@@ -40,6 +45,10 @@ class Raw(NamedTuple):
     samples: Tensor  # [B] int64: numbers in the data set
     labels: Tensor  # [B] int64, -1 where unknown
     masks: Tensor | None  # [V, B, H, W] uint8 in {0, 1}, of views[0]
+    params: tuple[Tensor, ...] | None = None  # like views, [V, B, COLUMNS] float32: colours and flips left to the device
+    repeats: Tensor | int = 0  # [B] int64, as in plan.Draws
+    planned: Tensor | None = None  # [B] int64: what `samples` would be if none were bad; None where they are the same
+    replaced: tuple[Replaced, ...] = ()
 
 
 class Failure(NamedTuple):
@@ -51,30 +60,63 @@ class Failure(NamedTuple):
 class Images(Dataset[Raw | Failure]):
     """Positions [lo, hi) of the plan's global batches, as augmented views. With `rows` [N], a plan of these samples."""
 
-    def __init__(self, data: Data, shards: Shards, plan: Plan, lo: int, hi: int, rows: Ints | None = None) -> None:
+    def __init__(self, data: Data, shards: Shards | Joined, plan: Batches, lo: int, hi: int, rows: Ints | None = None) -> None:
         self.data, self.shards, self.plan, self.lo, self.hi, self.rows = data, shards, plan, lo, hi, rows
         self.groups = expand(data.views)
+        self.reading = np.zeros(1, np.int64)  # the sample that is being read; a worker's is shared with the main process
+        self.course = Epochs(plan, lo, hi)
+        colour.prepare()
+        if any(spec.interpolation == "keys" for spec in data.views):
+            crop.prepare()
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
         epoch, step = at
-        index = self.plan.batch(epoch, step, self.lo, self.hi)
+        self.shards.expect(epoch * self.plan.steps_per_epoch + step, self.course)
+        index, again = self.plan.draws(epoch, step, self.lo, self.hi)
         index = index if self.rows is None else self.rows[index]
-        raw = _empty(epoch, self.groups, len(index), self.data.masks)
-        keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index))
+        repeats = torch.from_numpy(again)
+        raw = _empty(epoch, self.groups, len(index), self.data.masks, self.data.augment == "device")._replace(repeats=repeats)
+        keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
         draws = uniforms(keys, sum(map(len, self.groups)))
         views = [v.numpy() for v in raw.views]
         masks = None if raw.masks is None else raw.masks.numpy()
+        rests = None if raw.params is None else [p.numpy() for p in raw.params]
         labels = raw.labels.numpy()
+        used, replaced = index.copy(), []
         try:
             for row, sample in enumerate(index.tolist()):
-                labels[row] = self._fill(views, masks, row, sample, draws[row])
+                fill = partial(self._fill, views, masks, rests, row, draws[row])
+                try:
+                    labels[row] = fill(sample)
+                except ShardError as fault:
+                    others = substitutes(self.plan.seed, epoch, sample, int(again[row]), self.shards.span(sample))
+                    labels[row], used[row] = self._substitute(fill, others, fault)
+                    replaced.append(Replaced(sample, int(used[row]), str(fault)))
         except DataError as error:
             return Failure(error)
-        raw.samples.copy_(torch.from_numpy(index))
-        return raw
+        raw.samples.copy_(torch.from_numpy(used))
+        return raw._replace(planned=torch.from_numpy(index), replaced=tuple(replaced)) if replaced else raw
 
-    def _fill(self, out: list[Pixels], masks: Pixels | None, row: int, sample: int, draws: list[list[float]]) -> int:
+    def _substitute(self, fill: Callable[[int], int], others: Iterator[int], fault: ShardError) -> tuple[int, int]:
+        """Label and number of the first of `others` that is good, now in the place of a bad sample. Raises DataError."""
+        if self.data.on_bad == "raise":
+            raise fault
+        for other in others:
+            with suppress(ShardError):
+                return fill(other), other
+        raise DataError(f"{fault}; and none of its {TRIES} substitutes can be used")
+
+    def _fill(
+        self,
+        out: list[Pixels],
+        masks: Pixels | None,
+        rests: list[NDArray[np.float32]] | None,
+        row: int,
+        draws: list[list[float]],
+        sample: int,
+    ) -> int:
         """Write one sample's views at `row` and return its label. `draws`: DRAWS numbers for each view."""
+        self.reading[0] = sample
         found = self.shards.read(sample, masks is not None)
         try:
             pixels = image.decode(found.image, self.data.max_pixels)
@@ -86,9 +128,13 @@ class Images(Dataset[Raw | Failure]):
         height, width = pixels.shape[:2]
         rest = iter(draws)
         drawn = [[draw(spec, next(rest), height, width) for spec in group] for group in self.groups]
-        for group, params, packed in zip(self.groups, drawn, out, strict=True):
+        for size, (group, params) in enumerate(zip(self.groups, drawn, strict=True)):
             for v, (spec, p) in enumerate(zip(group, params, strict=True)):
-                render(pixels, spec, p, packed[v, row])
+                if rests is None:
+                    render(pixels, spec, p, out[size][v, row])
+                else:
+                    out[size][v, row] = crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias)
+                    rests[size][v, row] = packed(p)
         if masks is not None and mask is not None:
             for v, (spec, p) in enumerate(zip(self.groups[0], drawn[0], strict=True)):
                 masks[v, row] = crop.crop_mask(mask, p.box, spec.size, p.flip)
@@ -96,18 +142,14 @@ class Images(Dataset[Raw | Failure]):
 
 
 def render(pixels: Pixels, spec: View, p: Params, out: NDArray[np.uint8]) -> None:
-    """Execute one view's parameters into out [size, size, 3]. The flip comes last: it commutes with all colour operations."""
-    view = colour.apply(crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias), p)
-    if p.flip:
-        cv2.flip(view, 1, out)
-    else:
-        out[...] = view
+    """Execute one view's parameters into out, contiguous [size, size, 3]."""
+    colour.apply(crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias), p, out)
 
 
 class Synthetic(Dataset[Raw | Failure]):
     """No files: each worker makes one batch of noise and hands it out again, so that only the training is measured."""
 
-    def __init__(self, data: Data, plan: Plan, lo: int, hi: int) -> None:
+    def __init__(self, data: Data, plan: Batches, lo: int, hi: int) -> None:
         self.data, self.plan, self.lo, self.hi = data, plan, lo, hi
         self._made: Raw | None = None
 
@@ -120,7 +162,8 @@ class Synthetic(Dataset[Raw | Failure]):
                 view.random_(0, 256, generator=generator)
             if self._made.masks is not None:
                 self._made.masks.random_(0, 2, generator=generator)
-        return self._made._replace(epoch=epoch, samples=torch.from_numpy(self.plan.batch(epoch, step, self.lo, self.hi)))
+        samples, repeats = map(torch.from_numpy, self.plan.draws(epoch, step, self.lo, self.hi))
+        return self._made._replace(epoch=epoch, samples=samples, repeats=repeats)
 
 
 def synthetic_counts(samples: int) -> NDArray[np.int64]:
@@ -133,13 +176,17 @@ class Whole(Dataset[Raw | Failure]):
 
     def __init__(self, shards: Shards, size: int, protocol: str, max_pixels: int, rows: Ints | None = None) -> None:
         self.shards, self.size, self.protocol, self.max_pixels, self.rows = shards, size, protocol, max_pixels, rows
+        self.reading = np.zeros(1, np.int64)
+        self.course = Sweep(len(shards))
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
+        self.shards.expect(at[0], self.course)
         raw = _empty(0, [[View(size=self.size)]], at[1] - at[0], masks=False)
         out = raw.views[0].numpy()
         index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
         try:
             for row, sample in enumerate(index.tolist()):
+                self.reading[0] = sample
                 found = self.shards.read(sample)
                 try:
                     pixels = image.decode(found.image, self.max_pixels)
@@ -153,7 +200,7 @@ class Whole(Dataset[Raw | Failure]):
         return raw
 
 
-def _empty(epoch: int, groups: list[list[View]], rows: int, masks: bool) -> Raw:
+def _empty(epoch: int, groups: list[list[View]], rows: int, masks: bool, params: bool = False) -> Raw:
     """Tensors to fill; in a worker they are made in shared memory, which saves copying them there later."""
 
     def new(*shape: int) -> Tensor:
@@ -163,4 +210,5 @@ def _empty(epoch: int, groups: list[list[View]], rows: int, masks: bool) -> Raw:
     views = tuple(new(len(g), rows, g[0].size, g[0].size, 3) for g in groups)
     size = groups[0][0].size
     mask = new(len(groups[0]), rows, size, size) if masks else None
-    return Raw(epoch, views, torch.empty(rows, dtype=torch.int64), torch.full((rows,), -1, dtype=torch.int64), mask)
+    rests = tuple(torch.empty(len(g), rows, COLUMNS) for g in groups) if params else None
+    return Raw(epoch, views, torch.empty(rows, dtype=torch.int64), torch.full((rows,), -1, dtype=torch.int64), mask, rests)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from scaletrain.data.tar import Member, Reader
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBERS = (*IMAGES, "cls", "json", "txt", "mask.png")
 MAGIC = b"STIDX\0\0\1"
+PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill")  # other readers of such archives would run their code
+LABELS = ("cls", "json")  # the first that a sample has
+NONE = (0, 0, 0)  # the place of a member that is not there
 LABEL_BYTES = 1 << 20
 ROW = np.dtype(
     [
@@ -40,45 +46,64 @@ def split(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def scan(path: Path) -> tuple[Rows, int, str]:
-    """Read a whole shard once -> its rows, its bytes and its sha256. Raises ShardError at the first fault."""
+def stop(fault: ShardError) -> None:
+    """What `scan` does with a fault unless told otherwise."""
+    raise fault
+
+
+def scan(path: Path, report: Callable[[ShardError], None] = stop) -> tuple[Rows, int, str]:
+    """Read a whole shard once -> its rows, its bytes and its sha256. Members of other types are passed over unread.
+
+    Each fault goes to `report`. If that returns, a bad sample is left out; where the archive itself is damaged, also the
+    sample that may not have ended there, and all that follows.
+    """
     reader = Reader(path)
     rows: list[tuple[int, ...]] = []
     seen: set[str] = set()
-    group: dict[str, Member] = {}
-    key: str | None = None
-    for member in reader:
-        this, extension = split(member.name)
-        if extension not in MEMBERS:
-            raise ShardError(
-                path, member.offset, f"member '{member.name}' is of a type that is not read ({', '.join(MEMBERS)})"
-            )
-        if this != key:
-            if key is not None:
-                rows.append(_row(path, key, group))
-            if this in seen:
-                raise ShardError(path, member.offset, f"key '{this}' occurs twice, or its members are not together")
-            seen.add(this)
-            key, group = this, {}
-        if extension in group or (extension in IMAGES and any(e in IMAGES for e in group)):
-            raise ShardError(path, member.offset, f"key '{this}' has two members of one kind ('{member.name}')")
-        group[extension] = member
-    if key is not None:
-        rows.append(_row(path, key, group))
+    try:
+        for key, group in groupby(_members(reader), lambda member: split(member.name)[0]):
+            try:
+                rows.append(_row(path, key, key in seen, group))
+            except ShardError as fault:
+                report(fault)
+            seen.add(key)
+    except ShardError as fault:  # between samples
+        report(fault)
     return np.array(rows, ROW), reader.bytes, reader.sha256()
 
 
-def _row(path: Path, key: str, group: dict[str, Member]) -> tuple[int, ...]:
-    image = next((group[e] for e in IMAGES if e in group), None)
+def _members(reader: Reader) -> Iterator[Member]:
+    """Those of samples: names without a dot, hidden ones and `__x__` are not, as in WebDataset."""
+    for member in reader:
+        key, extension = split(member.name)
+        stem = key.rpartition("/")[2]
+        if stem and extension and not (stem.startswith("__") and stem.endswith("__")):
+            yield member if extension in MEMBERS else replace(member, data=b"")
+
+
+def _row(path: Path, key: str, again: bool, members: Iterator[Member]) -> tuple[int, ...]:
+    """Of the members that have one key. At most one payload and the label are in memory at a time."""
+    places: dict[str, tuple[int, int, int]] = {}
+    labels: dict[str, Member] = {}
+    start = 0
+    for member in members:
+        start = start or member.offset
+        if again:
+            raise ShardError(path, start, f"key '{key}' occurs twice, or its members are not together")
+        extension = split(member.name)[1]
+        if extension.rpartition(".")[2] in PICKLES:
+            raise ShardError(path, member.offset, f"member '{member.name}' is a pickle, which could run code, and is not read")
+        if extension in places or (extension in IMAGES and any(e in IMAGES for e in places)):
+            raise ShardError(path, member.offset, f"key '{key}' has two members of one kind ('{member.name}')")
+        places[extension] = member.offset, len(member.data), zlib.crc32(member.data)
+        if extension in LABELS:
+            labels[extension] = member
+    image = next((places[e] for e in IMAGES if e in places), None)
     if image is None:
-        raise ShardError(path, next(iter(group.values())).offset, f"sample '{key}' has no image ({', '.join(IMAGES)})")
-    target = group.get("cls") or group.get("json")
-    label = -1 if target is None else _label(path, key, target)
-    return *_place(image), *_place(target), *_place(group.get("mask.png")), label
-
-
-def _place(member: Member | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if member is None else (member.offset, len(member.data), zlib.crc32(member.data))
+        raise ShardError(path, start, f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(places)[:80]}")
+    target = next((e for e in LABELS if e in places), "")
+    label = _label(path, key, labels[target]) if target else -1
+    return *image, *places.get(target, NONE), *places.get("mask.png", NONE), label
 
 
 def _label(path: Path, key: str, member: Member) -> int:

@@ -35,6 +35,24 @@ def name_in(header: bytes) -> str:
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
 
 
+def checksum(header: bytes) -> int:
+    """Of a header block, its own field counted as blanks."""
+    return sum(header) - sum(header[148:156]) + 8 * 32
+
+
+def header_fault(header: bytes) -> str:
+    """What is wrong with the block before a payload, "" if nothing: the cheap part of what `Reader` checks."""
+    if not any(header):
+        return "the header is zeroed"
+    return "" if _octal(header[148:156]) == checksum(header) else "bad header checksum"
+
+
+def _octal(field: bytes) -> int | None:
+    """Blanks, octal digits, then NUL or blank. int() alone would also take signs and underscores."""
+    digits = field.split(b"\0")[0].strip(b" ")
+    return None if digits.strip(b"01234567") else int(digits or b"0", 8)
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     name: str
@@ -49,7 +67,7 @@ class Reader:
         self.path = path
         self.bytes = path.stat().st_size
         self.at = 0
-        self._hash = hashlib.sha256()
+        self._hash, self._whole = hashlib.sha256(), False
 
     def __iter__(self) -> Iterator[Member]:
         long_name: str | None = None
@@ -59,6 +77,7 @@ class Reader:
                 start, header = self.at, self._read(file, BLOCK, "header")
                 if not any(header):
                     self._end(file, start)
+                    self._whole = True
                     return
                 kind, name, size = self._header(header, start)
                 offset = self.at
@@ -79,8 +98,11 @@ class Reader:
                     )
 
     def sha256(self) -> str:
-        """Of the whole file, once the iteration has ended."""
-        return self._hash.hexdigest()
+        """Of the whole file, once the iteration has ended; read again if it ended at a fault."""
+        if self._whole:
+            return self._hash.hexdigest()
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _error(self, offset: int, text: str) -> ShardError:
         return ShardError(self.path, offset, text)
@@ -114,8 +136,7 @@ class Reader:
             self.at += len(rest)
 
     def _header(self, header: bytes, start: int) -> tuple[str, str, int]:
-        stored = self._number(header[148:156], start, "checksum")
-        if stored != sum(header) - sum(header[148:156]) + 8 * 32:
+        if self._number(header[148:156], start, "checksum") != checksum(header):
             raise self._error(start, "bad header checksum")
         magic = header[257:263]
         if magic not in (b"ustar\0", b"ustar "):
@@ -127,10 +148,10 @@ class Reader:
         """Octal digits, or GNU's base-256 for large values."""
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
-        try:
-            return int(field.strip(b" \0") or b"0", 8)
-        except ValueError:
-            raise self._error(start, f"bad {what} field in a header") from None
+        number = _octal(field)
+        if number is None:
+            raise self._error(start, f"bad {what} field in a header")
+        return number
 
     def _pax(self, data: bytes, start: int) -> str | None:
         """The `path` of a pax record; records are `length key=value\\n`."""

@@ -23,13 +23,13 @@ class Found:
 
 
 def verify(folder: Path, max_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Found:
-    """All faults, at most one per damaged archive and one per bad image. Raises DataError if the folder itself is unusable."""
+    """All faults, by sample or where an archive breaks off. Raises DataError if the folder itself is unusable."""
     shards = index.load(folder)
     found = Found()
     for done, shard in enumerate(shards):
         progress(done, len(shards))
         try:
-            rows = _structure(folder / shard["name"], shard)
+            rows = _structure(folder / shard["name"], shard, found.faults.append)
         except DataError as error:
             found.faults.append(error)
             continue
@@ -43,14 +43,17 @@ def verify(folder: Path, max_pixels: int, progress: Callable[[int, int], None] =
     return found
 
 
-def _structure(path: Path, shard: index.Shard) -> table.Rows:
-    """The rows of a shard whose archive, checksum and offset table agree with the manifest. Raises ShardError."""
+def _structure(path: Path, shard: index.Shard, report: Callable[[ShardError], None]) -> table.Rows:
+    """The rows of a shard whose checksum and offset table agree with the manifest. Raises ShardError.
+
+    `report` gets the faults inside the archive, which an index made with --skip knows and leaves out.
+    """
     if path.stat().st_size != shard["bytes"]:
         raise ShardError(
             path, path.stat().st_size, f"{path.stat().st_size} bytes and not the {shard['bytes']} indexed: truncated or altered"
         )
     indexed = table.load(index.table_path(path), shard["samples"], shard["bytes"])
-    rows, _, sha = table.scan(path)
+    rows, _, sha = table.scan(path, report)
     if len(rows) == len(indexed):
         for row, was in zip(rows, indexed, strict=True):
             if row != was:

@@ -1,7 +1,7 @@
 """What is random about a view, drawn as data: a pure function of (seed, epoch, sample, repeat, view), never of rank or worker.
 
 Meanings follow torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur and
-RandomSolarize. The same parameters can be executed here (crop.py, colour.py) or on the device.
+RandomSolarize. The same parameters can be executed here (crop.py, colour.py) or on the device (batched.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from scaletrain.config import View
 TRIES = 10  # of a crop box, as in torchvision
 DRAWS = 40  # uniform numbers per view, some of them spare; another value would change every run
 ORDERS = tuple(permutations(range(4)))  # of brightness 0, contrast 1, saturation 2, hue 3
+COLUMNS = 9  # of `packed`: order, brightness, contrast, saturation, hue, gray, sigma, solarize, flip
+TAIL = 4.0  # standard deviations that the blur's kernel reaches
 SIGMA_SIZE = 224  # pixels; View.sigma is given for this size of view
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -68,6 +70,22 @@ def draw(spec: View, u: Sequence[float], height: int, width: int) -> Params:
         sigma=_between(spec.sigma, sigma) * spec.size / SIGMA_SIZE if blur < spec.blur else 0.0,
         solarize=solarize < spec.solarize,
     )
+
+
+def hue_shift(turns: float) -> int:
+    """Of the 8-bit hue, in 1/255 of a turn, truncated as torchvision does."""
+    return int(turns * 255)
+
+
+def radius(sigma: float, side: int) -> int:
+    """Pixels that the blur of a view of this short side reaches; 0 if none. Mirrored once, a kernel cannot reach further."""
+    return min(int(TAIL * sigma + 0.5), side - 1)
+
+
+def packed(p: Params) -> tuple[float, ...]:
+    """What the device needs of one view, COLUMNS numbers: the crop is done, and no jitter is a jitter that changes nothing."""
+    jitter = (p.brightness, p.contrast, p.saturation, hue_shift(p.hue)) if p.jitter else (1.0, 1.0, 1.0, 0.0)
+    return (ORDERS.index(p.order), *jitter, p.gray, p.sigma, p.solarize, p.flip)
 
 
 def random_box(spec: View, tries: Sequence[float], y: float, x: float, height: int, width: int) -> Box:

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from scaletrain import dist
 from scaletrain.data import image
+from scaletrain.data.copies import Copies, digest
 from scaletrain.data.errors import DataError, ImageError
 from scaletrain.data.partial import CLASSES, QUARANTINE, Bad, Journal
 
@@ -32,7 +33,17 @@ MAX_PIXELS = 50_000_000  # of an image; the default of config.Data.max_pixels
 QUALITY = 95
 Progress = Callable[[int, int], None]
 Members = dict[str, bytes | str]  # of one sample, by extension
-Sample = Members | Bad
+
+
+class Ready(NamedTuple):
+    """A sample to be written."""
+
+    number: int  # in the source
+    members: Members
+    digest: bytes  # of the image as it came
+
+
+Sample = Ready | Bad
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +113,25 @@ class How:
         return int(match[1]) if match[1] else int(float(match[2]) / 100 * total)
 
 
-def head(splits: Mapping[str, Source], how: How, name: str) -> dict[str, Any]:
+def head(splits: Mapping[str, Source], how: How, name: str, unique: bool = False) -> dict[str, Any]:
     """What the bytes of an import follow from, for `partial.replacing`."""
     options = {k: getattr(how, k) for k in ("per_shard", "seed", "resize", "quality", "max_pixels")}
-    return {**options, "name": name, "splits": {split: [len(s), s.digest()] for split, s in splits.items()}}
+    return {**options, "name": name, "unique": unique, "splits": {split: [len(s), s.digest()] for split, s in splits.items()}}
 
 
 def write(
-    source: Source, folder: Path, *, name: str = "train", how: How, progress: Progress = lambda done, total: None
+    source: Source,
+    folder: Path,
+    *,
+    name: str = "train",
+    how: How,
+    unique: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Journal:
     """Write folder/NAME-000000.tar ..., their index and classes.json, after what a journal says is there already.
 
-    Use inside `partial.replacing`. A bad image makes its shard one sample shorter and changes nothing else. Raises DataError.
+    Use inside `partial.replacing`. A bad image makes its shard one sample shorter and changes nothing else. `unique`: of images
+    of the same bytes, the first in the order of writing stays. Raises DataError.
     """
     os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: it then neither unpickles nor runs shells
     total = len(source)
@@ -121,17 +139,24 @@ def write(
     order: NDArray[np.int64] = dist.permutation(total, how.seed, "write").numpy()
     workers = how.workers or len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(workers)  # not processes: decoders let go of the interpreter's lock, about 9/10 of the work
+    copies: Copies | None = None
     try:
         journal = Journal(folder, pool.map)
         begin = min(len(journal.lines) * how.per_shard, total)
         _check(journal.bad, limit)
         bad = len(journal.bad)
+        if unique:
+            copies = Copies(folder, begin)
         samples = _ahead(pool, lambda number: _sample(source, number, how), map(int, order[begin:]), 4 * workers)
+        if copies is not None:
+            samples = _firsts(samples, copies, source, begin)
         closing: Future[None] | None = None  # one shard is indexed while the next is written
         for start in range(begin, total, how.per_shard):
             path = folder / f"{name}-{start // how.per_shard:06d}.tar"
             found = _shard(path, islice(samples, how.per_shard), start, total, limit - bad, progress)
-            bad += len(found)
+            bad += sum(not one.copy for one in found)
+            if copies is not None:
+                copies.save()
             if closing is not None:
                 closing.result()
             closing = pool.submit(journal.add, path, found)
@@ -139,6 +164,8 @@ def write(
             closing.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        if copies is not None:
+            copies.close()
     journal.finish(source.classes)
     return journal
 
@@ -159,8 +186,18 @@ def _ahead(pool: Executor, work: Callable[[int], Sample], numbers: Iterator[int]
         yield running.popleft().result()
 
 
+def _firsts(samples: Iterator[Sample], copies: Copies, source: Source, begin: int) -> Iterator[Sample]:
+    for place, sample in enumerate(samples, begin):
+        if isinstance(sample, Ready):
+            first = copies.first(sample.digest, place, sample.number)
+            if first != sample.number:
+                yield Bad(sample.number, source.where(sample.number), f"the same bytes as {source.where(first)}", copy=True)
+                continue
+        yield sample
+
+
 def _shard(path: Path, samples: Iterator[Sample], start: int, total: int, spare: int, progress: Progress) -> list[Bad]:
-    """Write one tar; the samples that were left out of it. Raises DataError if they are more than `spare`."""
+    """Write one tar; the samples that were left out of it. Raises DataError if more than `spare` of them are bad."""
     from webdataset import TarWriter
 
     bad: list[Bad] = []
@@ -168,9 +205,9 @@ def _shard(path: Path, samples: Iterator[Sample], start: int, total: int, spare:
         for done, sample in enumerate(samples, start + 1):
             if isinstance(sample, Bad):
                 bad.append(sample)
-                _check(bad, spare)
+                _check([one for one in bad if not one.copy], spare)
             else:
-                tar.write(sample)
+                tar.write(sample.members)
             progress(done, total)
     return bad
 
@@ -183,7 +220,8 @@ def _check(bad: list[Bad], most: int) -> None:
 
 def _sample(source: Source, number: int, how: How) -> Sample:
     try:
-        return _members(number, _prepared(source.load(number), how))
+        entry = source.load(number)
+        return Ready(number, _members(number, _prepared(entry, how)), digest(entry.image))
     except DataError as error:
         return Bad(number, source.where(number), str(error))
 

@@ -51,7 +51,7 @@ def needed(run: Path, rate: float, cores: float) -> list[Finding]:
 
 def _measure(folder: Path, run: Path) -> dict[str, float]:
     """One process, loading in its main thread: by its own time on a core, and by the clock, which waits for the disk too."""
-    if not (folder / index.MANIFEST).exists():
+    if not (index.home(folder) / index.MANIFEST).exists():
         raise DataError(f"{folder} has no index, and making it is not the doctor's work")
     recipe = run / "config.yaml"
     data = configuration.load(recipe).data if recipe.exists() else Data()

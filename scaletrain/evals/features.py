@@ -121,9 +121,12 @@ class Scene:
         data = self.subject.data.model_copy(
             update={
                 "path": self.train,
+                "mixture": (),
+                "epoch_samples": 0,
                 "lanes": math.gcd(batch, self.subject.data.lanes),  # a small batch still fits
                 "workers": self.settings.workers,
                 "masks": False,
+                "on_bad": "raise",  # a substitute may lie outside a label subset
                 "views": (self.view,),
             }
         )
@@ -184,6 +187,7 @@ class Scene:
             max_pixels=data.max_pixels,
             timeout=data.timeout,
             rows=rows,
+            cache=data.cache,
         )
         numbers = torch.arange(samples) if rows is None else torch.from_numpy(rows)
         kept = samples if wanted is None else int(wanted.sum())
@@ -250,4 +254,7 @@ def _same_classes(train: str, test: str) -> None:
 def _index(path: str) -> dict[str, Any]:
     """Number of samples and sha256 of the manifest."""
     samples = sum(shard["samples"] for shard in index.load(Path(path)))
-    return {"samples": samples, "index_sha256": hashlib.sha256((Path(path) / index.MANIFEST).read_bytes()).hexdigest()}
+    return {
+        "samples": samples,
+        "index_sha256": hashlib.sha256((index.home(Path(path)) / index.MANIFEST).read_bytes()).hexdigest(),
+    }

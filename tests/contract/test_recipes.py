@@ -13,10 +13,11 @@ import torch
 
 from scaletrain import checkpoint
 from scaletrain import config as configuration
-from scaletrain.config import Config
+from scaletrain.config import Config, ConfigError
 from scaletrain.data.errors import DataError
+from scaletrain.data.loader import planned
 from scaletrain.optim import schedule
-from scaletrain.train import build, train
+from scaletrain.train import build, total_steps, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -173,14 +174,26 @@ def test_published_schedule(name: str) -> None:
 
 
 def test_large_collections_are_counted_in_epochs_of_imagenet() -> None:
-    config = recipe("relicv2_r50_jft")
-    assert config.steps == 1000 * 1_281_167 // config.batch
-    rates = [
-        schedule.lr(config.optim, config.batch, step, 300_000_000 // config.batch, config.steps) for step in (0, 3127, 312_784)
-    ]
+    """However large the collection: the schedule is that of the recipe for ImageNet."""
+    config, usual = recipe("relicv2_r50_jft"), recipe("relicv2_r50_in1k")
+    assert config.model_copy(update={"data": usual.data}) == usual
+    assert config.data == usual.data.model_copy(update={"epoch_samples": 1_281_167})
+    plan = planned(
+        config.data.model_copy(update={"path": "synthetic", "synthetic_samples": 300_000_000}), None, seed=0, batch=config.batch
+    )
+    total = total_steps(config, plan.steps_per_epoch)
+    assert (plan.samples, plan.steps_per_epoch, total) == (300_000_000, 312, 312_000)
+    rates = [schedule.lr(config.optim, config.batch, step, plan.steps_per_epoch, total) for step in (0, 3120, total)]
     assert rates == pytest.approx([0, 4.8, 0], abs=1e-3)
-    usual = recipe("relicv2_r50_in1k")
-    assert (config.method, config.model, config.data) == (usual.method, usual.model, usual.data)
+
+
+def test_memories_of_every_sample_need_whole_epochs(tmp_path: Path) -> None:
+    config = shrunken("deepcluster_v2_r50_in1k")
+    virtual = config.model_copy(update={"data": config.data.model_copy(update={"epoch_samples": SAMPLES})})
+    with pytest.raises(
+        ConfigError, match=r"deepcluster_v2 carries every sample's embedding .* without data.mixture and data.ep"
+    ):
+        train(virtual, tmp_path / "run")
 
 
 def test_tau_follows_the_length() -> None:
@@ -245,7 +258,7 @@ def test_byol_and_relicv2_views() -> None:
         *[(96, (0.05, 0.14), 0.1, 0.2), (96, (0.08, 1), 1, 0)],
     ]
     for view in (first, second, *views):
-        assert (view.interpolation, view.antialias, view.crop, view.flip, view.jitter) == ("bicubic", False, 1, 0.5, 0.8)
+        assert (view.interpolation, view.antialias, view.crop, view.flip, view.jitter) == ("keys", False, 1, 0.5, 0.8)
         assert (view.brightness, view.contrast, view.saturation, view.hue, view.grayscale) == (0.4, 0.4, 0.2, 0.1, 0.2)
 
 

@@ -276,9 +276,8 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         Shards(tmp_path)
 
 
-def test_many_shards_stay_within_the_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaletrain.data.reader.OPEN_SHARDS", 2)
-    shards = Shards(write_shards(tmp_path / "d", (1,) * 6))
+def test_many_shards_stay_within_the_open_files(tmp_path: Path) -> None:
+    shards = Shards(write_shards(tmp_path / "d", (1,) * 6), keep=2)
     assert [shards.read(i).label for i in (0, 1, 2, 3, 4, 5, 0, 3)] == [0, 1, 2, 3, 4, 5, 0, 3]
     assert len(shards._open) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import threading
 import time
@@ -289,7 +290,7 @@ def test_redirects_stay_out_of_private_networks(monkeypatch: pytest.MonkeyPatch,
     start = fetch.request.Request("http://images.example/a.jpg")
 
     def redirect() -> object:
-        return fetch._Redirects().redirect_request(start, None, 302, "Found", {}, "http://other.example/b.jpg")
+        return fetch._Redirects().redirect_request(start, io.BytesIO(), 302, "Found", {}, "http://other.example/b.jpg")
 
     if allowed:
         assert redirect().full_url == "http://other.example/b.jpg"

@@ -1,0 +1,69 @@
+"""CPU seconds that checking every byte costs the loader, as a share: `python benchmarks/integrity.py FOLDER_OF_SHARDS`.
+
+The seconds inside crc32 and the check of the header, of those that batches of 4 x 224 + 2 x 96 views take in one process,
+from the page cache; reading the clock is charged to the checks.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from statistics import median
+from time import process_time
+from unittest.mock import patch
+
+import cv2
+import torch
+
+from scaletrain.config import Data, View
+from scaletrain.data.plan import Plan
+from scaletrain.data.reader import Shards
+from scaletrain.data.stream import Failure, Images
+from scaletrain.data.tar import header_fault
+
+PAIRS, STEPS, ROWS = 9, 4, 16
+
+
+class Timed:
+    """A function with the CPU seconds spent in it."""
+
+    def __init__(self, function: object) -> None:
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, data: bytes) -> object:
+        begin = process_time()
+        result = self.function(data)  # type: ignore[operator]
+        self.seconds += process_time() - begin
+        return result
+
+
+def main(folder: str) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    views = (View(size=224, count=4), View(size=96, count=2, area=(0.05, 0.14)))
+    shards = Shards(folder)
+    plan = Plan(shards.counts, seed=0, batch=ROWS, lanes=ROWS, window=16)
+    dataset = Images(Data(path=folder, views=views), shards, plan, 0, ROWS)
+
+    def seconds() -> float:
+        begin = process_time()
+        for step in range(min(STEPS, plan.steps_per_epoch)):
+            if isinstance(found := dataset[(0, step)], Failure):
+                raise found.error
+        return process_time() - begin
+
+    seconds()  # opens files, fills tables and caches
+    shares, totals = [], []
+    for _ in range(PAIRS):
+        crc, header = Timed(zlib.crc32), Timed(header_fault)
+        with patch("scaletrain.data.reader.zlib.crc32", crc), patch("scaletrain.data.reader.header_fault", header):
+            total = seconds()
+        shares.append((crc.seconds + header.seconds) / total)
+        totals.append(total)
+    images = ROWS * min(STEPS, plan.steps_per_epoch)
+    spread = f"{min(shares):.2%} to {max(shares):.2%}"
+    print(f"checks: {median(shares):.2%} of the loader's CPU seconds ({spread}), {1000 * median(totals) / images:.2f} ms/image")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

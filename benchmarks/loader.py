@@ -1,0 +1,219 @@
+"""CPU seconds per source image, tar to batch of 4 x 224 + 2 x 96 views, beside lightly and albumentations on webdataset.
+
+    pip install --target PEER_A lightly==1.6.0 ... ; pip install --target PEER_B albumentations==2.0.8 ...
+    python benchmarks/loader.py SHARDS --lightly PEER_A --albumentations PEER_B
+
+First runs the fidelity gate; if that is red, the figures are void. Then pairs, alternating, each side in a process of its own
+with two loader workers of one thread: the views of configs/relicv2_r50_in1k.yaml with their probabilities and strengths on
+both sides, crops bilinear, antialiased beside lightly, not beside albumentations. Counted are the CPU seconds of the main
+process and of the workers between two batches, so not the start. uint8: both hand over bytes. float: both end in normalised
+floats, ours made of the bytes in the main process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import torch
+import typer
+
+from scaletrain import config
+from scaletrain.config import Data, View
+from scaletrain.data import colour, crop, image
+from scaletrain.data.loader import Stream
+from scaletrain.data.reader import Shards
+from scaletrain.data.stream import sample_keys
+from scaletrain.data.views import draw, expand, uniforms
+
+HERE = Path(__file__).parent
+GATE = HERE.parent / "tests" / "unit" / "test_data_fidelity.py"
+WORKERS, BATCH, WARM = 2, 32, 4
+TARGETS = {("lightly", False): 3.5, ("lightly", True): 2.5, ("albumentations", False): 1.2, ("albumentations", True): 1.0}
+
+
+def main(
+    shards: Path,
+    lightly: Annotated[str, typer.Option(help="Folder where pip --target put it; none: this environment.")] = "",
+    albumentations: str = "",
+    pairs: int = 5,
+    batches: Annotated[int, typer.Option(help="Measured batches of a run, of 32 images.")] = 16,
+    side: Annotated[str, typer.Option(hidden=True)] = "",
+    peer: Annotated[str, typer.Option(hidden=True)] = "",
+    floats: Annotated[bool, typer.Option("--floats", hidden=True)] = False,
+) -> None:
+    """Print a table of ms CPU per image and the medians of the pairwise ratios."""
+    if side:
+        print(json.dumps(SIDES[side](shards, batches, peer == "lightly", floats)))
+        return
+    gate = subprocess.run([sys.executable, "-m", "pytest", str(GATE)], cwd=HERE.parent)
+    folders = {"lightly": lightly, "albumentations": albumentations}
+
+    def run(name: str, peer: str, floats: bool) -> float:
+        command = [sys.executable, __file__, str(shards), "--batches", str(batches), "--side", name, "--peer", peer]
+        path = os.pathsep.join(filter(None, (str(HERE.parent), folders.get(name, ""))))
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+        done = subprocess.run([*command, *["--floats"] * floats], check=True, stdout=subprocess.PIPE, text=True, env=env)
+        return float(json.loads(done.stdout.splitlines()[-1]))
+
+    print("| peer | hand-over | ours, ms/image | peer, ms/image | ratio: median (lowest - highest) | target |")
+    print("|---|---|---|---|---|---|")
+    for (name, as_floats), target in TARGETS.items():
+        found = [(run("ours", name, as_floats), run(name, name, as_floats)) for _ in range(pairs)]
+        ratios = [theirs / ours for ours, theirs in found]
+        mine, other = (statistics.median(column) * 1e3 for column in zip(*found, strict=True))
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        kind = "float" if as_floats else "uint8"
+        print(f"| {name} | {kind} | {mine:.2f} | {other:.2f} | {spread} | {target} |", flush=True)
+    for antialias in (True, False):
+        print(f"stages, one process, antialias {antialias}, ms/image: {stages(shards, antialias)}")
+    if gate.returncode:
+        print("VOID: the fidelity gate is red, so these figures say nothing")
+        raise typer.Exit(1)
+
+
+def views(antialias: bool) -> Data:
+    recipe = config.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
+    match = {"interpolation": "bilinear", "antialias": antialias}
+    return recipe.model_copy(update={"views": tuple(view.model_copy(update=match) for view in recipe.views)})
+
+
+def seconds(batches: Iterable[Any], count: int) -> float:
+    """CPU seconds per image of this process and its children over `count` batches, when the first ones are through."""
+    running = iter(batches)
+    for _ in range(WARM):
+        next(running)
+    begun = cpu()
+    for _ in range(count):
+        next(running)
+    return (cpu() - begun) / (count * BATCH)
+
+
+def cpu() -> float:
+    """Seconds that this process and its living children have used."""
+    ticks = 0
+    for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for pid in child.read_text().split():
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def ours(shards: Path, count: int, antialias: bool, floats: bool) -> float:
+    torch.set_num_threads(1)
+    data = views(antialias).model_copy(update={"path": str(shards), "workers": WORKERS, "lanes": 8, "window": 4})
+    stream = Stream(data, seed=0, batch=BATCH, rank=0, world=1, device=torch.device("cpu"))
+    if not floats:
+        stream._to_device = lambda raw: raw  # type: ignore[assignment]
+    found = seconds(stream.batches(0, WARM + count + 3 * WORKERS), count)
+    stream.close()
+    return found
+
+
+def lightly(shards: Path, count: int, antialias: bool, floats: bool) -> float:
+    from lightly.transforms.byol_transform import BYOLView1Transform
+    from lightly.transforms.multi_view_transform import MultiViewTransform
+    from torchvision import transforms as T
+
+    def one(view: View) -> Any:
+        sigma = tuple(s * view.size / 224 for s in view.sigma)
+        made = BYOLView1Transform(
+            view.size, cj_prob=view.jitter, gaussian_blur=view.blur, solarization_prob=view.solarize, sigmas=sigma
+        )
+        parts = made.transform.transforms
+        parts[0] = T.RandomResizedCrop(view.size, scale=view.area, antialias=antialias)
+        if not floats:
+            parts[-2:] = [T.PILToTensor()]
+        return made
+
+    return peer(shards, "pil", MultiViewTransform([one(view) for view in views(antialias).views]), count)
+
+
+def albumentations(shards: Path, count: int, antialias: bool, floats: bool) -> float:
+    import albumentations as A
+    from albumentations.pytorch import ToTensorV2
+
+    def one(view: View) -> A.Compose:
+        around = {key: (1 - getattr(view, key), 1 + getattr(view, key)) for key in ("brightness", "contrast", "saturation")}
+        sigma = tuple(s * view.size / 224 for s in view.sigma)
+        parts = [
+            A.RandomResizedCrop(size=(view.size, view.size), scale=view.area, ratio=view.ratio, interpolation=cv2.INTER_LINEAR),
+            A.HorizontalFlip(p=view.flip),
+            A.ColorJitter(**around, hue=(-view.hue, view.hue), p=view.jitter),
+            A.ToGray(p=view.grayscale),
+            A.GaussianBlur(blur_limit=0, sigma_limit=sigma, p=view.blur),
+            A.Solarize(threshold_range=(0.5, 0.5), p=view.solarize),
+        ]
+        return A.Compose([*parts, A.Normalize(), ToTensorV2()] if floats else parts)
+
+    made = [one(view) for view in views(antialias).views]
+    return peer(shards, _rgb, lambda x: [one(image=x)["image"] for one in made], count)
+
+
+def _rgb(key: str, data: bytes) -> Any:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if key.endswith(("jpg", "jpeg")) else None
+
+
+def peer(shards: Path, decode: Any, transform: Callable[[Any], Any], count: int) -> float:
+    import webdataset
+
+    urls = sorted(map(str, shards.glob("*.tar")))
+    data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False).repeat()
+    data = data.decode(decode).to_tuple("jpg;jpeg", "cls").map_tuple(transform, lambda label: label)
+    return seconds(torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=WORKERS, worker_init_fn=_one_thread), count)
+
+
+def _one_thread(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def stages(shards: Path, antialias: bool, count: int = 200) -> str:
+    """ms CPU of each stage and the floor, which is decoding and resizing."""
+    _one_thread(0)
+    groups, reader = expand(views(antialias).views), Shards(str(shards))
+    specs = [view for group in groups for view in group]
+    outs = [np.empty((view.size, view.size, 3), np.uint8) for view in specs]
+    draws = uniforms(sample_keys(0, 0, torch.arange(count)), len(specs))
+    colour.prepare()
+    spent: dict[str, float] = {}
+
+    def timed(stage: str, work: Iterator[Any]) -> list[Any]:
+        begun = time.process_time()
+        made = list(work)
+        spent[stage] = spent.get(stage, 0.0) + time.process_time() - begun
+        return made
+
+    for sample in range(count):
+        (found,) = timed("read", (reader.read(s) for s in (sample % len(reader),)))
+        (pixels,) = timed("decode", (image.decode(data, 10**8) for data in (found.image,)))
+        params = timed("draw", (draw(s, u, *pixels.shape[:2]) for s, u in zip(specs, draws[sample], strict=True)))
+        each = list(zip(specs, params, strict=True))
+        cuts = timed("resize", (crop.crop(pixels, p.box, s.size, s.interpolation, s.antialias) for s, p in each))
+        sharp = list(zip(cuts, params, outs, strict=True))
+        timed("jitter and flip", (colour.apply(cut, p._replace(sigma=0.0, solarize=False), out) for cut, p, out in sharp))  # type: ignore[func-returns-value]
+        blurs = [(out, colour.PLAIN._replace(sigma=p.sigma, solarize=p.solarize)) for out, p in zip(outs, params, strict=True)]
+        timed("blur and solarize", (colour.apply(out.copy(), p, out) for out, p in blurs if p.sigma or p.solarize))  # type: ignore[func-returns-value]
+    floor = (spent["decode"] + spent["resize"]) * 1e3 / count
+    total = sum(spent.values()) * 1e3 / count
+    parts = ", ".join(f"{stage} {value * 1e3 / count:.2f}" for stage, value in spent.items())
+    return f"{parts}; sum {total:.2f} = {total / floor:.2f} x the floor of {floor:.2f}"
+
+
+SIDES: dict[str, Callable[[Path, int, bool, bool], float]] = {
+    "ours": ours,
+    "lightly": lightly,
+    "albumentations": albumentations,
+}
+
+if __name__ == "__main__":
+    typer.run(main)

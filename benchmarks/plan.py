@@ -1,0 +1,167 @@
+"""What it costs to plan an epoch, to read a manifest and to resume, at 300 million samples; printed beside the limits.
+
+    python benchmarks/plan.py                   # a made-up collection of 300,000 shards
+    python benchmarks/plan.py --shards 30000
+
+Each figure comes from a fresh process: its CPU seconds, and the peak of its resident memory above what the imports took.
+Exit code 1 if a limit is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import multiprocessing.connection
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from scipy import stats  # type: ignore[import-untyped]
+
+from scaletrain.config import Data, View
+from scaletrain.data import index
+from scaletrain.data.loader import Stream
+from scaletrain.data.mixture import Mixture, Source
+from scaletrain.data.plan import Batches, Plan
+
+PER_SHARD, BATCH, LANES, WINDOW = 1000, 4096, 64, 16
+LIMIT = (1.0, 100.0)  # seconds, MB
+STATE = 64 * 1024  # bytes
+POSITIONS = 100  # resumed from
+
+
+def plan(shards: int) -> Batches:
+    return Plan(np.full(shards, PER_SHARD), seed=0, batch=BATCH, lanes=LANES, window=WINDOW)
+
+
+def mixture(shards: int) -> Batches:
+    sources = [Source("large", np.full(shards, PER_SHARD), 0.9), Source("small", np.full(1281, PER_SHARD), 0.1)]
+    return Mixture(sources, seed=0, batch=BATCH, lanes=LANES, window=WINDOW, epoch_samples=1_281_167)
+
+
+def whole_batch(make: Callable[[int], Batches], shards: int) -> None:
+    """Plan an epoch and a batch of it."""
+    planned = make(shards)
+    planned.batch(7, planned.steps_per_epoch - 1)
+
+
+def lookups(make: Callable[[int], Batches], shards: int) -> None:
+    """Plan an epoch and look 100 positions up, one by one."""
+    planned = make(shards)
+    for step in np.random.default_rng(0).integers(0, planned.steps_per_epoch, 100).tolist():
+        planned.batch(7, step, 5, 6)
+
+
+def manifest(folder: str) -> None:
+    """Read the list of shards and compare it with the folder, as every process does once; tables wait for their use."""
+    index.load(Path(folder))
+
+
+def measured(work: Callable[..., None], *arguments: object) -> tuple[float, float]:
+    """CPU seconds and MB of the work in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    result: tuple[float, float] = receiver.recv()
+    process.join()
+    return result
+
+
+def _child(sender: multiprocessing.connection.Connection, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    plan(10).batch(0, 0)  # what loads at first use is not the plan's
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, begin = _status("VmRSS"), time.process_time()
+    work(*arguments)
+    sender.send((time.process_time() - begin, _status("VmHWM") - before))
+
+
+def _status(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def collection(folder: Path, shards: int) -> None:
+    """Its manifest, and empty files in the place of shards."""
+    entries = [
+        {"name": f"train-{n:06d}.tar", "samples": PER_SHARD, "bytes": 110_000_000 + n, "sha256": f"{n:064x}"}
+        for n in range(shards)
+    ]
+    for entry in entries:
+        (folder / str(entry["name"])).touch()
+    index.publish(folder, entries)
+
+
+def pictures(folder: Path) -> None:
+    """A folder of 64 shards of 64 small images."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    images = [cv2.imencode(".jpg", x)[1].tobytes() for x in noise]
+    for shard in range(64):
+        with tarfile.open(folder / f"s-{shard:02d}.tar", "w") as tar:
+            for number, data in enumerate(images):
+                info = tarfile.TarInfo(f"{number:03d}.jpg")
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+
+
+def resumes(folder: Path) -> tuple[float, float, float, float]:
+    """Median CPU ms to the first batch of a new stream; 95 % interval of its slope, in ms per 1,000 samples (Theil and Sen)."""
+    data = Data(path=str(folder), lanes=16, window=2, workers=0, views=(View(size=32),))
+    steps = np.random.default_rng(1).integers(0, 10 * 64, POSITIONS)  # of ten epochs
+    taken = []
+    for step in [0, 1, *steps.tolist()]:
+        begin = time.process_time()
+        stream = Stream(data, seed=0, batch=64, rank=0, world=1, device=torch.device("cpu"))
+        next(iter(stream.batches(step, 1000)))
+        taken.append(1000 * (time.process_time() - begin))
+        stream.close()
+    slope, _, low, high = stats.theilslopes(taken[2:], steps * 64 / 1000, 0.95)  # two to warm up
+    return float(np.median(taken[2:])), slope, low, high
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shards", type=int, default=300_000)
+    shards = parser.parse_args().shards
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    missed = 0
+    print(f"{shards:,} shards, {shards * PER_SHARD:,} samples, batch {BATCH:,}, {LANES} lanes, window {WINDOW}")
+    print(f"limits: {LIMIT[0]:g} s, {LIMIT[1]:g} MB, state {STATE:,} bytes\n")
+    with tempfile.TemporaryDirectory() as folder:
+        collection(Path(folder), shards)
+        rows = {
+            "plan, a batch": measured(whole_batch, plan, shards),
+            "plan, 100 positions one by one": measured(lookups, plan, shards),
+            "mixture and virtual epoch, a batch": measured(whole_batch, mixture, shards),
+            "mixture and virtual epoch, 100 positions": measured(lookups, mixture, shards),
+            "manifest, read and compared with the folder": measured(manifest, folder),
+        }
+    for name, cost in rows.items():
+        over = any(value > limit for value, limit in zip(cost, LIMIT, strict=True))
+        missed += over
+        print(f"{name:44} {cost[0]:6.2f} s {cost[1]:6.1f} MB{'   MISSED' * over}")
+    state = len(json.dumps({"clock": {"step": 10**9, "total": 10**9}}))
+    print(f"{'state of the pipeline, in a checkpoint':44} {state:6d} bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        pictures(Path(folder))
+        index.build(Path(folder))
+        middle, slope, low, high = resumes(Path(folder))
+    verdict = "indistinguishable from 0" if low <= 0 <= high else "not 0, which is chance in one run of twenty"
+    interval = f"slope {slope:+.4f} ({low:+.4f} to {high:+.4f}) per 1,000 samples"
+    print(f"{'first batch after resume':44} {middle:6.2f} ms; {interval}: {verdict}")
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Samples that cannot be used under `data.on_bad: skip`: their substitutes, and an exact account over ranks and resumes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from scaletrain import dist
+from scaletrain.config import ConfigError, Data
+from scaletrain.data.errors import DataError
+
+TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
+SAID = 10  # bad samples that a rank names on its console
+FOLDER = "skipped"
+
+
+class Replaced(NamedTuple):
+    """A draw of the plan that was served by another sample."""
+
+    planned: int
+    used: int
+    fault: str  # with shard and byte offset
+
+
+def substitutes(seed: int, epoch: int, sample: int, repeat: int, span: tuple[int, int]) -> Iterator[int]:
+    """Samples in [lo, hi) to try in place of one: a function of the arguments, so it is the same on any rank and worker."""
+    lo, hi = span
+    bits = dist.hash64(seed, "substitute", epoch, sample, repeat, torch.arange(TRIES)) & ((1 << 62) - 1)
+    yield from (lo + bits % (hi - lo)).tolist()
+
+
+class Account:
+    """What a run replaced. Every rank makes one; RUN/skipped/rank-N.jsonl names each replaced draw of that rank.
+
+    `start`: the step at which this session begins; what was written at or after it is dropped, as it will come again.
+    `before`: draws replaced in all steps before it, over all ranks.
+    """
+
+    def __init__(self, run: Path, data: Data, *, epoch: int, batch: int, start: int, before: int) -> None:
+        self.on = data.on_bad == "skip"
+        self._limit, self._epoch, self._batch = data.max_bad, epoch, batch
+        self._before, self._mine, self.total = before, 0, before
+        self._folder = run / FOLDER
+        if self.on and dist.main():
+            for path in self._folder.glob("rank-*.jsonl"):
+                _drop_from(path, start)
+
+    def add(self, step: int, replaced: Sequence[Replaced]) -> None:
+        """Note what one step replaced on this rank."""
+        if not replaced:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"rank-{dist.rank()}.jsonl").open("a") as file:
+            for item in replaced:
+                file.write(json.dumps({"step": step, **item._asdict()}) + "\n")
+                self._mine += 1
+                if self._mine <= SAID:
+                    print(f"replaced by sample {item.used}: {item.fault}", file=sys.stderr)
+
+    def agree(self, steps: int) -> int:
+        """Draws replaced in the first `steps` steps, over all ranks, which all call it. Raises DataError above the limit."""
+        self.total = self._before + int(dist.sum_nograd(torch.tensor(self._mine)))
+        # of an epoch at least: one bad sample in the first batch says little
+        if self.total > self._limit * max(steps * self._batch, self._epoch):
+            raise DataError(
+                f"{self.total} of {steps * self._batch} samples could not be used, more than data.max_bad={self._limit:g} "
+                f"allows; {self._folder} names them; mend the shards or raise data.max_bad"
+            )
+        return self.total
+
+    def scalars(self) -> dict[str, float]:
+        return {"data/skipped": float(self.total)} if self.on else {}
+
+    def meta(self) -> dict[str, int]:
+        """For the checkpoint, as `count_of` reads it."""
+        return {"skipped": self.total} if self.on or self.total else {}
+
+    def summary(self, steps: int) -> str:
+        share = self.total / max(1, steps * self._batch)
+        named = f"; {self._folder} names them" if self.total else ""
+        return f"{self.total:,} bad samples of {steps * self._batch:,} were replaced ({share:.2g}){named}"
+
+
+def count_of(meta: Mapping[str, object]) -> int:
+    """The replaced draws that a checkpoint tells of."""
+    count = meta.get("skipped", 0)
+    if not isinstance(count, int) or count < 0:
+        raise ConfigError(f"the checkpoint's count of skipped samples is {count!r}")
+    return count
+
+
+def _drop_from(path: Path, start: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] < start:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):  # cut short by a crash
+            continue
+    path.write_text("".join(kept))

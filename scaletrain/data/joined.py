@@ -1,0 +1,82 @@
+"""The samples of several folders under one numbering: folder after folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scaletrain.config import Cache
+from scaletrain.data.errors import DataError, ShardError
+from scaletrain.data.reader import NODE, OPEN_SHARDS, Sample, Shards
+from scaletrain.data.staged import Course, Within
+
+CLASSES = "classes.json"
+
+
+class Joined:
+    """As Shards, of several folders.
+
+    Labels are passed on where all folders have the same classes.json and are -1 otherwise: class 3 of one folder is not class
+    3 of another.
+    """
+
+    def __init__(self, folders: Sequence[str], skip: bool = False, cache: Cache = NODE) -> None:
+        # the limit of open files is the process's
+        self.parts = [Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache) for folder in folders]
+        self._first = np.cumsum([0, *map(len, self.parts)])
+        self.labelled = _one_list([part.folder / CLASSES for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def shard_bytes(self) -> float:
+        shards = [len(part.counts) for part in self.parts]
+        return float(np.average([part.shard_bytes for part in self.parts], weights=shards))
+
+    def check(self) -> None:
+        for part in self.parts:
+            part.check()
+
+    def fits(self, shards: int) -> None:
+        for part in self.parts:
+            part.fits(shards)
+
+    def expect(self, step: int, course: Course) -> None:
+        for number, part in enumerate(self.parts):
+            part.expect(step, Within(course, int(self._first[number]), int(self._first[number + 1])))
+
+    def read(self, sample: int, mask: bool = False) -> Sample:
+        part, number = self._find(sample)
+        found = part.read(number, mask)
+        return found if self.labelled else found._replace(label=-1)
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """The samples [lo, hi) of the folder that holds it."""
+        part = int(self._first.searchsorted(sample, "right")) - 1
+        return int(self._first[part]), int(self._first[part + 1])
+
+    def fault(self, sample: int, text: object) -> ShardError:
+        part, number = self._find(sample)
+        return part.fault(number, text)
+
+    def name(self, sample: int) -> str:
+        """As FOLDER/SHARD.tar/KEY: shards of different folders may have one name."""
+        part, number = self._find(sample)
+        return f"{part.folder}/{part.name(number)}"
+
+    def _find(self, sample: int) -> tuple[Shards, int]:
+        part = int(self._first.searchsorted(sample, "right")) - 1
+        return self.parts[part], sample - int(self._first[part])
+
+
+def _one_list(paths: Sequence[Path]) -> bool:
+    try:
+        first, *others = [path.read_bytes() for path in paths]
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return all(content == first for content in others)
