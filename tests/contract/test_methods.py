@@ -258,7 +258,7 @@ def test_a_skipped_step_leaves_no_trace(method: str, caplog: pytest.LogCaptureFi
     bad, good = broken(small.batch(cfg, 9), 4), small.batch(cfg, 3)
     with caplog.at_level(logging.WARNING, "scaletrain"):
         assert tried.step(bad, clock, 0.2, 0.2).skipped
-    named = re.findall(r"step (\d+) skipped: the loss of rank (\d+) is not finite; samples \[([\d, ]+)\]", caplog.text)
+    named = re.findall(r"step (\d+) skipped: the loss of rank (\d+) is not finite; samples ([\d, ]+)", caplog.text)
     assert [(step, rank) for step, rank, _ in named] == [("3", "0")]
     assert str(int(bad.index[4])) in named[0][2].split(", ")
     results = [engine.step(good, clock, 0.2, 0.2) for engine in (plain, tried)]
@@ -274,7 +274,7 @@ def test_a_gradient_that_is_not_finite_is_named_although_the_loss_is(caplog: pyt
     before = values(engine)
     with caplog.at_level(logging.WARNING, "scaletrain"):
         assert engine.step(small.batch(cfg, 1), dataclasses.replace(CLOCK, step=1), 0.2, 0.2).skipped
-    assert "step 1 skipped: the gradient of rank 0 is not finite; samples [" in caplog.text
+    assert "step 1 skipped: the gradient of rank 0 is not finite; samples " in caplog.text
     assert changed(before, values(engine)) == []
 
 
