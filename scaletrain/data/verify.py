@@ -53,12 +53,18 @@ def _structure(path: Path, shard: index.Shard, report: Callable[[ShardError], No
             path, path.stat().st_size, f"{path.stat().st_size} bytes and not the {shard['bytes']} indexed: truncated or altered"
         )
     indexed = table.load(index.table_path(path), shard["samples"], shard["bytes"])
-    rows, _, sha = table.scan(path, report)
+    broken: list[ShardError] = []
+    rows, _, sha = table.scan(path, broken.append)
+    altered = len(rows) != len(indexed) or sha != shard["sha256"]
+    for fault in broken[altered:]:
+        report(fault)
+    if altered and broken:  # which explains the rest
+        raise broken[0]
     if len(rows) == len(indexed):
         for row, was in zip(rows, indexed, strict=True):
             if row != was:
                 raise ShardError(path, int(was["image"]), "this sample is not what was indexed (offset, size, crc32 or label)")
-    if len(rows) != len(indexed) or sha != shard["sha256"]:
+    if altered:
         raise ShardError(path, 0, "the sha256 is not the one indexed: altered in names or padding")
     return rows
 
