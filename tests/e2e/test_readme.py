@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,32 @@ def test_the_quickstart_is_two_targets() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert blocks("console")[0].splitlines() == ["make demo", "make test"]
     assert set(re.findall(r"`make ([a-z-]+)", README)) <= set(targets)
+
+
+def commands() -> list[list[str]]:
+    """Every command of ours in the blocks that are not run, as words: script or subcommand first."""
+    text = "\n".join(blocks("console")).replace("\\\n", " ")
+    found = []
+    for line in text.splitlines():
+        words = shlex.split(line.partition(" -m -- ")[2] or line)
+        if words and words[0] in ("python", "scaletrain"):
+            found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[:3]))
+def test_options_of_commands_that_are_not_run_exist(words: list[str]) -> None:
+    if words[0] == "python":
+        command = [sys.executable, str(ROOT / words[1])]
+    else:
+        deeper = 3 if words[1] == "show" else 2
+        command = [sys.executable, "-m", "scaletrain", *words[1:deeper]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
+    used = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert used <= known, f"{used - known} of {' '.join(words)}"
 
 
 def test_everything_named_is_there() -> None:
