@@ -17,7 +17,7 @@ def test_torchrun_variables_of_the_last_task_of_an_uneven_job() -> None:
         "SLURM_STEP_TASKS_PER_NODE": "4,2(x3)", "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.7", "SLURM_CPUS_PER_TASK": "6",
     }  # fmt: skip
     first = task.environment(slurm, "/shared/launch")
-    assert first["RANK"], first["WORLD_SIZE"] == ("9", "10")
+    assert (first["RANK"], first["WORLD_SIZE"]) == ("9", "10")
     assert (first["LOCAL_RANK"], first["LOCAL_WORLD_SIZE"]) == ("1", "2")
     assert (first["MASTER_ADDR"], first["OMP_NUM_THREADS"]) == ("10.1.0.7", "6")
     again = task.environment(slurm | {"SLURM_RESTART_COUNT": "1"}, "/shared/launch")
