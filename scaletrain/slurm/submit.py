@@ -175,7 +175,8 @@ if [ -e "$start.stopped" ]; then
     again
 elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
     run=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {RUNS})
-    newest=$(ls "$run/checkpoints" 2>/dev/null | grep '^step-[0-9]*$' | tail -n 1)
+    newest=$(cd "$run/checkpoints" 2>/dev/null && ls -d step-*/manifest.json 2>/dev/null | tail -n 1)
+    newest=${{newest%/manifest.json}}
     echo "exit code $code after ${{newest:-no checkpoint}}" >> "$id.crashes"
     if [ "$(grep -c "after ${{newest:-no checkpoint}}$" "$id.crashes")" -le {restarts} ]; then
         echo "$id: exit code $code, requeued from ${{newest:-the start}}" >&2

@@ -168,7 +168,7 @@ def test_a_disturbed_job_ends_like_an_undisturbed_one(
 ) -> None:
     run = tmp_path / "run"
     job = start(cluster, recipe, run)
-    wait_for(lambda: steps(run) >= 9 and list((run / "checkpoints").glob("step-*")))
+    wait_for(lambda: steps(run) >= 9 and list((run / "checkpoints").glob("step-*/manifest.json")))
     disturb(cluster, job)
     assert cluster.until(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", log(run)
     assert re.search(trace, log(run), re.DOTALL), log(run)
