@@ -13,7 +13,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import uuid
@@ -32,11 +31,13 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.procs < 1 or not 0 <= options.port < 65536:
         parser.error("--procs is at least 1 and --port below 65536")
+    from scaletrain import dist  # slow to import, after the arguments are known good
+
     logging.disable()  # torch's agent logs every failure with a traceback of its own
     os.environ["SCALETRAIN_LAUNCHER"] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.procs)))
     for left in range(options.restarts, -1, -1):
-        if options.port and (problem := _busy(options.port)):
+        if options.port and (problem := dist.port_problem("127.0.0.1", options.port)):
             print(f"error: port {options.port} on 127.0.0.1: {problem}; choose another --port or leave it out", file=sys.stderr)
             return 2
         code = _attempt(options.procs, options.port, rest)
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def _attempt(procs: int, port: int, rest: list[str]) -> int:
     """Run all processes once; the exit code, after a line on stderr unless the failed process has said what was wrong."""
-    from torch.distributed.elastic.multiprocessing import SignalException  # slow to import, after the arguments are known good
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -84,16 +85,6 @@ def _attempt(procs: int, port: int, rest: list[str]) -> int:
 def _name(number: int) -> str:
     hint = ", which the system sends when memory runs out" if number == signal.SIGKILL else ""
     return signal.Signals(number).name + hint
-
-
-def _busy(port: int) -> str | None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            return error.strerror or str(error)
-    return None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
@@ -70,6 +71,17 @@ def rank() -> int:
 
 def world() -> int:
     return c10d.get_world_size() if c10d.is_initialized() else 1
+
+
+def port_problem(host: str, port: int) -> str | None:
+    """Why a port of this machine cannot be listened on; None if it can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
 
 
 def local_world() -> int:

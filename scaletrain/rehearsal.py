@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import operator
-import os
 import statistics
 import time
 from collections import defaultdict, deque
@@ -114,7 +113,7 @@ def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     """What is written to RUN/rehearsal.json, from the summary of every rank."""
-    world, local = len(ranks), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world, local = len(ranks), dist.local_world()
     step = statistics.fmean(r["median"] for r in ranks)  # ms; the ranks step together
     parts = {name: statistics.fmean(r["parts"][name] for r in ranks) for name in PARTS}
     busy = sum(parts.values()) - parts[WAIT]

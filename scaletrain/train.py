@@ -204,8 +204,7 @@ def _hold(lock: TextIO, run: Path) -> None:
 
 def _threads() -> int:
     """CPU threads of this rank: what its launcher says, else an equal share of the cores that this process may use."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // ranks))
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // dist.local_world()))
 
 
 def _write_config(run: Path, config: Config) -> None:

@@ -26,7 +26,7 @@ class Toy(Method):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.backbone = resnet.build(cfg.model)
+        self.backbone = resnet.ResNet(cfg.model)
         self.critic = nn.Sequential(nn.Linear(self.backbone.features, 16), nn.ReLU(), nn.Linear(16, 2))
 
     def groups(self) -> Sequence[Group]:

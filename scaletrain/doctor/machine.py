@@ -22,7 +22,7 @@ CGROUP, OWN_GROUPS, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"),
 
 def limits() -> list[Finding]:
     """Memory, shared memory, open files, and whether this is a SLURM job."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = dist.local_world()
     return [memory(local), shared_memory(local), open_files(), *slurm()]
 
 

@@ -7,7 +7,6 @@ file name. Metrics are per cent.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import os
 import pkgutil
@@ -26,6 +25,7 @@ from scaletrain.evals import targets
 from scaletrain.evals.features import Config as FeaturesConfig
 from scaletrain.evals.features import Scene
 from scaletrain.evals.targets import Encoder, EvalError, Subject
+from scaletrain.versions import installed
 
 _SHARED = ("features", "scores", "targets")  # files here that are no benchmarks
 
@@ -146,13 +146,10 @@ def _folders(subject: Subject, train: Path | None, test: Path | None) -> tuple[s
 
 
 def _versions() -> dict[str, str]:
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"  # run from the source folder
-
-    return {"python": platform.python_version(), **{name: version(name) for name in ("scaletrain", "torch", "numpy")}}
+    return {
+        "python": platform.python_version(),
+        **{name: installed(name) or "not installed" for name in ("scaletrain", "torch", "numpy")},
+    }
 
 
 def _write(subject: Subject, card: Mapping[str, Any], subset: str) -> None:

@@ -74,7 +74,3 @@ class ResNet(nn.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return x.mean((2, 3))
-
-
-def build(config: Model) -> ResNet:
-    return ResNet(config)

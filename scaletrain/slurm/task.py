@@ -6,11 +6,9 @@ workers only.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class Task:
         # kept pending until training handles them: before that they would kill
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         variables = environment(os.environ, self.folder)
-        if variables["RANK"] == "0" and (problem := _taken(int(variables["MASTER_PORT"]))):
+        if variables["RANK"] == "0" and (problem := dist.port_problem("", int(variables["MASTER_PORT"]))):
             print(
                 f"error: port {variables['MASTER_PORT']} on {os.environ.get('SLURMD_NODENAME', 'this node')}: {problem}. "
                 "Each restart of the job takes another one",
@@ -72,13 +70,3 @@ def tasks_per_node(text: str) -> list[int]:
     """SLURM's short form, e.g. '8(x3),4' -> [8, 8, 8, 4]."""
     found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
     return [int(m[1]) for m in found if m for _ in range(int(m[2] or 1))]
-
-
-def _taken(number: int) -> str | None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", number))
-        except OSError as error:
-            return error.strerror or str(error)
-    return None

@@ -160,11 +160,11 @@ def test_a_flipped_bit_is_refused_by_name_and_the_step_before_is_used(shards: Pa
 
 def test_init_takes_a_backbone_and_refuses_another(shards: Path, recipe: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    fitting = resnet.build(Model(name="resnet18", width=0.0625, stem="cifar"))
+    fitting = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
     fitting.bn1.running_mean.fill_(0.25)
     foreign = fitting.state_dict() | {"fc.weight": torch.zeros(10, fitting.features), "fc.bias": torch.zeros(10)}
     checkpoint.export(foreign, tmp_path / "fits.safetensors", {})
-    checkpoint.export(resnet.build(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {})
+    checkpoint.export(resnet.ResNet(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {})
     arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "checkpoint.every_steps=1")
     refused(
         train(recipe, tmp_path / "a", *arguments, "--init", tmp_path / "wide.safetensors"), "wide.safetensors", "conv1.weight"

@@ -51,7 +51,7 @@ def settings(train: Path | str, **model: object) -> Config:
 def backbone(cfg: Config, seed: int = 11) -> dict[str, Tensor]:
     """Tensors of a trunk that is neither the fresh one nor at its initial batch-norm statistics."""
     torch.manual_seed(seed)
-    state = resnet.build(cfg.model).state_dict()
+    state = resnet.ResNet(cfg.model).state_dict()
     for name, tensor in state.items():
         if name.endswith("running_mean"):
             tensor.normal_(0, 0.1)

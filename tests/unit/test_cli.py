@@ -113,7 +113,7 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(config.dump(settings))
-    backbone = resnet.build(settings.model)
+    backbone = resnet.ResNet(settings.model)
     writer = checkpoint.Writer(run / "checkpoints", keep_last=5)
     for step in (3, 7):
         tensors = {f"method.backbone.{k}": v + step if v.is_floating_point() else v for k, v in backbone.state_dict().items()}

@@ -49,7 +49,7 @@ def test_an_exported_file_needs_no_run(tmp_path: Path) -> None:
 def test_untrained_is_the_seed_alone(tmp_path: Path) -> None:
     run = run_folder(tmp_path, "train")
     torch.manual_seed(3)  # the run's seed
-    fresh = resnet.build(settings("train").model).state_dict()
+    fresh = resnet.ResNet(settings("train").model).state_dict()
     state = torch.get_rng_state()
     subject = find(run, "untrained")
     assert torch.equal(torch.get_rng_state(), state)

@@ -56,7 +56,7 @@ def numbers(name: str, width: float, sk: bool = False) -> tuple[int, int]:
 @pytest.mark.parametrize("name", DEPTHS)
 def test_outputs_equal_torchvision_and_timm_with_exported_weights(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    ours = resnet.build(Model(name=name))
+    ours = resnet.ResNet(Model(name=name))
     ours(torch.randn(8, 3, 32, 32))  # move the running statistics off their start
     commit(ours)
     checkpoint.export(ours.state_dict(), tmp_path / "encoder.safetensors", {"model": name})
@@ -76,7 +76,7 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(name: str, tmp
 def test_training_equals_torchvision(name: str) -> None:
     """Outputs, gradients and running statistics of a step in train mode, in float64."""
     torch.manual_seed(0)
-    ours = resnet.build(Model(name=name)).double()
+    ours = resnet.ResNet(Model(name=name)).double()
     theirs = getattr(torchvision.models, name)().double()
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict())
@@ -107,13 +107,13 @@ def test_parameters_are_the_simclrv2_papers(name: str, width: int) -> None:
 def test_resnet295_has_295_convolutions() -> None:
     """The stem and three a block; the projections of the shortcuts are not counted as layers."""
     with torch.device("meta"):
-        net = resnet.build(Model(name="resnet295"))
+        net = resnet.ResNet(Model(name="resnet295"))
     convolutions = [key for key, module in net.named_modules() if isinstance(module, nn.Conv2d) and "downsample" not in key]
     assert len(convolutions) == 295
 
 
 def test_width_multiplies_every_stage_and_the_stem() -> None:
-    narrow = resnet.build(Model(name="resnet18", width=0.25, stem="cifar"))
+    narrow = resnet.ResNet(Model(name="resnet18", width=0.25, stem="cifar"))
     assert narrow.conv1.weight.shape == (16, 3, 3, 3)
     assert [narrow.get_submodule(f"layer{i}")[-1].conv2.out_channels for i in range(1, 5)] == [16, 32, 64, 128]  # type: ignore[index]
     assert narrow.features == 128
@@ -121,7 +121,7 @@ def test_width_multiplies_every_stage_and_the_stem() -> None:
 
 
 def test_zero_init_and_what_does_not_fit() -> None:
-    net = resnet.build(Model(name="resnet18", zero_init=True))
+    net = resnet.ResNet(Model(name="resnet18", zero_init=True))
     assert all(not block.bn2.weight.any() for stage in (net.layer1, net.layer4) for block in stage)  # type: ignore[union-attr,operator]
     wrong: list[tuple[dict[str, object], str]] = [
         ({"name": "resnet19"}, r"there is no 'resnet19'; known: resnet18, .*resnet295, timm/NAME"),
@@ -131,4 +131,4 @@ def test_zero_init_and_what_does_not_fit() -> None:
     ]
     for options, text in wrong:
         with pytest.raises(ConfigError, match=text):
-            resnet.build(Model(**options))
+            resnet.ResNet(Model(**options))
