@@ -8,6 +8,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+
+from scaletrain.core import Batch
 
 
 def picture(number: int, height: int = 24, width: int = 30) -> np.ndarray:
@@ -43,3 +46,16 @@ def write_shards(folder: Path, counts: tuple[int, ...], masks: bool = False, suf
                     add(tar, f"{key}.mask.png", encode(mask))
                 number += 1
     return folder
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The global batch of its ranks' parts."""
+    masks = [p.masks for p in parts if p.masks is not None]
+    return Batch(
+        views=tuple(torch.cat(v, 1) for v in zip(*(p.views for p in parts), strict=True)),
+        index=torch.cat([p.index for p in parts]),
+        keys=torch.cat([p.keys for p in parts]),
+        pixel_range=parts[0].pixel_range,
+        labels=torch.cat([p.labels for p in parts]),
+        masks=torch.cat(masks, 1) if masks else None,
+    )

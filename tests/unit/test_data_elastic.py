@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_kit import write_shards
+from data_kit import joined, write_shards
 
 from scaletrain.config import Data, View
 from scaletrain.core import Batch
@@ -39,20 +39,10 @@ def part(folders: tuple[Path, Path], case: str, shape: Shape, start: int, stop: 
     """Global batches of the steps start .. stop - 1, whose ranks read more than they train on, as a killed run's do."""
     ranks = streams(folders, case, shape)
     running = [stream.batches(start, STEPS) for stream in ranks]
-    batches = [join([next(r) for r in running]) for _ in range(start, stop)]
+    batches = [joined([next(r) for r in running]) for _ in range(start, stop)]
     for stream in ranks:
         stream.close()
     return batches
-
-
-def join(parts: list[Batch]) -> Batch:
-    return Batch(
-        views=tuple(torch.cat(v, 1) for v in zip(*(p.views for p in parts), strict=True)),
-        index=torch.cat([p.index for p in parts]),
-        keys=torch.cat([p.keys for p in parts]),
-        pixel_range=parts[0].pixel_range,
-        labels=torch.cat([p.labels for p in parts]),
-    )
 
 
 def content(batch: Batch) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from data_kit import add, encode, picture, write_shards
+from data_kit import add, encode, joined, picture, write_shards
 
 from scaletrain import dist
 from scaletrain.config import Data, View
@@ -47,17 +47,6 @@ def same(a: Batch, b: Batch) -> None:
     assert (a.masks is None) == (b.masks is None)
     if a.masks is not None:
         assert torch.equal(a.masks, b.masks)
-
-
-def joined(parts: list[Batch]) -> Batch:
-    return Batch(
-        views=tuple(torch.cat(v, 1) for v in zip(*(p.views for p in parts), strict=True)),
-        index=torch.cat([p.index for p in parts]),
-        keys=torch.cat([p.keys for p in parts]),
-        pixel_range=parts[0].pixel_range,
-        labels=torch.cat([p.labels for p in parts]),
-        masks=torch.cat([p.masks for p in parts], 1),
-    )
 
 
 def test_shapes_and_meaning(folder: Path) -> None:
