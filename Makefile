@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu-check bench golden
+.PHONY: help demo test check parity gpu-check bench golden
 
 help: ## these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ test: .venv/.dev ## the test suite
 check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
 	@$(BIN)/python -m pytest tests/test_layers.py
+
+parity: .venv/.dev ## every method under every engine at 2 and 4 processes beside one, as the README's matrix; some minutes
+	@PYTHONPATH=.:tests $(BIN)/python tests/parity/matrix.py
 
 gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation
 	@$(BIN)/python -m scaletrain doctor --require-gpu && $(BIN)/python -m pytest -rs tests/unit/test_cuda.py

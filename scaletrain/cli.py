@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=0.45 data.views.1.size=96")
 ]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, one per device.")]
 Recipe = Annotated[Path, typer.Argument(help="YAML file, e.g. one of configs/")]
 
 
@@ -172,6 +173,38 @@ def show_model(
 
     found = sizes.measure(config.load(recipe, overrides or ()))
     typer.echo(json.dumps(found, indent=1)) if as_json else sizes.show(found)
+
+
+@show.command("memory")
+def show_memory(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Ranks = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """Bytes that each rank holds under each engine, of parameters, gradients, optimizer, target, buffers and activations."""
+    from scaletrain import config, memory
+
+    found = memory.measure(config.load(recipe, overrides or ()), ranks)
+    typer.echo(json.dumps(found, indent=1)) if as_json else memory.show(found)
+
+
+@show.command("comm")
+def show_comm(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Ranks = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+) -> None:
+    """What the ranks send each other in a step: collectives and bytes by kind and purpose, predicted for any number of them.
+
+    torchrun --nproc-per-node 2 -m scaletrain show comm ... counts them in a real step instead.
+    """
+    from scaletrain import config, traffic
+
+    found = traffic.measure(config.load(recipe, overrides or ()), ranks)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps(found, indent=1)) if as_json else traffic.show(found)
 
 
 @show.command("schema")

@@ -43,6 +43,9 @@ class Leaf(Frozen):
 
     name: str
 
+    def fits(self, run: Config) -> None:
+        """Raise ValueError where this leaf cannot go with the rest of the recipe, which is read by then."""
+
 
 LeafT = TypeVar("LeafT", bound=Leaf)
 
@@ -190,6 +193,12 @@ class Config(Frozen):
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
 
+    @model_validator(mode="after")
+    def _leaves_fit(self) -> Config:
+        self.method.fits(self)
+        self.engine.fits(self)
+        return self
+
 
 def leaves(kind: str) -> tuple[str, ...]:
     """Names of the leaf files in `scaletrain/<kind>/` that define a Config."""
@@ -223,7 +232,7 @@ def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> Con
             text = item["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
             choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
-            lines.append(f"{where}: {text}{shown}{nearest(str(item['input']), choices)}")
+            lines.append(f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}")
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 

@@ -171,6 +171,9 @@ Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]
 class Method(nn.Module):
     """One paper. `forward` is the whole mathematics of a step; everything else is declared.
 
+    A method whose loss couples samples may define `embed` and `loss` in place of forward: engines can then embed one
+    micro-batch at a time (gradient caching). Parameters and Staged modules belong in embed only.
+
     A method file defines `Config` (a frozen `config.Leaf`) and one subclass named `Model`, built as
     `Model(config, make_backbone, facts)`; `make_backbone()` returns a fresh encoder with a `features` width.
     """
@@ -188,7 +191,14 @@ class Method(nn.Module):
         return ()
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        raise NotImplementedError
+        return self.loss(self.embed(batch, clock), batch, clock)
+
+    def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
+        """What the loss needs of each sample: tensors [any, B, ...], those without gradient included."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither forward nor embed and loss")
+
+    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
+        raise NotImplementedError(f"{type(self).__name__} defines embed without loss")
 
     def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
         """Optional: write(name, tensor) changes a parameter, fp32 masters included."""

@@ -6,7 +6,7 @@ products, two for each multiply-add (torch.utils.flop_counter); norms, activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaletrain.config import Config
-from scaletrain.core import Batch, Clock, Method
+from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.engines.base import EngineConfig
+from scaletrain.nn import stages
 from scaletrain.train import build_method, facts_of
 
 
@@ -55,26 +56,14 @@ def measure(config: Config) -> dict[str, Any]:
     """
     engine = config.engine
     assert isinstance(engine, EngineConfig)
-    double = engine.precision == "fp64"
-    samples = max(config.batch, config.data.synthetic_samples)
-    facts = facts_of(config, samples, max(1, samples // config.batch))
-    with FakeTensorMode(), _Decide(), _default(torch.float64 if double else torch.float32):  # type: ignore[no-untyped-call]
-        method = build_method(config, facts)
-        batch = _batch(facts.views, config)
-        views = [{"size": size, "count": count, "flops": _flops(partial(_encode, method, size))} for size, count in facts.views]
-        for target in method.targets:
-            method.get_submodule(target).requires_grad_(False)
-        kept: dict[int, Any] = {}
-        losses: list[Tensor] = []
-
-        def forward() -> None:
-            with _keeping(kept), torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16"):
-                losses.extend(method(batch, Clock(0, 1, 0, 1)).losses.values())
-
-        ahead = _flops(forward)
-        back = _flops(lambda: torch.stack(losses).sum().backward())
-    own = {t.untyped_storage()._cdata for t in (*method.parameters(), *method.buffers())}
-    memory = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    with fake(config) as method:
+        batch, views = fake_batch(config, config.batch), []
+        for size, count in facts(config).views:
+            views.append({"size": size, "count": count, "flops": _flops(partial(_encode, method, size))})
+        found: list[tuple[Tensor, int]] = []
+        ahead = _flops(lambda: found.append(forward(method, batch, engine)))
+        loss, memory = found[0]
+        back = _flops(loss.backward)
     return {
         "method": config.method.name,
         "model": config.model.name,
@@ -86,21 +75,45 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
+def facts(config: Config) -> Facts:
+    samples = max(config.batch, config.data.synthetic_samples)
+    return facts_of(config, samples, max(1, samples // config.batch))
+
+
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def fake(config: Config) -> Iterator[Method]:
+    """The method of a recipe as its engine prepares it. Inside, tensors know their shape, type and device only."""
+    engine = config.engine
+    assert isinstance(engine, EngineConfig)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.float64 if engine.precision == "fp64" else torch.float32)
     try:
-        yield
+        with FakeTensorMode(), _Decide():  # type: ignore[no-untyped-call]
+            method = build_method(config, facts(config))
+            if engine.recompute:
+                stages.recompute(method, engine.recompute)
+            for target in method.targets:
+                method.get_submodule(target).requires_grad_(False)
+            yield method
     finally:
         torch.set_default_dtype(before)
 
 
-def _batch(views: Iterable[tuple[int, int]], config: Config) -> Batch:
-    images = tuple(torch.empty(count, config.batch, 3, size, size) for size, count in views)
+def fake_batch(config: Config, rows: int) -> Batch:
+    """A batch of so many samples; call it inside fake()."""
+    images = tuple(torch.empty(count, rows, 3, size, size) for size, count in facts(config).views)
     masks = torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
-    index = torch.empty(config.batch, dtype=torch.int64)
+    index = torch.empty(rows, dtype=torch.int64)
     return Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
+
+
+def forward(method: Method, batch: Batch, engine: EngineConfig) -> tuple[Tensor, int]:
+    """The loss, and the bytes that autograd keeps for its backward besides the parameters and buffers."""
+    kept: dict[int, Any] = {}
+    with _keeping(kept), torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16"):
+        losses = method(batch, Clock(0, 1, 0, 1)).losses.values()
+    own = {t.untyped_storage()._cdata for t in (*method.parameters(), *method.buffers())}
+    return torch.stack(list(losses)).sum(), sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
 def _encode(method: Method, size: int) -> None:

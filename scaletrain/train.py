@@ -220,24 +220,25 @@ def _resume(engine: Engine, run: Path, init: Path | None) -> tuple[int, Mapping[
         engine.restore(saved)
         return saved.step, saved.meta
     if init is not None:
-        start_from(engine.method, init)
+        start_from(engine, init)
     return 0, {}
 
 
-def start_from(method: Method, path: Path) -> None:
+def start_from(engine: Engine, path: Path) -> None:
     """Load the backbone of a safetensors file (exported here, or torchvision's and timm's names); targets start from it too."""
     tensors, _ = checkpoint.load_file(path)
     tensors = {k.removeprefix("backbone."): v for k, v in tensors.items() if not k.startswith("fc.")}
-    mine = method.backbone.state_dict()
-    wrong = [k for k in mine if k not in tensors or tensors[k].shape != mine[k].shape]
+    prefix = "method.backbone."
+    mine = {name.removeprefix(prefix): at.shape for name, at in engine.placed().items() if name.startswith(prefix)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [k for k in mine if shapes.get(k) != mine[k]]
     if wrong or set(tensors) - set(mine):
         name = (wrong or sorted(set(tensors) - set(mine)))[0]
-        there, here = (tuple(t[name].shape) if name in t else "absent" for t in (tensors, mine))
+        there, here = (t.get(name, "absent") for t in (shapes, mine))
         raise TrainingError(f"{path} does not fit this model: {name} is {there} in the file and {here} in the model")
-    method.backbone.load_state_dict(tensors)
-    for target, online in method.targets.items():
-        if online == "backbone":
-            method.get_submodule(target).load_state_dict(tensors)
+    for module in ("backbone", *(target for target, online in engine.method.targets.items() if online == "backbone")):
+        for name, tensor in tensors.items():
+            engine.write(f"{module}.{name}", tensor)
 
 
 def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:

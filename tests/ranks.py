@@ -1,7 +1,11 @@
-"""Run a function on several gloo ranks; one set of processes serves every case of a module."""
+"""Run a function on several gloo ranks; one set of processes serves every case of a module.
+
+They are forked from a server that has imported what is slow to import and has run nothing yet.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -21,7 +25,8 @@ def run(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, (world, port, function, folder, args), nprocs=world)
+    multiprocessing.set_forkserver_preload(["scaletrain.train"])
+    mp.start_processes(_rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"rank{r}-of-{world}.pt", weights_only=True) for r in range(world)]
 
 

@@ -40,7 +40,8 @@ def config(method: str, **changes: Any) -> Config:
 
 
 def batch(cfg: Config, step: int) -> Batch:
-    """This rank's slice of a made-up global batch that depends on the step alone."""
+    """This rank's slice of a made-up global batch that depends on the step alone; of two precisions, the same numbers."""
+    dtype = torch.float64 if cfg.engine.precision == "fp64" else torch.float32  # type: ignore[attr-defined]
     draw = torch.Generator().manual_seed(1000 + step)
     index = torch.randperm(SAMPLES, generator=draw)[: cfg.batch]
     sizes = [(v.size, v.count) for v in cfg.data.views]
@@ -50,17 +51,17 @@ def batch(cfg: Config, step: int) -> Batch:
     own = slice(dist.rank() * rows, (dist.rank() + 1) * rows)
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3], dtype=torch.float64)
     keys = dist.hash64(0, step, index)
-    return Batch(tuple(v[:, own] for v in views), index[own], keys[own], pixels, masks=masks[:, own])
+    shown = tuple(v[:, own].to(dtype) for v in views)
+    return Batch(shown, index[own], keys[own], pixels.to(dtype), masks=masks[:, own].to(dtype))
 
 
 def engine(cfg: Config, *, perturb: bool = True) -> Engine:
     """The engine, with the gammas moved off their special values (a zero gamma hides what lies before it)."""
     result = build(cfg, SAMPLES, STEPS_PER_EPOCH, torch.device("cpu"))
     draw = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in result.method.named_parameters():
-            if perturb and p.dim() == 1 and name.endswith("weight"):
-                p.copy_(0.5 + torch.rand(p.shape, generator=draw, dtype=p.dtype))
+    for name, shard in result.shards.items():
+        if perturb and len(shard.shape) == 1 and name.endswith("weight"):
+            result.write(name, 0.5 + torch.rand(shard.shape, generator=draw, dtype=shard.tensor.dtype))
     return result
 
 

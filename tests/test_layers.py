@@ -10,22 +10,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    ("core", "config", "recipe", "marks", "versions"),
+    ("core", "compiled", "config", "recipe", "marks", "versions"),
     ("dist",),
-    ("ops", "nn", "optim"),
+    ("ops", "nn", "optim", "placement"),
     ("data",),
     ("methods", "auxiliaries"),
-    ("engines",),
+    ("engines", "gradient_cache"),
     ("checkpoint", "saved", "files", "monitor", "progress", "interrupt"),
     ("rehearsal",),
     ("train",),
-    ("evals", "saliency", "doctor", "sizes"),
+    ("evals", "saliency", "doctor", "memory", "sizes", "traffic"),
     ("report",),
     ("cli", "slurm"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-COLLECTIVES = {"dist", "engines"}  # the only rooms that know torch.distributed
+COLLECTIVES = {"dist", "engines", "traffic"}  # the only rooms that know torch.distributed
 LEAVES = {"methods", "auxiliaries"}  # one paper, one file: they know the nouns and the mathematics, not each other
 SOURCES = sorted((ROOT / "scaletrain").rglob("*.py"))
 ALL = [p for room in ("scaletrain", "launchers", "shards", "benchmarks", "tests") for p in sorted((ROOT / room).rglob("*.py"))]

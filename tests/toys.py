@@ -1,7 +1,8 @@
-"""A toy adversary: two parameter groups, two losses, each driving its own group only (GAN-like pretexts need this)."""
+"""Toys: an adversary with two losses, each driving its own parameter group only (GAN-like pretexts need this), and a moment."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,11 @@ from torch import nn
 from scaletrain import dist
 from scaletrain.config import Config
 from scaletrain.core import Batch, Clock, Group, Method, Out
-from scaletrain.engines import ddp
+from scaletrain.engines.base import Engine
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import per_view
 
-ADVERSARY = "toy_adversary"
+ADVERSARY, MOMENT = "toy_adversary", "toy_moment"
 
 
 class Toy(Method):
@@ -44,6 +45,20 @@ class Toy(Method):
         return Out({"critic": loss, "encoder": -loss + (mean[0] - mean[1]).square().sum() + mean.square().sum()})
 
 
-def toy_engine(cfg: Config) -> ddp.Engine:
+class Moment(Toy):
+    """The same in a single loss, for engines that take one backward pass."""
+
+    separate_losses = False
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        losses = super().forward(batch, clock).losses
+        return Out({"all": 2 * losses["critic"] + losses["encoder"]})
+
+
+TOYS = {ADVERSARY: Toy, MOMENT: Moment}
+
+
+def toy_engine(cfg: Config, toy: str = ADVERSARY) -> Engine:
     torch.manual_seed(cfg.seed)
-    return ddp.Engine(Toy(cfg), cfg.engine, cfg.optim, torch.device("cpu"))  # type: ignore[arg-type]
+    engine = importlib.import_module(f"scaletrain.engines.{cfg.engine.name}")
+    return engine.Engine(TOYS[toy](cfg), cfg.engine, cfg.optim, torch.device("cpu"))  # type: ignore[no-any-return]

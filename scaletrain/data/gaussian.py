@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy import uint8, uint16, uint32
 
-from scaletrain.data.compiled import compiled, inlined
+from scaletrain.compiled import compiled, inlined
 
 Array = Any  # in compiled code the types are numba's
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy import float32, int32, uint8, uint64
 
-from scaletrain.data.compiled import compiled, inlined
+from scaletrain.compiled import compiled, inlined
 
 Array = Any  # in compiled code the types are numba's
 

@@ -2,29 +2,40 @@
 
 A step is: forward and backward (of each micro-batch), agreement on finiteness, clipping, optimizer, moving average of the
 targets, commit of what was staged. A step whose loss or gradient is not finite leaves no trace in any state.
+
+The optimizer, the moving averages and the checkpoints know `Engine.shards` only: where each parameter lies on this rank. An
+engine that shards sets `sharded`, hands the method to its library in `wrap`, says in `shard` what that left here, and puts the
+gradients there in `collect`. All ranks keep all names in one order, so that norms of shards add up in a single all-reduce.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Any, Literal, Protocol
+from dataclasses import replace
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from scaletrain import dist
-from scaletrain.config import ConfigError, Count, Leaf, Optim
+from scaletrain import dist, gradient_cache
+from scaletrain.config import Config, ConfigError, Count, Leaf, Optim
 from scaletrain.core import Batch, Clock, Method, Out, Piece, Result, Staged
 from scaletrain.marks import BACKWARD, FORWARD, UPDATE, mark
+from scaletrain.nn import stages
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
+from scaletrain.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole
+
+__all__ = ["Engine", "EngineConfig", "Shard", "TrainingError", "replica"]
 
 log = logging.getLogger("scaletrain")
 NAMED = 16  # samples of a rank and a bad step
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class EngineConfig(Leaf):
@@ -35,42 +46,43 @@ class EngineConfig(Leaf):
     compile: bool = False  # torch.compile of the backbones and heads, never of Method.forward
     clip: Annotated[float, Field(ge=0.0)] = 0.0  # largest norm of the whole gradient; 0: no clipping
     accumulate: Count = 1  # micro-batches per step
+    cache: bool = False  # embed the micro-batches twice, so that a loss which couples samples stays exact (gradient caching)
     max_skipped: Count = 3  # stop after so many non-finite steps in a row
+    recompute: bool | tuple[Count, ...] = False  # stages of the backbones (1 is the first) run again in backward: less memory
 
+    def fits(self, run: Config) -> None:
+        gradient_cache.check(run, self.accumulate, self.cache)
 
-class TrainingError(ValueError):
-    """Training cannot go on; the text says why and what to look at."""
-
-
-class Saved(Protocol):
-    """A checkpoint to restore from, whatever engine and world size wrote it."""
-
-    def names(self) -> Sequence[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
+    @model_validator(mode="after")
+    def _recompute_is_eager(self) -> EngineConfig:
+        if self.recompute and self.compile:
+            raise ValueError("recompute and compile exclude each other; set compile=false or recompute=false")
+        return self
 
 
 class Engine:
     """Replicated parameters; subclasses override what their library does otherwise."""
 
+    sharded = False  # ranks hold different parts of a parameter: sums over elements need all of them
+    copies = 1  # ranks that hold each such part
+
     def __init__(self, method: Method, config: EngineConfig, optim: Optim, device: torch.device) -> None:
-        if config.accumulate > 1 and method.global_loss:
-            raise ConfigError(
-                f"engine.accumulate={config.accumulate}: the loss of {type(method).__module__.rpartition('.')[2]} couples all "
-                "samples of the global batch and changes when it is split; set engine.accumulate=1 and use more ranks or a "
-                "smaller batch"
-            )
         self.config, self.device = config, device
         self.method = method.to(device, torch.float64 if config.precision == "fp64" else None)
         if config.channels_last:
-            self.method.to(memory_format=torch.channels_last)
+            self.use_channels_last()
+        if config.recompute:
+            stages.recompute(method, config.recompute)
         for target in method.targets:
             method.get_submodule(target).requires_grad_(False)
         if config.compile:
             for child in method.children():
                 if not isinstance(child, (nn.ModuleList, Staged)):  # memories are not compiled
                     child.compile(dynamic=False)
-        self.optimizer = groups.build(method, optim)
+        declared = groups.parameter_groups(method, optim)  # of whole parameters: a library may leave stubs of them
+        self.wrap()
+        self.shards = {name: self.shard(name, p) for name, p in method.named_parameters(remove_duplicate=False)}
+        self.optimizer = self.build_optimizer(declared, optim)
         self.staged = [m for m in method.modules() if isinstance(m, Staged)]
         self.skipped = 0
         self.sample_name: Callable[[int], str] = str  # what the data calls the sample of a number, to name the bad ones
@@ -80,13 +92,11 @@ class Engine:
     def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> Result:
         """One optimizer step on this rank's slice of the global batch; every rank calls it together."""
         parts = self.micro_batches(batch)
-        outs = []
-        for i, part in enumerate(parts):
-            with self.synchronised(last=i == len(parts) - 1), self.autocast(), mark(FORWARD):
-                out = self.forward(part, clock)
-            with self.synchronised(last=i == len(parts) - 1), mark(BACKWARD):
-                self.backward(out, 1 / len(parts))
-            outs.append(Out(_detached(out.losses), _detached(out.scalars), out.embedding))
+        if self.config.cache:
+            outs = [_detached(gradient_cache.step(self, batch, parts, clock))]
+        else:
+            outs = self.accumulate(parts, clock, 1 / len(parts))
+        self.collect()
         groups.drop_frozen(self.optimizer.param_groups, clock.step)
         norm = self.gradient_norm()
         loss, finite = self._agree(torch.stack([_total(o) for o in outs]).mean(), norm)
@@ -100,6 +110,17 @@ class Engine:
         shown = [{**({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}), **o.scalars} for o in outs]
         scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
         return Result(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
+
+    def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> list[Out]:
+        """Forward and backward of each micro-batch, its losses times `scale`."""
+        outs = []
+        for i, part in enumerate(parts):
+            with self.synchronised(last=i == len(parts) - 1), self.autocast(), mark(FORWARD):
+                out = self.forward(part, clock)
+            with self.synchronised(last=i == len(parts) - 1), mark(BACKWARD):
+                self.backward(out, scale)
+            outs.append(_detached(out))
+        return outs
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """The parts that gradients are accumulated over. Raises ConfigError where that would change the normalisation."""
@@ -165,71 +186,85 @@ class Engine:
 
     # --- what engines override ----------------------------------------------------------------------------------------
 
+    def use_channels_last(self) -> None:
+        self.method.to(memory_format=torch.channels_last)
+
+    def wrap(self) -> None:
+        """Hand `self.method` to the library, once its parameter groups are declared."""
+
+    def shard(self, name: str, parameter: nn.Parameter) -> Shard:
+        """Where a parameter of the wrapped method (targets included) lies on this rank."""
+        return replica(parameter)
+
+    def build_optimizer(self, declared: list[groups.ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+        """The optimizer over this rank's shards, with the groups and names of all ranks."""
+        if self.sharded:
+            declared = [g | {"params": [self.shards[name].tensor for name in g["names"]]} for g in declared]
+        optimizer = groups.build(declared, optim)
+        if self.sharded and isinstance(optimizer, LARS):
+            optimizer.total = self.total
+        return optimizer
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sums over the elements of shards -> over whole parameters, in one all-reduce."""
+        return dist.sum_nograd(x) / self.copies if self.sharded else x
+
+    def collect(self) -> None:
+        """After the last backward: give every tensor of the optimizer, empty ones too, its part of the mean gradient as .grad.
+
+        None on every rank where the parameter has no gradient.
+        """
+
+    def inside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what uses the method's parameters, whole."""
+        return function(*args, **kwargs)
+
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients are summed over ranks only inside the last micro-batch."""
         return nullcontext()
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        return self.method(batch, clock)  # type: ignore[no-any-return]
+        return self.inside(self.method, batch, clock)  # type: ignore[no-any-return]
 
     def backward(self, out: Out, scale: float) -> None:
         if not self.method.separate_losses:
             (_total(out) * scale).backward()
             return
         for name, loss in out.losses.items():
-            own = [p for g in self.optimizer.param_groups if g["name"] == name for p in g["params"]]
+            own = [self.method.get_parameter(p) for g in self.optimizer.param_groups if g["name"] == name for p in g["names"]]
             if not own:
                 raise ValueError(f"the loss '{name}' names no parameter group of {type(self.method).__module__}")
             torch.autograd.backward(loss * scale, inputs=own, retain_graph=True)
 
     def gradient_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None])
+        return self.total(norm.double().square()).sqrt() if self.sharded else norm
 
     @torch.no_grad()
     def move_targets(self, clock: Clock) -> None:
         """target <- tau * target + (1 - tau) * online over parameters, with the online parameters of after the step."""
         for target, online in self.method.targets.items():
-            old: list[Tensor] = list(self.method.get_submodule(target).parameters())
-            new: list[Tensor] = list(self.method.get_submodule(online).parameters())
-            torch._foreach_lerp_(old, new, 1 - self.method.ema(clock))
+            torch._foreach_lerp_(self.averaged(target), self.averaged(online), 1 - self.method.ema(clock))
+
+    def averaged(self, module: str) -> list[Tensor]:
+        """What the moving average reads and writes of a submodule's parameters: alike for a target and its online module."""
+        return [self.shards[f"{module}.{name}"].tensor for name, _ in self.method.get_submodule(module).named_parameters()]
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        self.method.get_parameter(name).copy_(value)
+        """Change a parameter, masters and replicas included, or a buffer to `value`, which is whole."""
+        shard = self.shards.get(name) or replica(self.method.get_buffer(name))
+        shard.fill(value.reshape(-1)[shard.start : shard.stop])
 
     def state(self) -> dict[str, Piece]:
         """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor exactly."""
-        whole, pieces = {}, {}
-        shards = self._shards()
-        for name, tensor in self._tensors().items():
-            if name in shards:
-                start, rows = shards[name]
-                width = tensor[0].numel() if len(tensor) else 1
-                pieces[name] = Piece(tensor.detach().reshape(-1), start * width, (rows, *tensor.shape[1:]))
-            else:
-                whole[name] = tensor.detach()
-        total, seen = sum(t.nbytes for t in whole.values()), 0
-        for name, tensor in whole.items():  # replicas are written once, each by one rank, evenly by bytes
-            if seen * dist.world() // max(1, total) == dist.rank():
-                pieces[name] = Piece(tensor.reshape(-1), 0, tuple(tensor.shape))
-            seen += tensor.nbytes
-        return pieces
+        return pieces(self.placed())
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
         """Take everything from a checkpoint of the same method, written by any engine at any world size."""
         self._create_optimizer_state(saved)  # only now is it known what the optimizer keeps
-        shards, tensors, there = self._shards(), self._tensors(), set(saved.names())
-        for name, tensor in tensors.items():
-            start, rows = shards.get(name, (0, 0))
-            shape = (rows, *tensor.shape[1:]) if name in shards else tuple(tensor.shape)
-            if name not in there or tuple(saved.shape(name)) != shape:
-                what = f"has shape {tuple(saved.shape(name))}" if name in there else "is missing"
-                raise TrainingError(f"this checkpoint belongs to another model: {name} {what} and must have shape {shape}")
-            offset = start * (tensor[0].numel() if tensor.dim() and len(tensor) else 1)
-            tensor.copy_(saved.read(name, offset, offset + tensor.numel()).view(tensor.shape))
-        if extra := sorted(there - set(tensors)):
-            raise TrainingError(f"this checkpoint belongs to another model: it also holds {', '.join(extra[:3])}")
+        fill(self.placed(), saved)
 
     def _create_optimizer_state(self, saved: Saved) -> None:
         kept = {"step", "exp_avg", "exp_avg_sq"} if isinstance(self.optimizer, torch.optim.AdamW) else {"momentum_buffer"}
@@ -250,8 +285,12 @@ class Engine:
                 }
             )
 
+    @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in self.method.backbone.state_dict().items()}
+        """The whole backbone on every rank. All ranks call it together."""
+        state = self.method.backbone.state_dict(keep_vars=True)
+        here = {name: self.shards.get(f"backbone.{name}") or replica(tensor) for name, tensor in state.items()}
+        return {name: whole(shard) if self.sharded else shard.tensor.detach() for name, shard in here.items()}
 
     # --- parts ---------------------------------------------------------------------------------------------------------
 
@@ -276,7 +315,7 @@ class Engine:
         """(index, embed(batch)) over the batches, without gradient and without a trace in running statistics."""
         for batch in batches:
             with self.autocast():
-                out = embed(batch.double() if self.config.precision == "fp64" else batch)
+                out = self.inside(embed, batch.double() if self.config.precision == "fp64" else batch)
             for module in self.staged:
                 module.discard()
             yield batch.index, out
@@ -285,21 +324,26 @@ class Engine:
         for group in self.optimizer.param_groups:
             yield from zip(group["names"], group["params"], strict=True)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"method.{name}": t for name, t in self.method.state_dict(keep_vars=True).items()}
-        for name, parameter in self._named():
-            state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"optim.{name}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-        return tensors
-
-    def _shards(self) -> Mapping[str, tuple[int, int]]:
+    def placed(self) -> dict[str, Shard]:
+        """Where everything lies that is saved, by its name in a checkpoint; every rank knows every name."""
         modules = ((n, m) for n, m in self.method.named_modules() if isinstance(m, Staged))
-        return {f"method.{n}.{buffer}": where for n, m in modules for buffer, where in m.sharded().items()}
+        rows = {f"{n}.{buffer}": where for n, m in modules for buffer, where in m.sharded().items()}
+        placed = {}
+        for name, tensor in self.method.state_dict(keep_vars=True).items():
+            plain = rows_of(tensor, *rows[name]) if name in rows else replica(tensor)
+            placed[f"method.{name}"] = self.shards.get(name, plain)
+        for name, parameter in self._named():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):  # AdamW's step counter is one number, whatever the parameter
+                    at = replica(value) if key == "step" else replace(self.shards[name], tensor=value)
+                    placed[f"optim.{name}.{key}"] = at
+        return placed
 
 
 def _total(out: Out) -> Tensor:
     return torch.stack(list(out.losses.values())).sum()
 
 
-def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in values.items()}
+def _detached(out: Out) -> Out:
+    losses, scalars = ({name: value.detach() for name, value in values.items()} for values in (out.losses, out.scalars))
+    return Out(losses, scalars, out.embedding)

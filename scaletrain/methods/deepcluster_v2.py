@@ -46,14 +46,14 @@ class Model(Method):
     def prototypes(self) -> Sequence[Tensor]:
         return [getattr(self, f"prototypes{head}") for head in range(len(self.config.clusters))]
 
-    def embed(self, batch: Batch) -> Tensor:
+    def _embed(self, batch: Batch) -> Tensor:
         """[B, banked, dim], normalised."""
         z = pooled(self.projector, pooled(self.backbone, batch.views[0]))
         return F.normalize(z[: self.banked].float() if z.dtype != torch.float64 else z[: self.banked], dim=-1).transpose(0, 1)
 
     def on_epoch(self, clock: Clock, features: Features) -> None:
         if clock.epoch == 0:  # no embeddings yet: one pass before training
-            for index, z in features(self.embed):
+            for index, z in features(self._embed):
                 self._remember(index, z, "write")
         for head, clusters in enumerate(self.config.clusters):
             bank: Bank = self.banks[head % self.banked]  # type: ignore[assignment]

@@ -57,15 +57,19 @@ class Model(Method):
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
         large = self._masked(batch)
         h = [per_view(self.backbone, x) for x in (large, *batch.views[1:])]
         online = per_view(self.predictor, per_view(self.projector, torch.cat(h)))  # [L + S, B, dim]
         with torch.no_grad():  # small views are never targets
             target = per_view(self.target_projector, per_view(self.target_backbone, large))  # [L, B, dim]
-        contrast, invariance = self._loss(online, target, batch.keys)
+        return online, target, h[0].detach()
+
+    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
+        online, target, h = embedded
+        contrast, invariance = self._terms(online, target, batch.keys)
         loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
-        return Out({"all": loss}, {"contrast": contrast.detach(), "invariance": invariance.detach()}, h[0][0].detach())
+        return Out({"all": loss}, {"contrast": contrast.detach(), "invariance": invariance.detach()}, h[0])
 
     def _masked(self, batch: Batch) -> Tensor:
         """Large views with the background replaced by one grey level (Appendix D), each with a small probability."""
@@ -80,7 +84,7 @@ class Model(Method):
         return torch.where(apply & (batch.masks == 0), grey, x)
 
     @full_precision
-    def _loss(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Equations 1 to 3, averaged over the (L + S) * L pairs of Listing 1."""
         o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
         every_o, every_t = (dist.gather_nograd(x.transpose(0, 1)) for x in (o, t))  # [B global, views, dim]

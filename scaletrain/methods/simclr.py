@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from scaletrain.config import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Method, Out
@@ -34,7 +34,10 @@ class Model(Method):
         widths = (*[width] * config.layers, config.dim)
         self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=facts.norm_group)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
         h = pooled(self.backbone, batch.views[0])  # both views in one forward share their statistics
-        z1, z2 = pooled(self.projector, h)
-        return Out({"all": nt_xent(z1, z2, self.config.temperature)}, embedding=h[0].detach())
+        return pooled(self.projector, h), h.detach()
+
+    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
+        (z1, z2), h = embedded
+        return Out({"all": nt_xent(z1, z2, self.config.temperature)}, embedding=h[0])

@@ -8,8 +8,9 @@ exact for `group = 0`. Registered as custom operators, so that torch.compile see
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from scaletrain import dist
 from scaletrain.core import Staged
 
 _views, _rows = 1, 1
+
+Stats = tuple[Tensor, Tensor, Tensor]  # mean, variance, values per statistic
+_noted: list[Stats] | None = None  # the first run of what backward runs again leaves its statistics here
+_given: Iterator[Stats] | None = None  # and the second takes them
 
 
 @contextmanager
@@ -55,6 +60,32 @@ def pooled(module: nn.Module, x: Tensor) -> Tensor:
     return out.view(x.shape[1], len(x), *out.shape[1:]).transpose(0, 1)
 
 
+def replayed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for the first run of a forward and for its runs in backward (`context_fn` of torch.utils.checkpoint).
+
+    The later ones take the statistics of the first: the same numbers, and nothing is sent or staged a second time.
+    """
+    stats: list[Stats] = []
+    return _Run(stats, None, _views, _rows), _Run(None, stats, _views, _rows)
+
+
+class _Run:
+    """May be entered again: each of several backward passes over one graph runs the forward once more."""
+
+    def __init__(self, noted: list[Stats] | None, given: list[Stats] | None, n_views: int, rows: int) -> None:
+        self.noted, self.given, self.views, self.rows = noted, given, n_views, rows
+
+    def __enter__(self) -> None:
+        global _noted, _given, _views, _rows
+        self.before = _noted, _given, _views, _rows
+        _noted, _given = self.noted, None if self.given is None else iter(self.given)
+        _views, _rows = self.views, self.rows
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _noted, _given, _views, _rows
+        _noted, _given, _views, _rows = self.before
+
+
 class BatchNorm(Staged):
     """Batch norm of [V * B, C, *spatial] with torchvision's parameter names; running statistics are staged.
 
@@ -81,8 +112,13 @@ class BatchNorm(Staged):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         y: Tensor
-        y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group * _rows, self.eps)
-        self.staged.append((mean.detach(), var.detach(), count, _views))
+        given = (None, None, None) if _given is None else next(_given)
+        y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group * _rows, self.eps, *given)
+        if _given is None:
+            stats = mean.detach(), var.detach(), count
+            self.staged.append((*stats, _views))
+            if _noted is not None:
+                _noted.append(stats)
         return y
 
     @torch.no_grad()
@@ -165,14 +201,34 @@ def _join(pieces: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("scaletrain::batch_norm", mutates_args=())
 def _batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_views: int, group: int, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_views: int,
+    group: int,
+    eps: float,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [V * b, C, *spatial] -> y like x, mean [S, C], biased variance [S, C], values per statistic (0-d float64)."""
+    """x [V * b, C, *spatial] -> y like x, mean [S, C], biased variance [S, C], values per statistic (0-d float64).
+
+    The statistics are those of x, or those that are given.
+    """
     rows, slot, slots = _layout(x.shape[0], n_views, group)
     pieces = x.split(rows)
+    if mean is None or var is None or count is None:
+        mean, var, count = _stats(pieces, slot, slots, eps)
+    else:
+        mean, var, count = mean.clone(), var.clone(), count.clone()  # an operator's output is never its input
+    y = _join([_affine(p, weight, bias, m, v, eps) for p, m, v in zip(pieces, mean, var, strict=True)])
+    return y, mean, var, count
+
+
+def _stats(pieces: Sequence[Tensor], slot: int, slots: int, eps: float) -> Stats:
     local = [_local_stats(piece, eps) for piece in pieces]
     mean, var = torch.stack([m for m, _ in local]), torch.stack([v for _, v in local])
-    count = torch.full((1,), pieces[0].numel() // x.shape[1], dtype=torch.float64, device=x.device)
+    count = torch.full((1,), pieces[0].numel() // pieces[0].shape[1], dtype=torch.float64, device=mean.device)
     if slots:
         # In float64, E[x^2] - E[x]^2 loses nothing that float32 had, and the message does not grow with the ranks.
         m, v = mean.double(), var.double()
@@ -180,8 +236,7 @@ def _batch_norm(
         count = sums[-1:].clone()
         m, square = (sums[:-1] / count).view(2, *mean.shape)
         mean, var = m.to(mean.dtype), (square - m * m).clamp_min(0).to(var.dtype)
-    y = _join([_affine(p, weight, bias, m, v, eps) for p, m, v in zip(pieces, mean, var, strict=True)])
-    return y, mean, var, count.squeeze(0)
+    return mean, var, count.squeeze(0)
 
 
 @torch.library.custom_op("scaletrain::batch_norm_backward", mutates_args=())
@@ -238,7 +293,9 @@ def _backward_input(
 
 
 @_batch_norm.register_fake
-def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, n_views: int, group: int, eps: float) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_views: int, group: int, eps: float, *given: Tensor | None
+) -> tuple[Tensor, ...]:
     rows, _, _ = _layout(x.shape[0], n_views, group)
     stat = x.new_empty(x.shape[0] // rows, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x), stat, torch.empty_like(stat), x.new_empty((), dtype=torch.float64)
@@ -250,7 +307,8 @@ def _(dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *_: Any) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, *ctx.layout = inputs
+    x, weight, bias, *layout = inputs
+    ctx.layout = layout[:3]
     ctx.biased = bias is not None
     ctx.save_for_backward(x, weight, *output[1:])
 
@@ -259,7 +317,8 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mean, var, count = ctx.saved_tensors
     dy = dy.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
     dx, dw, db = _batch_norm_backward(dy, x, weight, mean, var, count, *ctx.layout)
-    return dx, dw.to(weight.dtype) if weight is not None else None, db.to(mean.dtype) if ctx.biased else None, None, None, None
+    scale, shift = dw.to(weight.dtype) if weight is not None else None, db.to(mean.dtype) if ctx.biased else None
+    return dx, scale, shift, *(None,) * 6
 
 
 def _channels_last(x: Tensor) -> bool:

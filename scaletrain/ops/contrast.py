@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scaletrain import dist
 from scaletrain.ops.precision import full_precision
+
+BLOCK = 1 << 20  # similarities that are held at a time: 4 MB of float32, which a CPU's cache holds
+DEVICE_BLOCK = 1 << 24  # on an accelerator, where small kernels cost more than memory
 
 
 @full_precision
@@ -22,13 +27,54 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
     a, b [b, D]: two views of this rank's samples. Every row has one positive and 2B - 2 negatives.
     """
-    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    every_a, every_b = dist.gather(a), dist.gather(b)
-    label = dist.rank() * len(a) + torch.arange(len(a), device=a.device)
-    itself = F.one_hot(label, len(every_a)).bool()
+    rows = torch.stack([F.normalize(a, dim=-1), F.normalize(b, dim=-1)], 1).flatten(0, 1)  # [2b, D], partners side by side
+    itself = dist.rank() * len(rows) + torch.arange(len(rows), device=rows.device)
+    return 2 * info_nce(rows, dist.gather(rows), itself ^ 1, temperature, excluded=itself)
 
-    def direction(x: Tensor, other: Tensor, same: Tensor) -> Tensor:
-        logits = torch.cat([x @ other.T, (x @ same.T).masked_fill(itself, float("-inf"))], 1) / temperature
-        return F.cross_entropy(logits, label)
 
-    return direction(a, every_b, every_a) + direction(b, every_a, every_b)
+@full_precision
+def info_nce(rows: Tensor, candidates: Tensor, positive: Tensor, temperature: float, excluded: Tensor | None = None) -> Tensor:
+    """Mean over rows of -log softmax(rows candidates^T / temperature)[positive] (van den Oord et al., 2018, eq. 4). 0-d.
+
+    rows [n, D] and candidates [N, D], float32 or float64, both with gradient; positive and excluded [n] int64: the candidate
+    that belongs to a row, and one that does not compete for it. Memory is that of the arguments and gradients: the [n, N]
+    similarities exist in blocks of rows, each of which gives its part of the gradient at once, since the loss is a mean.
+    """
+    wanted = torch.is_grad_enabled() and (rows.requires_grad or candidates.requires_grad)
+    return _InfoNCE.apply(rows, candidates, positive, temperature, excluded, wanted)  # type: ignore[no-any-return]
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, candidates: Tensor, positive: Tensor, temperature: float, excluded: Tensor | None, wanted: bool
+    ) -> Tensor:
+        x = rows / temperature
+        losses = x.new_empty(len(x), 1)
+        d_rows, d_candidates = torch.empty_like(x), torch.zeros_like(candidates)
+        block = max(16, (BLOCK if x.is_cpu else DEVICE_BLOCK) // len(candidates))
+        buffer = x.new_empty(min(block, len(x)), len(candidates))
+        for start in range(0, len(x), block):
+            part = slice(start, start + block)
+            s, column = torch.mm(x[part], candidates.T, out=buffer[: len(x) - start]), positive[part, None]
+            own = s.gather(1, column)
+            s.scatter_(1, column, float("-inf"))
+            if excluded is not None:
+                s.scatter_(1, excluded[part, None], float("-inf"))
+            top = s.amax(1, keepdim=True)
+            total = s.sub_(top).exp_().sum(1, keepdim=True)
+            lead = own - top - total.log()  # of the positive over all others; -log p = -log sigmoid(lead)
+            losses[part] = -F.logsigmoid(lead)
+            if wanted:
+                s.scatter_(1, column, -total)  # now the gradient of each logit, up to a factor of the row
+                factor = torch.sigmoid(-lead) / (total * len(x))
+                torch.mm(s, candidates, out=d_rows[part]).mul_(factor / temperature)
+                d_candidates.addmm_(s.T, x[part] * factor)
+        if wanted:
+            ctx.save_for_backward(d_rows, d_candidates)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_rows, d_candidates = ctx.saved_tensors
+        return grad * d_rows, grad * d_candidates, None, None, None, None

@@ -92,8 +92,10 @@ def drop_frozen(groups: Iterable[ParamGroup], step: int) -> None:
                 p.grad = None
 
 
-def build(method: Method, optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over parameter_groups(); rates are zero until set_rates(). Raises ConfigError.
+def build(groups: list[ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over parameter_groups(), or over these groups of what a rank holds of the parameters.
+
+    Rates are zero until set_rates(). Raises ConfigError.
 
     SGD and AdamW leave the choice of kernel to torch (foreach on accelerators, a loop on the CPU). Their fused kernels read
     raw memory: a gradient or a restored buffer in another layout than its parameter gives wrong numbers without an error,
@@ -101,9 +103,8 @@ def build(method: Method, optim: Optim) -> torch.optim.Optimizer:
     """
     if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
         raise ConfigError("optim.nesterov needs optim.name=sgd and optim.momentum above 0; set optim.nesterov=false")
-    groups = parameter_groups(method, optim)
     if not groups:
-        raise ConfigError(f"{type(method).__name__} has no trainable parameter to optimise")
+        raise ConfigError("the method has no trainable parameter to optimise")
     if optim.name == "lars":
         return LARS(
             groups,

@@ -112,7 +112,7 @@ def test_the_defaults_are_valid_and_say_their_name(method: str) -> None:
 
 def values(engine: Engine) -> dict[str, Tensor]:
     """Everything that a step may change: parameters, buffers, optimizer state."""
-    return {name: tensor.detach().clone() for name, tensor in engine._tensors().items()}
+    return {name: at.tensor.detach().clone() for name, at in engine.placed().items()}
 
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:

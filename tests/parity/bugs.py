@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -9,9 +10,9 @@ from unittest import mock
 import torch
 
 from scaletrain import dist
-from scaletrain.engines import base, ddp
+from scaletrain.engines import base, ddp, fairscale
 from scaletrain.nn import norm
-from scaletrain.optim.lars import LARS
+from scaletrain.optim import lars
 
 
 def lost_gather_gradient() -> Any:
@@ -36,15 +37,19 @@ def allreduce_without_autograd() -> Any:
 
 def local_norm() -> Any:
     """Trust ratios from the part of each tensor that a rank would hold under sharding."""
-    whole = LARS.square_norms
+    whole = lars._flat
 
-    def part(self: LARS, params: Any, grads: Any, decays: Any) -> torch.Tensor:
+    def part(p: torch.Tensor, g: torch.Tensor) -> Any:
         def own(x: torch.Tensor) -> torch.Tensor:
             return x[dist.rank() * len(x) // dist.world() : (dist.rank() + 1) * len(x) // dist.world()]
 
-        return whole(self, [own(p) for p in params], [own(g) for g in grads], decays)
+        return whole(own(p), own(g))
 
-    return mock.patch.object(LARS, "square_norms", part)
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(lars, "_flat", part))
+    for engine in (base.Engine, fairscale.Engine):  # where it is not summed up over ranks either
+        stack.enter_context(mock.patch.object(engine, "total", lambda self, x: x))
+    return stack
 
 
 def local_batch_norm() -> Any:

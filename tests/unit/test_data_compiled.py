@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 MODULE = """
-from scaletrain.data.compiled import compiled
+from scaletrain.compiled import compiled
 
 @compiled
 def double(x: int) -> int:

@@ -1,0 +1,329 @@
+"""DeepSpeed's ZeRO: 0 replicates, 1 shards optimizer state and fp32 masters, 2 gradients too, 3 parameters and targets too.
+
+DeepSpeed moves gradients and parameters and updates none: it is given an optimizer that does nothing. Ours runs over what of
+each parameter lies in this rank's partition; then DeepSpeed sends the changed partitions to where they are used. Gradients are
+means over ranks, as everywhere. A parameter outside the graph of a step has a zero gradient here, not none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as c10d
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Config as Run
+from scaletrain.config import ConfigError, Optim, Positive
+from scaletrain.core import Batch, Clock, Method, Out
+from scaletrain.engines import base
+from scaletrain.nn.stages import channels_last_inputs
+from scaletrain.optim import groups
+from scaletrain.placement import Saved, Shard, replica
+from scaletrain.recipe import nearest
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ZERO = "zero_optimization"
+OURS = {  # what a DeepSpeed JSON says that a recipe says elsewhere
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "batch",
+    "gradient_accumulation_steps": "engine.accumulate",
+    "gradient_clipping": "engine.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
+    f"{ZERO}.stage": "engine.stage",
+    f"{ZERO}.reduce_bucket_size": "engine.bucket_mb",
+    f"{ZERO}.offload_optimizer": "engine.name=fsdp2 with engine.offload",
+    f"{ZERO}.offload_param": "engine.name=fsdp2 with engine.offload",
+}
+# What is left to DeepSpeed: not what would change numbers or the order within a partition.
+_HOW_IT_SENDS = """
+allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks log_trace_cache_warnings overlap_comm
+reduce_scatter stage3_max_live_parameters stage3_max_reuse_distance stage3_param_persistence_threshold
+stage3_prefetch_bucket_size use_multi_rank_bucket_allreduce
+"""
+_WHAT_IT_MEASURES = "comms_logger dump_state flops_profiler memory_breakdown steps_per_print wall_clock_breakdown"
+THEIRS = (*_WHAT_IT_MEASURES.split(), *(f"{ZERO}.{key}" for key in _HOW_IT_SENDS.split()))
+
+
+def _read(value: Any) -> Any:
+    """The contents of a DeepSpeed JSON, so that the saved configuration reruns the run whatever becomes of the file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(Path(value).read_text()) if value else {}
+    except OSError as error:
+        raise ValueError(f"cannot read {value}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{value} is not JSON: {error}") from None
+
+
+class Config(base.EngineConfig):
+    stage: Literal[0, 1, 2, 3] = 2
+    bucket_mb: Positive = 100.0  # gradients are sent in buckets of this size while backward goes on
+    deepspeed: Annotated[dict[str, Any], BeforeValidator(_read)] = Field(default_factory=dict)  # a DeepSpeed JSON or its path
+
+    def fits(self, run: Run) -> None:
+        super().fits(run)
+        _need_one_backward(importlib.import_module(f"scaletrain.methods.{run.method.name}").Model)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("DeepSpeed is not installed: pip install 'scaletrain[deepspeed]', or choose another engine.name")
+        if self.precision == "fp64":
+            raise ValueError("ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2 for fp64")
+        if self.compile and self.stage == 3:
+            raise ValueError("ZeRO 3 gathers parameters by hooks that compiled modules skip: set compile=false or stage=2")
+        self._agree()
+        return self
+
+    def _agree(self) -> None:
+        """Refuse what contradicts the recipe, and what is known neither to be exact nor to be misspelt."""
+        same = {"gradient_accumulation_steps": self.accumulate, "gradient_clipping": self.clip, f"{ZERO}.stage": self.stage}
+        for key, value in _flat(self.deepspeed):
+            if key in same and value == same[key]:
+                continue
+            if key in OURS:
+                raise ValueError(f"deepspeed.{key}={value!r} is for the recipe to say: remove it and set {OURS[key]}")
+            if key not in THEIRS:
+                raise ValueError(f"deepspeed.{key} is not supported{nearest(key, THEIRS)}; known: {', '.join(THEIRS)}")
+
+    @property
+    def talk(self) -> bool:
+        """Whether something is asked of DeepSpeed that it answers in its log."""
+        return any(value for key, value in _flat(self.deepspeed) if key in THEIRS and not key.startswith(f"{ZERO}."))
+
+    def settings(self) -> dict[str, Any]:
+        """All that DeepSpeed is told."""
+        theirs = {key: value for key, value in _flat(self.deepspeed) if key in THEIRS}
+        return {
+            **{key: value for key, value in theirs.items() if not key.startswith(f"{ZERO}.")},
+            "train_micro_batch_size_per_gpu": 1,  # only its own messages use it
+            "gradient_accumulation_steps": 1,  # Engine.synchronised says where a step ends
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "torch_autocast": {
+                "enabled": self.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # of which DeepSpeed would send the gradients in bfloat16
+            },
+            ZERO: {
+                **{key.removeprefix(f"{ZERO}."): value for key, value in theirs.items() if key.startswith(f"{ZERO}.")},
+                "stage": self.stage,
+                "reduce_bucket_size": max(1, int(self.bucket_mb * 2**20 / 4)),
+                "compute_grad_norm": self.stage not in (1, 2),  # base.Engine does; the others cannot be told
+                "sub_group_size": 10**15,  # one: parts of the gradient would else come one after the other
+            },
+        }
+
+
+def _flat(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Sections and, within zero_optimization, keys, without those that are switched off or left to the trainer ("auto")."""
+    zero = raw.get(ZERO)
+    nested = {f"{ZERO}.{key}": value for key, value in zero.items()} if isinstance(zero, Mapping) else {}
+    for key, value in {**{k: v for k, v in raw.items() if k != ZERO or not isinstance(v, Mapping)}, **nested}.items():
+        off = isinstance(value, Mapping) and (value.get("enabled") is False or value.get("device") == "none")
+        if not off and value not in ("auto", None):
+            yield key, value
+
+
+class Engine(base.Engine):
+    config: Config
+
+    def __init__(self, method: Method, config: Config, optim: Optim, device: torch.device) -> None:
+        _need_one_backward(method)
+        super().__init__(method, config, optim, device)
+
+    def use_channels_last(self) -> None:
+        channels_last_inputs(self.method)  # partitions are flat and row-major
+
+    def wrap(self) -> None:
+        self.sharded = self.config.stage > 0
+        self.method.register_forward_hook(_with_losses)  # before DeepSpeed's hooks
+        self.zero: Any  # DeepSpeed's optimizer, which holds the partitions
+        self.library, self.zero, *_ = _library(self.device, talk=self.config.talk).initialize(
+            args=SimpleNamespace(device_rank=self.device.index or 0),  # by itself it takes LOCAL_RANK, whatever is visible
+            model=self.method,
+            optimizer=_Idle([p for p in self.method.parameters() if p.requires_grad], {"lr": 0.0}),
+            config=self.config.settings(),
+            dist_init_required=False,
+        )
+
+    def shard(self, name: str, parameter: Any) -> Shard:
+        if self.config.stage == 3:
+            part = self.zero.get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor
+            start = min(parameter.ds_numel, dist.rank() * len(part))
+            return Shard(part.detach()[: parameter.ds_numel - start], start, tuple(parameter.ds_shape))  # the rest is padding
+        if not self.sharded or not parameter.requires_grad:
+            return replica(parameter)
+        at = parameter._hp_mapping
+        if at is None:
+            return Shard(parameter.new_empty(0), 0, tuple(parameter.shape))
+        return Shard(at.hp_fragment.detach(), at.lp_fragment_address.start, tuple(parameter.shape))
+
+    def build_optimizer(self, declared: list[groups.ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(declared, optim)
+        optimizer.register_step_post_hook(lambda *_: self.publish())
+        return optimizer
+
+    def publish(self) -> None:
+        """DeepSpeed's step: it sends what our optimizer changed in the partitions, and drops the gradients."""
+        self.library.step()
+        if self.config.stage == 3:  # a parameter outside the next graph would find its last gradient there
+            self.zero.grad_partitions_flat_buffer.zero_()
+
+    def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
+        self.library.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        return self.library(batch, clock)[1]  # type: ignore[no-any-return]
+
+    def backward(self, out: Out, scale: float) -> None:
+        self.library.backward(torch.stack(list(out.losses.values())).sum() * scale, scale_wrt_gas=False)
+
+    def collect(self) -> None:
+        if not self.sharded:
+            return
+        found, at = {}, 0  # DeepSpeed keeps the gradient in pieces, in the order of the partition
+        for piece in self.zero.averaged_gradients[0]:
+            found[at] = piece.reshape(-1)
+            at += piece.numel()
+        stage_3 = self.config.stage == 3
+        flat = (self.zero.fp32_partitioned_groups_flat if stage_3 else self.zero.single_partition_of_fp32_groups)[0]
+        for part in self.trained():
+            if part.numel():
+                part.grad = found[part.storage_offset() - flat.storage_offset()][: part.numel()]
+            else:
+                part.grad = torch.zeros_like(part)
+
+    def _apply(self, clock: Clock, norm: Tensor, lr: float, base_lr: float) -> None:
+        with self._gathering():  # for Method.after_step
+            super()._apply(clock, norm, lr, base_lr)
+
+    def _skip(self, batch: Batch, clock: Clock, outs: Sequence[Out]) -> None:
+        self.publish()  # nothing has changed: it only drops the gradients
+        super()._skip(batch, clock, outs)
+
+    def inside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._gathering():
+            return function(*args, **kwargs)
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """ZeRO 3 gathers what a module owns when it is called; in here also what is read without a call."""
+        modules = list(self.method.modules()) if self.config.stage == 3 else []
+        for module in modules:
+            module._parameters._in_forward = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._parameters._in_forward = False  # type: ignore[attr-defined]
+            for p in self.method.parameters() if modules else ():
+                if _gathered(p) and not p.ds_persist:  # type: ignore[attr-defined]
+                    p.partition()  # type: ignore[attr-defined]
+
+    def move_targets(self, clock: Clock) -> None:
+        super().move_targets(clock)
+        if self.config.stage == 3:
+            _renew(p for target in self.method.targets for p in self.method.get_submodule(target).parameters())
+
+    def averaged(self, module: str) -> list[Tensor]:
+        if self.config.stage == 3:
+            return super().averaged(module)
+        return list(self.method.get_submodule(module).parameters())  # online replicas are new, targets are replicas only
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        super().write(name, value)
+        if self.sharded and name in self.shards:
+            parameter = self.method.get_parameter(name)
+            if self.config.stage == 3:
+                self._copy_master(name, parameter)
+            if self.config.stage < 3 or _gathered(parameter):
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def restore(self, saved: Saved) -> None:
+        super().restore(saved)
+        if self.config.stage == 3:
+            for name, parameter in self.method.named_parameters():
+                self._copy_master(name, parameter)
+            _renew(self.method.parameters())
+        elif self.sharded:
+            self.zero.update_lp_params()
+
+    def _copy_master(self, name: str, parameter: Any) -> None:
+        """From the master to what ZeRO 3 gathers."""
+        master = self.shards[name].tensor
+        parameter.ds_tensor[: len(master)].copy_(master)
+
+
+def _need_one_backward(method: Method | type[Method]) -> None:
+    if method.separate_losses:
+        raise ConfigError(
+            "engine.name=deepspeed takes one backward pass per step, but the losses of this method drive separate groups of "
+            "parameters; use engine.name=ddp or fsdp2"
+        )
+
+
+class _Idle(torch.optim.Optimizer):
+    """What DeepSpeed takes for the optimizer."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: ours has had its step."""
+
+
+def _library(device: torch.device, *, talk: bool) -> Any:
+    """DeepSpeed over the process group that is there: it looks for no MPI and compiles nothing."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also in a single process
+    import deepspeed
+    from deepspeed.comm import comm
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    set_log_level_from_string("info" if talk else "error")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of C++ compilation on a CPU
+    if not c10d.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    comm.init_distributed(dist_init_required=False, verbose=False)
+    comm.cdb.all_gather_function = dist._all_gather  # torch 2.14 warns at the names that DeepSpeed uses
+    comm.cdb.reduce_scatter_function = dist._reduce_scatter
+    return deepspeed
+
+
+def _renew(parameters: Iterable[Any]) -> None:
+    """ZeRO 3 keeps small parameters gathered: gather them once more."""
+    small = [p for p in parameters if p.ds_persist]
+    for p in small:
+        p.partition()
+    if small:
+        small[0].all_gather(small)
+
+
+def _gathered(parameter: nn.Parameter) -> bool:
+    return bool(parameter.ds_status.name == "AVAILABLE")  # type: ignore[attr-defined]
+
+
+def _with_losses(module: nn.Module, args: Any, out: Out) -> list[Any]:
+    """DeepSpeed finds what leads to a backward pass in lists and dicts; it changes them in place, so also within `out`."""
+    return [out.losses, out]

@@ -1,0 +1,73 @@
+"""Every engine at 2 ranks beside one process: LARS, momentum, moving averages, norms over groups, six steps; and planted bugs.
+
+A slice of the matrix that `make parity` prints: there is every method, at 2 and 4 ranks.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import ranks
+from parity.cells import ENGINES, Case, Run, alone, deviation, of, tolerance, train, under, whole
+from toys import ADVERSARY, MOMENT
+
+SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks; two losses
+    "ddp": ("byol",),
+    "fsdp2": ("relicv2", "swav", "deepcluster_v2", ADVERSARY),
+    "fsdp2 reshard=false": ("byol",),
+    "deepspeed stage=0": ("byol",),
+    "deepspeed stage=1": ("swav",),
+    "deepspeed stage=2": ("byol", "deepcluster_v2"),
+    "deepspeed stage=3": ("relicv2", "swav"),
+    "fairscale": ("byol", "swav", "deepcluster_v2", ADVERSARY),
+}
+BUGGED = ("ddp", "fsdp2", "deepspeed stage=1", "deepspeed stage=3", "fairscale")
+CAUGHT_BY = {
+    "lost_gather_gradient": "simclr",
+    "allreduce_without_autograd": MOMENT,
+    "local_norm": "simclr",
+    "local_batch_norm": "byol",
+    "ema_before_step": "byol",
+}
+CASES: dict[str, Case] = {f"{method} under {engine}": under(method, engine) for engine in SLICE for method in SLICE[engine]}
+BROKEN = {f"{bug} under {engine}": (bug, under(CAUGHT_BY[bug], engine, group=0)) for bug, engine in product(CAUGHT_BY, BUGGED)}
+
+
+def everything() -> Run:
+    found = train(CASES)
+    for name, (bug, case) in BROKEN.items():
+        found |= train({name: case}, bug)
+    return found
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return whole(ranks.run(2, everything, tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Run:
+    """What one process computes; engines of one precision share it."""
+    named = {name: alone(case) for name, case in (*CASES.items(), *((name, case) for name, (_, case) in BROKEN.items()))}
+    kept: dict[str, str] = {}
+    firsts = {name: case for name, case in named.items() if kept.setdefault(repr(case), name) == name}
+    found = whole([train(firsts)])
+    return {f"{name}/{k}": v for name, case in named.items() for k, v in of(kept[repr(case)], found).items()}
+
+
+def test_every_engine_is_here() -> None:
+    assert set(SLICE) == set(ENGINES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engines_compute_the_same(name: str, reference: Run, spread: Run) -> None:
+    worst, where = deviation(of(name, reference), of(name, spread))
+    assert worst < tolerance(CASES[name]), f"{where} deviates by {worst:.1e}"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_planted_bugs_are_seen(name: str, reference: Run, spread: Run) -> None:
+    worst, _ = deviation(of(name, reference), of(name, spread))
+    limit = 100 * tolerance(BROKEN[name][1])
+    assert worst > limit, f"it deviates by only {worst:.1e}, and {limit:.0e} is wanted"
