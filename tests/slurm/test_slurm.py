@@ -200,6 +200,16 @@ def test_cancelled_job_saves_ends_and_is_continued_by_the_same_command(
     assert all(torch.equal(got[name], undisturbed[name]) for name in undisturbed)
 
 
+def test_a_job_saves_and_comes_back_before_its_time_limit(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start(cluster, recipe, run, "--time", "1", "--warning", "30", "steps=100000")
+    again = re.compile(r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;", re.DOTALL)
+    wait_for(lambda: again.search(log(run)), 180)  # SLURM may warn up to a minute early
+    assert "saved on request, requeued" in log(run)
+    cluster.run(f"scancel {job}")
+    assert cluster.until(job, "CANCELLED", "FAILED", "COMPLETED", seconds=30) == "CANCELLED"
+
+
 def test_a_crash_that_repeats_is_given_up(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = start(cluster, recipe, run, "--restarts", "1", "--container", "false")
