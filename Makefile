@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity gpu-check bench golden
+.PHONY: help demo test check parity gpu-check bench reference golden
 
 help: ## these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -10,8 +10,8 @@ help: ## these words
 demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
 
-test: .venv/.dev ## the test suite
-	@$(BIN)/python -m pytest
+test: .venv/.dev ## the test suite, in three processes: those that try SLURM mostly wait
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
@@ -23,7 +23,11 @@ parity: .venv/.dev ## every method under every engine at 2 and 4 processes besid
 gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation
 	@$(BIN)/python -m scaletrain doctor --require-gpu && $(BIN)/python -m pytest -rs tests/unit/test_cuda.py
 
-bench: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
+bench: .venv/.dev .venv/.peers ## the data plane beside its peers, about an hour; SHARDS=FOLDER of photographs
+	@$(if $(SHARDS),,echo "error: SHARDS=FOLDER is needed: shards of photographs, by shards/folder.py or shards/imagenet.py" >&2; exit 2;) \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data "$(SHARDS)" --lightly .venv/peers/lightly --albumentations .venv/peers/albumentations
+
+reference: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
 	@$(if $(IMAGES),,echo "error: IMAGES=FOLDER is needed" >&2; exit 2;) $(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference
 
 golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
@@ -38,3 +42,10 @@ golden: .venv/.dev ## write the golden losses anew, after a change that is meant
 	@echo "installing into .venv: PyTorch with CUDA is about 5 GB, the first time takes some minutes"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.$(if $(filter %.dev,$@),[dev])'
 	@touch .venv/.runtime $@
+
+# Peers of the benchmarks, apart from the environment that everything else uses; what they share with it they take from it.
+.venv/.peers: .venv/.runtime
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/peers/lightly lightly==1.6.0 lightning-utilities
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/peers/albumentations \
+	  albumentations==2.0.8 albucore==0.0.24 stringzilla simsimd
+	@touch $@

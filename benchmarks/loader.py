@@ -1,18 +1,15 @@
 """CPU seconds per source image, tar to batch of 4 x 224 + 2 x 96 views, beside lightly and albumentations on webdataset.
 
-    pip install --target PEER_A lightly==1.6.0 ... ; pip install --target PEER_B albumentations==2.0.8 ...
-    python benchmarks/loader.py SHARDS --lightly PEER_A --albumentations PEER_B
-
 First runs the fidelity gate; if that is red, the figures are void. Then pairs, alternating, each side in a process of its own
 with two loader workers of one thread: the views of configs/relicv2_r50_in1k.yaml with their probabilities and strengths on
 both sides, crops bilinear, antialiased beside lightly, not beside albumentations. Counted are the CPU seconds of the main
-process and of the workers between two batches, so not the start. uint8: both hand over bytes. float: both end in normalised
-floats, ours made of the bytes in the main process.
+process and of the workers between two batches, so not the start. The peers hand over bytes,
+without the conversion to normalised floats that both do by default; ours hand over bytes, or floats, made of them in the main
+process.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -20,14 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-import typer
 
-from scaletrain import config
+from benchmarks.rows import Row, spread
+from scaletrain import config, dist
 from scaletrain.config import Data, View
 from scaletrain.data import colour, crop, image
 from scaletrain.data.loader import Stream
@@ -41,44 +38,26 @@ WORKERS, BATCH, WARM = 2, 32, 4
 TARGETS = {("lightly", False): 3.5, ("lightly", True): 2.5, ("albumentations", False): 1.2, ("albumentations", True): 1.0}
 
 
-def main(
-    shards: Path,
-    lightly: Annotated[str, typer.Option(help="Folder where pip --target put it; none: this environment.")] = "",
-    albumentations: str = "",
-    pairs: int = 5,
-    batches: Annotated[int, typer.Option(help="Measured batches of a run, of 32 images.")] = 16,
-    side: Annotated[str, typer.Option(hidden=True)] = "",
-    peer: Annotated[str, typer.Option(hidden=True)] = "",
-    floats: Annotated[bool, typer.Option("--floats", hidden=True)] = False,
-) -> None:
-    """Print a table of ms CPU per image and the medians of the pairwise ratios."""
-    if side:
-        print(json.dumps(SIDES[side](shards, batches, peer == "lightly", floats)))
+def rows(shards: Path, lightly: str, albumentations: str, pairs: int, batches: int) -> Iterator[Row]:
+    """A ratio per peer and hand-over; all are void, and none is measured, where the fidelity gate is red."""
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", str(GATE)], cwd=HERE.parent, stdout=subprocess.DEVNULL).returncode:
+        yield Row("views: speed", "VOID", "-", "-", "the fidelity gate is red", "-", False)
         return
-    gate = subprocess.run([sys.executable, "-m", "pytest", str(GATE)], cwd=HERE.parent)
     folders = {"lightly": lightly, "albumentations": albumentations}
 
     def run(name: str, peer: str, floats: bool) -> float:
-        command = [sys.executable, __file__, str(shards), "--batches", str(batches), "--side", name, "--peer", peer]
-        path = os.pathsep.join(filter(None, (str(HERE.parent), folders.get(name, ""))))
+        command = [sys.executable, "-m", "benchmarks.loader", str(shards), str(batches), name, peer, str(int(floats))]
+        path = os.pathsep.join((str(HERE.parent), folders.get(name, "")))
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-        done = subprocess.run([*command, *["--floats"] * floats], check=True, stdout=subprocess.PIPE, text=True, env=env)
-        return float(json.loads(done.stdout.splitlines()[-1]))
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env, cwd=HERE.parent)
+        return float(done.stdout.splitlines()[-1])
 
-    print("| peer | hand-over | ours, ms/image | peer, ms/image | ratio: median (lowest - highest) | target |")
-    print("|---|---|---|---|---|---|")
-    for (name, as_floats), target in TARGETS.items():
-        found = [(run("ours", name, as_floats), run(name, name, as_floats)) for _ in range(pairs)]
+    for (name, floats), target in TARGETS.items():
+        found = [(run("ours", name, floats), run(name, name, floats)) for _ in range(pairs)]
         ratios = [theirs / ours for ours, theirs in found]
-        mine, other = (statistics.median(column) * 1e3 for column in zip(*found, strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-        kind = "float" if as_floats else "uint8"
-        print(f"| {name} | {kind} | {mine:.2f} | {other:.2f} | {spread} | {target} |", flush=True)
-    for antialias in (True, False):
-        print(f"stages, one process, antialias {antialias}, ms/image: {stages(shards, antialias)}")
-    if gate.returncode:
-        print("VOID: the fidelity gate is red, so these figures say nothing")
-        raise typer.Exit(1)
+        mine, other = (f"{statistics.median(column) * 1e3:.2f} ms/image" for column in zip(*found, strict=True))
+        figure = f"tar to 4 x 224 + 2 x 96 views, {'ours normalised floats, theirs uint8' if floats else 'uint8'}"
+        yield Row(figure, mine, f"webdataset + {name}", other, spread(ratios), f"{target}", statistics.median(ratios) >= target)
 
 
 def views(antialias: bool) -> Data:
@@ -110,6 +89,7 @@ def cpu() -> float:
 
 def ours(shards: Path, count: int, antialias: bool, floats: bool) -> float:
     torch.set_num_threads(1)
+    dist.keep_freed_memory()  # as training does
     data = views(antialias).model_copy(update={"path": str(shards), "workers": WORKERS, "lanes": 8, "window": 4})
     stream = Stream(data, seed=0, batch=BATCH, rank=0, world=1, device=torch.device("cpu"))
     if not floats:
@@ -119,7 +99,7 @@ def ours(shards: Path, count: int, antialias: bool, floats: bool) -> float:
     return found
 
 
-def lightly(shards: Path, count: int, antialias: bool, floats: bool) -> float:
+def lightly(shards: Path, count: int, antialias: bool, _: bool) -> float:
     from lightly.transforms.byol_transform import BYOLView1Transform
     from lightly.transforms.multi_view_transform import MultiViewTransform
     from torchvision import transforms as T
@@ -131,16 +111,14 @@ def lightly(shards: Path, count: int, antialias: bool, floats: bool) -> float:
         )
         parts = made.transform.transforms
         parts[0] = T.RandomResizedCrop(view.size, scale=view.area, antialias=antialias)
-        if not floats:
-            parts[-2:] = [T.PILToTensor()]
+        parts[-2:] = [T.PILToTensor()]
         return made
 
     return peer(shards, "pil", MultiViewTransform([one(view) for view in views(antialias).views]), count)
 
 
-def albumentations(shards: Path, count: int, antialias: bool, floats: bool) -> float:
+def albumentations(shards: Path, count: int, antialias: bool, _: bool) -> float:
     import albumentations as A
-    from albumentations.pytorch import ToTensorV2
 
     def one(view: View) -> A.Compose:
         around = {key: (1 - getattr(view, key), 1 + getattr(view, key)) for key in ("brightness", "contrast", "saturation")}
@@ -153,7 +131,7 @@ def albumentations(shards: Path, count: int, antialias: bool, floats: bool) -> f
             A.GaussianBlur(blur_limit=0, sigma_limit=sigma, p=view.blur),
             A.Solarize(threshold_range=(0.5, 0.5), p=view.solarize),
         ]
-        return A.Compose([*parts, A.Normalize(), ToTensorV2()] if floats else parts)
+        return A.Compose(parts)
 
     made = [one(view) for view in views(antialias).views]
     return peer(shards, _rgb, lambda x: [one(image=x)["image"] for one in made], count)
@@ -216,4 +194,5 @@ SIDES: dict[str, Callable[[Path, int, bool, bool], float]] = {
 }
 
 if __name__ == "__main__":
-    typer.run(main)
+    folder, measured_batches, side, against, as_floats = sys.argv[1:]
+    print(SIDES[side](Path(folder), int(measured_batches), against == "lightly", as_floats == "1"))

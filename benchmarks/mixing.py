@@ -1,6 +1,6 @@
 """How many classes a batch holds, beside uniform sampling: shards written with the global shuffle, and class-sorted ones.
 
-    python benchmarks/mixing.py
+    python -m benchmarks.mixing
 
 A stand-in for ImageNet: 1,281 shards of 1,000 samples, 1,000 classes, batch 4,096. Limit: shuffled shards reach 95 % of
 uniform sampling's distinct classes. KL: mean divergence of a batch's classes from the collection's, in nats.
@@ -8,12 +8,12 @@ uniform sampling's distinct classes. KL: mean divergence of a batch's classes fr
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.rows import HEAD, Row
 from scaletrain.data.plan import Ints, Plan
 
 SHARDS, PER_SHARD, CLASSES, BATCH, LIMIT = 1281, 1000, 1000, 4096, 0.95
@@ -36,31 +36,27 @@ def some(plan: Plan, batches: int) -> list[Ints]:
     return [plan.batch(epoch, step) for epoch in (0, 1) for step in steps]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batches", type=int, default=40)
-    number = parser.parse_args().batches
+def rows(number: int = 40) -> Iterator[Row]:
     draw = np.random.default_rng(0)
     ordered = np.arange(SAMPLES) * CLASSES // SAMPLES
     shuffled = draw.permutation(ordered)
     uniform = judged([draw.choice(SAMPLES, BATCH, replace=False) for _ in range(number)], ordered)
-    print(f"{'':44} classes of uniform     KL   shards in use")
-    print(f"{'uniform sampling':44} {uniform[0]:7.1f}  100.0 %  {uniform[1]:.3f}")
-    least = 1.0
-    for lanes in (64, 256):
-        for window in (1, 4, 16, 64):
-            plan = Plan(np.full(SHARDS, PER_SHARD), seed=0, batch=BATCH, lanes=lanes, window=window)
-            batches, held = some(plan, number), plan.in_use()[1]
-            for name, classes in (("shuffled", shuffled), ("class-sorted", ordered)):
-                distinct, divergence = judged(batches, classes)
-                label = f"{name} shards, {lanes} lanes, window {window}"
-                print(f"{label:44} {distinct:7.1f} {distinct / uniform[0]:7.1%}  {divergence:.3f}   {held:,}")
-                if name == "shuffled":
-                    least = min(least, distinct / uniform[0])
-    verdict = "met" if least >= LIMIT else "MISSED"
-    print(f"shuffled shards: at least {least:.1%} of uniform sampling's classes, limit {LIMIT:.0%}: {verdict}")
-    return int(least < LIMIT)
+    for lanes, window in ((64, 1), (64, 4), (64, 16), (256, 4)):
+        plan = Plan(np.full(SHARDS, PER_SHARD), seed=0, batch=BATCH, lanes=lanes, window=window)
+        batches, held = some(plan, number), plan.in_use()[1]
+        for name, classes in (("shuffled", shuffled), ("class-sorted", ordered)):
+            distinct, divergence = judged(batches, classes)
+            share, least = distinct / uniform[0], LIMIT if name == "shuffled" else 0.0
+            yield Row(
+                f"classes per batch, {name} shards, {lanes} lanes, window {window}",
+                f"{distinct:.1f}, KL {divergence:.3f}, {held:,} shards in use",
+                "uniform sampling",
+                f"{uniform[0]:.1f}, KL {uniform[1]:.3f}",
+                f"{share:.1%}",
+                f"{least:.0%}" if least else "-",
+                share >= least,
+            )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(HEAD, *rows(), sep="\n")

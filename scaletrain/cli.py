@@ -106,8 +106,10 @@ def train(
 def evaluate(
     target: Annotated[Path, typer.Argument(help="Run folder, one step of its checkpoints, or exported file.")],
     benchmarks: Annotated[list[str], typer.Argument(help="e.g. knn linear")],
-    train_data: Annotated[Path | None, typer.Option("--train", help="Labelled shards; default: the run's own.")] = None,
-    test_data: Annotated[Path | None, typer.Option("--test", help="Default: `test` or `val` beside them.")] = None,
+    train_data: Annotated[
+        str | None, typer.Option("--train", help="Labelled shards, a folder or address; default: the run's own.")
+    ] = None,
+    test_data: Annotated[str | None, typer.Option("--test", help="Default: `test` or `val` beside them.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="e.g. linear.epochs=20; may be repeated.")] = None,
     encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="What is judged.")] = "trained",
     labels: Annotated[Path | None, typer.Option(help="Train on this label subset only, a file of shards/subset.py.")] = None,

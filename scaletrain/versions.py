@@ -1,10 +1,12 @@
-"""Which software this is."""
+"""Which software this is, and what is installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import subprocess
 from pathlib import Path
+
+from scaletrain.config import ConfigError
 
 
 def installed(package: str) -> str:
@@ -13,6 +15,14 @@ def installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def need(library: str) -> None:
+    """Raise ConfigError unless the library of an engine, which is an extra, is installed."""
+    if not installed(library):
+        raise ConfigError(
+            f"engine.name={library} needs {library}: pip install 'scaletrain[{library}]', or choose another engine.name"
+        )
 
 
 def commit() -> str:

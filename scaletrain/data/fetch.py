@@ -32,21 +32,32 @@ class Passing(Exception):
     """A failure that may pass."""
 
 
+class Differs(Passing):
+    """Other bytes than were promised: by a bad connection, or for good."""
+
+
+class Outage(DataError):
+    """A failure that could have passed and did not."""
+
+
 def fetch(url: str, timeout: float, tries: int) -> bytes:
     """The content; `timeout` is in seconds, of one wait for the network. Raises DataError with the reason."""
     return again(lambda: b"".join(parts(url, MEMBER_BYTES, timeout, timeout * _WHOLE)), tries)
 
 
 def again(work: Callable[[], T], tries: int) -> T:
-    """Its result, tried again after failures that may pass, with waits that double. Raises DataError with the last reason."""
+    """Its result, tried again after failures that may pass, with waits that double.
+
+    Raises DataError with the last reason: an Outage, unless it is final.
+    """
     for attempt in range(tries):
         try:
             return work()
         except Passing as error:
-            reason = str(error)
+            last = error
             if attempt + 1 < tries:
                 sleep(min(2.0**attempt, LONGEST) * _JITTER.uniform(0.5, 1.0))
-    raise DataError(f"{reason} (tried {tries} times)")
+    raise (DataError if isinstance(last, Differs) else Outage)(f"{last} (tried {tries} times)")
 
 
 def parts(url: str, limit: int, timeout: float, seconds: float) -> Iterator[bytes]:

@@ -36,7 +36,7 @@ def load(folder: Path, notice: Callable[[str], None] = print, skip: bool = False
 
     `skip`: while indexing, faults are said and left out in place of raised.
     """
-    there = np.array([os.fsencode(name) for name in _folder_of_tars(folder)])
+    there = np.array(_folder_of_tars(folder))
     place = home(folder) / MANIFEST
     if not place.exists():
         notice(f"{folder} has no index yet: reading every shard once to make it in {place.parent}")
@@ -62,7 +62,7 @@ def build(
 
     Raises ShardError at the first fault unless `report`, called from this thread, takes it and returns.
     """
-    names = [name for name in _folder_of_tars(folder) if (folder / name).is_file()]
+    names = sorted(name for name in map(os.fsdecode, _folder_of_tars(folder)) if (folder / name).is_file())
     place = home(folder)
     with _alone(place):
         if not force and (place / MANIFEST).exists():
@@ -151,11 +151,12 @@ def atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def _folder_of_tars(folder: Path) -> list[str]:
+def _folder_of_tars(folder: Path) -> list[bytes]:
+    """Names as the file system has them, in no order: decoding 300,000 of them takes longer than reading the folder."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data folder; write one with shards/folder.py IMAGES {folder}")
-    with os.scandir(folder) as entries:  # without a look at each, which is slow on a network
-        names = sorted(entry.name for entry in entries if entry.name.endswith(".tar"))
+    with os.scandir(os.fsencode(folder)) as entries:  # without a look at each, which is slow on a network
+        names = [entry.name for entry in entries if entry.name.endswith(b".tar")]
     if not names:
         inner = sorted(p.parent.name for p in folder.glob("*/*.tar"))
         cure = f"did you mean {folder / inner[0]}?" if inner else "write shards with shards/folder.py IMAGES FOLDER"

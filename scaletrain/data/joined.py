@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from scaletrain.config import Cache
-from scaletrain.data.errors import DataError, ShardError
+from scaletrain.data import remote
+from scaletrain.data.errors import ShardError
 from scaletrain.data.reader import NODE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.staged import Course, Within
 
 CLASSES = "classes.json"
+CLASSES_BYTES = 64 << 20
 
 
 class Joined:
@@ -26,7 +27,8 @@ class Joined:
         # the limit of open files is the process's
         self.parts = [Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache) for folder in folders]
         self._first = np.cumsum([0, *map(len, self.parts)])
-        self.labelled = _one_list([part.folder / CLASSES for part in self.parts])
+        first, *others = map(classes, folders)
+        self.labelled = first is not None and all(other == first for other in others)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -72,11 +74,9 @@ class Joined:
         return self.parts[part], sample - int(self._first[part])
 
 
-def _one_list(paths: Sequence[Path]) -> bool:
+def classes(folder: str) -> bytes | None:
+    """Its classes.json; None where it has none. Raises DataError where one is there and cannot be read."""
     try:
-        first, *others = [path.read_bytes() for path in paths]
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return all(content == first for content in others)
+        return remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
+    except remote.LostError:
+        return None

@@ -18,6 +18,14 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @compiled
+def normalise(src: Array, scale: Array, shift: Array, out: Array) -> None:
+    """Rows [n, 3 W] uint8 -> float32 [n, 3 W]: src * scale + shift, whose [3 W] float32 repeat with the channels."""
+    for y in range(src.shape[0]):
+        for x in range(src.shape[1]):
+            out[y, x] = float32(src[y, x]) * scale[x] + shift[x]
+
+
+@compiled
 def photometric(src: Array, out: Array, order: Array, factors: Array, gray: bool, solarize: bool, flip: bool) -> None:
     """Rows [H, 3 W] uint8 -> [H, 3 W]: the operations in `order`, then gray, solarize and flip.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scaletrain.config import Cache
 from scaletrain.data import index, staged, table
 from scaletrain.data.errors import DataError, LoaderError, ShardError
-from scaletrain.data.remote import is_remote
+from scaletrain.data.remote import LostError, is_remote
 from scaletrain.data.tar import BLOCK, MEMBER_BYTES, header_fault, name_in
 
 NODE = Cache()
@@ -44,6 +44,7 @@ class Shards:
         self._open: OrderedDict[int, tuple[int, table.Rows]] = OrderedDict()
         self._staged: staged.Staged | None = None
         self._keep = keep  # shards held open
+        self._lost: dict[int, ShardError] = {}  # remote shards that are not to be had
         self._skip = skip  # one bad sample does not condemn its shard
         self.folder = Path(folder)
         remote = is_remote(str(folder))
@@ -158,9 +159,7 @@ class Shards:
             self._open.move_to_end(number)
             return self._open[number]
         if self._staged is not None:
-            self._release()  # one at a time: what is open stays in the cache
-            self._open[number] = self._staged.open(number), self._staged.rows(number)
-            return self._open[number]
+            return self._fetched(self._staged, number)
         path = self._path(number)
         try:
             file = os.open(path, os.O_RDONLY)
@@ -176,6 +175,20 @@ class Shards:
             os.close(self._open.popitem(last=False)[1][0])
         self._open[number] = (file, rows)
         return file, rows
+
+    def _fetched(self, held: staged.Staged, number: int) -> tuple[int, table.Rows]:
+        self._release()  # one at a time: what is open stays in the cache
+        if number in self._lost:
+            raise self._lost[number]
+        try:
+            self._open[number] = held.open(number), held.rows(number)
+        except LostError as error:
+            if not self._skip:
+                raise
+            # remembered, as a minute of tries for each of its samples would be too long
+            self._lost[number] = ShardError(held.url(number), 0, str(error))
+            raise self._lost[number] from None
+        return self._open[number]
 
     def _member(self, number: int, file: int, place: tuple[int, int, int]) -> bytes:
         offset, size, crc = place

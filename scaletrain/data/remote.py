@@ -9,15 +9,16 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from scaletrain.data import fetch
 from scaletrain.data.errors import DataError
-from scaletrain.data.fetch import Passing
+from scaletrain.data.fetch import Differs, Passing
 
+T = TypeVar("T")
 TRIES = 7  # with waits of 1, 2, 4 ... 30 seconds: an outage of a minute passes
 TIMEOUT = 30.0  # seconds of silence
 SLOWEST = 500_000  # bytes a second, below which a download is given up
@@ -29,6 +30,10 @@ class RemoteError(DataError):
     """A file of a remote data set that cannot be had, after all tries."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: another start may succeed
+
+
+class LostError(RemoteError):
+    """A file that is not there, or is not the one that the manifest lists: waiting does not help."""
 
 
 class Origin(Protocol):
@@ -57,10 +62,7 @@ def origin(path: str) -> Origin:
 
 def read(source: Origin, name: str, limit: int) -> bytes:
     """A small file. Raises RemoteError."""
-    try:
-        return fetch.again(lambda: b"".join(source.parts(name, limit)), TRIES)
-    except DataError as error:
-        raise RemoteError(f"{source.url}/{name}: {error}") from None
+    return _tried(source, name, lambda: b"".join(source.parts(name, limit)))
 
 
 def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str | None) -> None:
@@ -73,14 +75,19 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
             digest.update(part)
             done += file.write(part)
         if done != size:
-            raise Passing(f"{done} bytes came and not the {size} of the manifest")
+            raise Differs(f"{done} bytes came and not the {size} of the manifest")
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise Passing("the content is not that of the manifest (sha256 differs): damaged on its way, or altered")
+            raise Differs("the content is not that of the manifest (sha256 differs): damaged on its way, or altered")
 
+    _tried(source, name, once)
+
+
+def _tried(source: Origin, name: str, work: Callable[[], T]) -> T:
     try:
-        fetch.again(once, TRIES)
+        return fetch.again(work, TRIES)
     except DataError as error:
-        raise RemoteError(f"{source.url}/{name}: {error}") from None
+        kind = RemoteError if isinstance(error, fetch.Outage) else LostError
+        raise kind(f"{source.url}/{name}: {error}") from None
 
 
 class Web:

@@ -8,7 +8,6 @@ means over ranks, as everywhere. A parameter outside the graph of a step has a z
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
 from scaletrain.placement import Saved, Shard, replica
 from scaletrain.recipe import nearest
+from scaletrain.versions import need
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -85,8 +85,6 @@ class Config(base.EngineConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError("DeepSpeed is not installed: pip install 'scaletrain[deepspeed]', or choose another engine.name")
         if self.precision == "fp64":
             raise ValueError("ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2 for fp64")
         if self.compile and self.stage == 3:
@@ -155,6 +153,7 @@ class Engine(base.Engine):
         channels_last_inputs(self.method)  # partitions are flat and row-major
 
     def wrap(self) -> None:
+        need("deepspeed")
         self.sharded = self.config.stage > 0
         self.method.register_forward_hook(_with_losses)  # before DeepSpeed's hooks
         self.zero: Any  # DeepSpeed's optimizer, which holds the partitions

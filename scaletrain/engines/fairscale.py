@@ -11,13 +11,11 @@ A parameter outside a step's graph has a zero gradient here, not none.
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
 from scaletrain import dist
@@ -28,14 +26,11 @@ from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 from scaletrain.placement import Shard
+from scaletrain.versions import need
 
 
 class Config(base.EngineConfig):
-    @model_validator(mode="after")
-    def _installed(self) -> Config:
-        if importlib.util.find_spec("fairscale") is None:
-            raise ValueError("fairscale is not installed: pip install 'scaletrain[fairscale]', or choose another engine.name")
-        return self
+    pass
 
 
 class Engine(base.Engine):
@@ -45,6 +40,7 @@ class Engine(base.Engine):
         channels_last_inputs(self.method)  # OSS makes parameters row-major views of one buffer for each rank
 
     def build_optimizer(self, declared: list[groups.ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+        need("fairscale")
         if dist.world() == 1:
             return super().build_optimizer(declared, optim)
         from fairscale.nn.data_parallel import ShardedDataParallel

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaletrain import config, dist, files, recipe
+from scaletrain.data.remote import is_remote
 from scaletrain.evals import targets
 from scaletrain.evals.features import Config as FeaturesConfig
 from scaletrain.evals.features import Scene
@@ -39,19 +40,19 @@ def run(
     target: Path,
     benchmarks: Sequence[str],
     *,
-    train: Path | None = None,
-    test: Path | None = None,
+    train: str | Path | None = None,
+    test: str | Path | None = None,
     overrides: Iterable[str] = (),
     encoder: Encoder = "trained",
     labels: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Judge RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one card per benchmark.
 
-    `train` and `test` are folders of shards with labels; by default the run's own data and the folder `test` or `val` beside
-    it. `overrides` such as `linear.epochs=20` or `features.size=224` name a benchmark's or the features' settings. `encoder`
-    puts a baseline in the place of the trained one. `labels` is a label subset of the training shards: no other sample of
-    them is used, and the file's stem ends the names of cards and scalars. Cards go to RUN/evals or beside FILE, scalars to
-    RUN/tensorboard/evals.
+    `train` and `test` are folders or addresses of shards with labels; by default the run's own data and the folder `test` or
+    `val` beside it. `overrides` such as `linear.epochs=20` or `features.size=224` name a benchmark's or the features' settings.
+    `encoder` puts a baseline in the place of the trained one. `labels` is a label subset of the training shards: no other
+    sample of them is used, and the file's stem ends the names of cards and scalars. Cards go to RUN/evals or beside FILE,
+    scalars to RUN/tensorboard/evals.
     Raises EvalError and other ValueErrors whose text says what to do.
     """
     dist.keep_freed_memory()
@@ -131,13 +132,15 @@ def _validate(model: type[config.Frozen], raw: Any, name: str) -> config.Frozen:
         raise EvalError("; ".join(lines)) from None
 
 
-def _folders(subject: Subject, train: Path | None, test: Path | None) -> tuple[str, str]:
+def _folders(subject: Subject, train: str | Path | None, test: str | Path | None) -> tuple[str, str]:
     """Training and test set: as given, else the run's own data and the folder beside it."""
     source = str(train or subject.data.path)
     if source in ("", "synthetic"):
         raise EvalError(f"{subject.source}: its data.path '{source}' has no labels to judge by; give --train and --test")
     if test is not None:
         return source, str(test)
+    if is_remote(source):
+        raise EvalError(f"no test set: {source} is remote; give its labelled test shards with --test")
     beside = [Path(source).absolute().parent / name for name in ("test", "val")]
     for folder in beside:
         if folder.is_dir():

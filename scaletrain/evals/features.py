@@ -19,7 +19,8 @@ from torch import Tensor
 
 from scaletrain import config
 from scaletrain.core import Batch
-from scaletrain.data import index, loader, write
+from scaletrain.data import loader
+from scaletrain.data.joined import CLASSES, classes
 from scaletrain.data.labels import load as load_subset
 from scaletrain.data.plan import Ints
 from scaletrain.data.reader import Shards
@@ -64,7 +65,7 @@ class Scene:
         self._labelled_by = self.train
         self._card: dict[str, Any] = {}
         if subset is not None:
-            found = load_subset(subset, Shards(self.train))
+            found = load_subset(subset, self._shards(self.train))
             self._rows, self.known = found.index, torch.from_numpy(found.labels)
             self._labelled_by = str(subset)
             digest = hashlib.sha256(subset.read_bytes()).hexdigest()
@@ -79,7 +80,7 @@ class Scene:
     @cached_property
     def samples(self) -> int:
         """In the training set."""
-        return int(_index(self.train)["samples"]) if self._rows is None else len(self._rows)
+        return len(self._shards(self.train)) if self._rows is None else len(self._rows)
 
     @property
     def classes(self) -> int:
@@ -166,14 +167,20 @@ class Scene:
         return {"name": "random resized crop and flip", **self.view.model_dump(mode="json", include=set(kept))}
 
     def provenance(self) -> dict[str, Any]:
-        data = {name: {"path": path, **_index(path)} for name, path in (("train", self.train), ("test", self.test))}
+        """Of both sets the path, the number of samples and a sha256 of all their bytes; the label subset."""
+        paths = {"train": self.train, "test": self.test}
+        shards = {name: self._shards(path) for name, path in paths.items()}
+        data = {n: {"path": paths[n], "samples": len(found), "sha256": found.fingerprint} for n, found in shards.items()}
         return {**data, **self._card}
+
+    def _shards(self, path: str) -> Shards:
+        return Shards(path, cache=self.subject.data.cache)
 
     # --- encoding ---
 
     def _encode(self, path: str, what: str, wanted: Tensor | None = None, rows: Ints | None = None) -> tuple[Tensor, Tensor]:
         """Features [N, D] (of the `wanted` [N] bool only, if given) and all labels [N], in the order of `rows`."""
-        samples = _index(path)["samples"] if rows is None else len(rows)
+        samples = len(self._shards(path)) if rows is None else len(rows)
         data = self.subject.data
         images = loader.plain(
             path,
@@ -243,18 +250,12 @@ def _labels(batch: Batch, path: str) -> Tensor:
 
 def _same_classes(train: str, test: str) -> None:
     """Class names, where both folders have them, must be the same in the same order: labels are positions in that list."""
+    found = [classes(path) for path in (train, test)]
+    if None in found:  # shards of another writer have no names
+        return
     try:
-        ours, theirs = (json.loads((Path(path) / write.CLASSES).read_text()) for path in (train, test))
-    except (OSError, ValueError):  # shards of another writer have no names
+        ours, theirs = (json.loads(names or b"") for names in found)
+    except ValueError:
         return
     if ours != theirs:
-        raise EvalError(f"{train} and {test} have different {write.CLASSES}: the labels do not mean the same classes")
-
-
-def _index(path: str) -> dict[str, Any]:
-    """Number of samples and sha256 of the manifest."""
-    samples = sum(shard["samples"] for shard in index.load(Path(path)))
-    return {
-        "samples": samples,
-        "index_sha256": hashlib.sha256((index.home(Path(path)) / index.MANIFEST).read_bytes()).hexdigest(),
-    }
+        raise EvalError(f"{train} and {test} have different {CLASSES}: the labels do not mean the same classes")

@@ -50,6 +50,13 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_quoted_figures_are_those_that_were_measured() -> None:
+    table = (ROOT / "benchmarks" / "DATA.md").read_text().splitlines()
+    quoted = [line for line in README.splitlines() if line.startswith("| tar to")]
+    assert len(quoted) == 4
+    assert set(quoted) <= set(table)
+
+
 def test_commands(workplace: Path) -> None:
     environment = os.environ | {
         "PATH": f"{workplace / 'bin'}{os.pathsep}{os.environ['PATH']}",

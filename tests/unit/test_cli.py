@@ -103,7 +103,7 @@ def test_eval_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--train", "a", "--test", "b", *settings, "--encoder", "pixels", "--labels", "c")
     assert call("eval", "run", "knn", "linear", *options).exit_code == 0
     overrides = ["knn.k=[1]", "linear.epochs=2"]
-    passed = {"train": Path("a"), "test": Path("b"), "overrides": overrides, "encoder": "pixels", "labels": Path("c")}
+    passed = {"train": "a", "test": "b", "overrides": overrides, "encoder": "pixels", "labels": Path("c")}
     assert seen == [(Path("run"), ["knn", "linear"], passed)]
     assert shown == [[{"benchmark": "knn"}]]
 

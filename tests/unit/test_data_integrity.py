@@ -244,6 +244,25 @@ def test_what_may_pass_is_never_replaced(folder: Path, monkeypatch: pytest.Monke
 # --- the account ------------------------------------------------------------------------------------------------------
 
 
+def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: Path) -> None:
+    """The shares of a mixture stay what they are."""
+    other = write_shards(tmp_path / "other", (30,))
+    index.build(other)
+    (folder / SHARD).write_bytes(damaged(folder, "flipped bit"))
+    parts = [{"path": str(path), "weight": 1} for path in (other, folder)]
+    mixed = {"path": "", "mixture": parts, "epoch_samples": 60, "lanes": 4, "window": 2, "workers": 0}
+    data = Data(views=(View(size=8),), on_bad="skip", **mixed)
+    source, lost = Stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu")), []
+    used = [b.index for b in source.batches(0, 10, lambda step, found: lost.extend(found))]
+    planned = [torch.from_numpy(source.plan.batch(*divmod(step, 5))) for step in range(10)]
+    assert {r.planned for r in lost} == {30 + WHERE}
+    assert all(30 <= r.used < 70 and r.used != 30 + WHERE for r in lost)
+    shares = [[int((batch < 30).sum()) for batch in batches] for batches in (used, planned)]
+    assert shares[0] == shares[1]
+    differ = sum(int((a != b).sum()) for a, b in zip(used, planned, strict=True))
+    assert differ == len(lost) > 0
+
+
 def account(run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip") -> Account:
     return Account(run, Data(on_bad=on_bad, max_bad=limit), epoch=100, batch=10, start=start, before=before)
 

@@ -190,6 +190,46 @@ def test_trouble_that_stays_is_named(
     assert len(shards.read(0).image) > 0  # the others are still there
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("trouble", [kit.wrong, kit.short, kit.status(404)])
+def test_under_skip_a_shard_that_is_lost_is_replaced_exactly(
+    web: Server, tmp_path: Path, trouble: kit.Trouble, workers: int
+) -> None:
+    """By samples of the others, each draw by the same one as at any other number of workers."""
+    web.always["s-001.tar"] = trouble
+    source, lost = stream(web.url, cache(tmp_path), workers=workers, on_bad="skip"), []
+    used = torch.cat([b.index for b in source.batches(0, 4, lambda step, found: lost.extend(found))]).tolist()
+    planned = [sample for step in range(4) for sample in source.plan.batch(0, step).tolist()]
+    source.close()
+    assert sorted(planned) == list(range(48))
+    assert sorted(r.planned for r in lost) == [11, 12, 13]
+    found = {r.planned: r.used for r in lost}
+    assert used == [found.get(sample, sample) for sample in planned]
+    assert not set(used) & {11, 12, 13}
+    assert all(f"{web.url}/s-001.tar" in r.fault for r in lost)
+    assert web.asked["s-001.tar"] <= 7 * 2 * max(1, workers)  # read and read ahead, by each process, once
+
+
+def test_under_skip_an_outage_still_stops_the_run(web: Server, tmp_path: Path) -> None:
+    web.always["s-001.tar"] = kit.status(503)
+    source = stream(web.url, cache(tmp_path), on_bad="skip")
+    with pytest.raises(remote.RemoteError, match=r"s-001\.tar: HTTP 503 .*tried 7 times"):
+        taken(source, 0, 4)
+
+
+def test_a_remote_mixture_has_labels_where_the_classes_are_the_same(folder: Path, web: Server, tmp_path: Path) -> None:
+    parts = [{"path": web.url, "weight": 1}, {"path": str(folder), "weight": 1}]
+    mixed = taken(stream("", cache(tmp_path), mixture=parts, epoch_samples=48), 0, 4)
+    assert set(torch.cat([b.labels for b in mixed]).tolist()) == {-1}
+    (folder / "classes.json").write_text('["a"]')
+    try:
+        mixed = taken(stream("", cache(tmp_path), mixture=parts, epoch_samples=48), 0, 4)
+    finally:
+        (folder / "classes.json").unlink()
+    seen = torch.cat([b.index for b in mixed])
+    assert torch.equal(torch.cat([b.labels for b in mixed]), seen % 48 % 7)
+
+
 def test_a_loader_process_hands_the_failure_over(web: Server, tmp_path: Path) -> None:
     for number in range(4):
         web.always[f"s-{number:03d}.tar"] = kit.status(404)

@@ -8,7 +8,6 @@ ranks that way, a target that moves before the step by 0.04 or more.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -230,14 +229,6 @@ def test_a_file_of_settings_is_read_once(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused_when_the_recipe_is_read(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config("byol", {"name": "deepspeed", "stage": 2, **changes})
-
-
-def test_a_missing_library_names_the_extra() -> None:
-    with (
-        mock.patch.object(importlib.util, "find_spec", return_value=None),
-        pytest.raises(ConfigError, match=r"pip install 'scaletrain\[deepspeed\]'"),
-    ):
-        config("byol", {"name": "deepspeed"})
 
 
 def test_several_backward_passes_are_refused() -> None:

@@ -52,8 +52,9 @@ def test_cards_scalars_and_table(run: Path) -> None:
         assert (card["encoder"], card["step"], card["unit"]) == ("trained", 7, "per cent")
         assert {"scaletrain", "torch", "numpy", "python"} == set(card["versions"])
         folder = run.parent / "data" / "train"
-        digest = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
-        assert card["data"]["train"] == {"path": str(folder), "samples": 72, "index_sha256": digest}
+        contents = [hashlib.sha256((folder / f"s-{n}.tar").read_bytes()).hexdigest() for n in (0, 1)]
+        whole = hashlib.sha256("".join(contents).encode()).hexdigest()
+        assert card["data"]["train"] == {"path": str(folder), "samples": 72, "sha256": whole}
         assert card["data"]["test"]["samples"] == 24
     board = EventAccumulator(str(run / "tensorboard" / "evals"))
     board.Reload()
@@ -163,6 +164,11 @@ def test_no_test_set(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["", "synthetic"])
 def test_no_training_set(tmp_path: Path, path: str) -> None:
     refused(run_folder(tmp_path, path), "no labels to judge by; give --train and --test")
+
+
+def test_remote_shards_name_no_test_set_of_their_own(run: Path) -> None:
+    with pytest.raises(EvalError, match=r"http://127\.0\.0\.1:1/train is remote; give its labelled test shards with --test"):
+        evals.run(run, ["knn"], train="http://127.0.0.1:1/train", overrides=QUICK[3:])
 
 
 def test_missing_labels_are_named(run: Path, tmp_path: Path) -> None:

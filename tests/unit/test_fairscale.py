@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import small
 import torch
 from toys import ADVERSARY, toy_engine
 
-from scaletrain import dist
+from scaletrain import dist, versions
 from scaletrain.config import Config, ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine
@@ -115,7 +114,10 @@ def test_a_bad_sample_of_one_rank_leaves_no_trace_on_any(spread: list[dict[str, 
         assert (rank["skipped"], rank["changed"], rank["kept"]) == (True, 0, 0)
 
 
-def test_a_missing_library_is_named_when_the_recipe_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"engine: fairscale is not installed: pip install 'scaletrain\[fairscale\]'"):
-        small.config("byol", engine={"name": "fairscale"})
+@pytest.mark.parametrize("name", ["deepspeed", "fairscale"])
+def test_a_missing_library_is_named_by_the_engine_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that only evaluates reads the recipe all the same."""
+    monkeypatch.setattr(versions, "installed", lambda library: "")
+    cfg = small.config("byol", engine={"name": name})
+    with pytest.raises(ConfigError, match=rf"engine.name={name} needs {name}: pip install 'scaletrain\[{name}\]'"):
+        small.engine(cfg)

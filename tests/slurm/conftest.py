@@ -1,0 +1,49 @@
+"""The cluster and what its jobs train."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from slurm.cluster import Cluster
+from slurm.jobs import RECIPE, ROOT, tensors
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        running.env |= {"PYTHONPATH": str(ROOT)}
+        yield running
+        leftover = running.processes
+    assert not leftover()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose data are shards of 96 made-up images."""
+    folder = tmp_path_factory.mktemp("work with spaces")
+    draw = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for i in range(96):
+        cv2.imwrite(str(folder / "images" / f"{i:03d}.png"), draw.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    script = [sys.executable, str(ROOT / "shards" / "folder.py"), str(folder / "images"), str(folder / "shards")]
+    subprocess.run([*script, "--per-shard", "16"], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.replace("data: {", f"data: {{path: '{folder / 'shards'}', "))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(recipe: Path) -> dict[str, torch.Tensor]:
+    """What the local launcher trains with as many processes."""
+    run = recipe.parent / "undisturbed"
+    command = [sys.executable, str(ROOT / "launchers" / "local.py"), "--procs", "2", str(recipe), "--run", str(run)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return tensors(run)
