@@ -11,7 +11,7 @@ demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in m
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
 
 test: .venv/.dev ## the test suite, in three processes: those that try SLURM mostly wait
-	@$(BIN)/python -m pytest -n 3 --dist loadfile
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict

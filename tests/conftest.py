@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # The tensors of tests are tiny, and threads that spin for work slow every other process. Spawned ranks and commands inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Here a message is matched as it stands, from its beginning.
 os.environ["PYTHONWARNINGS"] = "error,ignore:This process:DeprecationWarning"
+
+LONG = ("slurm", "parity", "e2e", "contract")  # folders whose files take minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))

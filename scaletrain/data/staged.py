@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Thread, current_thread
 from time import monotonic
 from typing import Any, Protocol
 
@@ -219,7 +219,8 @@ class Ahead(Thread):
         with self._moved:
             self._stopped = True
             self._moved.notify()
-        self.join(1.0)  # it may wait for the network, and then ends with the process
+        if current_thread() is not self:  # where the collector of garbage runs in it
+            self.join(1.0)  # it may wait for the network, and then ends with the process
 
     def run(self) -> None:
         for step, shard in self._coming():

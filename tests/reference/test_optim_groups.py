@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 from scaletrain.config import ConfigError, Optim
 from scaletrain.core import Group, Method
-from scaletrain.optim.groups import build, drop_frozen, parameter_groups, set_rates
+from scaletrain.optim import groups as grouping
+from scaletrain.optim.groups import drop_frozen, parameter_groups, set_rates
 from scaletrain.optim.lars import LARS
+
+
+def build(method: Method, optim: Optim) -> torch.optim.Optimizer:
+    return grouping.build(parameter_groups(method, optim), optim)
 
 
 class Block(nn.Module):
