@@ -26,13 +26,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TWO_VIEWS_ONLY = ("byol", "simclr")
 
 
-def config(method: str, **changes: Any) -> Config:
-    small = [] if method in TWO_VIEWS_ONLY else [{"size": 8, "count": 1}]
+def config(name: str, **changes: Any) -> Config:
+    small = [] if name in TWO_VIEWS_ONLY else [{"size": 8, "count": 1}]
     raw: dict[str, Any] = {
         "batch": BATCH,
         "data": {"path": "synthetic", "views": [{"size": 16, "count": 2}, *small]},
         "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", "zero_init": True},
-        "method": {"name": method, **OPTIONS.get(method, {})},
+        "method": {"name": name, **OPTIONS.get(name, {})},
         "optim": {"lr": 0.2, "rule": "none", "warmup_epochs": 0, "trust": 0.05, "weight_decay": 1e-3},
         "engine": {"name": "ddp", "precision": "fp64"},
     }

@@ -58,7 +58,7 @@ def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_do_not_matter(case: str, reference: Run, spread: Run) -> None:
-    worst, where = deviation(of(case, reference), of(case, spread))
+    worst, where = deviation(of(case, reference), of(case, spread), CASES[case])
     assert worst < EXACT, f"{where} deviates by {worst:.1e}"
 
 
@@ -67,7 +67,7 @@ def test_every_planted_bug_is_seen(reference: Run, tmp_path: Path) -> None:
     assert set(CAUGHT_BY) == set(BUGS)
     for bug, case in CAUGHT_BY.items():
         broken = {k.removeprefix(f"{bug}:"): v for k, v in results.items() if k.startswith(f"{bug}:")}
-        worst, _ = deviation(of(case, reference), of(case, broken))
+        worst, _ = deviation(of(case, reference), of(case, broken), CASES[case])
         assert worst > 100 * EXACT, f"{bug} in {case} deviates by only {worst:.1e}"
 
 
