@@ -47,7 +47,7 @@ def main(
         f"By `make bench SHARDS=FOLDER` on {machine()}, load {load:.1f} before it began;",
         f"{versions(names, (lightly, albumentations))}.",
         "What each part counts, and how, stands in its head: [loader](loader.py), [integrity](integrity.py), [plan](plan.py),",
-        "[mixing](mixing.py). Times are CPU time. Ratio: the peer's by ours, in pairs that alternate.",
+        f"[mixing](mixing.py). Times are CPU time. Ratio: the peer's by ours, {pairs} pairs of {batches} batches, alternating.",
         "",
         HEAD,
         *map(str, rows),

