@@ -6,11 +6,18 @@ A slice of the matrix that `make parity` prints: there is every method, at 2 and
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import ranks
-from parity.cells import ENGINES, Case, Run, alone, deviation, of, tolerance, train, under, whole
+import small
+import torch
+from parity.cells import ENGINES, Case, Run, alone, configuration, deviation, of, tolerance, train, under, whole
 from toys import ADVERSARY, MOMENT
+
+from scaletrain import placement
+from scaletrain.files import export
+from scaletrain.train import start_from
 
 SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks; two losses
     "ddp": ("byol",),
@@ -22,7 +29,7 @@ SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, 
     "deepspeed stage=3": ("relicv2", "swav"),
     "fairscale": ("byol", "swav", "deepcluster_v2", ADVERSARY),
 }
-BUGGED = ("ddp", "fsdp2", "deepspeed stage=1", "deepspeed stage=3", "fairscale")
+TARGET = "method.target_backbone."
 CAUGHT_BY = {
     "lost_gather_gradient": "simclr",
     "allreduce_without_autograd": MOMENT,
@@ -39,19 +46,38 @@ def planted(bug: str, engine: str) -> Case:
     return method, {**changes, **FAST.get(bug, {})}
 
 
-BROKEN = {f"{bug} under {engine}": (bug, planted(bug, engine)) for bug, engine in product(CAUGHT_BY, BUGGED)}
+BROKEN = {f"{bug} under {engine}": (bug, planted(bug, engine)) for bug, engine in product(CAUGHT_BY, ENGINES)}
 
 
-def everything() -> Run:
-    found = train(CASES)
+def started(file: Path) -> Run:
+    """The encoder that each engine holds, target included, when a run starts from a file."""
+    found: Run = {}
+    for engine in ENGINES:
+        trainer = small.engine(configuration(under("byol", engine)))
+        start_from(trainer, file)
+        target = {name: placement.whole(at) for name, at in trainer.placed().items() if name.startswith(TARGET)}
+        here = trainer.export() | target
+        found |= {f"from a file under {engine}/{name}": tensor.reshape(-1) for name, tensor in here.items()}
+    return found
+
+
+def everything(file: Path) -> Run:
+    found = train(CASES) | started(file)
     for name, (bug, case) in BROKEN.items():
         found |= train({name: case}, bug)
     return found
 
 
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return whole(ranks.run(2, everything, tmp_path_factory.mktemp("ranks")))
+def encoder() -> Run:
+    return small.engine(small.config("byol", seed=5, engine={"name": "ddp", "precision": "fp32"})).export()
+
+
+@pytest.fixture(scope="module")
+def spread(encoder: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("ranks")
+    export(encoder, folder / "encoder.safetensors", {})
+    return whole(ranks.run(2, everything, folder, folder / "encoder.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +98,14 @@ def test_every_engine_is_here() -> None:
 def test_engines_compute_the_same(name: str, reference: Run, spread: Run) -> None:
     worst, where = deviation(of(name, reference), of(name, spread), CASES[name])
     assert worst < tolerance(CASES[name]), f"{where} deviates by {worst:.1e}"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_starts_from_an_exported_encoder(engine: str, encoder: Run, spread: Run) -> None:
+    got = of(f"from a file under {engine}", spread)
+    assert set(got) == {*encoder, *(TARGET + name for name in encoder)}
+    for name, tensor in got.items():
+        assert torch.equal(tensor, encoder[name.removeprefix(TARGET)].reshape(-1).to(tensor.dtype)), name
 
 
 @pytest.mark.parametrize("name", BROKEN)
