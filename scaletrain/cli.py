@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=0.45 data.views.1.size=96")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, one per device.")]
 Recipe = Annotated[Path, typer.Argument(help="YAML file, e.g. one of configs/")]
 
@@ -168,7 +169,7 @@ def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
 def show_model(
     recipe: Recipe,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Parameters, FLOPs per view and step, and activation memory of a recipe; nothing is computed."""
     from scaletrain import config, sizes
@@ -182,7 +183,7 @@ def show_memory(
     recipe: Recipe,
     overrides: Overrides = None,
     ranks: Ranks = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bytes that each rank holds under each engine, of parameters, gradients, optimizer, target, buffers and activations."""
     from scaletrain import config, memory
@@ -196,7 +197,7 @@ def show_comm(
     recipe: Recipe,
     overrides: Overrides = None,
     ranks: Ranks = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What the ranks send each other in a step: collectives and bytes by kind and purpose, predicted for any number of them.
 
