@@ -30,7 +30,7 @@ from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 from scaletrain.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole
 
-__all__ = ["Engine", "EngineConfig", "Shard", "TrainingError", "replica"]
+__all__ = ["Engine", "EngineConfig", "TrainingError"]
 
 log = logging.getLogger("scaletrain")
 NAMED = 16  # samples of a rank and a bad step
