@@ -23,7 +23,7 @@ parity: .venv/.dev ## every method under every engine at 2 and 4 processes besid
 gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation
 	@$(BIN)/python -m scaletrain doctor --require-gpu && $(BIN)/python -m pytest -rs tests/unit/test_cuda.py
 
-bench: .venv/.dev .venv/.peers ## the data plane beside its peers, about an hour; SHARDS=FOLDER of photographs
+bench: .venv/.dev .venv/.peers ## the data plane beside its peers, some twenty minutes; SHARDS=FOLDER of photographs
 	@$(if $(SHARDS),,echo "error: SHARDS=FOLDER is needed: shards of photographs, by shards/folder.py or shards/imagenet.py" >&2; exit 2;) \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data "$(SHARDS)" --lightly .venv/peers/lightly --albumentations .venv/peers/albumentations
 

@@ -1,7 +1,7 @@
 """The data plane's figures in one table, written to benchmarks/DATA.md: `make bench SHARDS=FOLDER`.
 
 FOLDER: shards of real photographs of about 110 KB, as shards/folder.py or shards/imagenet.py write them. The two peers live
-in folders of their own (lightly and albumentations on webdataset). For an hour on two cores nothing else should run.
+in folders of their own (lightly and albumentations on webdataset). Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
