@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import small
 import torch
-import torch.nn.functional as F
 from parity.bugs import BUGS
 from toys import TOYS, toy_engine
 
@@ -71,7 +69,7 @@ def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
             if bug is not None:
                 stack.enter_context(BUGS[bug]())
             if single(case[1].get("engine", {})):
-                stack.enter_context(mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x)))
+                stack.enter_context(small.smooth())
             trainer = toy_engine(cfg, case[0]) if case[0] in TOYS else small.engine(cfg)
             before = {n: at.tensor.detach().double().reshape(-1).clone() for n, at in trainer.placed().items()}
             found[f"{name}/loss"] = torch.tensor(small.run(trainer, cfg, 0, STEPS), dtype=torch.float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,9 @@ LINKS = {precision: sum(precision in link.precisions for link in CHAIN) for prec
 CASES = [(precision, method) for precision in METHODS for method in METHODS[precision]]
 # Rounding errors must not grow: in fp32 steps are so short that training is hardly chaotic.
 OPTIM: dict[str, dict[str, float]] = {"fp32": {"lr": 1e-4, "trust": 0.5}, "fp64": {"lr": 0.05}}
-LINK_TOLERANCE = {"fp32": 5e-2, "fp64": 1e-9}  # of the state after a link, relative to the distance that it moved
-CHAIN_TOLERANCE = {"fp32": 0.3, "fp64": 1e-9}  # after the chain: twelve steps of single precision
-LOSS_TOLERANCE = {"fp32": 2e-3, "fp64": 1e-9}  # relative
+LINK_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-9}  # of the state after a link, relative to the distance that it moved
+CHAIN_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-9}  # after the chain: twelve steps of single precision
+LOSS_TOLERANCE = {"fp32": 1e-4, "fp64": 1e-9}  # relative
 
 
 def config(method: str, precision: str, engine: dict[str, Any]) -> Config:
@@ -67,6 +68,11 @@ def step_of(root: Path, step: int) -> Saved:
     return open_step(folder_of(root, step))
 
 
+def run(trainer: Engine, cfg: Config, start: int, stop: int) -> list[float]:
+    with small.smooth() if trainer.config.precision == "fp32" else nullcontext():
+        return small.run(trainer, cfg, start, stop)
+
+
 def forge(folder: Path, place: int) -> dict[str, torch.Tensor]:
     """Train one link of the chain; its losses by "precision/method"."""
     link, losses = CHAIN[place], {}
@@ -78,7 +84,7 @@ def forge(folder: Path, place: int) -> dict[str, torch.Tensor]:
             if start:
                 trainer.restore(step_of(root, start))
                 save(root / "again", start, trainer)
-            losses[f"{precision}/{method}"] = torch.tensor(small.run(trainer, cfg, start, start + STEPS), dtype=torch.float64)
+            losses[f"{precision}/{method}"] = torch.tensor(run(trainer, cfg, start, start + STEPS), dtype=torch.float64)
             save(root, start + STEPS, trainer)
     return losses
 
@@ -111,10 +117,7 @@ def test_every_link_restores_bit_for_bit_and_exports_the_same_file(
 
 
 def deviation(begin: Saved, a: Saved, b: Saved) -> tuple[float, str]:
-    """Largest |a - b| / |a - begin| of the parts of the state, "optim projector momentum_buffer" or the like, and which.
-
-    Of parts, not of elements: where rounding pushes an activation over the kink of a ReLU, single gradients jump.
-    """
+    """Largest |a - b| / |a - begin| of the parts of the state, "optim projector momentum_buffer" or the like, and which."""
     assert a.names() == b.names()
     apart, moved = Counter[str](), Counter[str]()
     for name in a.names():
@@ -133,7 +136,7 @@ def test_every_link_computes_what_one_process_computes(precision: str, method: s
     for start in range(STEPS, STEPS * LINKS[precision], STEPS):
         alone = small.engine(cfg)
         alone.restore(step_of(root, start))
-        small.run(alone, cfg, start, start + STEPS)
+        run(alone, cfg, start, start + STEPS)
         save(tmp_path, start + STEPS, alone)
         begin, a, b = step_of(root, start), step_of(tmp_path, start + STEPS), step_of(root, start + STEPS)
         worst, where = deviation(begin, a, b)
@@ -148,7 +151,7 @@ def test_the_chain_computes_what_one_undisturbed_process_computes(
     cfg, stop = config(method, precision, {"name": "ddp"}), STEPS * LINKS[precision]
     alone = small.engine(cfg)
     save(tmp_path, 0, alone)
-    assert losses[f"{precision}/{method}"] == pytest.approx(small.run(alone, cfg, 0, stop), rel=LOSS_TOLERANCE[precision])
+    assert losses[f"{precision}/{method}"] == pytest.approx(run(alone, cfg, 0, stop), rel=LOSS_TOLERANCE[precision])
     save(tmp_path, stop, alone)
     worst, where = deviation(step_of(tmp_path, 0), step_of(tmp_path, stop), step_of(folder / precision / method, stop))
     assert worst < CHAIN_TOLERANCE[precision], where

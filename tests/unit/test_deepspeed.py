@@ -11,13 +11,11 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import ranks
 import small
 import torch
-import torch.nn.functional as F
 from toys import Toy
 
 from scaletrain import checkpoint, dist
@@ -40,7 +38,7 @@ def config(method: str, engine: dict[str, Any], **changes: Any) -> Config:
 
 def run(engine: Engine, cfg: Config, start: int, stop: int) -> Result:
     """Losses, optimizer state and the movement of all else, as "name@start" of what this rank writes."""
-    with mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x)):
+    with small.smooth():
         before = {name: at.tensor.detach().double().reshape(-1).clone() for name, at in engine.placed().items()}
         losses = small.run(engine, cfg, start, stop)
     moved = {f"loss@{0}": torch.tensor(losses, dtype=torch.float64)}
