@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from scaletrain.config import Cache
 from scaletrain.data import remote
-from scaletrain.data.errors import ShardError
+from scaletrain.data.errors import DataError, ShardError
+from scaletrain.data.partial import CLASSES
 from scaletrain.data.reader import NODE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.staged import Course, Within
 
-CLASSES = "classes.json"
 CLASSES_BYTES = 64 << 20
 
 
@@ -77,6 +78,10 @@ class Joined:
 def classes(folder: str) -> bytes | None:
     """Its classes.json; None where it has none. Raises DataError where one is there and cannot be read."""
     try:
-        return remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
-    except remote.LostError:
+        if remote.is_remote(folder):
+            return remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
+        return Path(folder, CLASSES).read_bytes()
+    except (FileNotFoundError, remote.LostError):
         return None
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None

@@ -14,6 +14,7 @@ from data_kit import write_shards
 from scaletrain import dist
 from scaletrain.config import ConfigError, Data, View, build
 from scaletrain.data.errors import DataError
+from scaletrain.data.joined import Joined
 from scaletrain.data.loader import Stream
 from scaletrain.data.mixture import Mixture, Source
 from scaletrain.data.plan import Order
@@ -180,6 +181,14 @@ def test_labels_of_other_classes_are_unknown(tmp_path: Path) -> None:
         s = stream(folders)
         assert set(next(iter(s.batches(0, 1))).labels.tolist()) == {-1}
         assert "labels are not used" in s.mixing()
+
+
+def test_a_list_of_classes_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
+    folders = [write_shards(tmp_path / name, (4,)) for name in "ab"]
+    for folder in folders:
+        (folder / "classes.json").mkdir()
+    with pytest.raises(DataError, match=r"a/classes.json cannot be read: Is a directory"):
+        Joined([str(folder) for folder in folders])
 
 
 def test_synthetic_data_have_virtual_epochs_too() -> None:
