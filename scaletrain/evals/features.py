@@ -20,8 +20,9 @@ from torch import Tensor
 from scaletrain import config
 from scaletrain.core import Batch
 from scaletrain.data import loader
-from scaletrain.data.joined import CLASSES, classes
+from scaletrain.data.joined import classes
 from scaletrain.data.labels import load as load_subset
+from scaletrain.data.partial import CLASSES
 from scaletrain.data.plan import Ints
 from scaletrain.data.reader import Shards
 from scaletrain.evals.targets import EvalError, Subject
@@ -64,6 +65,7 @@ class Scene:
         self.known: Tensor | None = None  # the labels [N] of a label subset
         self._labelled_by = self.train
         self._card: dict[str, Any] = {}
+        self._opened: dict[str, Shards] = {}
         if subset is not None:
             found = load_subset(subset, self._shards(self.train))
             self._rows, self.known = found.index, torch.from_numpy(found.labels)
@@ -174,7 +176,10 @@ class Scene:
         return {**data, **self._card}
 
     def _shards(self, path: str) -> Shards:
-        return Shards(path, cache=self.subject.data.cache)
+        """Opened once: the list of remote ones is fetched."""
+        if path not in self._opened:
+            self._opened[path] = Shards(path, cache=self.subject.data.cache)
+        return self._opened[path]
 
     # --- encoding ---
 
