@@ -55,7 +55,8 @@ def main(
     ] = 120,
     restarts: Annotated[int, typer.Option(min=0, help="Crashes at one and the same checkpoint before the job gives up.")] = 3,
     grid: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="One run for each value; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,VALUE|FILE", help="One run for each value, or item of a file; may be repeated."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with seeds 0 ...")] = 1,
     throttle: Annotated[int, typer.Option(min=1, help="Runs of a grid at once.")] = 256,

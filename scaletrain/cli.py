@@ -6,10 +6,8 @@ program keeps its traceback (exit code 1).
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import errno
-import importlib.util
 import json
 import os
 import signal
@@ -124,6 +122,19 @@ def evaluate(
     evals.report(cards)
 
 
+@app.command("compare")
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders whose checkpoints were evaluated.")],
+    metric: Annotated[str | None, typer.Option(help="e.g. linear or knn_20; default: the first that all runs have.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the tables.")] = False,
+) -> None:
+    """Accuracy of several runs against epochs, images and time, and when each reaches the other's final one."""
+    from scaletrain import compare
+
+    found = compare.compare(runs, metric)
+    typer.echo(json.dumps(found, indent=1)) if as_json else compare.show(found)
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
@@ -220,14 +231,12 @@ def show_schema() -> None:
 
 @show.command("methods")
 def show_methods() -> None:
-    """Every method with its first line."""
-    from scaletrain import config
+    """Every method and auxiliary: paper, family, recipes and published figures."""
+    from scaletrain import catalogue
 
-    names = config.leaves("methods")
-    for name in names:
-        spec = importlib.util.find_spec(f"scaletrain.methods.{name}")
-        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) if spec and spec.origin else None
-        typer.echo(f"{name:{max(map(len, names))}}  {(text or '').partition(chr(10))[0]}".rstrip())
+    typer.echo(
+        "\n".join((*catalogue.lines("methods"), "", "added to any method by `auxiliaries`:", *catalogue.lines("auxiliaries")))
+    )
 
 
 def _print_changes(recipe: Path, before: Config, after: Config) -> None:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from scaletrain.recipe import ConfigError as ConfigError
-from scaletrain.recipe import apply, long, nearest, read, yaml
+from scaletrain.recipe import apply, flat, long, nearest, read, yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -54,7 +54,7 @@ class View(Frozen):
     """One kind of random view. Colour parameters mean what torchvision's ColorJitter means by them."""
 
     size: Annotated[int, Field(ge=8, le=4096)] = 224  # pixels of the square view
-    count: Count = 1
+    count: Natural = 1  # 0 leaves it out, for studies of views
     area: Range = (0.08, 1.0)  # share of the image that a crop covers
     ratio: Range = (3 / 4, 4 / 3)
     crop: Share = 1.0  # probability of cropping at all; otherwise the whole image is resized
@@ -99,6 +99,16 @@ class Cache(Frozen):
     stage: bool = False  # copy the shards of local folders too: for parallel file systems, which random reads hurt
 
 
+class Support(Frozen):
+    """Labelled samples beside every batch, as many of each class, for the auxiliaries that want them (suncet)."""
+
+    path: str = ""  # folder of shards; "": data.path
+    labels: str = ""  # file of shards/subset.py, the samples whose labels may be used; "": all of a `path` of their own
+    classes: Count = 10  # of a step; the classes take turns
+    per_class: Annotated[int, Field(ge=2)] = 2  # samples of each of them
+    epochs: Positive = 100.0  # from the start; the steps of later ones have none
+
+
 class Data(Frozen):
     path: str = ""  # folder of tar shards, local or http(s)://HOST/FOLDER or s3://BUCKET/FOLDER, or the word `synthetic`
     cache: Cache = Cache()
@@ -110,6 +120,10 @@ class Data(Frozen):
     prefetch: Count = 2  # batches held ready by each worker
     timeout: Positive = 300.0  # seconds without a batch before the loader is declared dead
     masks: bool = False  # read `key.mask.png` members and crop them with the large views
+    good_crops: Share = 0.0  # of the samples: large crops are drawn again until they hold foreground, a study that needs masks
+    good_cover: Share = 0.25  # of the foreground that such a crop holds
+    mask_study: Literal["", "points", "rectangle", "centred", "add", "remove", "box"] = ""  # worse masks, as altered.py says
+    mask_share: Share = 0.5  # size of what mask_study puts in, takes out or adds
     on_bad: Literal["raise", "skip"] = "raise"  # a sample that cannot be used: stop, or replace it by another and count it
     max_bad: Share = 0.001  # share of the samples that may be replaced before the run stops
     max_pixels: Count = 50_000_000  # images above this are refused before decoding
@@ -118,6 +132,7 @@ class Data(Frozen):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     augment: Literal["worker", "device"] = "worker"  # where colours, blur and flips are computed; crops always in the worker
     views: tuple[View, ...] = (View(count=2),)
+    support: Support | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -126,8 +141,14 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _some_views(self) -> Data:
-        if not self.views:
+        if not any(view.count for view in self.views):
             raise ValueError("views is empty; a method needs at least one view")
+        return self
+
+    @model_validator(mode="after")
+    def _foreground(self) -> Data:
+        if self.good_crops and not self.masks:
+            raise ValueError("good_crops needs the foreground; add data.masks=true")
         return self
 
     @model_validator(mode="after")
@@ -188,13 +209,17 @@ class Config(Frozen):
     data: Data = Data()
     model: Model = Model()
     method: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("methods", v))]] = cast(Leaf, {"name": "relicv2"})
+    auxiliaries: tuple[SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("auxiliaries", v))]], ...] = ()
     optim: Optim = Optim()
     engine: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("engines", v))]] = cast(Leaf, {"name": "ddp"})
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
 
     @model_validator(mode="after")
-    def _leaves_fit(self) -> Config:
+    def _fitting(self) -> Config:
+        names = [leaf.name for leaf in self.auxiliaries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"auxiliaries: each at most once, got {', '.join(names)}")
         self.method.fits(self)
         self.engine.fits(self)
         return self
@@ -216,7 +241,7 @@ def leaf_config(kind: str, name: str) -> type[Leaf]:
 def _leaf(kind: str, value: Any) -> Leaf:
     if isinstance(value, Leaf):
         return value
-    raw = long(kind.removesuffix("s"), value)
+    raw = {"name": value} if isinstance(value, str) else value
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
         raise ValueError(f"needs a `name`; known: {', '.join(leaves(kind))}")
     return leaf_config(kind, raw["name"]).model_validate(raw)
@@ -259,6 +284,8 @@ def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
     for depth, part in enumerate(loc[:-1]):
         if part in ("method", "engine") and depth == 0:
             model = leaf_config(f"{part}s", raw[part]["name"])
+        elif depth and loc[0] == "auxiliaries" and isinstance(part, int):
+            model = leaf_config("auxiliaries", raw["auxiliaries"][part]["name"])
         elif isinstance(part, str) and part in model.model_fields:
             model = _inner(model.model_fields[part].annotation) or model
     return list(model.model_fields)
@@ -292,33 +319,26 @@ def dump(config: Config) -> str:
 
 def diff(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
     """The dotted keys whose values differ, with both values; a key that one side lacks has None there."""
-    a, b = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    a, b = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
     return [(key, a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}.{i}").items()}
-    return {prefix: value}
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe for editors: every leaf's own keys included."""
     result = Config.model_json_schema()
     definitions = result["$defs"]
-    for kind in ("method", "engine"):
-        names = leaves(f"{kind}s")
+    for section, room in (("method", "methods"), ("engine", "engines"), ("auxiliaries", "auxiliaries")):
+        names = leaves(room)
         for name in names:
             # Two leaves may each have a model named Head, so their definitions live under the leaf's own name.
-            place = f"#/$defs/{kind}.{name}"
-            option = leaf_config(f"{kind}s", name).model_json_schema(ref_template=place + ".{model}")
-            definitions.update({f"{kind}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()})
+            place = f"#/$defs/{section}.{name}"
+            option = leaf_config(room, name).model_json_schema(ref_template=place + ".{model}")
+            definitions.update({f"{section}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()})
             option["properties"]["name"] = {"const": name}
-            definitions[f"{kind}.{name}"] = option | {"title": name}
-        options = [{"$ref": f"#/$defs/{kind}.{name}"} for name in names]
-        result["properties"][kind] = {"anyOf": [*options, {"enum": list(names)}]}
+            definitions[f"{section}.{name}"] = option | {"title": name}
+        options = [{"$ref": f"#/$defs/{section}.{name}"} for name in names]
+        choice = {"anyOf": [*options, {"enum": list(names)}]}
+        result["properties"][section] = choice if section != room else {"type": "array", "items": choice}
     result["properties"]["data"] = {"anyOf": [result["properties"]["data"], {"type": "string"}]}
     result["properties"]["base"] = {"type": "string", "description": "recipe that this one extends"}
     return result

@@ -1,4 +1,4 @@
-"""The nouns that every other module speaks: Batch, Clock, Out, Group, Staged, Method.
+"""The nouns that every other module speaks: Batch, Clock, Out, Group, Staged, Method, Auxiliary.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such that the *mean over
 ranks of the local losses is the global loss*. Engines average gradients over ranks, which is then the global gradient.
@@ -156,6 +156,7 @@ class Facts:
     views: tuple[tuple[int, int], ...]  # (pixels, count) per crop size, as in Batch.views
     norm_group: int = 0  # model.norm_group, for the heads
     seed: int = 0
+    support: int = 0  # labelled samples beside the global batch, Batch.support
 
     def need_pair(self, method: str) -> None:
         if self.views[0][1] != 2 or len(self.views) > 1:
@@ -179,7 +180,8 @@ class Method(nn.Module):
     """
 
     targets: ClassVar[Mapping[str, str]] = {}  # {target module: online module}; the engine moves targets by `ema`
-    global_loss: ClassVar[bool] = False  # the loss couples samples: gradient accumulation would change it
+    global_loss: bool = False  # the loss couples samples: gradient accumulation would change it
+    classes: int | None = None  # every sample's label must be known and below this, or any for 0; None: none is needed
     separate_losses: ClassVar[bool] = False  # each loss drives the parameters of its own group only (adversaries)
     backbone: nn.Module
 
@@ -205,3 +207,17 @@ class Method(nn.Module):
 
     def on_epoch(self, clock: Clock, features: Features) -> None:
         """Optional: runs before the first step of each epoch (clustering)."""
+
+
+class Auxiliary(nn.Module):
+    """An objective added to any method.
+
+    Its file defines `Config` (a frozen `config.Leaf`) and one subclass named `Model`, built as `Model(config, method, facts)`.
+    Parameters are in a group of the file's name, which is also that of the loss.
+    """
+
+    global_loss: bool = False  # as Method.global_loss
+
+    def forward(self, method: Method, batch: Batch, clock: Clock) -> Out:
+        """`method`: the one it is added to, for its online networks."""
+        raise NotImplementedError

@@ -139,6 +139,24 @@ def gather_nograd(x: Tensor) -> Tensor:
     return out
 
 
+def permute_nograd(x: Tensor, order: Tensor) -> Tensor:
+    """This rank's slice [b, ...] of a global-batch tensor X -> its slice of X[order]. Every row is sent once.
+
+    order: [W * b] int64 on the host, a permutation that every rank knows. Equal b on every rank.
+    """
+    x = x.detach()
+    if world() == 1:
+        return x[order.to(x.device)]
+    rows = len(x)
+    wanted, goes = mine(order), mine(order.argsort())  # where this rank's new rows are now; where its rows will be
+    sent = x[goes.argsort().to(x.device)].contiguous()
+    arrived, out = torch.empty_like(sent), torch.empty_like(sent)
+    come, go = (torch.bincount(p // rows, minlength=world()).tolist() for p in (wanted, goes))
+    c10d.all_to_all_single(arrived, sent, come, go)
+    out[(wanted // rows).argsort(stable=True).to(x.device)] = arrived  # by origin, and from each in the new order
+    return out
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's small Python value, on every rank. Used between ranks of one run only."""
     box = [value]

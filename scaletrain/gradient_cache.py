@@ -37,19 +37,31 @@ def check(run: Config, parts: int, cache: bool) -> None:
     possible = method.embed is not Method.embed and not method.separate_losses
     if cache and not method.global_loss:
         raise ConfigError(f"engine.accumulate is exact for {name}, whose loss is a mean over samples: set engine.cache=false")
+    if cache and run.auxiliaries:
+        raise ConfigError("engine.cache=true computes the method's own loss only: remove the auxiliaries, or engine.cache")
     if method.global_loss and not (cache and possible):
         hint = "set engine.cache=true (gradient caching), or " if possible else ""
         if cache:
             hint = f"engine.cache=true needs a method that separates embeddings and loss, which {name} does not: "
-        raise ConfigError(
-            f"engine.accumulate={parts}: the loss of {name} couples all samples of the global batch and changes when it is "
-            f"split; {hint}set engine.accumulate=1 and save memory by engine.recompute=true, more ranks or a smaller batch"
-        )
+        raise _coupled(name, parts, hint)
     if not group or run.batch % (parts * group):
         raise ConfigError(
             f"engine.accumulate={parts} with model.norm_group={group} would change the batch norm: set model.norm_group to a "
             f"divisor of the samples per rank and micro-batch ({run.batch / parts:g} / ranks), or engine.accumulate=1"
         )
+
+
+def check_built(method: Method, parts: int, cache: bool) -> None:
+    """As check() for what couples samples only as it is configured: a shuffled batch norm, an auxiliary."""
+    if parts > 1 and method.global_loss and not cache:
+        raise _coupled(type(method).__module__.rpartition(".")[2], parts, "")
+
+
+def _coupled(name: str, parts: int, hint: str) -> ConfigError:
+    return ConfigError(
+        f"engine.accumulate={parts}: the loss of {name} couples all samples of the global batch and changes when it is "
+        f"split; {hint}set engine.accumulate=1 and save memory by engine.recompute=true, more ranks or a smaller batch"
+    )
 
 
 def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> Out:

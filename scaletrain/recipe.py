@@ -107,3 +107,12 @@ def _override(text: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         result = {part: result}
     return cast(dict[str, Any], result)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings, and lists of them, under dotted keys."""
+    if isinstance(value, Mapping):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}.{i}").items()}
+    return {prefix: value}

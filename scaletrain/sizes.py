@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -101,10 +102,16 @@ def fake(config: Config) -> Iterator[Method]:
 
 def fake_batch(config: Config, rows: int) -> Batch:
     """A batch of so many samples; call it inside fake()."""
-    images = tuple(torch.empty(count, rows, 3, size, size) for size, count in facts(config).views)
+    about = facts(config)
+    images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
     masks = torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
     index = torch.empty(rows, dtype=torch.int64)
-    return Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
+    batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
+    if not about.support:
+        return batch
+    size, beside = config.data.views[0].size, torch.empty(about.support, dtype=torch.int64)
+    views = (torch.empty(1, about.support, 3, size, size),)
+    return replace(batch, support=Batch(views, beside, beside, batch.pixel_range, labels=beside))
 
 
 def forward(method: Method, batch: Batch, engine: EngineConfig) -> tuple[Tensor, int]:

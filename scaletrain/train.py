@@ -16,10 +16,11 @@ from typing import TextIO, TypeVar
 import torch
 from torch import Tensor
 
-from scaletrain import checkpoint, dist
+from scaletrain import auxiliaries, checkpoint, dist
 from scaletrain import config as configuration
 from scaletrain.config import Config, ConfigError
 from scaletrain.core import Batch, Clock, Facts, Method
+from scaletrain.data import support
 from scaletrain.data.bad import Account, count_of
 from scaletrain.data.loader import Stream
 from scaletrain.engines.base import Engine, TrainingError
@@ -62,7 +63,9 @@ def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = 
 
 
 def _loop(config: Config, run: Path, device: torch.device, init: Path | None, trace: bool, interrupt: Interrupt) -> None:
-    stream = Stream(config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
+    stream = support.stream(
+        config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device
+    )
     total = total_steps(config, stream.steps_per_epoch)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     if not stream.plan.whole and any(isinstance(module, Bank) for module in engine.method.modules()):
@@ -70,6 +73,7 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
             f"{config.method.name} carries every sample's embedding from epoch to epoch, so its epochs must be those of one "
             "whole data set: use data.path, without data.mixture and data.epoch_samples"
         )
+    _on_main(lambda: _check_labels(stream, engine.method.classes))
     engine.sample_name = stream.name
     writer = checkpoint.Writer(
         run / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
@@ -122,20 +126,35 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
                     raise Stopped(stop, step + 1, saved=True)
 
 
+def _check_labels(stream: Stream, classes: int | None) -> None:
+    """Refuse data whose labels a method would stumble over hours later. `classes`: as Method.classes."""
+    labels = None if classes is None else stream.labels()
+    if labels is None:
+        return
+    if unknown := int((labels < 0).sum()):
+        raise ConfigError(
+            f"{unknown:,} of {len(labels):,} samples have no label, which this method needs; choose another data.path"
+        )
+    if classes and labels.max() >= classes:
+        raise ConfigError(f"method.classes={classes}, but there are labels up to {labels.max()}: set it to {labels.max() + 1}")
+
+
 def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:
     """What the method is told of a run."""
     sizes: dict[int, int] = {}
     for view in config.data.views:
         sizes[view.size] = sizes.get(view.size, 0) + view.count
-    views = tuple(sorted(sizes.items(), reverse=True))
-    return Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed)
+    views = tuple((size, count) for size, count in sorted(sizes.items(), reverse=True) if count)
+    beside = config.data.support
+    rows = 0 if beside is None else beside.classes * beside.per_class
+    return Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed, rows)
 
 
 def build_method(config: Config, facts: Facts) -> Method:
-    """The method of a configuration, drawn from its seed alone."""
+    """The method of a configuration with its auxiliaries, drawn from its seed alone."""
     torch.manual_seed(config.seed)
     leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
-    return leaf.Model(config.method, lambda: backbone.build(config.model), facts)  # type: ignore[no-any-return]
+    return auxiliaries.attach(leaf.Model(config.method, lambda: backbone.build(config.model), facts), config.auxiliaries, facts)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -10,31 +11,72 @@ import torch.nn.functional as F
 
 from scaletrain import config as configuration
 from scaletrain import dist, recipe
-from scaletrain.config import Config
+from scaletrain.config import Config, Data
 from scaletrain.core import Batch, Clock, Features
 from scaletrain.engines.base import Engine
 from scaletrain.train import build
 
-SAMPLES, BATCH, STEPS_PER_EPOCH = 48, 12, 4
+SAMPLES, BATCH, STEPS_PER_EPOCH, CLASSES = 48, 12, 4, 5
 
 # What a method needs to be small, beyond its defaults. A method that is not listed runs with its defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "barlow_twins": {"hidden": 24, "dim": 8, "bias_lr": 0.1},
     "byol": {"hidden": 24, "dim": 8, "tau": 0.9},
+    "c_byol": {"hidden": 24, "dim": 8, "tau": 0.9, "kappa_e": 40.0},
+    "c_simclr": {"dim": 8, "kappa_e": 40.0},
+    "deepcluster": {"classes": 5, "whiten": 4, "iterations": 4},
     "deepcluster_v2": {"hidden": 24, "dim": 8, "clusters": [5, 4, 6], "iterations": 4},
+    "densecl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "dense": 0.3, "shuffle": False},
+    "directpred": {"hidden": 24, "dim": 4, "tau": 0.9},
+    "margin": {"hidden": 24, "dim": 8},
+    "moco": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "tau_end": 0.95, "symmetric": True, "shuffle": False},
+    "nnclr": {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30},
+    "pcl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "clusters": [5, 9], "negatives": 3, "warmup_epochs": 0},
+    "pirl": {"dim": 8, "patch": 4, "negatives": 20, "loss": "infonce"},
+    "relic": {"hidden": 24, "dim": 8, "tau": 0.9},
     "relicv2": {"hidden": 24, "dim": 8, "negatives": 3, "tau": 0.9, "mask_probability": 0.5},
     "simclr": {"dim": 8},
+    "simsiam": {"hidden": 24, "dim": 16, "bottleneck": 4},  # narrower, rounding grows a hundredfold
+    "supcon": {"hidden": 24, "dim": 8},
+    "supervised": {"classes": CLASSES},
     "swav": {"hidden": 24, "dim": 8, "prototypes": 6, "queue": 24, "queue_epoch": 0, "freeze_steps": 2},
+    "triplet": {"hidden": 24, "dim": 8},
+    "vicreg": {"hidden": 24, "dim": 8},
 }
-TWO_VIEWS_ONLY = ("byol", "simclr")
+AUXILIARIES: dict[str, dict[str, Any]] = {"rotation": {"hidden": 24, "weight": 0.5}, "suncet": {"temperature": 0.2}}
+JOINED = ("supervised+rotation", "supcon+suncet")  # each auxiliary beside a method; `config` takes such names
+TWO_VIEWS_ONLY = (
+    "barlow_twins",
+    "byol",
+    "c_byol",
+    "c_simclr",
+    "densecl",
+    "directpred",
+    "margin",
+    "moco",
+    "nnclr",
+    "pcl",
+    "pirl",
+    "relic",
+    "simclr",
+    "simsiam",
+    "supcon",
+    "triplet",
+    "vicreg",
+)
 
 
 def config(name: str, **changes: Any) -> Config:
-    small = [] if name in TWO_VIEWS_ONLY else [{"size": 8, "count": 1}]
+    method, *auxiliaries = name.split("+")
+    small = [] if method in TWO_VIEWS_ONLY else [{"size": 8, "count": 1}]
+    data = {"path": "synthetic", "views": [{"size": 16, "count": 2}, *small]}
     raw: dict[str, Any] = {
         "batch": BATCH,
-        "data": {"path": "synthetic", "views": [{"size": 16, "count": 2}, *small]},
+        "data": data,
         "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", "zero_init": True},
-        "method": {"name": name, **OPTIONS.get(name, {})},
+        "method": {"name": method, **OPTIONS.get(method, {})},
+        "auxiliaries": [{"name": name, **AUXILIARIES[name]} for name in auxiliaries],
+        **({"data": {**data, "support": {"classes": 3, "per_class": 4, "epochs": 1}}} if "suncet" in auxiliaries else {}),
         "optim": {"lr": 0.2, "rule": "none", "warmup_epochs": 0, "trust": 0.05, "weight_decay": 1e-3},
         "engine": {"name": "ddp", "precision": "fp64"},
     }
@@ -53,8 +95,28 @@ def batch(cfg: Config, step: int) -> Batch:
     own = slice(dist.rank() * rows, (dist.rank() + 1) * rows)
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3], dtype=torch.float64)
     keys = dist.hash64(0, step, index)
-    shown = tuple(v[:, own].to(dtype) for v in views)
-    return Batch(shown, index[own], keys[own], pixels.to(dtype), masks=masks[:, own].to(dtype))
+    shown, pixels = tuple(v[:, own].to(dtype) for v in views), pixels.to(dtype)
+    found = Batch(shown, index[own], keys[own], pixels, index[own] % CLASSES, masks[:, own].to(dtype))
+    return dataclasses.replace(found, support=_support(cfg.data, step, found)) if cfg.data.support else found
+
+
+def _support(data: Data, step: int, beside: Batch) -> Batch | None:
+    assert data.support is not None
+    if step >= data.support.epochs * STEPS_PER_EPOCH:
+        return None
+    rows, size = data.support.classes * data.support.per_class, data.views[0].size
+    draw = torch.Generator().manual_seed(5000 + step)
+    images = torch.randn(1, rows, 3, size, size, generator=draw, dtype=torch.float64)
+    labels = torch.arange(rows) % data.support.classes
+    labels[0] = -1  # that of a substitute
+    index = torch.arange(rows)
+    return Batch(
+        (dist.mine(images[0])[None].to(beside.pixel_range),),
+        dist.mine(index),
+        dist.mine(index),
+        beside.pixel_range,
+        dist.mine(labels),
+    )
 
 
 def engine(cfg: Config, *, perturb: bool = True) -> Engine:

@@ -19,7 +19,7 @@ ORDER = (
     ("checkpoint", "saved", "files", "monitor", "progress", "interrupt"),
     ("rehearsal",),
     ("train",),
-    ("evals", "saliency", "doctor", "memory", "sizes", "traffic"),
+    ("evals", "saliency", "doctor", "memory", "sizes", "traffic", "compare", "catalogue"),
     ("report",),
     ("cli", "slurm"),
     ("__main__",),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scaletrain.config import Cache
 from scaletrain.data import remote
@@ -55,6 +56,11 @@ class Joined:
         part, number = self._find(sample)
         found = part.read(number, mask)
         return found if self.labelled else found._replace(label=-1)
+
+    def labels(self) -> NDArray[np.int64]:
+        """Of all samples [N], -1 where unknown or not passed on."""
+        labels = np.concatenate([part.labels() for part in self.parts])
+        return labels if self.labelled else np.full_like(labels, -1)
 
     def span(self, sample: int) -> tuple[int, int]:
         """The samples [lo, hi) of the folder that holds it."""

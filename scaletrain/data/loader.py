@@ -80,6 +80,10 @@ class Stream:
         labels = "; labels are not used: the parts differ in classes.json, or lack it" if hidden else ""
         return self.plan.mixing(shards.shard_bytes) + labels
 
+    def labels(self) -> Ints | None:
+        """Of all samples [N], -1 where unknown; None for synthetic data, whose labels are made up."""
+        return self.dataset.shards.labels() if isinstance(self.dataset, Images) else None
+
     def name(self, sample: int) -> str:
         """Where to find a sample: SHARD.tar/KEY, or its number if the data is synthetic or cannot be read any more."""
         return _name(self.dataset, sample)
@@ -90,8 +94,8 @@ class Stream:
             self._running.pop().close()
 
     def _batches(self, start: int, stop: int, lost: Callable[[int, Sequence[Replaced]], None]) -> Generator[Batch, None, None]:
-        steps = _Steps(start, stop, self.steps_per_epoch)
-        raws = _load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device)
+        steps = Steps(start, stop, self.steps_per_epoch)
+        raws = load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device)
         for step, raw in enumerate(raws, start):
             lost(step, raw.replaced)
             with mark(COPY):
@@ -155,10 +159,10 @@ def plain(
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
     to_device = ToDevice(device, 0, mean, std)
     dataset = Whole(shards, size, resize, max_pixels, rows)
-    return (to_device(raw) for raw in _load(dataset, ranges, workers, 2, timeout, device))
+    return (to_device(raw) for raw in load(dataset, ranges, workers, 2, timeout, device))
 
 
-class _Steps:
+class Steps:
     """The (epoch, step of the epoch) of the global steps start .. stop - 1."""
 
     def __init__(self, start: int, stop: int, steps_per_epoch: int) -> None:
@@ -171,7 +175,7 @@ class _Steps:
         return (divmod(step, self.steps_per_epoch) for step in self.range)
 
 
-def _load(
+def load(
     dataset: Dataset[Raw | Failure], sampler: Any, workers: int, prefetch: int, timeout: float, device: torch.device
 ) -> Generator[Raw, None, None]:
     """Run the data set in worker processes, in the sampler's order. Raises DataError, also for dead and silent workers."""

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from scaletrain import dist
 from scaletrain.config import Data, View
-from scaletrain.data import colour, crop, image
+from scaletrain.data import altered, colour, crop, good, image
 from scaletrain.data.bad import TRIES, Replaced, substitutes
 from scaletrain.data.errors import DataError, ImageError, ShardError
 from scaletrain.data.image import Pixels
@@ -30,6 +30,7 @@ from scaletrain.data.staged import Epochs, Sweep
 from scaletrain.data.views import COLUMNS, Params, draw, expand, packed, uniforms
 
 SYNTHETIC_SHARD = 1000  # samples per pretended shard
+SYNTHETIC_CLASSES = 2  # whatever number a method expects
 
 
 def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor | int = 0) -> Tensor:
@@ -78,6 +79,8 @@ class Images(Dataset[Raw | Failure]):
         raw = _empty(epoch, self.groups, len(index), self.data.masks, self.data.augment == "device")._replace(repeats=repeats)
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
         draws = uniforms(keys, sum(map(len, self.groups)))
+        goods = good.draws(keys, len(self.groups[0]), self.data.good_crops)
+        worse = altered.draws(keys)
         views = [v.numpy() for v in raw.views]
         masks = None if raw.masks is None else raw.masks.numpy()
         rests = None if raw.params is None else [p.numpy() for p in raw.params]
@@ -85,7 +88,7 @@ class Images(Dataset[Raw | Failure]):
         used, replaced = index.copy(), []
         try:
             for row, sample in enumerate(index.tolist()):
-                fill = partial(self._fill, views, masks, rests, row, draws[row])
+                fill = partial(self._fill, views, masks, rests, row, draws[row], goods[row], worse[row])
                 try:
                     labels[row] = fill(sample)
                 except ShardError as fault:
@@ -113,9 +116,11 @@ class Images(Dataset[Raw | Failure]):
         rests: list[NDArray[np.float32]] | None,
         row: int,
         draws: list[list[float]],
+        goods: good.Draws,
+        worse: list[float],
         sample: int,
     ) -> int:
-        """Write one sample's views at `row` and return its label. `draws`: DRAWS numbers for each view."""
+        """Write one sample's views at `row` and return its label. `draws`: DRAWS numbers a view."""
         self.reading[0] = sample
         found = self.shards.read(sample, masks is not None)
         try:
@@ -125,9 +130,14 @@ class Images(Dataset[Raw | Failure]):
                 raise ImageError(f"the mask is {mask.shape} and the image {pixels.shape[:2]} (height, width)")
         except ImageError as error:
             raise self.shards.fault(sample, error) from None
+        if mask is not None and self.data.mask_study:
+            mask = altered.alter(mask, self.data.mask_study, self.data.mask_share, worse)
         height, width = pixels.shape[:2]
         rest = iter(draws)
         drawn = [[draw(spec, next(rest), height, width) for spec in group] for group in self.groups]
+        if goods and mask is not None:
+            large = zip(self.groups[0], drawn[0], goods, strict=True)
+            drawn[0] = [p._replace(box=good.box(spec, p.box, u, mask, self.data.good_cover)) for spec, p, u in large]
         for size, (group, params) in enumerate(zip(self.groups, drawn, strict=True)):
             for v, (spec, p) in enumerate(zip(group, params, strict=True)):
                 if rests is None:
@@ -149,8 +159,8 @@ def render(pixels: Pixels, spec: View, p: Params, out: NDArray[np.uint8]) -> Non
 class Synthetic(Dataset[Raw | Failure]):
     """No files: each worker makes one batch of noise and hands it out again, so that only the training is measured."""
 
-    def __init__(self, data: Data, plan: Batches, lo: int, hi: int) -> None:
-        self.data, self.plan, self.lo, self.hi = data, plan, lo, hi
+    def __init__(self, data: Data, plan: Batches, lo: int, hi: int, classes: int = SYNTHETIC_CLASSES) -> None:
+        self.data, self.plan, self.lo, self.hi, self.classes = data, plan, lo, hi, classes
         self._made: Raw | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
@@ -163,7 +173,7 @@ class Synthetic(Dataset[Raw | Failure]):
             if self._made.masks is not None:
                 self._made.masks.random_(0, 2, generator=generator)
         samples, repeats = map(torch.from_numpy, self.plan.draws(epoch, step, self.lo, self.hi))
-        return self._made._replace(epoch=epoch, samples=samples, repeats=repeats)
+        return self._made._replace(epoch=epoch, samples=samples, repeats=repeats, labels=samples % self.classes)
 
 
 def synthetic_counts(samples: int) -> NDArray[np.int64]:

@@ -44,7 +44,7 @@ class Params(NamedTuple):
 
 def expand(specs: Sequence[View]) -> list[list[View]]:
     """One list of views per crop size, largest first; inside it the recipe's order, each spec `count` times."""
-    sizes = sorted({spec.size for spec in specs}, reverse=True)
+    sizes = sorted({spec.size for spec in specs if spec.count}, reverse=True)
     return [[spec for spec in specs if spec.size == size for _ in range(spec.count)] for size in sizes]
 
 

@@ -67,6 +67,7 @@ class Engine:
     copies = 1  # ranks that hold each such part
 
     def __init__(self, method: Method, config: EngineConfig, optim: Optim, device: torch.device) -> None:
+        gradient_cache.check_built(method, config.accumulate, config.cache)
         self.config, self.device = config, device
         self.method = method.to(device, torch.float64 if config.precision == "fp64" else None)
         if config.channels_last:

@@ -1,4 +1,7 @@
-"""BYOL: Bootstrap Your Own Latent (Grill et al., 2020, arXiv 2006.07733), after deepmind-research/byol."""
+"""BYOL: Bootstrap Your Own Latent (Grill et al., 2020, arXiv 2006.07733), after deepmind-research/byol.
+
+Family: without negatives.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrast import cosine_distance
+from scaletrain.ops.foreground import on_grey
 
 
 class Config(Leaf):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996  # tau_base of the target's moving average
+    mask_probability: Share = 0.0  # of a view without its background, a study of ReLICv2; needs data.masks
+    mask_minimum: Share = 0.1  # least share of the view that the foreground covers
 
 
 class Model(Method):
@@ -43,7 +49,7 @@ class Model(Method):
         return clock.cosine(self.config.tau, 1.0)  # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        x = batch.views[0]  # [2, B, 3, H, W]
+        x = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         q1, q2 = per_view(self.predictor, per_view(self.projector, y))
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""DeepCluster v2 (Caron et al., 2020, arXiv 2006.09882, appendix D), after facebookresearch/swav's main_deepclusterv2.py."""
+"""DeepCluster v2 (Caron et al., 2020, arXiv 2006.09882, appendix D), after facebookresearch/swav's main_deepclusterv2.py.
+
+Family: clustering.
+"""
 
 from __future__ import annotations
 

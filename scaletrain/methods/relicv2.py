@@ -1,4 +1,7 @@
-"""ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119), equations 1 to 4 and Listing 1. No pretraining code was published."""
+"""ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119), equations 1 to 4 and Listing 1. No pretraining code was published.
+
+Family: contrastive.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from scaletrain.config import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
+from scaletrain.ops.foreground import on_grey
 from scaletrain.ops.precision import full_precision
 
 Scale = Annotated[float, Field(ge=0.0)]
@@ -58,7 +62,7 @@ class Model(Method):
         return clock.cosine(self.config.tau, 1.0)
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
-        large = self._masked(batch)
+        large = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)
         h = [per_view(self.backbone, x) for x in (large, *batch.views[1:])]
         online = per_view(self.predictor, per_view(self.projector, torch.cat(h)))  # [L + S, B, dim]
         with torch.no_grad():  # small views are never targets
@@ -70,18 +74,6 @@ class Model(Method):
         contrast, invariance = self._terms(online, target, batch.keys)
         loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
         return Out({"all": loss}, {"contrast": contrast.detach(), "invariance": invariance.detach()}, h[0])
-
-    def _masked(self, batch: Batch) -> Tensor:
-        """Large views with the background replaced by one grey level (Appendix D), each with a small probability."""
-        x = batch.views[0]
-        if batch.masks is None or not self.config.mask_probability:
-            return x
-        draws = dist.uniform(batch.keys, "saliency", 2 * len(x)).T.view(2, len(x), len(batch), 1, 1, 1).to(x)
-        enough = batch.masks.mean((2, 3, 4), keepdim=True) >= self.config.mask_minimum
-        apply = (draws[0] < self.config.mask_probability) & enough
-        black, white = batch.pixel_range.to(x).view(2, 3, 1, 1)
-        grey = black + draws[1] * (white - black)  # [L, B, 3, 1, 1]
-        return torch.where(apply & (batch.masks == 0), grey, x)
 
     @full_precision
     def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

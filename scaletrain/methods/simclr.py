@@ -1,4 +1,7 @@
-"""SimCLR (Chen et al., 2020, arXiv 2002.05709; v2's deeper head: arXiv 2006.10029), after google-research/simclr."""
+"""SimCLR (Chen et al., 2020, arXiv 2002.05709; v2's deeper head: arXiv 2006.10029), after google-research/simclr.
+
+Family: contrastive.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
@@ -17,6 +21,7 @@ class Config(Leaf):
     layers: Count = 2  # of the projection head: 2 in v1, 3 in v2
     dim: Count = 128
     temperature: Positive = 0.1
+    known_labels: Share = 0.0  # of the samples: their labels remove false negatives (a study of Addepalli et al., 2022)
 
 
 class Model(Method):
@@ -27,7 +32,8 @@ class Model(Method):
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
         facts.need_pair("simclr")
-        self.config = config
+        self.config, self.seed = config, facts.seed
+        self.classes = 0 if config.known_labels else None
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no shift.
@@ -40,4 +46,12 @@ class Model(Method):
 
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
         (z1, z2), h = embedded
-        return Out({"all": nt_xent(z1, z2, self.config.temperature)}, embedding=h[0])
+        return Out({"all": nt_xent(z1, z2, self.config.temperature, self._known(batch))}, embedding=h[0])
+
+    def _known(self, batch: Batch) -> Tensor | None:
+        """Labels [B], -1 where the study must not know them; the same samples are known in every epoch."""
+        if not self.config.known_labels:
+            return None
+        assert batch.labels is not None
+        draw = dist.uniform(dist.hash64(self.seed, batch.index), "known label", 1)[:, 0]
+        return batch.labels.where(draw < self.config.known_labels, -1)

@@ -1,4 +1,7 @@
-"""SwAV: swapping assignments between views (Caron et al., 2020, arXiv 2006.09882), after facebookresearch/swav."""
+"""SwAV: swapping assignments between views (Caron et al., 2020, arXiv 2006.09882), after facebookresearch/swav.
+
+Family: clustering.
+"""
 
 from __future__ import annotations
 

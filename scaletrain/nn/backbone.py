@@ -23,6 +23,14 @@ def build(config: Model) -> nn.Module:
     return _timm(config) if config.name.startswith(TIMM) else resnet.ResNet(config)
 
 
+def unpooled(net: nn.Module) -> nn.Module:
+    """The same network, which now gives its last feature map [N, features, H, W]. Raises ConfigError."""
+    if getattr(net, "pool", None) is not True:
+        raise ConfigError("model.name: the method needs the feature map before pooling, which only our own ResNets give")
+    net.pool = False  # type: ignore[assignment]
+    return net
+
+
 def _timm(config: Model) -> nn.Module:
     for key in ("width", "stem", "sk", "zero_init"):
         value, plain = getattr(config, key), Model.model_fields[key].default

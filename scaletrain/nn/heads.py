@@ -10,6 +10,14 @@ from torch import nn
 from scaletrain.nn.norm import BatchNorm
 
 
+def plain(widths: Sequence[int]) -> nn.Sequential:
+    """Linear - ReLU for every hidden width, then Linear; no norm anywhere (MoCo, PIRL)."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
 def mlp(
     widths: Sequence[int], *, hidden_bias: bool = True, last_bias: bool = True, last_norm: str = "none", group: int = 0
 ) -> nn.Sequential:

@@ -86,6 +86,18 @@ class _Run:
         _noted, _given, _views, _rows = self.before
 
 
+@torch.no_grad()
+def shuffled(module: nn.Module, x: Tensor, *key: int | str) -> Tensor:
+    """per_view without gradient, the global batch taken in an order that depends on the key, and put back.
+
+    The groups of batch norm then hold other samples than in the other network: MoCo's ShuffleBN (section 3.3), which keeps
+    statistics from telling a query which keys belong to its group.
+    """
+    order = dist.permutation(x.shape[1] * dist.world(), "shuffle", *key)
+    y = per_view(module, dist.permute_nograd(x.transpose(0, 1), order).transpose(0, 1))
+    return dist.permute_nograd(y.transpose(0, 1), order.argsort()).transpose(0, 1)
+
+
 class BatchNorm(Staged):
     """Batch norm of [V * B, C, *spatial] with torchvision's parameter names; running statistics are staged.
 

@@ -28,7 +28,10 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
 
 
 class ResNet(nn.Module):
-    """[N, 3, H, W] -> globally pooled features [N, features]; no classifier."""
+    """[N, 3, H, W] -> globally pooled features [N, features]; no classifier.
+
+    With `pool` off, the last feature map [N, features, H / 32, W / 32]; H / 8 and W / 8 with the CIFAR stem.
+    """
 
     layer1: nn.Sequential
     layer2: nn.Sequential
@@ -62,7 +65,7 @@ class ResNet(nn.Module):
                 blocks.append(make(inputs, planes, 2 if stage and not i else 1, norm))
                 inputs = planes * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.features = inputs
+        self.features, self.pool = inputs, True
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -73,4 +76,4 @@ class ResNet(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
-        return x.mean((2, 3))
+        return x.mean((2, 3)) if self.pool else x

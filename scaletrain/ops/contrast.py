@@ -22,32 +22,52 @@ def cosine_distance(p: Tensor, z: Tensor) -> Tensor:
 
 
 @full_precision
-def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+def nt_xent(a: Tensor, b: Tensor, temperature: float, classes: Tensor | None = None) -> Tensor:
     """SimCLR's loss (Chen et al., 2020, eq. 1) over the global batch: the *sum* of both directions' means, as in its code.
 
     a, b [b, D]: two views of this rank's samples. Every row has one positive and 2B - 2 negatives.
+    classes [b] int64, -1 where unknown: other samples of a row's known class are then none of its negatives.
     """
     rows = torch.stack([F.normalize(a, dim=-1), F.normalize(b, dim=-1)], 1).flatten(0, 1)  # [2b, D], partners side by side
     itself = dist.rank() * len(rows) + torch.arange(len(rows), device=rows.device)
-    return 2 * info_nce(rows, dist.gather(rows), itself ^ 1, temperature, excluded=itself)
+    alike = None
+    if classes is not None:
+        known = classes.repeat_interleave(2)
+        alike = known, dist.gather_nograd(known)
+    return 2 * info_nce(rows, dist.gather(rows), itself ^ 1, temperature, itself, alike)
 
 
 @full_precision
-def info_nce(rows: Tensor, candidates: Tensor, positive: Tensor, temperature: float, excluded: Tensor | None = None) -> Tensor:
+def info_nce(
+    rows: Tensor,
+    candidates: Tensor,
+    positive: Tensor,
+    temperature: float,
+    excluded: Tensor | None = None,
+    alike: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Mean over rows of -log softmax(rows candidates^T / temperature)[positive] (van den Oord et al., 2018, eq. 4). 0-d.
 
     rows [n, D] and candidates [N, D], float32 or float64, both with gradient; positive and excluded [n] int64: the candidate
-    that belongs to a row, and one that does not compete for it. Memory is that of the arguments and gradients: the [n, N]
+    that belongs to a row, and one that does not compete for it; alike ([n], [N]) int64: classes of both, -1 where unknown:
+    others of a row's class do not compete either. Memory is that of the arguments and gradients: the [n, N]
     similarities exist in blocks of rows, each of which gives its part of the gradient at once, since the loss is a mean.
     """
     wanted = torch.is_grad_enabled() and (rows.requires_grad or candidates.requires_grad)
-    return _InfoNCE.apply(rows, candidates, positive, temperature, excluded, wanted)  # type: ignore[no-any-return]
+    return _InfoNCE.apply(rows, candidates, positive, temperature, excluded, alike, wanted)  # type: ignore[no-any-return]
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, candidates: Tensor, positive: Tensor, temperature: float, excluded: Tensor | None, wanted: bool
+        ctx: Any,
+        rows: Tensor,
+        candidates: Tensor,
+        positive: Tensor,
+        temperature: float,
+        excluded: Tensor | None,
+        alike: tuple[Tensor, Tensor] | None,
+        wanted: bool,
     ) -> Tensor:
         x = rows / temperature
         losses = x.new_empty(len(x), 1)
@@ -61,13 +81,16 @@ class _InfoNCE(torch.autograd.Function):
             s.scatter_(1, column, float("-inf"))
             if excluded is not None:
                 s.scatter_(1, excluded[part, None], float("-inf"))
-            top = s.amax(1, keepdim=True)
+            if alike is not None:
+                mine = alike[0][part, None]
+                s.masked_fill_((mine == alike[1]) & (mine >= 0), float("-inf"))
+            top = s.amax(1, keepdim=True).nan_to_num_(neginf=0.0)  # nothing may be left to compete
             total = s.sub_(top).exp_().sum(1, keepdim=True)
             lead = own - top - total.log()  # of the positive over all others; -log p = -log sigmoid(lead)
             losses[part] = -F.logsigmoid(lead)
             if wanted:
                 s.scatter_(1, column, -total)  # now the gradient of each logit, up to a factor of the row
-                factor = torch.sigmoid(-lead) / (total * len(x))
+                factor = torch.sigmoid(-lead) / (total.clamp_min(1e-30) * len(x))
                 torch.mm(s, candidates, out=d_rows[part]).mul_(factor / temperature)
                 d_candidates.addmm_(s.T, x[part] * factor)
         if wanted:
@@ -77,4 +100,24 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_rows, d_candidates = ctx.saved_tensors
-        return grad * d_rows, grad * d_candidates, None, None, None, None
+        return grad * d_rows, grad * d_candidates, None, None, None, None, None
+
+
+@full_precision
+def key_contrast(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """InfoNCE with keys that carry no gradient (MoCo, eq. 1): mean over rows of the cross entropy of one key in 1 + K.
+
+    q, k [..., D]: rows and their positive keys, normalised here; negatives [K, D], unit rows. Also: how similar rows are to
+    their keys and to the negatives on average, and the share of rows whose key is the most similar.
+    """
+    q, k, negatives = F.normalize(q, dim=-1).flatten(0, -2), F.normalize(k.detach(), dim=-1).flatten(0, -2), negatives.to(q)
+    positive = (q * k).sum(-1, keepdim=True)
+    others = q @ negatives.T  # [n, K]
+    logits = torch.cat([positive, others], 1) / temperature
+    loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
+    shown = {
+        "positive_similarity": positive.detach().mean(),
+        "negative_similarity": q.detach().mean(0) @ negatives.mean(0),
+        "contrast_accuracy": (others.detach().amax(1) < positive.detach()[:, 0]).to(q.dtype).mean(),
+    }
+    return loss, shown

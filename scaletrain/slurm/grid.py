@@ -19,15 +19,16 @@ SPEC, TABLE = "grid.json", "grid.csv"  # in the folder that holds the runs
 def combinations(axes: Iterable[str], seeds: int) -> list[tuple[str, ...]]:
     """('optim.lr=0.2,0.3', ...) -> every combination as overrides; `seeds` adds seed=0 ... to each. Raises ConfigError.
 
-    Values are YAML: a comma inside brackets or quotes does not part two of them.
+    Values are YAML: a comma inside brackets or quotes does not part two of them. An axis may also be a YAML file as in
+    configs/studies: a list whose items are lists of overrides, one item for each run.
     """
-    choices = [_values(axis) for axis in axes]
+    choices = [_file(Path(axis)) if axis.endswith(".yaml") and "=" not in axis else _values(axis) for axis in axes]
     if seeds > 1:
-        choices.append([f"seed={seed}" for seed in range(seeds)])
-    keys = [values[0].partition("=")[0] for values in choices]
+        choices.append([(f"seed={seed}",) for seed in range(seeds)])
+    keys = [key for points in choices for key in {text.partition("=")[0] for point in points for text in point}]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ConfigError(f"--grid names {', '.join(sorted(twice))} twice")
-    elements = list(itertools.product(*choices))
+    elements = [tuple(itertools.chain(*points)) for points in itertools.product(*choices)]
     if len({folder(Path(), element) for element in elements}) < len(elements):
         raise ConfigError("--grid names a value twice, or values whose folders would have the same name")
     return elements
@@ -66,7 +67,20 @@ def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str,
     return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
-def _values(axis: str) -> list[str]:
+def _file(path: Path) -> list[tuple[str, ...]]:
+    try:
+        points = yaml().load(path.read_text())
+        sound = bool(points) and all(point and all("=" in text for text in point) for point in points)
+    except OSError as error:
+        raise ConfigError(f"--grid {path}: {error.strerror}") from None
+    except Exception:  # ruamel has no common base of its errors that is not one of Python's own
+        sound = False
+    if not sound or isinstance(points, dict) or any(isinstance(point, str) for point in points):
+        raise ConfigError(f"--grid {path}: write a list of lists of overrides, e.g. - [optim.lr=0.2, method.tau=0.99]")
+    return [tuple(point) for point in points]
+
+
+def _values(axis: str) -> list[tuple[str, ...]]:
     key, _, text = axis.partition("=")
     try:
         values = yaml().load(f"[{text}]")
@@ -74,7 +88,7 @@ def _values(axis: str) -> list[str]:
         values = []
     if not key or not values:
         raise ConfigError(f"--grid {axis}: write KEY=VALUE,VALUE, e.g. --grid optim.lr=0.2,0.3")
-    return [f"{key}={json.dumps(v) if not isinstance(v, str) else v}" for v in values]
+    return [(f"{key}={json.dumps(v) if not isinstance(v, str) else v}",) for v in values]
 
 
 def _reached(run: Path) -> dict[str, Any]:

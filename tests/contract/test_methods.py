@@ -27,6 +27,7 @@ FOLDER = Path(importlib.import_module("scaletrain.methods").__path__[0])
 TOTAL = 20
 CLOCK = Clock(0, TOTAL, 0, small.STEPS_PER_EPOCH)
 each_method = pytest.mark.parametrize("method", METHODS)
+each_objective = pytest.mark.parametrize("method", [*METHODS, *small.JOINED])
 
 
 def test_the_folder_is_listed() -> None:
@@ -148,7 +149,7 @@ def trained(method: str, steps: int = 3) -> tuple[configuration.Config, Engine]:
     return cfg, engine
 
 
-@each_method
+@each_objective
 def test_forward_only_stages_what_it_would_write(method: str) -> None:
     cfg, engine = trained(method)
     batch = small.batch(cfg, 3)
@@ -188,12 +189,12 @@ def test_an_impure_forward_is_found(spoil: Callable[[Engine], None]) -> None:
     assert traces_of_forward(engine, small.batch(cfg, 3))
 
 
-@each_method
+@each_objective
 def test_what_forward_returns(method: str) -> None:
     cfg, engine = trained(method)
     batch = small.batch(cfg, 3)
     out: Out = engine.method(batch, CLOCK)
-    names = {"all"} | {group.name for group in engine.method.groups()}
+    names = {"all", *method.split("+")[1:]} | {group.name for group in engine.method.groups()}
     assert out.losses.keys() <= names
     assert all(loss.dim() == 0 and loss.requires_grad and loss.isfinite() for loss in out.losses.values())
     assert all(s.dim() == 0 and not s.requires_grad and s.isfinite() for s in out.scalars.values())
@@ -205,7 +206,7 @@ def test_what_forward_returns(method: str) -> None:
 # --- declarations -----------------------------------------------------------------------------------------------------
 
 
-@each_method
+@each_objective
 def test_targets_are_moved_by_their_average_alone(method: str) -> None:
     cfg, engine = trained(method)
     model = engine.method
@@ -233,7 +234,7 @@ def test_targets_are_moved_by_their_average_alone(method: str) -> None:
             assert not torch.equal(new, old)
 
 
-@each_method
+@each_objective
 def test_groups_take_parameters(method: str) -> None:
     cfg, engine = trained(method, 1)
     groups = parameter_groups(engine.method, cfg.optim)
@@ -251,7 +252,7 @@ def broken(batch: Batch, sample: int) -> Batch:
     return dataclasses.replace(batch, views=tuple(views))
 
 
-@each_method
+@each_objective
 def test_a_skipped_step_leaves_no_trace(method: str, caplog: pytest.LogCaptureFixture) -> None:
     (cfg, plain), (_, tried) = trained(method), trained(method)
     clock = Clock(3, TOTAL, 0, small.STEPS_PER_EPOCH)
@@ -318,7 +319,7 @@ def uninterrupted() -> Callable[[str], tuple[list[float], dict[str, Tensor], dic
     return run
 
 
-@each_method
+@each_objective
 @pytest.mark.parametrize("cut", [1, 3, 4])  # before a frozen group moves, within an epoch, at its end
 def test_a_restored_engine_goes_on_bit_for_bit(method: str, cut: int, uninterrupted: Callable[[str], Any]) -> None:
     losses, end, saved = uninterrupted(method)
@@ -331,7 +332,7 @@ def test_a_restored_engine_goes_on_bit_for_bit(method: str, cut: int, uninterrup
     assert changed(end, values(engine)) == []
 
 
-@each_method
+@each_objective
 def test_every_saved_tensor_counts(method: str, uninterrupted: Callable[[str], Any]) -> None:
     """Restoring without one of them must be refused, whichever it is."""
     _, _, saved = uninterrupted(method)

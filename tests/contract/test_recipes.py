@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import ACCURACY, PUBLISHED, RECALLED
 
 from scaletrain import checkpoint
 from scaletrain import config as configuration
@@ -21,76 +22,19 @@ from scaletrain.train import build, total_steps, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-METHODS = ("byol", "deepcluster_v2", "relicv2", "simclr", "swav")
+METHODS = configuration.leaves("methods")
 BATCH, SAMPLES = 12, 24  # more than ReLICv2's ten negatives; two steps per epoch
-SMALL = {"hidden": 16, "dim": 8, "prototypes": 6, "clusters": [6, 5, 4], "queue": 2 * BATCH}
-
-# batch, epochs, learning rate at the first step, at its peak and after the last step, weight decay
-PUBLISHED = {
-    "byol_r50_in1k": (4096, 1000, 0.0, 3.2, 0.0, 1.5e-6),
-    "byol_r50_in1k_100ep": (4096, 100, 0.0, 7.2, 0.0, 1e-6),
-    "byol_r50_in1k_200ep": (4096, 200, 0.0, 4.8, 0.0, 1e-6),
-    "byol_r50_in1k_300ep": (4096, 300, 0.0, 4.8, 0.0, 1e-6),
-    "simclr_r50_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1e-6),
-    "simclr_r50_in1k_100ep": (4096, 100, 0.0, 4.8, 0.0, 1e-6),
-    "simclr_r50_in1k_200ep": (4096, 200, 0.0, 4.8, 0.0, 1e-6),
-    "simclrv2_r50sk_in1k": (4096, 800, 0.0, 6.4, 0.0, 1e-4),
-    "simclrv2_r152x3sk_in1k": (4096, 800, 0.0, 6.4, 0.0, 1e-4),
-    "swav_r50_in1k": (4096, 800, 0.3, 4.8, 0.0048, 1e-6),
-    "swav_r50_in1k_100ep": (4096, 100, 0.3, 4.8, 0.0048, 1e-6),
-    "swav_r50_in1k_200ep": (4096, 200, 0.3, 4.8, 0.0048, 1e-6),
-    "swav_r50x2_in1k": (4096, 400, 0.3, 4.8, 0.0048, 1e-6),
-    "swav_r50x4_in1k": (2560, 400, 0.3, 4.8, 0.0048, 1e-6),
-    "deepcluster_v2_r50_in1k": (4096, 800, 0.3, 4.8, 0.0048, 1e-6),
-    "deepcluster_v2_r50_in1k_400ep": (4096, 400, 0.3, 4.8, 0.0048, 1e-6),
-    "relicv2_r50_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1.5e-6),
-    "relicv2_r50_in1k_100ep": (4096, 100, 0.0, 4.8, 0.0, 1.5e-6),
-    "relicv2_r50_in1k_200ep": (4096, 200, 0.0, 4.8, 0.0, 1.5e-6),
-    **{f"byol_{size}_in1k": (4096, 1000, 0.0, 3.2, 0.0, 1.5e-6) for size in ("r50x2", "r50x4", "r200x2")},
-    **{f"simclr_{size}_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1e-6) for size in ("r50x2", "r50x4")},
-    **{
-        f"relicv2_{size}_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1.5e-6)
-        for size in ("r50x2", "r50x4", "r101", "r152", "r200", "r200x2", "r295")
-    },
-    "byol_r18_cifar10": (256, 1000, 0.0, 1.0, 0.0, 1e-5),
-    "simclr_r18_cifar10": (512, 1000, 0.0, 2.0, 0.0, 1e-4),
-    "swav_r18_cifar10": (256, 1000, 0.0, 0.6, 0.0, 1e-6),
-    "deepcluster_v2_r18_cifar10": (256, 1000, 0.0, 0.6, 0.0006, 1e-6),
-    "relicv2_r18_cifar10": (256, 1000, 0.0, 1.0, 0.0, 1e-5),
+SMALL = {
+    "hidden": 16,
+    "dim": 8,
+    "classes": 6,
+    "whiten": 8,
+    "patch": 5,
+    "prototypes": 6,
+    "clusters": [6, 5, 4],
+    "queue": 2 * BATCH,
 }
 
-# Linear top-1 in the sources. The project's notes mark some as recalled: such a recipe must say "not verified".
-ACCURACY = {
-    "byol_r50_in1k": 74.3,
-    "byol_r50_in1k_200ep": 71.8,
-    "byol_r200x2_in1k": 79.6,
-    "simclr_r50_in1k": 69.3,
-    "simclr_r50_in1k_100ep": 64.5,
-    "simclr_r50_in1k_200ep": 66.6,
-    "simclr_r50x2_in1k": 74.2,
-    "simclr_r50x4_in1k": 76.5,
-    "simclrv2_r50sk_in1k": 74.6,
-    "simclrv2_r152x3sk_in1k": 79.8,
-    "swav_r50_in1k": 75.3,
-    "swav_r50_in1k_100ep": 72.1,
-    "swav_r50_in1k_200ep": 73.9,
-    "swav_r50x2_in1k": 77.3,
-    "swav_r50x4_in1k": 77.9,
-    "deepcluster_v2_r50_in1k": 75.2,
-    "deepcluster_v2_r50_in1k_400ep": 74.3,
-    "relicv2_r50_in1k": 77.1,
-    "relicv2_r101_in1k": 78.7,
-    "relicv2_r152_in1k": 79.3,
-    "relicv2_r200x2_in1k": 80.6,
-}
-RECALLED = {
-    "byol_r50_in1k_300ep": 72.5,
-    "byol_r50x2_in1k": 77.4,
-    "byol_r50x4_in1k": 78.6,
-    "relicv2_r50x2_in1k": 79.0,
-    "relicv2_r50x4_in1k": 79.4,
-    "relicv2_r200_in1k": 79.8,
-}
 BOTTLENECKS = (
     "relicv2_r50_in1k",
     "simclrv2_r50sk_in1k",
@@ -111,7 +55,9 @@ def shrunken(name: str) -> Config:
         name,
         *(f"method.{key}={value}" for key, value in SMALL.items() if method.get(key)),
         *(f"data.views.{i}.size={sides[view.size]}" for i, view in enumerate(full.data.views)),
+        *(("data.support.classes=3",) if full.data.support else ()),
         f"batch={BATCH}",
+        *((f"model.norm_group={BATCH // 2}",) if full.model.norm_group else ()),
         f"data.synthetic_samples={SAMPLES}",
         *("data.path=synthetic", "data.lanes=4", "data.workers=0"),
         *(
@@ -166,7 +112,18 @@ def test_published_schedule(name: str) -> None:
     warmup = round(config.optim.warmup_epochs * per_epoch)
     rates = [schedule.lr(config.optim, config.batch, step, per_epoch, total) for step in (0, warmup, total)]
     assert (config.batch, config.epochs, *rates, config.optim.weight_decay) == pytest.approx(PUBLISHED[name])
-    unusual = {"deepcluster_v2_r18_cifar10": 11, "simclrv2_r50sk_in1k": 40, "simclrv2_r152x3sk_in1k": 40}
+    unusual = {
+        "supervised_r50_in1k": 5,
+        "deepcluster_v2_r18_cifar10": 11,
+        "simclrv2_r50sk_in1k": 40,
+        "simclrv2_r152x3sk_in1k": 40,
+        "simsiam_r50_in1k": 0,
+        **dict.fromkeys(("moco_r50_in1k", "moco_r50_in1k_800ep", "mocov1_r50_in1k"), 0),
+        **dict.fromkeys(("densecl_r50_in1k", "pcl_r50_in1k", "pirl_r50_in1k"), 0),
+        "directpred_r18_cifar10": 0,
+        "deepcluster_r50_in1k": 0,
+        "deepcluster_r18_cifar10": 0,
+    }
     assert config.optim.warmup_epochs == unusual.get(name, 10)
     assert (config.model.name, config.model.width, config.model.sk, config.model.stem) == network(name)
     assert (config.data.path, config.steps) == ("", 0)

@@ -11,7 +11,7 @@ import torch
 
 from scaletrain import dist
 from scaletrain.engines import base, ddp, fairscale
-from scaletrain.nn import norm
+from scaletrain.nn import bank, norm
 from scaletrain.optim import lars
 
 
@@ -82,6 +82,22 @@ def statistics_per_micro_batch() -> Any:
     return mock.patch.object(norm.BatchNorm, "commit", lambda self, parts: right(self))
 
 
+def queue_per_micro_batch() -> Any:
+    """Keys enter the queue micro-batch by micro-batch, so that their order depends on the ranks."""
+    right = bank.Queue.commit
+    return mock.patch.object(bank.Queue, "commit", lambda self, parts: right(self))
+
+
+def keys_shuffled_within_a_rank() -> Any:
+    """ShuffleBN that sends nothing: the groups hold the rank's own samples again."""
+
+    def local(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        own = order[order // len(x) == dist.rank()]
+        return x[own - dist.rank() * len(x)]
+
+    return mock.patch.object(dist, "permute_nograd", local)
+
+
 BUGS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
@@ -92,5 +108,7 @@ BUGS: dict[str, Callable[[], Any]] = {
         ema_before_step,
         last_micro_batch_not_summed,
         statistics_per_micro_batch,
+        queue_per_micro_batch,
+        keys_shuffled_within_a_rank,
     )
 }

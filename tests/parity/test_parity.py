@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import ranks
+import small
 from parity.bugs import BUGS
 from parity.cells import EXACT, Case, Run, deviation, of, train, whole
 from toys import ADVERSARY
@@ -23,12 +24,14 @@ from scaletrain.config import leaves
 # with each step, 6 less than tenfold) would drown what is compared.
 ACCUMULATED: dict[str, Any] = {"batch": 48, "engine": {"accumulate": 2}, "model": {"norm_group": 6}}
 CASES: dict[str, Case] = {
-    **{name: (name, {}) for name in (*leaves("methods"), ADVERSARY)},
+    **{name: (name, {}) for name in (*leaves("methods"), *small.JOINED, ADVERSARY)},
     **{
         f"{name} accumulated": (name, ACCUMULATED)
         for name in leaves("methods")
         if not importlib.import_module(f"scaletrain.methods.{name}").Model.global_loss
     },
+    "moco shuffled": ("moco", {"batch": 24, "model": {"norm_group": 6}, "method": {"shuffle": True}}),
+    "pirl nce": ("pirl", {"method": {"loss": "nce"}}),
 }
 CAUGHT_BY = {  # which case exercises what a bug breaks
     "lost_gather_gradient": "simclr",
@@ -38,6 +41,8 @@ CAUGHT_BY = {  # which case exercises what a bug breaks
     "ema_before_step": "byol",
     "last_micro_batch_not_summed": "byol accumulated",
     "statistics_per_micro_batch": "byol accumulated",
+    "queue_per_micro_batch": "moco accumulated",
+    "keys_shuffled_within_a_rank": "moco shuffled",
 }
 
 

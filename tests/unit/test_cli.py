@@ -64,9 +64,14 @@ def test_show_config_prints_what_loads_equal(recipe: Path, tmp_path: Path) -> No
 
 
 def test_show_methods_lists_every_file() -> None:
-    shown = call("show", "methods").stdout.splitlines()
-    assert [line.split()[0] for line in shown] == list(config.leaves("methods"))
-    assert all(len(line.split()) > 2 for line in shown)  # each with its first line
+    methods, _, auxiliaries = call("show", "methods").stdout.partition("\n\n")
+    for kind, text in (("methods", methods), ("auxiliaries", auxiliaries.partition("\n")[2])):
+        heads = [line for line in text.splitlines() if not line.startswith(" ")]
+        assert [line.split()[0] for line in heads] == list(config.leaves(kind))
+        assert all(len(line.split()) > 2 for line in heads)  # each with its first line
+    assert "    byol_r50_in1k" in methods
+    assert "74.3 % linear top-1 (paper)" in methods
+    assert "57.3 % linear top-1" in auxiliaries
 
 
 def test_show_schema_is_json_with_every_method() -> None:

@@ -293,6 +293,7 @@ def _accepts(rule: dict[str, Any], value: Any, definitions: dict[str, Any]) -> b
         "boolean": bool,
         "integer": int,
         "number": (int, float),
+        "null": type(None),
     }
     if not isinstance(value, kinds[rule["type"]]):
         return False

@@ -1,0 +1,69 @@
+"""SuNCEt: a contrastive loss for few labels (Assran et al., 2020, arXiv 2006.10803, eq. 2), after facebookresearch/suncet."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Leaf, Positive
+from scaletrain.core import Auxiliary, Batch, Clock, Facts, Method, Out
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    weight: Positive = 1.0  # lambda
+    temperature: Positive = 0.1
+
+
+class Model(Auxiliary):
+    """Labelled samples find their class among the others of the step, in the space that the method's own loss acts in.
+
+    data.support says which samples, and for how many epochs: a batch without them has no such loss.
+    """
+
+    global_loss = True
+
+    def __init__(self, config: Config, method: Method, facts: Facts) -> None:
+        super().__init__()
+        if not facts.support:
+            raise ValueError(
+                "suncet needs labelled samples: set data.support, e.g. data.support.labels=FILE of shards/subset.py"
+            )
+        if not isinstance(getattr(method, "projector", None), nn.Module):
+            raise ValueError("suncet needs a method with a projector, such as simclr or swav")
+        self.config = config
+
+    def forward(self, method: Method, batch: Batch, clock: Clock) -> Out:
+        if batch.support is None:
+            return Out({})
+        assert batch.support.labels is not None
+        # differs: the authors forward both views and the labelled images as one, so that these share their statistics.
+        h = pooled(method.backbone, batch.support.views[0])
+        projector: nn.Module = method.projector  # type: ignore[assignment]
+        loss, scalars = self._loss(pooled(projector, h)[0], batch.support.labels)
+        return Out({"suncet": self.config.weight * loss}, scalars)
+
+    @full_precision
+    def _loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """z [b, D], labels [b], -1 for a sample that must not be used."""
+        z = F.normalize(z, dim=-1)
+        every, others = dist.gather(z), dist.gather_nograd(labels)  # Z_S with gradient
+        place = dist.rank() * len(z) + torch.arange(len(z), device=z.device)
+        candidate = ~F.one_hot(place, len(every)).bool() & (others >= 0)  # Z_S without z
+        same = candidate & (labels[:, None] == others)  # Z_y
+        anchor = same.any(1)  # a class of one sample would cost infinitely much
+        logits = (z @ every.T / self.config.temperature).masked_fill(~candidate, float("-inf"))
+        # what is no anchor is left out of the sum below, and kept finite for its gradient's sake
+        logits = logits.masked_fill(~anchor[:, None], 0.0)
+        log_p = logits.masked_fill(~same & anchor[:, None], float("-inf")).logsumexp(1) - logits.logsumexp(1)
+        count = dist.sum_nograd(anchor.sum()).clamp_min(1)
+        loss = -(log_p * anchor).sum() * dist.world() / count
+        nearest = others[logits.detach().argmax(1)] == labels
+        scalars = {
+            "suncet_probability": (log_p.detach().exp() * anchor).sum() / anchor.sum().clamp_min(1),  # of the right class
+            "suncet_neighbours": (nearest & anchor).sum() / anchor.sum().clamp_min(1),  # nearest samples of the right class
+        }
+        return loss, scalars

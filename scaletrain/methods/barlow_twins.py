@@ -1,0 +1,59 @@
+"""Barlow Twins (Zbontar et al., 2021, arXiv 2103.03230), after facebookresearch/barlowtwins.
+
+Family: without negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import BatchNorm, per_view
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 8192
+    dim: Count = 8192
+    lambd: Positive = 0.0051  # weight of the redundancy reduction
+    scale: Positive = 1.0  # of the whole loss: LARS cancels it for what it adapts, but not against the weight decay
+    bias_lr: Positive = 0.024  # learning rate of biases and norms, relative to that of the weights
+
+
+class Model(Method):
+    """The cross-correlation of two views' embeddings over the global batch becomes the identity."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("barlow_twins")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        widths = (width, config.hidden, config.hidden, config.dim)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=facts.norm_group)
+        self.norm = BatchNorm(config.dim, scale=False, shift=False)  # over the whole batch, whatever the other norms do
+
+    def groups(self) -> Sequence[Group]:
+        return [Group("biases", lambda _, p: p.ndim == 1, lr=self.config.bias_lr)]
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        y = per_view(self.backbone, batch.views[0])
+        on, off = self._loss(per_view(self.projector, y))
+        loss = self.config.scale * (on + self.config.lambd * off)
+        return Out({"all": loss}, {"on_diagonal": on.detach(), "off_diagonal": off.detach()}, y[0].detach())
+
+    @full_precision
+    def _loss(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z [2, B, D] -> the two sums of eq. 1, invariance and redundancy reduction."""
+        z1, z2 = per_view(self.norm, z)
+        # differs: the authors' all_reduce has no gradient, so that theirs is 1 / ranks of this one (`scale` can say so).
+        c = dist.psum(z1.T @ z2) / (len(z1) * dist.world())  # [D, D], eq. 2
+        diagonal = c.diagonal()
+        return (1 - diagonal).square().sum(), c.square().sum() - diagonal.square().sum()

@@ -1,0 +1,79 @@
+"""C-BYOL, compressed (Lee et al., 2021, arXiv 2109.12909), after google-research/compressive-visual-representations.
+
+Family: without negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import per_view
+from scaletrain.nn.vmf import VonMisesFisher
+from scaletrain.ops.contrast import cosine_distance
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 4096
+    dim: Annotated[int, Field(ge=2)] = 256
+    tau: Share = 0.996  # of the target's moving average, cosine to 1
+    kappa_e: Positive = 16384.0  # concentration of e(z | x), the encoding of a view
+    kappa_b: Positive = 10.0  # of b(z | y), its prediction from the target's embedding
+    kappa_d: Positive = 4.0  # of the decoder: half of it weighs BYOL's loss
+    beta: Annotated[float, Field(ge=0.0)] = 1.0  # weight of the compression
+    residual: Literal["other", "own"] = "other"  # the target's view that predicts a code; the authors' code takes its own
+
+
+class Model(Method):
+    """A stochastic code of each view predicts the target's projection of the other, and holds little beyond it."""
+
+    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("c_byol")
+        self.config = config
+        self.backbone = make_backbone()
+        group, dim = facts.norm_group, config.dim
+        heads, head = (int(self.backbone.features), config.hidden, dim), (dim, config.hidden, dim)  # type: ignore[arg-type]
+        self.projector = mlp(heads, last_bias=False, group=group)
+        self.encoder = mlp(head, last_bias=False, group=group)  # mean direction of e(z | x)
+        self.decoder = nn.Linear(dim, dim, bias=False)
+        self.prior = mlp(head, last_bias=False, group=group)  # mean direction of b(z | y); trained
+        self.e, self.b = (VonMisesFisher(dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
+        self.target_backbone = make_backbone()
+        self.target_projector = mlp(heads, last_bias=False, group=group)
+
+    def ema(self, clock: Clock) -> float:
+        return clock.cosine(self.config.tau, 1.0)
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        x = batch.views[0]  # [2, B, 3, H, W]
+        y = per_view(self.backbone, x)
+        mean = per_view(self.encoder, per_view(self.projector, y))
+        with torch.no_grad():
+            t = F.normalize(per_view(self.target_projector, per_view(self.target_backbone, x)), dim=-1)
+        z, residual = self._code(mean, per_view(self.prior, t), batch.keys)
+        p1, p2 = self.decoder(z)
+        byol = cosine_distance(p1, t[1]) + cosine_distance(p2, t[0])
+        loss = self.config.kappa_d / 2 * byol + self.config.beta * residual
+        return Out({"all": loss}, {"byol": byol.detach(), "residual": residual.detach()}, y[0].detach())
+
+    @full_precision
+    def _code(self, mean: Tensor, prior: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of e and b [2, B, dim] -> z ~ e(z | x) [2, B, dim] and the sum over views of log e(z | x) - log b(z | y)."""
+        mean, prior = F.normalize(mean, dim=-1), F.normalize(prior, dim=-1)
+        if self.config.residual == "other":
+            prior = prior.flip(0)
+        z = torch.stack([self.e.sample(view, keys, purpose) for view, purpose in zip(mean, ("code1", "code2"), strict=True)])
+        residual = self.e.log_prob((z * mean).sum(-1)) - self.b.log_prob((z * prior).sum(-1))
+        return z, residual.mean(1).sum()

@@ -1,0 +1,75 @@
+"""C-SimCLR, compressed (Lee et al., 2021, arXiv 2109.12909), after google-research/compressive-visual-representations.
+
+Family: contrastive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import pooled
+from scaletrain.nn.vmf import VonMisesFisher
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    layers: Count = 2  # of the projection head
+    dim: Annotated[int, Field(ge=2)] = 128
+    kappa_e: Positive = 1024.0  # concentration of e(z | x), the encoding of a view
+    kappa_b: Positive = 10.0  # of b(z | y), its prediction from the other view: 1 / the temperature
+    beta: Annotated[float, Field(ge=0.0)] = 1.0  # weight of the compression
+
+
+class Model(Method):
+    """The code z of a view finds the sample of the other view, and holds as little as may be that the other view does not."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("c_simclr")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        widths = (*[width] * config.layers, config.dim)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=facts.norm_group)
+        self.e, self.b = (VonMisesFisher(config.dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = pooled(self.backbone, batch.views[0])
+        loss, residual, accuracy = self._loss(pooled(self.projector, h), batch.keys)
+        return Out({"all": loss}, {"residual": residual, "contrast_accuracy": accuracy}, h[0].detach())
+
+    @full_precision
+    def _loss(self, r: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """r [2, B, dim]: the mean directions -> loss, and both directions' mean residual information and accuracy."""
+        r1, r2 = F.normalize(r, dim=-1)
+        every1, every2 = dist.gather(r1), dist.gather(r2)
+        found = (self._direction(r1, r2, every1, every2, keys, "code1"), self._direction(r2, r1, every2, every1, keys, "code2"))
+        residual, contrast, accuracy = (torch.stack(part) for part in zip(*found, strict=True))
+        loss = (self.config.beta * residual + contrast).sum()  # summed over the directions, as SimCLR's
+        return loss, residual.detach().mean(), accuracy.mean()
+
+    def _direction(
+        self, x: Tensor, y: Tensor, every_x: Tensor, every_y: Tensor, keys: Tensor, purpose: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One code per sample from view x -> I(X; Z | Y), -I(Z; Y) as bounded by the batch, and the share that is found."""
+        z = self.e.sample(x, keys, purpose)
+        residual = self.e.log_prob((z * x).sum(1)) - self.b.log_prob((z * y).sum(1))
+        own = dist.rank() * len(x) + torch.arange(len(x), device=x.device)
+        itself = F.one_hot(own, len(every_x)).bool()
+        logits = torch.cat(
+            [self.b.log_prob(z @ every_y.T), self.b.log_prob(z @ every_x.T).masked_fill(itself, float("-inf"))], 1
+        )
+        # differs: the authors' constant log(2B - 1), taken off, is not part of a loss.
+        return residual.mean(), F.cross_entropy(logits, own), (logits.detach().argmax(1) == own).float().mean()

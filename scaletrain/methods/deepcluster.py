@@ -1,0 +1,147 @@
+"""DeepCluster (Caron et al., 2018, arXiv 1807.05520), after facebookresearch/deepcluster.
+
+Family: clustering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf
+from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out
+from scaletrain.nn.bank import Bank
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.kmeans import kmeans
+from scaletrain.ops.precision import full_precision
+
+_CHUNK = 16384  # rows that are float64 at a time
+
+
+class Config(Leaf):
+    classes: Count = 10_000  # k of k-means
+    whiten: Count = 256  # principal components that are clustered
+    iterations: Count = 20  # of k-means
+    sobel: bool = True  # the network sees the image's two gradients in place of its colours
+
+
+class Model(Method):
+    """Each epoch clusters the features of all samples; a new classifier on top learns to tell the clusters apart."""
+
+    sizes: Tensor
+    nmi: Tensor
+    filters: Tensor
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        self.config, self.facts = config, facts
+        self.backbone = make_backbone()
+        self.width = int(self.backbone.features)  # type: ignore[arg-type]
+        if config.whiten > self.width:
+            raise ValueError(f"method.whiten={config.whiten} is more than the {self.width} features of the network: lower it")
+        if config.classes > facts.samples:
+            raise ValueError(f"method.classes={config.classes} is more than the {facts.samples} samples of the data: lower it")
+        self.classifier = nn.Linear(self.width, config.classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+        self.assignments = Bank(facts.samples, 1, fill=-1, dtype=torch.int64)
+        self.register_buffer("sizes", torch.zeros(config.classes))  # of the clusters
+        self.register_buffer("nmi", torch.zeros(()))  # between this and the last epoch's clusters (the paper's section 4.1)
+        ramp = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("filters", torch.stack([ramp, ramp.T])[:, None], persistent=False)
+
+    def groups(self) -> Sequence[Group]:
+        return [Group("classifier", lambda name, _: name.startswith("classifier."), momentum=0.0)]
+
+    def features(self, x: Tensor) -> Tensor:
+        """[V, B, 3, H, W] -> [V, B, width]."""
+        if self.config.sobel:
+            edges = F.conv2d(x.flatten(0, 1).mean(1, keepdim=True), self.filters, padding=1)
+            # The third colour is black, as if the network had two input channels.
+            x = F.pad(edges, (0, 0, 0, 0, 0, 1)).unflatten(0, x.shape[:2])
+        return pooled(self.backbone, x)
+
+    # --- clusters -----------------------------------------------------------------------------------------------------
+
+    def on_epoch(self, clock: Clock, features: Features) -> None:
+        # differs: the authors embed centre crops with running statistics, here it is a training view with the batch's.
+        bank = Bank(self.facts.samples, self.width).to(self.sizes)
+        for index, h in features(lambda batch: self.features(batch.views[0][:1])[0]):
+            bank.write(index, h)
+        key = int(dist.hash64(self.facts.seed, clock.epoch, "deepcluster"))
+        rows = _whitened(bank.rows, self.config.whiten)
+        _, new = kmeans(rows, bank.start, self.config.classes, self.config.iterations, key, split=True)
+        old = self.assignments.rows[:, 0]
+        self.nmi.copy_(_nmi(old, new, -(-self.facts.samples // dist.world()), self.config.classes))
+        old.copy_(new)
+        self.sizes.copy_(dist.sum_nograd(torch.bincount(new[new >= 0], minlength=self.config.classes)))
+
+    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
+        """The clusters of the next epoch have other numbers: it begins with a new classifier."""
+        if (clock.step + 1) % clock.steps_per_epoch:
+            return
+        # Every rank draws the same: from a key, not from the state of a generator.
+        draw = torch.Generator().manual_seed(int(dist.hash64(self.facts.seed, clock.epoch, "classifier")))
+        weight = torch.empty(self.classifier.weight.shape)
+        write("classifier.weight", nn.init.normal_(weight, std=0.01, generator=draw))
+        write("classifier.bias", torch.zeros(self.config.classes))
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = torch.cat([self.features(x) for x in batch.views])  # [V, B, width]
+        loss, accuracy = self._loss(self.classifier(h), self.assignments.read(batch.index)[:, 0])
+        shares = self.sizes / self.sizes.sum().clamp_min(1)
+        scalars = {
+            "assignment_accuracy": accuracy,
+            "nmi": self.nmi.clone(),
+            "largest_cluster": shares.max(),
+            "empty_clusters": (shares == 0).sum().float(),
+        }
+        return Out({"all": loss}, scalars, h[0].detach())
+
+    @full_precision
+    def _loss(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [V, B, K]; label [B], -1 for samples that no pass has embedded: they weigh nothing."""
+        # differs: the authors draw an epoch's samples evenly over clusters, here samples weigh the inverse of their cluster's
+        # size, which is the same on average and keeps the order of the data.
+        even = self.sizes.sum() / (self.sizes > 0).sum().clamp_min(1)
+        weight = torch.where(label >= 0, even / self.sizes[label].clamp_min(1), 0.0).to(logits)  # [B]
+        labels = label.expand(len(logits), -1)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none")
+        return (loss.view_as(labels) * weight).mean(), (logits.detach().argmax(-1) == labels).float().mean()
+
+
+def _whitened(rows: Tensor, dims: int) -> Tensor:
+    """[n, D] of this rank -> [n, dims]: principal components of all ranks' rows, of unit variance, then of unit length.
+
+    Rows of zeros are absent samples and stay so. The signs of the components are arbitrary and mean nothing to k-means.
+    """
+    present = rows.abs().sum(1, keepdim=True) > 0
+    moments = rows.new_zeros(rows.shape[1] + 2, rows.shape[1], dtype=torch.float64)
+    for x in map(Tensor.double, rows.split(_CHUNK)):
+        moments += torch.cat([x.T @ x, x.sum(0, keepdim=True), (x.abs().sum(1) > 0).sum().to(x).expand(1, x.shape[1])])
+    moments = dist.sum_nograd(moments)
+    count, mean = moments[-1, 0].clamp_min(1), moments[-2] / moments[-1].clamp_min(1)
+    variance, axes = torch.linalg.eigh(moments[:-2] / count - torch.outer(mean, mean))
+    variance, axes = variance[-dims:], axes[:, -dims:]
+    scale = torch.where(variance > 1e-10 * variance[-1], variance.clamp_min(torch.finfo(moments.dtype).tiny).rsqrt(), 0.0)
+    white = F.normalize((rows - mean.to(rows)) @ (axes * scale).to(rows), dim=1)
+    return torch.where(present, white, 0.0)
+
+
+def _nmi(a: Tensor, b: Tensor, rows: int, classes: int) -> Tensor:
+    """Mutual information over sqrt(H(a) H(b)) of two labellings, -1 for none; [n] each, n <= `rows` on every rank."""
+    pair = torch.where((a >= 0) & (b >= 0), a * classes + b, -1)
+    pair, count = dist.gather_nograd(F.pad(pair, (0, rows - len(pair)), value=-1)).unique(return_counts=True)
+    p = count.double() * (pair >= 0)
+    p = p / p.sum().clamp_min(1)
+    a, b = pair.clamp_min(0) // classes, pair.clamp_min(0) % classes
+    joint = torch.special.entr(p).sum()
+    h1, h2 = (torch.special.entr(p.new_zeros(classes).index_add(0, label, p)).sum() for label in (a, b))
+    nmi: Tensor = (h1 + h2 - joint) / (h1 * h2).sqrt().clamp_min(torch.finfo(p.dtype).tiny)
+    return nmi

@@ -1,0 +1,98 @@
+"""DenseCL: dense contrastive learning (Wang et al., 2021, arXiv 2011.09157), after WXinlong/DenseCL.
+
+Family: contrastive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.backbone import unpooled
+from scaletrain.nn.bank import Queue
+from scaletrain.nn.heads import plain
+from scaletrain.nn.norm import per_view, shuffled
+from scaletrain.ops.contrast import key_contrast
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 2048  # of both heads
+    dim: Count = 128
+    queue: Count = 65536  # keys of earlier steps over all ranks, in either queue
+    temperature: Positive = 0.2
+    dense: Share = 0.5  # lambda, share of the dense loss
+    tau: Share = 0.999  # the key encoder's momentum
+    shuffle: bool = True  # ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none
+
+
+class Model(Method):
+    """MoCo v2, and the same once more for every cell of the last feature map against the cell of the key that looks like it."""
+
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+        "target_dense_projector": "dense_projector",
+    }
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("densecl")
+        self.config, self.batch, self.seed = config, facts.batch, facts.seed
+        self.shuffle = config.shuffle and facts.norm_group > 0
+        if self.shuffle:  # else no sample needs another one of its batch
+            self.global_loss = True
+        self.backbone, self.target_backbone = unpooled(make_backbone()), unpooled(make_backbone())
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        widths = (width, config.hidden, config.dim)
+        self.projector, self.target_projector = plain(widths), plain(widths)
+        # On the channels of each cell a dense layer is the paper's 1x1 convolution.
+        self.dense_projector, self.target_dense_projector = plain(widths), plain(widths)
+        for target, online in self.targets.items():  # the key encoder starts as a copy
+            self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
+        self.queue = Queue(config.queue, config.dim, noise=True)
+        self.dense_queue = Queue(config.queue, config.dim, noise=True)
+
+    def ema(self, clock: Clock) -> float:
+        return self.config.tau
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        x = batch.views[0]  # [2, B, 3, H, W]
+        f = _cells(per_view(self.backbone, x[:1]))  # [B, S, features]
+        h = f.mean(1)
+        q, dense_q = self.projector(h), self.dense_projector(f)
+        with torch.no_grad():
+            g = _cells(self._keys(x[1:], clock))
+            k, dense_k = self.target_projector(g.mean(1)), self.target_dense_projector(g)
+        loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
+        return Out({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
+
+    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
+        """[1, B, features, H, W] of the key encoder, whose only norms are in its backbone."""
+        return shuffled(self.target_backbone, x, self.seed, clock.step) if self.shuffle else per_view(self.target_backbone, x)
+
+    @full_precision
+    def _loss(
+        self, q: Tensor, k: Tensor, dense_q: Tensor, dense_k: Tensor, f: Tensor, g: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """q, k [B, dim]; dense_q, dense_k [B, S, dim]; f, g [B, S, features]: the cells of both backbones."""
+        same = (F.normalize(f, dim=2) @ F.normalize(g, dim=2).transpose(1, 2)).argmax(2)  # [B, S], section 3.3
+        positive = dense_k.gather(1, same[..., None].expand_as(dense_q))
+        whole, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
+        dense, cells = key_contrast(dense_q, positive, self.dense_queue.rows, self.config.temperature)
+        self.queue.push(F.normalize(k, dim=-1))
+        self.dense_queue.push(F.normalize(dense_k.mean(1), dim=-1))  # one pooled key per image
+        shown |= {f"dense_{name}": value for name, value in cells.items()}
+        shown |= {"global": whole.detach(), "dense": dense.detach()}
+        return (1 - self.config.dense) * whole + self.config.dense * dense, shown
+
+
+def _cells(x: Tensor) -> Tensor:
+    """[1, B, C, H, W] -> [B, H * W, C]."""
+    return x[0].flatten(2).transpose(1, 2)

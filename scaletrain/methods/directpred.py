@@ -1,0 +1,119 @@
+"""DirectPred (Tian et al., 2021, arXiv 2102.06810) and DirectCopy (Wang et al., 2021, arXiv 2110.04947).
+
+After facebookresearch/luckmatters. BYOL whose linear predictor is set from the correlation of its inputs and not trained.
+
+Family: without negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Share
+from scaletrain.core import Batch, Clock, Facts, Method, Out, Staged
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import cosine_distance
+
+
+class Config(Leaf):
+    hidden: Count = 512
+    dim: Count = 128
+    tau: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.996  # of the target's moving average, constant
+    predictor: Literal["directpred", "directcopy"] = "directpred"
+    rho: Share = 0.3  # share of the correlation that a step keeps
+    epsilon: Annotated[float, Field(ge=0.0)] = 0.01  # added to the predictor's spectrum
+    every: Count = 1  # steps between settings of the predictor
+
+
+class Correlation(Staged):
+    """F <- rho F + (1 - rho) E[f f^T] over all views of the global batch; the first step sets F whole. [dim, dim] float64."""
+
+    matrix: Tensor
+    steps: Tensor
+
+    def __init__(self, dim: int, rho: float) -> None:
+        super().__init__()
+        self.rho = rho
+        self.register_buffer("matrix", torch.zeros(dim, dim, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.staged: list[Tensor] = []
+
+    def stage(self, f: Tensor) -> None:
+        self.staged.append(f.detach().flatten(0, -2))
+
+    @torch.no_grad()
+    def commit(self, parts: int = 1) -> None:
+        if not self.staged:
+            return
+        f = torch.cat(self.staged).double()
+        new = dist.sum_nograd(f.T @ f) / (len(f) * dist.world())
+        keep = self.rho * (self.steps > 0).to(self.matrix)
+        self.matrix.mul_(keep).add_(new * (1 - keep))
+        self.steps.add_(1)
+        self.staged.clear()
+
+    def discard(self) -> None:
+        self.staged.clear()
+
+
+class Model(Method):
+    """Two views; W_p f predicts the target's projection of the other view, W_p sharing the eigenvectors of f's correlation."""
+
+    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    weight: Tensor
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("directpred")
+        self.config = config
+        self.backbone = make_backbone()
+        heads = (int(self.backbone.features), config.hidden, config.dim)  # type: ignore[arg-type]
+        self.projector = mlp(heads, last_bias=False, group=facts.norm_group)
+        self.correlation = Correlation(config.dim, config.rho)
+        # differs: the authors' predictor is random until the first step has set it.
+        self.register_buffer("weight", torch.eye(config.dim))
+        self.target_backbone = make_backbone()
+        self.target_projector = mlp(heads, last_bias=False, group=facts.norm_group)
+
+    def ema(self, clock: Clock) -> float:
+        return self.config.tau
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        x = batch.views[0]  # [2, B, 3, H, W]
+        y = per_view(self.backbone, x)
+        f = per_view(self.projector, y)
+        self.correlation.stage(f)
+        p1, p2 = F.linear(f, self.weight)
+        with torch.no_grad():
+            z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
+        loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)  # 4 more than the authors' -2 cos, summed
+        return Out({"all": loss}, self._spectrum(), y[0].detach())
+
+    def _spectrum(self) -> dict[str, Tensor]:
+        """Of F: (tr F)^2 / |F|^2, the number of dimensions in use, from 1 (collapse) to dim; no decomposition is needed."""
+        trace, square = self.correlation.matrix.trace(), self.correlation.matrix.square().sum()
+        rank = trace.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
+        return {"correlation_rank": rank, "correlation_trace": trace, "predictor_norm": self.weight.norm()}
+
+    @torch.no_grad()
+    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
+        if clock.every(self.config.every):
+            self.weight.copy_(self._predictor(self.correlation.matrix))
+
+    def _predictor(self, correlation: Tensor) -> Tensor:
+        """Every rank computes it from the same sum; float64, since an eigenvalue near zero is a difference of large numbers."""
+        if self.config.predictor == "directcopy":
+            return correlation + self.config.epsilon * torch.eye(len(correlation), out=torch.empty_like(correlation))
+        s, q = torch.linalg.eigh(correlation)
+        s = s.clamp_min(0)
+        p = (s / s.max().clamp_min(torch.finfo(s.dtype).tiny)).sqrt() + self.config.epsilon
+        weight: Tensor = (q * p.clamp_min(1e-4)) @ q.T
+        return weight

@@ -1,0 +1,56 @@
+"""Margin contrastive loss over two views (Hadsell et al., 2006, Dimensionality Reduction by Learning an Invariant Mapping).
+
+Family: contrastive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.distances import pair_distances
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 128
+    margin: Positive = 1.0  # alpha, of distances between 0 and 2
+    squared: bool = True  # Hadsell et al.: both terms squared; false: the plain distances of the textbooks
+
+
+class Model(Method):
+    """Views of one sample are drawn together, those of others pushed apart until they are `margin` away. A small baseline."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("margin")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = pooled(self.backbone, batch.views[0])
+        loss, scalars = self._loss(pooled(self.projector, h))
+        return Out({"all": loss}, scalars, h[0].detach())
+
+    def _loss(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        positive, others, counts = pair_distances(z, squared=False)
+        short = (self.config.margin - others).clamp_min(0) * counts  # max(0, alpha - d(A, B))
+        power = 2 if self.config.squared else 1
+        negatives = counts.sum(1)
+        # differs: means over positives and over negatives are added up; a mean over all pairs would be one of negatives alone.
+        loss = (positive**power).mean() + ((short**power).sum(-1) / negatives).mean()
+        scalars = {
+            "positive_distance": positive.detach().mean(),
+            "negative_distance": ((others.detach() * counts).sum(-1) / negatives).mean(),
+            "active_negatives": ((short.detach() > 0).sum(-1) / negatives).mean(),  # share inside the margin
+        }
+        return loss, scalars

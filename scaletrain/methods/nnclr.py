@@ -1,0 +1,74 @@
+"""NNCLR: nearest neighbours as positives (Dwibedi et al., 2021, arXiv 2104.14548). No code is published; after solo-learn.
+
+Family: contrastive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.bank import Queue
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import per_view
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 256
+    predictor: Count = 4096  # its hidden width
+    queue: Count = 98304  # support set; not verified
+    temperature: Positive = 0.1  # not verified
+
+
+class Model(Method):
+    """A view's nearest neighbour among earlier embeddings must find the prediction from the sample's other view."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("nnclr")
+        self.config, self.batch = config, facts.batch
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_norm="full", group=facts.norm_group)
+        self.predictor = mlp((config.dim, config.predictor, config.dim), group=facts.norm_group)
+        self.queue = Queue(config.queue, config.dim, noise=True)
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = per_view(self.backbone, batch.views[0])  # [2, B, features]
+        z = per_view(self.projector, h)
+        loss, shown = self._loss(z, per_view(self.predictor, z))
+        return Out({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h[0].detach())
+
+    @full_precision
+    def _loss(self, z: Tensor, p: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 3, mean of both directions. differs: the paper may add the transposed term; that is not verified."""
+        z, p = F.normalize(z.detach(), dim=-1), F.normalize(p, dim=-1)
+        nearest = [self._nearest(view) for view in z]  # the queue of before this step
+        self.queue.push(z[0])  # one view only
+        losses, hits = zip(self._direction(nearest[0], p[1]), self._direction(nearest[1], p[0]), strict=True)
+        shown = {
+            "neighbour_similarity": torch.stack([(n * x).sum(1).mean() for n, x in zip(nearest, z, strict=True)]).mean(),
+            "positive_similarity": (nearest[0] * p[1].detach()).sum(1).mean(),
+            "contrast_accuracy": torch.stack(hits).mean(),
+        }
+        return torch.stack(losses).mean(), shown
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        """[b, dim] -> the queue's most similar rows [b, dim]."""
+        rows = self.queue.rows.to(z)
+        return rows[(z @ rows.T).argmax(1)]
+
+    def _direction(self, n: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        logits = n @ dist.gather(p).T / self.config.temperature  # [b, B global]
+        label = dist.rank() * len(n) + torch.arange(len(n), device=n.device)
+        return F.cross_entropy(logits, label), (logits.argmax(1) == label).to(n.dtype).mean()

@@ -1,0 +1,58 @@
+"""SimSiam: simple siamese networks (Chen and He, 2020, arXiv 2011.10566), after facebookresearch/simsiam.
+
+Family: without negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain.config import Count, Leaf
+from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import cosine_distance
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 2048
+    bottleneck: Count = 512  # hidden width of the predictor
+
+
+class Model(Method):
+    """Two views; the prediction of each meets the other's projection, which carries no gradient."""
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("simsiam")
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        # differs: the authors' last layer has a frozen bias, which the norm behind it takes away.
+        widths = (width, config.hidden, config.hidden, config.dim)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="plain", group=facts.norm_group)
+        self.predictor = mlp((config.dim, config.bottleneck, config.dim), hidden_bias=False, group=facts.norm_group)
+
+    def groups(self) -> Sequence[Group]:
+        return [Group("predictor", lambda name, _: name.startswith("predictor."), constant=True)]  # --fix-pred-lr
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        y = per_view(self.backbone, batch.views[0])  # [2, B, width]
+        z = per_view(self.projector, y)
+        p1, p2 = per_view(self.predictor, z)
+        z1, z2 = z.detach()
+        # Eq. 2: D(p1, sg z2) / 2 + D(p2, sg z1) / 2 with D = -cos, which is -1 + |.|^2 / 2 of unit vectors.
+        loss = (cosine_distance(p1, z2) + cosine_distance(p2, z1)) / 4 - 1
+        return Out({"all": loss}, {"spread": spread(z1)}, y[0].detach())
+
+
+@full_precision
+def spread(z: Tensor) -> Tensor:
+    """Standard deviation of z / |z| in a channel, mean over channels, times sqrt(D): near 1, and 0 in collapse (figure 2)."""
+    deviation = F.normalize(z, dim=-1).std(0, correction=0).mean()
+    return deviation * math.sqrt(z.shape[1])

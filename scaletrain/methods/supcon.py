@@ -1,0 +1,74 @@
+"""Supervised contrastive learning (Khosla et al., 2020, arXiv 2004.11362, eq. 2: L_out), after HobbitLong/SupContrast.
+
+Family: supervised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import dist
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import plain
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.precision import full_precision
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 128
+    temperature: Positive = 0.1
+    base_temperature: Positive = (
+        0.07  # the authors' code multiplies the loss by temperature / base_temperature; the paper does not
+    )
+
+
+class Model(Method):
+    """All views of all samples of a class attract, the views of the other classes repel: an upper reference."""
+
+    global_loss = True
+    classes = 0
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("supcon")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = plain((width, config.hidden, config.dim))
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        assert batch.labels is not None
+        h = pooled(self.backbone, batch.views[0])
+        loss, scalars = self._loss(pooled(self.projector, h), batch.labels)
+        return Out({"all": loss}, scalars, h[0].detach())
+
+    @full_precision
+    def _loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z = F.normalize(z, dim=-1).transpose(0, 1)  # [b, V, D]: samples first, as they lie in the global batch
+        every = dist.gather(z).flatten(0, 1)  # [B V, D], A(i) and i itself
+        anchors, views = z.flatten(0, 1), z.shape[1]
+        own = labels.repeat_interleave(views)
+        others = dist.gather_nograd(labels).repeat_interleave(views)
+        place = dist.rank() * len(anchors) + torch.arange(len(anchors), device=z.device)
+        itself = F.one_hot(place, len(every)).bool()
+        positive = (own[:, None] == others) & ~itself  # P(i)
+        similarity = anchors @ every.T
+        logits = similarity / self.config.temperature
+        log_p = logits - logits.masked_fill(itself, float("-inf")).logsumexp(1, keepdim=True)
+        loss = -(log_p * positive).sum(1) / positive.sum(1)  # at least the sample's other view is in P(i)
+        scalars = {
+            "positive_similarity": _mean(similarity, positive),
+            "negative_similarity": _mean(similarity, own[:, None] != others),
+            "positives": positive.sum(1).to(z).mean(),
+        }
+        return loss.mean() * (self.config.temperature / self.config.base_temperature), scalars
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    return (values.detach() * where).sum() / where.sum().clamp_min(1)

@@ -1,0 +1,62 @@
+"""Triplet loss over two views (Schroff et al., 2015, FaceNet, arXiv 1503.03832, section 3.1).
+
+Family: contrastive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+
+from scaletrain.config import Count, Leaf, Positive
+from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.nn.heads import mlp
+from scaletrain.nn.norm import pooled
+from scaletrain.ops.distances import pair_distances
+
+
+class Config(Leaf):
+    hidden: Count = 2048
+    dim: Count = 128
+    margin: Positive = 0.2  # alpha, of squared distances between 0 and 4
+    squared: bool = True  # FaceNet; false: the plain distances of the textbooks
+    negatives: Literal["all", "hardest"] = "all"  # of the global batch, for each anchor and its positive
+
+
+class Model(Method):
+    """A view is to be closer to its sample's other view than to any view of another sample, by a margin. A small baseline."""
+
+    global_loss = True
+
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+        super().__init__()
+        facts.need_pair("triplet")
+        self.config = config
+        self.backbone = make_backbone()
+        width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
+
+    def forward(self, batch: Batch, clock: Clock) -> Out:
+        h = pooled(self.backbone, batch.views[0])
+        loss, scalars = self._loss(pooled(self.projector, h))
+        return Out({"all": loss}, scalars, h[0].detach())
+
+    def _loss(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        positive, others, counts = pair_distances(z, squared=self.config.squared)
+        negatives = counts.sum(1)
+        nearest = others.masked_fill(~counts, float("inf")).amin(-1)  # [2, b]
+        if self.config.negatives == "hardest":
+            hinge = (positive - nearest + self.config.margin).clamp_min(0)
+            active = hinge > 0
+        else:  # max{0, d(A, P) - d(A, N) + alpha} for every N
+            each = (positive[..., None] - others + self.config.margin).clamp_min(0) * counts
+            hinge, active = each.sum(-1) / negatives, (each > 0).sum(-1) / negatives
+        scalars = {
+            "positive_distance": positive.detach().mean(),
+            "negative_distance": ((others.detach() * counts).sum(-1) / negatives).mean(),
+            "nearest_negative_distance": nearest.detach().mean(),
+            "active_triplets": active.to(z.dtype).mean(),  # share that violates the margin
+        }
+        return hinge.mean(), scalars
