@@ -167,6 +167,8 @@ class Facts:
 
 Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
 """features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient and without a trace."""
+Write = Callable[[str, Tensor], None]
+"""write(name, value) changes a parameter, masters and replicas included, or a buffer; value is whole on every rank."""
 
 
 class Method(nn.Module):
@@ -202,10 +204,10 @@ class Method(nn.Module):
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
         raise NotImplementedError(f"{type(self).__name__} defines embed without loss")
 
-    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
-        """Optional: write(name, tensor) changes a parameter, fp32 masters included."""
+    def after_step(self, clock: Clock, write: Write) -> None:
+        """Optional: runs after each step that was not skipped."""
 
-    def on_epoch(self, clock: Clock, features: Features) -> None:
+    def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         """Optional: runs before the first step of each epoch (clustering)."""
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -106,7 +107,7 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
             for step, (batch, waited) in enumerate(_timed(stream.batches(start, total, bad.add)), start):
                 clock = Clock(step, total, step // stream.steps_per_epoch, stream.steps_per_epoch)
                 if step % stream.steps_per_epoch == 0:
-                    engine.method.on_epoch(clock, lambda embed, clock=clock: features(clock, embed))  # type: ignore[misc]
+                    engine.method.on_epoch(clock, partial(features, clock), engine.write)
                 lr = schedule.lr(config.optim, config.batch, step, stream.steps_per_epoch, total)
                 result = engine.step(batch, clock, lr, base)
                 ema = engine.method.ema(clock) if engine.method.targets else None

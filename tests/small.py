@@ -141,6 +141,6 @@ def run(trainer: Engine, cfg: Config, start: int, stop: int) -> list[float]:
         clock = Clock(step, 20, step // STEPS_PER_EPOCH, STEPS_PER_EPOCH)
         if step % STEPS_PER_EPOCH == 0:
             features: Features = lambda embed: trainer.features((batch(cfg, 100 + i) for i in range(8)), embed)  # noqa: E731
-            trainer.method.on_epoch(clock, features)
+            trainer.method.on_epoch(clock, features, trainer.write)
         losses.append(trainer.step(batch(cfg, step), clock, cfg.optim.lr, cfg.optim.lr).loss)
     return losses

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config import Count, Leaf
-from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out
+from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out, Write
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.kmeans import kmeans
@@ -46,8 +46,6 @@ class Model(Method):
         if config.classes > facts.samples:
             raise ValueError(f"method.classes={config.classes} is more than the {facts.samples} samples of the data: lower it")
         self.classifier = nn.Linear(self.width, config.classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
         self.assignments = Bank(facts.samples, 1, fill=-1, dtype=torch.int64)
         self.register_buffer("sizes", torch.zeros(config.classes))  # of the clusters
         self.register_buffer("nmi", torch.zeros(()))  # between this and the last epoch's clusters (the paper's section 4.1)
@@ -67,7 +65,7 @@ class Model(Method):
 
     # --- clusters -----------------------------------------------------------------------------------------------------
 
-    def on_epoch(self, clock: Clock, features: Features) -> None:
+    def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         # differs: the authors embed centre crops with running statistics, here it is a training view with the batch's.
         bank = Bank(self.facts.samples, self.width).to(self.sizes)
         for index, h in features(lambda batch: self.features(batch.views[0][:1])[0]):
@@ -79,14 +77,9 @@ class Model(Method):
         self.nmi.copy_(_nmi(old, new, -(-self.facts.samples // dist.world()), self.config.classes))
         old.copy_(new)
         self.sizes.copy_(dist.sum_nograd(torch.bincount(new[new >= 0], minlength=self.config.classes)))
-
-    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
-        """The clusters of the next epoch have other numbers: it begins with a new classifier."""
-        if (clock.step + 1) % clock.steps_per_epoch:
-            return
-        # Every rank draws the same: from a key, not from the state of a generator.
+        # The clusters have other numbers than the last epoch's: a new classifier, which every rank draws alike, from a key.
         draw = torch.Generator().manual_seed(int(dist.hash64(self.facts.seed, clock.epoch, "classifier")))
-        weight = torch.empty(self.classifier.weight.shape)
+        weight = torch.empty(self.config.classes, self.width)
         write("classifier.weight", nn.init.normal_(weight, std=0.01, generator=draw))
         write("classifier.bias", torch.zeros(self.config.classes))
 

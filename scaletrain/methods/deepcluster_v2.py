@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Features, Method, Out
+from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
@@ -54,7 +54,7 @@ class Model(Method):
         z = pooled(self.projector, pooled(self.backbone, batch.views[0]))
         return F.normalize(z[: self.banked].float() if z.dtype != torch.float64 else z[: self.banked], dim=-1).transpose(0, 1)
 
-    def on_epoch(self, clock: Clock, features: Features) -> None:
+    def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         if clock.epoch == 0:  # no embeddings yet: one pass before training
             for index, z in features(self._embed):
                 self._remember(index, z, "write")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config import Count, Leaf, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out, Staged
+from scaletrain.core import Batch, Clock, Facts, Method, Out, Staged, Write
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrast import cosine_distance
@@ -104,7 +104,7 @@ class Model(Method):
         return {"correlation_rank": rank, "correlation_trace": trace, "predictor_norm": self.weight.norm()}
 
     @torch.no_grad()
-    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
+    def after_step(self, clock: Clock, write: Write) -> None:
         if clock.every(self.config.every):
             self.weight.copy_(self._predictor(self.correlation.matrix))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config import Count, Leaf, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Features, Method, Out
+from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank, Queue
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, shuffled
@@ -68,7 +68,7 @@ class Model(Method):
         z: Tensor = self.target_projector(self.target_backbone(batch.views[0][0]))
         return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
 
-    def on_epoch(self, clock: Clock, features: Features) -> None:
+    def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         """The E-step (section 3.2)."""
         if clock.epoch < self.config.warmup_epochs:
             return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config import Count, Leaf, Natural, Positive
-from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
+from scaletrain.core import Batch, Clock, Facts, Group, Method, Out, Write
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
@@ -86,6 +86,6 @@ class Model(Method):
             scores = torch.cat([past, scores])
         return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-rows:]
 
-    def after_step(self, clock: Clock, write: Callable[[str, Tensor], None]) -> None:
+    def after_step(self, clock: Clock, write: Write) -> None:
         # The authors normalise the prototypes before each forward; after each step is the same and keeps forward pure.
         write("prototypes.weight", F.normalize(self.prototypes.weight, dim=1))

@@ -215,9 +215,9 @@ def test_pcl_clusters_the_momentum_embeddings() -> None:
             with torch.no_grad():
                 yield batch.index, embed(batch)
 
-    model.on_epoch(Clock(10, 100, 1, 10), features)
+    model.on_epoch(Clock(10, 100, 1, 10), features, lambda *_: None)
     assert not model.get_buffer("prototypes0").any()
-    model.on_epoch(Clock(20, 100, 2, 10), features)
+    model.on_epoch(Clock(20, 100, 2, 10), features, lambda *_: None)
     assert model.target_backbone.training
     z = [
         plain.unit(plain.head(model.target_projector, [h])[0])
@@ -251,7 +251,7 @@ def test_pcl_refuses_more_clusters_than_samples_at_once() -> None:
 def test_pcl_of_equal_embeddings_stays_finite() -> None:
     model = make("pcl", 4, hidden=6, dim=4, queue=5, clusters=(3,), warmup_epochs=0)
     batch = repeated(make_batch(4))
-    model.on_epoch(CLOCK, lambda embed: iter([(batch.index, embed(batch).detach())]))
+    model.on_epoch(CLOCK, lambda embed: iter([(batch.index, embed(batch).detach())]), lambda *_: None)
     loss = model(batch, CLOCK).losses["all"]
     loss.backward()
     assert loss.isfinite()
