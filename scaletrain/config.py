@@ -147,8 +147,9 @@ class Data(Frozen):
 
     @model_validator(mode="after")
     def _foreground(self) -> Data:
-        if self.good_crops and not self.masks:
-            raise ValueError("good_crops needs the foreground; add data.masks=true")
+        for field in ("good_crops", "mask_study"):
+            if getattr(self, field) and not self.masks:
+                raise ValueError(f"{field} needs the foreground; add data.masks=true")
         return self
 
     @model_validator(mode="after")

@@ -164,11 +164,16 @@ class Facts:
                 f"method {method} takes exactly two views of one size; data.views gives {self.views} (pixels, count)"
             )
 
+    def need_samples(self, field: str, clusters: int) -> None:
+        if clusters > (embedded := self.batch * self.steps_per_epoch):
+            raise ValueError(f"{field}={clusters} is more than the {embedded} samples of an epoch: lower it")
+
 
 Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
 """features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient and without a trace."""
 Write = Callable[[str, Tensor], None]
-"""write(name, value) changes a parameter, masters and replicas included, or a buffer; value is whole on every rank."""
+"""write(name, value) changes a parameter, masters and replicas included, or a buffer; value is whole, or computed from the
+parameter as the engine shows it."""
 
 
 class Method(nn.Module):
@@ -193,6 +198,11 @@ class Method(nn.Module):
 
     def groups(self) -> Sequence[Group]:
         return ()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> [N, features], as an auxiliary takes them."""
+        h: Tensor = self.backbone(x)
+        return h
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
         return self.loss(self.embed(batch, clock), batch, clock)

@@ -101,7 +101,7 @@ def fake(config: Config) -> Iterator[Method]:
 
 
 def fake_batch(config: Config, rows: int) -> Batch:
-    """A batch of so many samples; call it inside fake()."""
+    """A batch of so many samples, and as large a share of the labelled ones; call it inside fake()."""
     about = facts(config)
     images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
     masks = torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
@@ -109,8 +109,8 @@ def fake_batch(config: Config, rows: int) -> Batch:
     batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
     if not about.support:
         return batch
-    size, beside = config.data.views[0].size, torch.empty(about.support, dtype=torch.int64)
-    views = (torch.empty(1, about.support, 3, size, size),)
+    size, beside = config.data.views[0].size, torch.empty(about.support * rows // config.batch, dtype=torch.int64)
+    views = (torch.empty(1, len(beside), 3, size, size),)
     return replace(batch, support=Batch(views, beside, beside, batch.pixel_range, labels=beside))
 
 

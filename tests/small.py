@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "barlow_twins": {"hidden": 24, "dim": 8, "bias_lr": 0.1},
     "byol": {"hidden": 24, "dim": 8, "tau": 0.9},
     "c_byol": {"hidden": 24, "dim": 8, "tau": 0.9, "kappa_e": 40.0},
-    "c_simclr": {"dim": 8, "kappa_e": 40.0},
+    "c_simclr": {"hidden": 24, "dim": 8, "kappa_e": 40.0},
     "deepcluster": {"classes": 5, "whiten": 4, "iterations": 4},
     "deepcluster_v2": {"hidden": 24, "dim": 8, "clusters": [5, 4, 6], "iterations": 4},
     "densecl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "dense": 0.3, "shuffle": False},
@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vicreg": {"hidden": 24, "dim": 8},
 }
 AUXILIARIES: dict[str, dict[str, Any]] = {"rotation": {"hidden": 24, "weight": 0.5}, "suncet": {"temperature": 0.2}}
-JOINED = ("supervised+rotation", "supcon+suncet")  # each auxiliary beside a method; `config` takes such names
+JOINED = ("densecl+rotation", "supcon+suncet")  # each auxiliary beside a method; `config` takes such names
 TWO_VIEWS_ONLY = (
     "barlow_twins",
     "byol",

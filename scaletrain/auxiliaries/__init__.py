@@ -24,11 +24,6 @@ def attach(method: Method, leaves: Sequence[Leaf], facts: Facts) -> Method:
             f"auxiliaries: the losses of {kind.__module__.rpartition('.')[2]} drive a part of its parameters each, so nothing "
             "can be added to them; remove the auxiliaries"
         )
-    if not getattr(method.backbone, "pool", True):
-        raise ConfigError(
-            f"auxiliaries: the encoder of {kind.__module__.rpartition('.')[2]} gives maps and not vectors, which they "
-            "cannot take; remove the auxiliaries"
-        )
     # A class and not a wrapper, so that the state's names do not depend on what is attached.
     method.__class__ = type(kind.__name__, (_Joint, kind), {"__module__": kind.__module__})
     parts = ((leaf, importlib.import_module(f"scaletrain.auxiliaries.{leaf.name}")) for leaf in leaves)

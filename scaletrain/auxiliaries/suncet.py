@@ -19,7 +19,7 @@ class Config(Leaf):
 
 
 class Model(Auxiliary):
-    """Labelled samples find their class among the others of the step, in the space that the method's own loss acts in.
+    """Labelled samples find their class among the others of the step, in the space of the method's projections.
 
     data.support says which samples, and for how many epochs: a batch without them has no such loss.
     """
@@ -41,7 +41,7 @@ class Model(Auxiliary):
             return Out({})
         assert batch.support.labels is not None
         # differs: the authors forward both views and the labelled images as one, so that these share their statistics.
-        h = pooled(method.backbone, batch.support.views[0])
+        h = pooled(method.backbone, batch.support.views[0], method.encode)
         projector: nn.Module = method.projector  # type: ignore[assignment]
         loss, scalars = self._loss(pooled(projector, h)[0], batch.support.labels)
         return Out({"suncet": self.config.weight * loss}, scalars)
@@ -64,6 +64,7 @@ class Model(Auxiliary):
         nearest = others[logits.detach().argmax(1)] == labels
         scalars = {
             "suncet_probability": (log_p.detach().exp() * anchor).sum() / anchor.sum().clamp_min(1),  # of the right class
+            "suncet_anchors": anchor.to(z).mean(),
             "suncet_neighbours": (nearest & anchor).sum() / anchor.sum().clamp_min(1),  # nearest samples of the right class
         }
         return loss, scalars

@@ -45,15 +45,16 @@ class Model(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
         y = per_view(self.backbone, batch.views[0])
-        on, off = self._loss(per_view(self.projector, y))
+        on, off, mean = self._loss(per_view(self.projector, y))
         loss = self.config.scale * (on + self.config.lambd * off)
-        return Out({"all": loss}, {"on_diagonal": on.detach(), "off_diagonal": off.detach()}, y[0].detach())
+        shown = {"on_diagonal": on.detach(), "off_diagonal": off.detach(), "correlation": mean}
+        return Out({"all": loss}, shown, y[0].detach())
 
     @full_precision
-    def _loss(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z [2, B, D] -> the two sums of eq. 1, invariance and redundancy reduction."""
+    def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [2, B, D] -> the two sums of eq. 1, invariance and redundancy reduction, and the diagonal's mean."""
         z1, z2 = per_view(self.norm, z)
         # differs: the authors' all_reduce has no gradient, so that theirs is 1 / ranks of this one (`scale` can say so).
         c = dist.psum(z1.T @ z2) / (len(z1) * dist.world())  # [D, D], eq. 2
         diagonal = c.diagonal()
-        return (1 - diagonal).square().sum(), c.square().sum() - diagonal.square().sum()
+        return (1 - diagonal).square().sum(), c.square().sum() - diagonal.square().sum(), diagonal.detach().mean()

@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from scaletrain.config import Config as Run
 from scaletrain.config import Count, Leaf, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import cosine_distance
+from scaletrain.ops.contrast import cosine_distance, similarities
 from scaletrain.ops.foreground import on_grey
 
 
@@ -25,6 +26,10 @@ class Config(Leaf):
     tau: Share = 0.996  # tau_base of the target's moving average
     mask_probability: Share = 0.0  # of a view without its background, a study of ReLICv2; needs data.masks
     mask_minimum: Share = 0.1  # least share of the view that the foreground covers
+
+    def fits(self, run: Run) -> None:
+        if self.mask_probability and not run.data.masks:
+            raise ValueError("method.mask_probability needs the foreground; add data.masks=true")
 
 
 class Model(Method):
@@ -49,10 +54,10 @@ class Model(Method):
         return clock.cosine(self.config.tau, 1.0)  # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        x = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)  # [2, B, 3, H, W]
+        x, masked = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         q1, q2 = per_view(self.predictor, per_view(self.projector, y))
         with torch.no_grad():
             z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
         loss = cosine_distance(q1, z2) + cosine_distance(q2, z1)  # eq. 2 and its mirror image, summed
-        return Out({"all": loss}, embedding=y[0].detach())
+        return Out({"all": loss}, similarities(q1, z2) | {"masked_views": masked.mean()}, y[0].detach())

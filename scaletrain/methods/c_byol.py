@@ -18,8 +18,8 @@ from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.nn.vmf import VonMisesFisher
-from scaletrain.ops.contrast import cosine_distance
-from scaletrain.ops.precision import full_precision
+from scaletrain.ops.contrast import cosine_distance, similarities
+from scaletrain.ops.precision import full_precision, unit
 
 
 class Config(Leaf):
@@ -61,12 +61,13 @@ class Model(Method):
         y = per_view(self.backbone, x)
         mean = per_view(self.encoder, per_view(self.projector, y))
         with torch.no_grad():
-            t = F.normalize(per_view(self.target_projector, per_view(self.target_backbone, x)), dim=-1)
+            t = unit(per_view(self.target_projector, per_view(self.target_backbone, x)))
         z, residual = self._code(mean, per_view(self.prior, t), batch.keys)
         p1, p2 = self.decoder(z)
         byol = cosine_distance(p1, t[1]) + cosine_distance(p2, t[0])
         loss = self.config.kappa_d / 2 * byol + self.config.beta * residual
-        return Out({"all": loss}, {"byol": byol.detach(), "residual": residual.detach()}, y[0].detach())
+        shown = {"byol": byol.detach(), "residual": residual.detach()} | similarities(p1, t[1])
+        return Out({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _code(self, mean: Tensor, prior: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

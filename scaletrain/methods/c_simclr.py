@@ -19,12 +19,13 @@ from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.nn.vmf import VonMisesFisher
+from scaletrain.ops.contrast import similarities
 from scaletrain.ops.precision import full_precision
 
 
 class Config(Leaf):
-    layers: Count = 2  # of the projection head
-    dim: Annotated[int, Field(ge=2)] = 128
+    hidden: Count = 4096
+    dim: Annotated[int, Field(ge=2)] = 256
     kappa_e: Positive = 1024.0  # concentration of e(z | x), the encoding of a view
     kappa_b: Positive = 10.0  # of b(z | y), its prediction from the other view: 1 / the temperature
     beta: Annotated[float, Field(ge=0.0)] = 1.0  # weight of the compression
@@ -41,14 +42,16 @@ class Model(Method):
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (*[width] * config.layers, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=facts.norm_group)
+        widths = (width, config.hidden, config.dim)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=facts.norm_group)
         self.e, self.b = (VonMisesFisher(config.dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
         h = pooled(self.backbone, batch.views[0])
-        loss, residual, accuracy = self._loss(pooled(self.projector, h), batch.keys)
-        return Out({"all": loss}, {"residual": residual, "contrast_accuracy": accuracy}, h[0].detach())
+        r = pooled(self.projector, h)
+        loss, residual, accuracy = self._loss(r, batch.keys)
+        shown = {"residual": residual, "contrast_accuracy": accuracy} | similarities(*r)
+        return Out({"all": loss}, shown, h[0].detach())
 
     @full_precision
     def _loss(self, r: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

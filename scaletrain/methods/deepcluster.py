@@ -15,6 +15,7 @@ from scaletrain import dist
 from scaletrain.config import Count, Leaf
 from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out, Write
 from scaletrain.nn.bank import Bank
+from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.kmeans import kmeans
 from scaletrain.ops.precision import full_precision
@@ -33,7 +34,6 @@ class Model(Method):
     """Each epoch clusters the features of all samples; a new classifier on top learns to tell the clusters apart."""
 
     sizes: Tensor
-    nmi: Tensor
     filters: Tensor
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
@@ -43,40 +43,36 @@ class Model(Method):
         self.width = int(self.backbone.features)  # type: ignore[arg-type]
         if config.whiten > self.width:
             raise ValueError(f"method.whiten={config.whiten} is more than the {self.width} features of the network: lower it")
-        if config.classes > facts.samples:
-            raise ValueError(f"method.classes={config.classes} is more than the {facts.samples} samples of the data: lower it")
+        facts.need_samples("method.classes", config.classes)
         self.classifier = nn.Linear(self.width, config.classes)
-        self.assignments = Bank(facts.samples, 1, fill=-1, dtype=torch.int64)
+        self.assignments = Assignments(facts.samples, [config.classes])
         self.register_buffer("sizes", torch.zeros(config.classes))  # of the clusters
-        self.register_buffer("nmi", torch.zeros(()))  # between this and the last epoch's clusters (the paper's section 4.1)
         ramp = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
         self.register_buffer("filters", torch.stack([ramp, ramp.T])[:, None], persistent=False)
 
     def groups(self) -> Sequence[Group]:
         return [Group("classifier", lambda name, _: name.startswith("classifier."), momentum=0.0)]
 
-    def features(self, x: Tensor) -> Tensor:
-        """[V, B, 3, H, W] -> [V, B, width]."""
-        if self.config.sobel:
-            edges = F.conv2d(x.flatten(0, 1).mean(1, keepdim=True), self.filters, padding=1)
-            # The third colour is black, as if the network had two input channels.
-            x = F.pad(edges, (0, 0, 0, 0, 0, 1)).unflatten(0, x.shape[:2])
-        return pooled(self.backbone, x)
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(self._edges(x) if self.config.sobel else x)
+
+    @full_precision
+    def _edges(self, x: Tensor) -> Tensor:
+        edges = F.conv2d(x.mean(1, keepdim=True), self.filters, padding=1)
+        seen: Tensor = F.pad(edges, (0, 0, 0, 0, 0, 1))  # the third colour is black, as if the network had two input channels
+        return seen
 
     # --- clusters -----------------------------------------------------------------------------------------------------
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         # differs: the authors embed centre crops with running statistics, here it is a training view with the batch's.
         bank = Bank(self.facts.samples, self.width).to(self.sizes)
-        for index, h in features(lambda batch: self.features(batch.views[0][:1])[0]):
+        for index, h in features(lambda batch: self.encode(batch.views[0][0])):
             bank.write(index, h)
         key = int(dist.hash64(self.facts.seed, clock.epoch, "deepcluster"))
         rows = _whitened(bank.rows, self.config.whiten)
         _, new = kmeans(rows, bank.start, self.config.classes, self.config.iterations, key, split=True)
-        old = self.assignments.rows[:, 0]
-        self.nmi.copy_(_nmi(old, new, -(-self.facts.samples // dist.world()), self.config.classes))
-        old.copy_(new)
-        self.sizes.copy_(dist.sum_nograd(torch.bincount(new[new >= 0], minlength=self.config.classes)))
+        self.sizes.copy_(self.assignments.renew(0, new))
         # The clusters have other numbers than the last epoch's: a new classifier, which every rank draws alike, from a key.
         draw = torch.Generator().manual_seed(int(dist.hash64(self.facts.seed, clock.epoch, "classifier")))
         weight = torch.empty(self.config.classes, self.width)
@@ -86,16 +82,9 @@ class Model(Method):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        h = torch.cat([self.features(x) for x in batch.views])  # [V, B, width]
+        h = torch.cat([pooled(self.backbone, x, self.encode) for x in batch.views])  # [V, B, width]
         loss, accuracy = self._loss(self.classifier(h), self.assignments.read(batch.index)[:, 0])
-        shares = self.sizes / self.sizes.sum().clamp_min(1)
-        scalars = {
-            "assignment_accuracy": accuracy,
-            "nmi": self.nmi.clone(),
-            "largest_cluster": shares.max(),
-            "empty_clusters": (shares == 0).sum().float(),
-        }
-        return Out({"all": loss}, scalars, h[0].detach())
+        return Out({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0].detach())
 
     @full_precision
     def _loss(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,18 +112,6 @@ def _whitened(rows: Tensor, dims: int) -> Tensor:
     variance, axes = torch.linalg.eigh(moments[:-2] / count - torch.outer(mean, mean))
     variance, axes = variance[-dims:], axes[:, -dims:]
     scale = torch.where(variance > 1e-10 * variance[-1], variance.clamp_min(torch.finfo(moments.dtype).tiny).rsqrt(), 0.0)
-    white = F.normalize((rows - mean.to(rows)) @ (axes * scale).to(rows), dim=1)
+    axes = axes * scale
+    white = F.normalize(rows @ axes.to(rows) - (mean @ axes).to(rows), dim=1)
     return torch.where(present, white, 0.0)
-
-
-def _nmi(a: Tensor, b: Tensor, rows: int, classes: int) -> Tensor:
-    """Mutual information over sqrt(H(a) H(b)) of two labellings, -1 for none; [n] each, n <= `rows` on every rank."""
-    pair = torch.where((a >= 0) & (b >= 0), a * classes + b, -1)
-    pair, count = dist.gather_nograd(F.pad(pair, (0, rows - len(pair)), value=-1)).unique(return_counts=True)
-    p = count.double() * (pair >= 0)
-    p = p / p.sum().clamp_min(1)
-    a, b = pair.clamp_min(0) // classes, pair.clamp_min(0) % classes
-    joint = torch.special.entr(p).sum()
-    h1, h2 = (torch.special.entr(p.new_zeros(classes).index_add(0, label, p)).sum() for label in (a, b))
-    nmi: Tensor = (h1 + h2 - joint) / (h1 * h2).sqrt().clamp_min(torch.finfo(p.dtype).tiny)
-    return nmi

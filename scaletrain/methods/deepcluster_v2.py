@@ -15,10 +15,11 @@ from scaletrain import dist
 from scaletrain.config import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank
+from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.kmeans import spherical_kmeans
-from scaletrain.ops.precision import full_precision
+from scaletrain.ops.precision import full_precision, unit
 
 
 class Config(Leaf):
@@ -36,6 +37,7 @@ class Model(Method):
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
+        facts.need_samples("method.clusters", max(config.clusters))
         self.config, self.seed = config, facts.seed
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
@@ -44,7 +46,7 @@ class Model(Method):
             self.register_buffer(f"prototypes{head}", torch.zeros(clusters, config.dim))
         self.banked = min(2, facts.views[0][1])  # head h clusters the embeddings of large view h mod banked
         self.banks = nn.ModuleList(Bank(facts.samples, config.dim) for _ in range(self.banked))
-        self.assignments = Bank(facts.samples, len(config.clusters), fill=-1, dtype=torch.int64)
+        self.assignments = Assignments(facts.samples, config.clusters)
 
     def prototypes(self) -> Sequence[Tensor]:
         return [getattr(self, f"prototypes{head}") for head in range(len(self.config.clusters))]
@@ -52,7 +54,7 @@ class Model(Method):
     def _embed(self, batch: Batch) -> Tensor:
         """[B, banked, dim], normalised."""
         z = pooled(self.projector, pooled(self.backbone, batch.views[0]))
-        return F.normalize(z[: self.banked].float() if z.dtype != torch.float64 else z[: self.banked], dim=-1).transpose(0, 1)
+        return unit(z[: self.banked]).transpose(0, 1)
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         if clock.epoch == 0:  # no embeddings yet: one pass before training
@@ -64,7 +66,7 @@ class Model(Method):
             key = int(dist.hash64(self.seed, clock.epoch, head))
             centroids, assigned = spherical_kmeans(bank.rows, bank.start, clusters, self.config.iterations, key)
             self.prototypes()[head].copy_(centroids)
-            self.assignments.rows[:, head] = assigned
+            self.assignments.renew(head, assigned)
 
     def _remember(self, index: Tensor, z: Tensor, how: str) -> None:
         for view, bank in enumerate(self.banks):
@@ -75,7 +77,7 @@ class Model(Method):
         z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
         target = self.assignments.read(batch.index)  # [B, heads]
         loss, accuracy = self._loss(z, target, batch.index)
-        return Out({"all": loss}, {"assignment_accuracy": accuracy}, h[0][0].detach())
+        return Out({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0][0].detach())
 
     @full_precision
     def _loss(self, z: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,9 @@ class Model(Method):
     def ema(self, clock: Clock) -> float:
         return self.config.tau
 
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x).mean((-2, -1))
+
     def forward(self, batch: Batch, clock: Clock) -> Out:
         x = batch.views[0]  # [2, B, 3, H, W]
         f = _cells(per_view(self.backbone, x[:1]))  # [B, S, features]

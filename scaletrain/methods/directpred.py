@@ -20,7 +20,7 @@ from scaletrain.config import Count, Leaf, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out, Staged, Write
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import cosine_distance
+from scaletrain.ops.contrast import cosine_distance, similarities
 
 
 class Config(Leaf):
@@ -69,6 +69,7 @@ class Model(Method):
 
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
     weight: Tensor
+    spectrum: Tensor
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
@@ -80,6 +81,7 @@ class Model(Method):
         self.correlation = Correlation(config.dim, config.rho)
         # differs: the authors' predictor is random until the first step has set it.
         self.register_buffer("weight", torch.eye(config.dim))
+        self.register_buffer("spectrum", torch.zeros(config.dim, dtype=torch.float64))  # of F, ascending; by directpred only
         self.target_backbone = make_backbone()
         self.target_projector = mlp(heads, last_bias=False, group=facts.norm_group)
 
@@ -95,13 +97,16 @@ class Model(Method):
         with torch.no_grad():
             z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
         loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)  # 4 more than the authors' -2 cos, summed
-        return Out({"all": loss}, self._spectrum(), y[0].detach())
+        return Out({"all": loss}, self._spectrum() | similarities(p1, z2), y[0].detach())
 
     def _spectrum(self) -> dict[str, Tensor]:
-        """Of F: (tr F)^2 / |F|^2, the number of dimensions in use, from 1 (collapse) to dim; no decomposition is needed."""
+        """Of F: (tr F)^2 / |F|^2, the number of dimensions in use, from 1 (collapse) to dim; two eigenvalues."""
         trace, square = self.correlation.matrix.trace(), self.correlation.matrix.square().sum()
         rank = trace.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-        return {"correlation_rank": rank, "correlation_trace": trace, "predictor_norm": self.weight.norm()}
+        shown = {"correlation_rank": rank, "correlation_trace": trace, "predictor_norm": self.weight.norm()}
+        if self.config.predictor == "directpred":  # the other needs no decomposition
+            shown |= {"eigenvalue_largest": self.spectrum[-1].clone(), "eigenvalue_median": self.spectrum.median()}
+        return shown
 
     @torch.no_grad()
     def after_step(self, clock: Clock, write: Write) -> None:
@@ -114,6 +119,7 @@ class Model(Method):
             return correlation + self.config.epsilon * torch.eye(len(correlation), out=torch.empty_like(correlation))
         s, q = torch.linalg.eigh(correlation)
         s = s.clamp_min(0)
+        self.spectrum.copy_(s)
         p = (s / s.max().clamp_min(torch.finfo(s.dtype).tiny)).sqrt() + self.config.epsilon
         weight: Tensor = (q * p.clamp_min(1e-4)) @ q.T
         return weight

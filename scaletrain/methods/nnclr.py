@@ -17,6 +17,7 @@ from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import similarities
 from scaletrain.ops.precision import full_precision
 
 
@@ -58,9 +59,8 @@ class Model(Method):
         losses, hits = zip(self._direction(nearest[0], p[1]), self._direction(nearest[1], p[0]), strict=True)
         shown = {
             "neighbour_similarity": torch.stack([(n * x).sum(1).mean() for n, x in zip(nearest, z, strict=True)]).mean(),
-            "positive_similarity": (nearest[0] * p[1].detach()).sum(1).mean(),
             "contrast_accuracy": torch.stack(hits).mean(),
-        }
+        } | similarities(nearest[0], p[1])
         return torch.stack(losses).mean(), shown
 
     def _nearest(self, z: Tensor) -> Tensor:

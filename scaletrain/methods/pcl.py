@@ -13,11 +13,12 @@ from scaletrain import dist
 from scaletrain.config import Count, Leaf, Natural, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank, Queue
+from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, shuffled
 from scaletrain.ops.contrast import key_contrast
 from scaletrain.ops.kmeans import group_sums, kmeans
-from scaletrain.ops.precision import full_precision
+from scaletrain.ops.precision import full_precision, unit
 
 
 class Config(Leaf):
@@ -43,8 +44,7 @@ class Model(Method):
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
         facts.need_pair("pcl")
-        if max(config.clusters) > (embedded := facts.batch * facts.steps_per_epoch):
-            raise ValueError(f"method.clusters={max(config.clusters)} is more than the {embedded} samples of an epoch")
+        facts.need_samples("method.clusters", max(config.clusters))
         self.config, self.batch, self.seed, self.samples = config, facts.batch, facts.seed, facts.samples
         self.shuffle = config.shuffle and facts.norm_group > 0
         self.backbone, self.target_backbone = make_backbone(), make_backbone()
@@ -57,16 +57,14 @@ class Model(Method):
         for m, clusters in enumerate(config.clusters):  # set by k-means, not trained
             self.register_buffer(f"prototypes{m}", torch.zeros(clusters, config.dim))
             self.register_buffer(f"concentration{m}", torch.zeros(clusters))  # phi
-        self.register_buffer("usage", torch.zeros(len(config.clusters)))  # exp(entropy) of the cluster sizes, as a share
-        self.assignments = Bank(facts.samples, len(config.clusters), fill=-1, dtype=torch.int64)
+        self.assignments = Assignments(facts.samples, config.clusters)
 
     def ema(self, clock: Clock) -> float:
         return self.config.tau
 
     def _embed(self, batch: Batch) -> Tensor:
         """[B, dim] of the momentum encoder. differs: the authors take centre crops, this the first of the training views."""
-        z: Tensor = self.target_projector(self.target_backbone(batch.views[0][0]))
-        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        return unit(self.target_projector(self.target_backbone(batch.views[0][0])))
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         """The E-step (section 3.2)."""
@@ -81,14 +79,12 @@ class Model(Method):
             # differs: one start in place of the best of five, and an empty cluster stays where it is.
             key = int(dist.hash64(self.seed, "pcl", m))
             centroids, assigned = kmeans(memory.rows, memory.start, clusters, self.config.iterations, key)
-            phi, usage = self._concentration(memory.rows, centroids, assigned)
             self.get_buffer(f"prototypes{m}").copy_(F.normalize(centroids, dim=1))
-            self.get_buffer(f"concentration{m}").copy_(phi)
-            self.get_buffer("usage")[m] = usage
-            self.assignments.rows[:, m] = assigned
+            self.get_buffer(f"concentration{m}").copy_(self._concentration(memory.rows, centroids, assigned))
+            self.assignments.renew(m, assigned)
 
-    def _concentration(self, rows: Tensor, centroids: Tensor, assigned: Tensor) -> tuple[Tensor, Tensor]:
-        """phi [K] of eq. 12, and how evenly the clusters are filled, in (0, 1]."""
+    def _concentration(self, rows: Tensor, centroids: Tensor, assigned: Tensor) -> Tensor:
+        """phi [K] of eq. 12."""
         distance = (rows - centroids[assigned.clamp_min(0)]).norm(dim=1, keepdim=True)
         sums, count = group_sums(distance, assigned, len(centroids))
         phi = sums[:, 0] / count.clamp_min(1) / (count + self.config.smoothing).log()
@@ -96,8 +92,7 @@ class Model(Method):
         low, high = phi.quantile(torch.tensor([0.1, 0.9], dtype=phi.dtype, device=phi.device))
         phi = phi.clamp(low, high)
         # Rows that are all alike have no spread; and a tenth of the clusters could be such.
-        phi = (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3) * self.config.temperature
-        return phi, (torch.special.entr(count / count.sum()).sum().exp() / len(count))
+        return (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3) * self.config.temperature
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
         x = batch.views[0]  # [2, B, 3, H, W]
@@ -121,18 +116,15 @@ class Model(Method):
         own = self.assignments.read(index).T  # [M, b]
         heads = [self._prototypes(F.normalize(q, dim=1), ids, m, clock.step) for m, ids in enumerate(own)]
         proto, hits = (torch.stack(values).mean() for values in zip(*heads, strict=True))
-        shown |= {
-            "prototype_loss": proto.detach(),
-            "prototype_accuracy": hits,
-            "clusters_used": self.get_buffer("usage").mean(),
-        }
+        shown |= {"prototype_loss": proto.detach(), "prototype_accuracy": hits} | self.assignments.shown()
         return loss + proto, shown
 
     def _prototypes(self, q: Tensor, own: Tensor, m: int, step: int) -> tuple[Tensor, Tensor]:
         """Cross entropy of each sample's prototype among those of the global batch and others that are drawn.
 
-        As in the authors' code, a prototype of two samples of the batch has two columns, each the other's negative. Samples
-        that no pass has embedded are left out: a sum over the known ones, divided by their global number.
+        As in the authors' code, a prototype of two samples of the batch has two columns, each the other's negative. differs:
+        there the batch is that of one GPU, and prototypes beyond the highest number in use are never drawn. Samples that no
+        pass has embedded are left out: a sum over the known ones, divided by their global number.
         """
         prototypes, phi = self.get_buffer(f"prototypes{m}").to(q), self.get_buffer(f"concentration{m}").to(q)
         every = dist.gather_nograd(own)  # [B]

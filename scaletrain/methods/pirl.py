@@ -94,8 +94,9 @@ class Model(Method):
         """Eq. 5: embeddings of image and patches [b, dim] against the memories m [b, dim] and those of others [n, dim]."""
         v, t, m = F.normalize(v, dim=1), F.normalize(t, dim=1), m.to(v)
         self.bank.stage(index, F.normalize(self.config.momentum * m + (1 - self.config.momentum) * v.detach(), dim=1))
-        jigsaw, shown = key_contrast(t, m, negatives, self.config.temperature)
-        image, seen = key_contrast(v, m, negatives, self.config.temperature)
+        with torch.set_grad_enabled(self.config.loss == "infonce" and torch.is_grad_enabled()):
+            jigsaw, shown = key_contrast(t, m, negatives, self.config.temperature)
+            image, seen = key_contrast(v, m, negatives, self.config.temperature)
         shown |= {f"image_{name}": value for name, value in seen.items()}
         if self.config.loss == "nce":
             patches, whole = (self._logits(x, m, negatives.to(v)) for x in (t, v))

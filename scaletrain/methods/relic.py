@@ -20,6 +20,7 @@ from scaletrain.config import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import similarities
 from scaletrain.ops.precision import full_precision
 
 
@@ -59,7 +60,8 @@ class Model(Method):
         with torch.no_grad():
             target = per_view(self.target_projector, per_view(self.target_backbone, x))
         contrast, invariance, accuracy = self._loss(online, target)
-        scalars = {"contrast": contrast.detach(), "invariance": invariance.detach(), "accuracy": accuracy}
+        scalars = {"contrast": contrast.detach(), "invariance": invariance.detach(), "contrast_accuracy": accuracy}
+        scalars |= similarities(online[0], target[1])
         return Out({"all": contrast + self.config.alpha * invariance}, scalars, y[0].detach())
 
     @full_precision
@@ -71,7 +73,7 @@ class Model(Method):
         # log p(Y = j | x_i) of a view among the other view's targets: the positive and all negatives of the batch
         log_p = F.log_softmax(o @ every.flip(0).transpose(1, 2) / self.config.temperature, dim=-1)  # [2, b, B]
         contrast = F.nll_loss(log_p.flatten(0, 1), own.repeat(2)) * 2
-        # differs: the paper does not say where the divergence stops the gradient; as in ReLICv2 (eq. 2), the second argument.
+        # differs: the paper does not say where the divergence stops the gradient; here in its second argument (not verified).
         fixed = log_p.detach().flip(0)
         invariance = (log_p.exp() * (log_p - fixed)).sum(-1).mean(1).sum()
         return contrast, invariance, (log_p.detach().argmax(-1) == own).float().mean()

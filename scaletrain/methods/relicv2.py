@@ -18,6 +18,7 @@ from scaletrain.config import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import similarities
 from scaletrain.ops.foreground import on_grey
 from scaletrain.ops.precision import full_precision
 
@@ -27,13 +28,14 @@ Scale = Annotated[float, Field(ge=0.0)]
 class Config(Leaf):
     hidden: Count = 4096
     dim: Count = 256
-    tau: Share = 0.996  # of the target's moving average, cosine to 1
+    tau: Share = 0.996  # of the target's moving average, at the start
+    tau_end: Share = 1.0  # and at the end, by half a cosine
     temperature: Positive = 0.3  # not verified: the digits are lost in the paper's text
     contrast_scale: Scale = 0.3  # not verified
     invariance_scale: Scale = 1.5  # not verified
     negatives: Count = 10  # per anchor, drawn uniformly from the global batch (Table 21)
     same_view: bool = True  # Listing 1 includes the pairs of a large view's online and target embedding
-    mask_probability: Share = 0.1  # per large view
+    mask_probability: Share = 0.1  # per large view, where the batch has masks (data.masks)
     mask_minimum: Share = 0.1  # not verified: least share of the view that the foreground covers
 
 
@@ -59,30 +61,31 @@ class Model(Method):
         self.target_projector = mlp(heads, last_bias=False, group=group)
 
     def ema(self, clock: Clock) -> float:
-        return clock.cosine(self.config.tau, 1.0)
+        return clock.cosine(self.config.tau, self.config.tau_end)
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
-        large = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)
+        large, masked = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)
         h = [per_view(self.backbone, x) for x in (large, *batch.views[1:])]
         online = per_view(self.predictor, per_view(self.projector, torch.cat(h)))  # [L + S, B, dim]
         with torch.no_grad():  # small views are never targets
             target = per_view(self.target_projector, per_view(self.target_backbone, large))  # [L, B, dim]
-        return online, target, h[0].detach()
+        return online, target, h[0].detach(), masked
 
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
-        online, target, h = embedded
-        contrast, invariance = self._terms(online, target, batch.keys)
+        online, target, h, masked = embedded
+        contrast, invariance, accuracy = self._terms(online, target, batch.keys)
         loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
-        return Out({"all": loss}, {"contrast": contrast.detach(), "invariance": invariance.detach()}, h[0])
+        shown = {"contrast": contrast.detach(), "invariance": invariance.detach(), "contrast_accuracy": accuracy}
+        shown |= similarities(online[0], target[-1]) | {"masked_views": masked.mean()}
+        return Out({"all": loss}, shown, h[0])
 
     @full_precision
-    def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Equations 1 to 3, averaged over the (L + S) * L pairs of Listing 1."""
+    def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Equations 1 and 2, averaged over the (L + S) * L pairs of Listing 1; and the share of samples found."""
         o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
-        every_o, every_t = (dist.gather_nograd(x.transpose(0, 1)) for x in (o, t))  # [B global, views, dim]
+        every_o, every_t = (dist.gather_nograd(x.transpose(0, 1)).transpose(0, 1) for x in (o, t))  # [views, B global, dim]
         others = self._negatives(keys)  # [b, n]
-        negative_o, negative_t = every_o[others], every_t[others]  # [b, n, views, dim]
-        contrast, invariance = [], []
+        contrast, invariance, found = [], [], []
         for i in range(len(o)):
             for j in range(len(t)):
                 if i == j and not self.config.same_view:
@@ -90,20 +93,23 @@ class Model(Method):
                 positive = (o[i] * t[j]).sum(-1, keepdim=True)
                 # The same negatives in both distributions: the divergence compares like events. differs: the second anchors
                 # at the target's embedding, since Listing 1's loss(o_i, t_j) has nothing else and small views have no target.
-                log_p = self._log_p(positive, o[i], negative_t[:, :, j])
-                log_q = self._log_p(positive, t[j], negative_o[:, :, i]).detach()
+                # All similarities are cheaper than a copy of each sample's negatives.
+                log_p = self._log_p(positive, (o[i] @ every_t[j].T).gather(1, others))
+                log_q = self._log_p(positive, (t[j] @ every_o[i].T).gather(1, others)).detach()
                 contrast.append(-log_p[:, 0].mean())  # eq. 1
-                invariance.append((log_p.exp() * (log_p - log_q)).sum(1).mean())  # eq. 2: KL(p || sg q)
-        return torch.stack(contrast).mean(), torch.stack(invariance).mean()
+                # eq. 2: KL(p || sg q). Not verified: which argument the paper's stop-gradient is on.
+                invariance.append((log_p.exp() * (log_p - log_q)).sum(1).mean())
+                found.append((log_p.detach().argmax(1) == 0).float().mean())
+        return torch.stack(contrast).mean(), torch.stack(invariance).mean(), torch.stack(found).mean()
 
-    def _log_p(self, positive: Tensor, anchor: Tensor, negatives: Tensor) -> Tensor:
-        """[b, 1], [b, dim], [b, n, dim] -> [b, 1 + n] log-probabilities; the positive comes first."""
-        logits = torch.cat([positive, torch.einsum("bd,bnd->bn", anchor, negatives)], 1)
-        return F.log_softmax(logits / self.config.temperature, dim=1)
+    def _log_p(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Similarities [b, 1] and [b, n] -> [b, 1 + n] log-probabilities; the positive comes first."""
+        return F.log_softmax(torch.cat([positive, negative], 1) / self.config.temperature, dim=1)
 
     def _negatives(self, keys: Tensor) -> Tensor:
-        """[b, n] positions in the global batch, uniform over the other samples, with replacement."""
+        """[b, n] positions in the global batch, uniform over the other samples, each at most once."""
         own = dist.rank() * len(keys) + torch.arange(len(keys), device=keys.device)
         others = len(keys) * dist.world() - 1
-        step = 1 + (dist.uniform(keys, "negatives", self.config.negatives) * others).long()
-        return (own[:, None] + step) % (others + 1)
+        order = dist.uniform(keys, "negatives", others).argsort(dim=1, stable=True)
+        drawn: Tensor = (own[:, None] + 1 + order[:, : self.config.negatives]) % (others + 1)
+        return drawn

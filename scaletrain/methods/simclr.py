@@ -14,7 +14,7 @@ from scaletrain.config import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
-from scaletrain.ops.contrast import nt_xent
+from scaletrain.ops.contrast import nt_xent, similarities
 
 
 class Config(Leaf):
@@ -46,7 +46,8 @@ class Model(Method):
 
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
         (z1, z2), h = embedded
-        return Out({"all": nt_xent(z1, z2, self.config.temperature, self._known(batch))}, embedding=h[0])
+        loss = nt_xent(z1, z2, self.config.temperature, self._known(batch))
+        return Out({"all": loss}, similarities(z1, z2), h[0])
 
     def _known(self, batch: Batch) -> Tensor | None:
         """Labels [B], -1 where the study must not know them; the same samples are known in every epoch."""

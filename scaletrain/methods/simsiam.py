@@ -15,7 +15,7 @@ from scaletrain.config import Count, Leaf
 from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import cosine_distance
+from scaletrain.ops.contrast import cosine_distance, similarities
 from scaletrain.ops.precision import full_precision
 
 
@@ -48,7 +48,7 @@ class Model(Method):
         z1, z2 = z.detach()
         # Eq. 2: D(p1, sg z2) / 2 + D(p2, sg z1) / 2 with D = -cos, which is -1 + |.|^2 / 2 of unit vectors.
         loss = (cosine_distance(p1, z2) + cosine_distance(p2, z1)) / 4 - 1
-        return Out({"all": loss}, {"spread": spread(z1)}, y[0].detach())
+        return Out({"all": loss}, {"spread": spread(z1)} | similarities(p1, z2), y[0].detach())
 
 
 @full_precision

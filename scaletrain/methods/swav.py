@@ -44,7 +44,7 @@ class Model(Method):
             raise ValueError("swav needs two large views to swap codes between; data.views has one")
         if config.queue % facts.batch:
             raise ValueError(f"method.queue={config.queue} is not a multiple of the global batch {facts.batch}")
-        self.config = config
+        self.config, self.batch = config, facts.batch
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
@@ -60,11 +60,11 @@ class Model(Method):
         # One forward per crop size whose views share statistics; the heads see all views at once.
         h = [pooled(self.backbone, x) for x in batch.views]
         z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
-        loss, entropy = self._loss(z, self.prototypes.weight, clock)
-        return Out({"all": loss}, {"code_entropy": entropy}, h[0][0].detach())
+        loss, shown = self._loss(z, self.prototypes.weight, clock)
+        return Out({"all": loss}, shown, h[0][0].detach())
 
     @full_precision
-    def _loss(self, z: Tensor, prototypes: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+    def _loss(self, z: Tensor, prototypes: Tensor, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         z = F.normalize(z, dim=-1)
         scores = z @ prototypes.T  # [V, B, K]
         log_p = F.log_softmax(scores / self.config.temperature, dim=-1)
@@ -75,8 +75,14 @@ class Model(Method):
             codes.append(q)
             if self.config.queue and clock.epoch >= self.config.queue_epoch:
                 self.queues[i].push(z[i])  # type: ignore[operator]
-        usage = dist.sum_nograd(torch.cat(codes).mean(0)) / dist.world()
-        return torch.stack(losses).mean(), torch.special.entr(usage).sum()
+        shown = {
+            # Of a sample's code: ln K, as the loss then is, where all samples look alike. Of their mean it is always ln K.
+            "code_entropy": torch.special.entr(torch.cat(codes)).sum(1).mean(),
+            "prototypes_used": _used(scores[:2].detach()),
+        }
+        if self.queues:
+            shown["queue_age"] = self.queues[0].age(self.batch)  # type: ignore[operator]
+        return torch.stack(losses).mean(), shown
 
     def _codes(self, view: int, scores: Tensor, prototypes: Tensor, clock: Clock) -> Tensor:
         """Assignments [B, K] of one view; a full queue takes part in the balancing and is cut off again."""
@@ -89,3 +95,9 @@ class Model(Method):
     def after_step(self, clock: Clock, write: Write) -> None:
         # The authors normalise the prototypes before each forward; after each step is the same and keeps forward pure.
         write("prototypes.weight", F.normalize(self.prototypes.weight, dim=1))
+
+
+def _used(scores: Tensor) -> Tensor:
+    """[V, B, K] -> the share of prototypes that are a row's nearest, among as many as could be."""
+    nearest = scores.argmax(-1).flatten()
+    return scores.new_zeros(scores.shape[2]).index_fill(0, nearest, 1).sum() / min(scores.shape[2], len(nearest))

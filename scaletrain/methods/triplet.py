@@ -57,6 +57,6 @@ class Model(Method):
             "positive_distance": positive.detach().mean(),
             "negative_distance": ((others.detach() * counts).sum(-1) / negatives).mean(),
             "nearest_negative_distance": nearest.detach().mean(),
-            "active_triplets": active.to(z.dtype).mean(),  # share that violates the margin
+            "active_triplets": active.to(positive.dtype).mean(),  # share that violates the margin
         }
         return hinge.mean(), scalars

@@ -16,6 +16,7 @@ from scaletrain.config import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
+from scaletrain.ops.contrast import similarities
 from scaletrain.ops.precision import full_precision
 
 
@@ -44,11 +45,13 @@ class Model(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
         y = per_view(self.backbone, batch.views[0])
-        invariance, variance, covariance = self._loss(per_view(self.projector, y))
+        z = per_view(self.projector, y)
+        invariance, variance, covariance = self._loss(z)
         config = self.config
         loss = config.invariance * invariance + config.variance * variance + config.covariance * covariance
         parts = {"invariance": invariance, "variance": variance, "covariance": covariance}
-        return Out({"all": loss}, {name: part.detach() for name, part in parts.items()}, y[0].detach())
+        shown = {name: part.detach() for name, part in parts.items()} | similarities(z[0], z[1])
+        return Out({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

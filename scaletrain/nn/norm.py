@@ -8,7 +8,7 @@ exact for `group = 0`. Registered as custom operators, so that torch.compile see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -49,14 +49,15 @@ def per_view(module: nn.Module, x: Tensor) -> Tensor:
     return out.view(*x.shape[:2], *out.shape[1:])
 
 
-def pooled(module: nn.Module, x: Tensor) -> Tensor:
-    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV)."""
+def pooled(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV). call: of which the module is a part."""
+    call = call or module
     if not any(isinstance(m, BatchNorm) and m.group for m in module.modules()):
-        out: Tensor = module(x.flatten(0, 1))
+        out: Tensor = call(x.flatten(0, 1))
         return out.view(*x.shape[:2], *out.shape[1:])
     # A group is G samples with all their views: neighbours only where the sample is the slow axis.
     with views(1, rows=len(x)):
-        out = module(x.transpose(0, 1).flatten(0, 1))
+        out = call(x.transpose(0, 1).flatten(0, 1))
     return out.view(x.shape[1], len(x), *out.shape[1:]).transpose(0, 1)
 
 

@@ -21,6 +21,17 @@ def cosine_distance(p: Tensor, z: Tensor) -> Tensor:
     return (2 - 2 * F.cosine_similarity(p, z, dim=-1, eps=1e-12)).mean()
 
 
+@torch.no_grad()
+@full_precision
+def similarities(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """For the monitor: the mean cosine of a sample's two embeddings, and of two samples' (1 in collapse). [n, D] each."""
+    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    own = (a * b).sum()
+    others = (a.sum(0) * b.sum(0)).sum() - own
+    n = len(a)
+    return {"positive_similarity": own / n, "negative_similarity": others / max(1, n * (n - 1))}
+
+
 @full_precision
 def nt_xent(a: Tensor, b: Tensor, temperature: float, classes: Tensor | None = None) -> Tensor:
     """SimCLR's loss (Chen et al., 2020, eq. 1) over the global batch: the *sum* of both directions' means, as in its code.

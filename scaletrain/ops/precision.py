@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -26,3 +27,9 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
             return function(*map(lift, args), **{k: lift(v) for k, v in kwargs.items()})  # type: ignore[arg-type]
 
     return wrapped
+
+
+@full_precision
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1 along the last dimension; of bfloat16, as float32."""
+    return F.normalize(x, dim=-1)

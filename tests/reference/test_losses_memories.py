@@ -239,8 +239,8 @@ def test_pcl_clusters_the_momentum_embeddings() -> None:
         clipped = np.clip(phi, np.percentile(phi, 10), np.percentile(phi, 90))
         expected = 0.3 * clipped / clipped.mean()
         assert model.get_buffer(f"concentration{m}").tolist() == pytest.approx(expected.tolist(), rel=1e-9)
-        shares = [len(rows) / len(z) for rows in members]
-        assert model.usage[m].item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)) / clusters)
+        largest, empty = max(map(len, members)) / len(z), sum(not rows for rows in members) / clusters
+        assert (model.assignments.largest[m].item(), model.assignments.empty[m].item()) == pytest.approx((largest, empty))
 
 
 def test_pcl_refuses_more_clusters_than_samples_at_once() -> None:

@@ -174,7 +174,7 @@ HEADS = {
     ("vicreg", "projector"): "5>6+bias norm(scale,shift) relu 6>6+bias norm(scale,shift) relu 6>4",
     ("directpred", "projector"): "5>6+bias norm(scale,shift) relu 6>4",
     ("directpred", "target_projector"): "5>6+bias norm(scale,shift) relu 6>4",
-    ("c_simclr", "projector"): "5>5 norm(scale,shift) relu 5>4 norm(scale)",
+    ("c_simclr", "projector"): "5>6 norm(scale,shift) relu 6>4",
     ("c_byol", "projector"): "5>6+bias norm(scale,shift) relu 6>4",
     ("c_byol", "encoder"): "4>6+bias norm(scale,shift) relu 6>4",
     ("c_byol", "prior"): "4>6+bias norm(scale,shift) relu 6>4",
@@ -184,8 +184,7 @@ HEADS = {
 
 @pytest.mark.parametrize(("method", "name"), HEADS)
 def test_heads_have_the_papers_layers(method: str, name: str) -> None:
-    options = SMALL.get(method, {"hidden": 6, "dim": 4}) if method != "c_simclr" else {"dim": 4}
-    module = make(method, 8, **options).get_submodule(name)
+    module = make(method, 8, **SMALL.get(method, {"hidden": 6, "dim": 4})).get_submodule(name)
     assert " ".join(map(describe, module)) == HEADS[method, name]
 
 

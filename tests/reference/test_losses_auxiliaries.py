@@ -122,11 +122,14 @@ def test_losses_that_drive_parts_take_no_auxiliary() -> None:
         type(model).separate_losses = False
 
 
-def test_an_encoder_of_maps_is_refused() -> None:
-    model = make("byol", 4, hidden=4, dim=3)
-    model.backbone.pool = False  # as DenseCL's
-    with pytest.raises(ConfigError, match="the encoder of byol gives maps"):
-        auxiliaries.attach(model, [leaf_config("auxiliaries", "rotation")(name="rotation")], Facts(40, 4, 10, ((4, 2),)))
+def test_the_encoder_sees_what_its_method_shows_it() -> None:
+    """DeepCluster's takes edges: those of the turned views."""
+    model = make("deepcluster", 3, classes=4, whiten=3)
+    batch, leaf = make_batch(3), leaf_config("auxiliaries", "rotation")(name="rotation", hidden=3)
+    attached = auxiliaries.attach(model, [leaf], Facts(40, 3, 10, ((4, 2),))).double()
+    attached(batch, CLOCK)
+    turns = (4 * dist.uniform(batch.keys, "rotation", 2)).long().T
+    assert torch.equal(attached.backbone.seen[-1], model._edges(turned(batch.views[0], turns).flatten(0, 1)))
 
 
 def test_equal_logits_cost_the_logarithm_of_four() -> None:
