@@ -235,7 +235,7 @@ def show_methods() -> None:
     from scaletrain import catalogue
 
     typer.echo(
-        "\n".join((*catalogue.lines("methods"), "", "added to any method by `auxiliaries`:", *catalogue.lines("auxiliaries")))
+        "\n".join((*catalogue.lines("methods"), "", "added to a method by `auxiliaries`:", *catalogue.lines("auxiliaries")))
     )
 
 

@@ -222,7 +222,7 @@ class Method(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """An objective added to any method.
+    """An objective added to a method.
 
     Its file defines `Config` (a frozen `config.Leaf`) and one subclass named `Model`, built as `Model(config, method, facts)`.
     Parameters are in a group of the file's name, which is also that of the loss.

@@ -1,4 +1,4 @@
-"""Objectives that a recipe adds to any method, one file each; here: how they are attached."""
+"""Objectives that a recipe adds to a method, one file each; here: how they are attached."""
 
 from __future__ import annotations
 

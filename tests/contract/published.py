@@ -76,7 +76,7 @@ PUBLISHED = {
     "supcon_r18_cifar10": (1024, 1000, 0.0, 0.5, 0.0005, 1e-4),
 }
 
-# Linear top-1 in the sources. The project's notes mark some as recalled: such a recipe must say "not verified".
+# Linear top-1 in the sources. Some are recalled, or taken from another paper: such a recipe must say "not verified".
 ACCURACY = {
     "byol_r50_in1k": 74.3,
     "byol_r50_in1k_200ep": 71.8,
@@ -101,9 +101,6 @@ ACCURACY = {
     "pcl_r50_in1k": 67.6,
     "pirl_r50_in1k": 64.3,
     "relicv2_r50_in1k": 77.1,
-    "relicv2_r101_in1k": 78.7,
-    "relicv2_r152_in1k": 79.3,
-    "relicv2_r200x2_in1k": 80.6,
     "simsiam_r50_in1k": 68.1,
     "barlow_twins_r50_in1k": 73.5,
     "vicreg_r50_in1k": 73.2,
@@ -121,7 +118,10 @@ RECALLED = {
     "byol_r50x4_in1k": 78.6,
     "relicv2_r50x2_in1k": 79.0,
     "relicv2_r50x4_in1k": 79.4,
+    "relicv2_r101_in1k": 78.7,
+    "relicv2_r152_in1k": 79.3,
     "relicv2_r200_in1k": 79.8,
+    "relicv2_r200x2_in1k": 80.6,
     "nnclr_r50_in1k": 75.4,
     "directpred_r50_in1k": 72.4,
     "supervised_r50_in1k": 75.4,

@@ -55,7 +55,7 @@ def shrunken(name: str) -> Config:
         name,
         *(f"method.{key}={value}" for key, value in SMALL.items() if method.get(key)),
         *(f"data.views.{i}.size={sides[view.size]}" for i, view in enumerate(full.data.views)),
-        *(("data.support.classes=3",) if full.data.support else ()),
+        *(("data.support.classes=3", "data.support.per_class=4") if full.data.support else ()),
         f"batch={BATCH}",
         *((f"model.norm_group={BATCH // 2}",) if full.model.norm_group else ()),
         f"data.synthetic_samples={SAMPLES}",
@@ -160,7 +160,8 @@ def test_tau_follows_the_length() -> None:
         ending: recipe(f"byol_r50_in1k{ending}").method.model_dump()["tau"] for ending in ("", "_100ep", "_200ep", "_300ep")
     }
     assert taus == {"": 0.996, "_100ep": 0.99, "_200ep": 0.99, "_300ep": 0.99}
-    assert [recipe(f"relicv2_r50_in1k{ending}").method.model_dump()["tau"] for ending in ("", "_100ep")] == [0.996, 0.99]
+    methods = [recipe(f"relicv2_r50_in1k{ending}").method.model_dump() for ending in ("", "_100ep", "_200ep")]
+    assert [(method["tau"], method["tau_end"]) for method in methods] == [(0.996, 1), (0.99, 0.99), (0.99, 0.99)]
 
 
 def test_a_variant_changes_nothing_else() -> None:
@@ -200,7 +201,10 @@ def test_lars_variants() -> None:
 
     jax, tf, larc = ("sum", "outside", "norm_bias"), ("sum", "inside", "norm_bias"), ("parts", "outside", "none")
     assert variant("byol_r50_in1k") == variant("relicv2_r50_in1k") == (1e-3, False, *jax)
-    assert variant("simclr_r50_in1k") == variant("simclr_r18_cifar10") == (1e-3, False, *tf)
+    for name in ("simclr_r50_in1k", "simclr_r18_cifar10", "c_simclr_r50_in1k", "c_byol_r50_in1k"):
+        assert variant(name) == (1e-3, False, *tf)
+    assert recipe("c_simclr_r50_in1k").model.zero_init
+    assert recipe("c_byol_r50_in1k").model.zero_init
     assert variant("swav_r50_in1k") == variant("deepcluster_v2_r50_in1k") == (1e-3, False, *larc)
     for method in ("byol", "swav", "deepcluster_v2", "relicv2"):
         assert variant(f"{method}_r18_cifar10") == (0.02, True, "parts", "outside", "ndim1")
@@ -218,6 +222,31 @@ def test_byol_and_relicv2_views() -> None:
     for view in (first, second, *views):
         assert (view.interpolation, view.antialias, view.crop, view.flip, view.jitter) == ("keys", False, 1, 0.5, 0.8)
         assert (view.brightness, view.contrast, view.saturation, view.hue, view.grayscale) == (0.4, 0.4, 0.2, 0.1, 0.2)
+
+
+def test_cifar_views() -> None:
+    """Of VICReg and SimSiam in solo-learn, and of DirectPred in luckmatters."""
+    fields = ("area", "brightness", "contrast", "saturation", "hue", "blur", "solarize", "interpolation")
+    for name, *expected in (
+        ("vicreg", (0.2, 1), 0.4, 0.4, 0.2, 0.1, 0, 0.1, "bicubic"),
+        ("simsiam", (0.08, 1), 0.4, 0.4, 0.4, 0.1, 0.5, 0, "bicubic"),
+        ("directpred", (0.08, 1), 0.4, 0.4, 0.4, 0.1, 0, 0, "bilinear"),
+    ):
+        (view,) = recipe(f"{name}_r18_cifar10").data.views
+        assert (view.count, view.flip, view.jitter, view.grayscale, view.antialias) == (2, 0.5, 0.8, 0.2, True)
+        assert [getattr(view, field) for field in fields] == expected
+
+
+def test_suncet_batches_and_weights() -> None:
+    """The authors' 20 classes of 2 on each of 64 GPUs; beside SimCLR's doubled loss their weight of 1 is 4."""
+    for name, weight in (("simclr", 4), ("swav", 1)):
+        config = recipe(f"{name}_suncet_r50_in1k")
+        asked = config.data.support
+        assert asked is not None
+        assert (asked.classes, asked.per_class, asked.epochs) == (20, 2 * 64, 250)
+        for setting in ("r50_in1k", "r18_cifar10"):
+            (auxiliary,) = recipe(f"{name}_suncet_{setting}").auxiliaries
+            assert (auxiliary.model_dump()["weight"], auxiliary.model_dump()["temperature"]) == (weight, 0.1)
 
 
 def test_multicrop_views() -> None:

@@ -28,11 +28,38 @@ def test_a_study_runs(path: Path) -> None:
     assert "Published" in head
     small = ("model.name=resnet18", "model.width=0.0625", "data.path=synthetic", *filter(None, command.groups()[1:]))
     elements = grid.combinations([str(path)], 1)
-    assert len(elements) > 3
+    assert len(elements) > 1
+    listed = re.search(r"Published[^.]*?: ((?:\d\d\.\d+, )+\d\d\.\d+) %", head)
+    assert path.stem == "relicv2_box_masks" or (listed and len(listed[1].split(", ")) == len(elements)), "a figure for each run"
     for overrides in elements:
         chosen = config.load(ROOT / command[1], (*small, *overrides))
         build_method(chosen, facts_of(chosen, 5000, 1))
         assert len(grid.folder(Path(), overrides).name) < 255
+
+
+def studied(name: str, *keys: str) -> list[tuple[object, ...]]:
+    """What the runs of a study have in `keys` of the method and the data."""
+    found = []
+    for overrides in grid.combinations([str(ROOT / "configs" / "studies" / f"{name}.yaml")], 1):
+        chosen = config.load(ROOT / "configs" / "relicv2_r50_in1k_100ep.yaml", ("data.masks=true", *overrides))
+        values = {**chosen.data.model_dump(), **chosen.method.model_dump()}
+        found.append(tuple(values[key] for key in keys))
+    return found
+
+
+def test_a_study_of_tau_keeps_it() -> None:
+    assert all(start == end for start, end in studied("relicv2_ema", "tau", "tau_end"))
+
+
+@pytest.mark.parametrize("kind", ["points", "rectangle", "centred", "add", "remove", "box"])
+def test_studies_of_masks_mask_as_many_views_in_every_run(kind: str) -> None:
+    runs = studied(f"relicv2_{kind}_masks", "mask_study", "mask_share", "mask_minimum", "mask_probability")
+    assert all(run[2:] == (0, 0.1) for run in runs)
+    if kind == "box":
+        assert [run[0] for run in runs] == ["box", ""]
+    else:
+        last = 10 if kind in ("add", "remove") else 9
+        assert [run[:2] for run in runs] == [(kind, share / 10) for share in range(1, last + 1)]
 
 
 def test_views_of_the_study() -> None:
