@@ -1,7 +1,9 @@
 """Runs side by side: accuracy against epochs, images and time, and when each reaches the other's final accuracy.
 
 Accuracies are those of the protocol cards in RUN/evals, at the steps that were evaluated and nowhere in between. Hours are of
-training alone: the images between two records of RUN/metrics.jsonl at the speed of that record, so waiting in a queue is free.
+training alone, every step once: the steps between two records of RUN/metrics.jsonl take the seconds per step of the latter.
+So waiting in a queue, start-up and what a resume repeats are free; the first step of a start, with compilation and whatever
+the method does before it, counts as an ordinary one.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,14 +26,45 @@ from scaletrain.progress import number
 from scaletrain.recipe import ConfigError, nearest
 
 
+class _Shards(BaseModel):
+    sha256: str
+
+
+class _Data(BaseModel):
+    train: _Shards
+    test: _Shards
+    labels: Any = None  # a label subset
+
+
+class _Card(BaseModel):
+    """What is read of a card of `scaletrain eval`."""
+
+    encoder: str
+    step: NonNegativeInt
+    metrics: dict[str, FiniteFloat]
+    protocol: dict[str, Any]
+    data: _Data
+
+
+class _Record(BaseModel):
+    """What is read of a line of metrics.jsonl."""
+
+    step: NonNegativeInt
+    steps_per_epoch: PositiveInt | None = None  # None: written before records had it
+    pace: FiniteFloat | None = Field(None, alias="speed/seconds_per_step")
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
 @dataclass(frozen=True)
 class Point:
     """One evaluated checkpoint."""
 
     step: int
-    epochs: float | None  # None: the records do not tell how long an epoch is
+    epochs: float | None  # None: no record tells how long an epoch is
     images: int
-    hours: float | None
+    hours: float | None  # None: the records do not tell
     accuracy: float  # per cent
 
 
@@ -49,9 +83,15 @@ class Reach:
 def compare(runs: Sequence[Path], metric: str | None = None) -> dict[str, Any]:
     """`metric` of the cards, by default the first that all runs have; points per run and reaches per ordered pair.
 
-    Raises ConfigError where a run has no such cards.
+    Raises ConfigError where a run has no such cards, or a file that is damaged.
     """
-    if len({str(run) for run in runs}) < len(runs):
+    for path in runs:
+        if not (path / "config.yaml").is_file():
+            what = "it has no config.yaml" if path.is_dir() else "there is no such folder"
+            raise ConfigError(f"no run folder {path}: {what}")
+    if len(runs) < 2:
+        raise ConfigError("one run has nothing to be compared with: name two or more")
+    if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice")
     found = {str(run): _cards(run) for run in runs}
     common = [m for m in next(iter(found.values())) if all(m in of for of in found.values())]
@@ -64,14 +104,13 @@ def compare(runs: Sequence[Path], metric: str | None = None) -> dict[str, Any]:
         if metric not in of:
             raise ConfigError(f"{run}/evals has no cards of '{metric}'{nearest(metric, of)}; it has {', '.join(of) or 'none'}")
     points = {run: _points(Path(run), of[metric], metric) for run, of in found.items()}
-    protocols = {
-        json.dumps([c["protocol"], c["data"]["test"]["sha256"]], sort_keys=True) for of in found.values() for c in of[metric]
-    }
+    cards = [card for of in found.values() for card in of[metric]]
+    measurements = {json.dumps([c.protocol, c.data.train.sha256, c.data.test.sha256], sort_keys=True) for c in cards}
     return {
         "metric": metric,
         "points": {run: [asdict(p) for p in of] for run, of in points.items()},
         "reached": [asdict(_reach(a, b, points)) for a, b in permutations(points, 2)],
-        "alike": len(protocols) == 1,
+        "alike": len(measurements) == 1,
     }
 
 
@@ -84,49 +123,55 @@ def _reach(run: str, other: str, points: dict[str, list[Point]]) -> Reach:
     return Reach(run, other, last.accuracy, point, point.images / last.images if last.images else None, hours)
 
 
-def _cards(run: Path) -> dict[str, list[Any]]:
+def _cards(run: Path) -> dict[str, list[_Card]]:
     """The cards of the trained encoder with all labels, by the name of each top-1 accuracy in them, ascending by step."""
-    result: dict[str, list[Any]] = {}
+    result: dict[str, list[_Card]] = {}
     for path in sorted((run / "evals").glob("*.json")):
-        try:
-            card = json.loads(path.read_text())
-            if card["encoder"] == "trained" and "labels" not in card["data"]:
-                for name in card["metrics"]:
-                    if f"{name}_per_class" in card["metrics"]:
-                        result.setdefault(name, []).append(card)
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is no card of `scaletrain eval`; delete it or evaluate again") from None
-    return {name: sorted(cards, key=lambda card: int(card["step"])) for name, cards in sorted(result.items())}
+        card = _parse(_Card, path.read_bytes(), f"{path} is no card of `scaletrain eval`; delete it or evaluate again")
+        if card.encoder == "trained" and card.data.labels is None:
+            for name in card.metrics:
+                if f"{name}_per_class" in card.metrics:
+                    result.setdefault(name, []).append(card)
+    return {name: sorted(cards, key=lambda card: card.step) for name, cards in sorted(result.items())}
 
 
-def _points(run: Path, cards: Sequence[Any], metric: str) -> list[Point]:
-    batch = config.load(run / "config.yaml").batch
-    records = _records(run)
-    per_epoch = max((r["step"] // (r["epoch"] + 1) + 1 for r in records if r["epoch"]), default=None)
-    steps = [0, *(r["step"] + 1 for r in records)]
-    speeds = [r.get("speed/images_per_second") or np.nan for r in records]
-    hours = np.concatenate([[0.0], np.cumsum(np.diff(steps) * batch / np.array(speeds) / 3600)])
-    points = []
-    for card in cards:
-        step = int(card["step"])
-        spent = float(np.interp(step, steps, hours)) if step <= steps[-1] else np.nan
-        epochs = step / per_epoch if per_epoch else None
-        points.append(Point(step, epochs, step * batch, None if np.isnan(spent) else spent, card["metrics"][metric]))
-    return points
+def _points(run: Path, cards: Sequence[_Card], metric: str) -> list[Point]:
+    settings, records = config.load(run / "config.yaml"), _records(run / "metrics.jsonl")
+    per_epoch = records[-1].steps_per_epoch if records else None
+    hours = _hours(records, [card.step for card in cards], settings.monitor.every)
+    return [
+        Point(c.step, c.step / per_epoch if per_epoch else None, c.step * settings.batch, spent, c.metrics[metric])
+        for c, spent in zip(cards, hours, strict=True)
+    ]
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
+def _hours(records: Sequence[_Record], steps: Sequence[int], every: int) -> list[float | None]:
+    """What the first `steps` steps took; one is recorded in `every`."""
+    paced = [(n, record.pace) for n, record in enumerate(records) if record.pace is not None]
+    if not paced or any(record.steps_per_epoch is None for record in records):  # old records have no pace
+        return [None] * len(steps)
+    # a run that was stopped has steps after its last record; they and records without a pace go at that of their neighbours
+    ends = [0, *(record.step + 1 for record in records), records[-1].step + 1 + every]
+    paces = np.interp(np.arange(len(records) + 1), *np.transpose(paced))
+    hours = np.cumsum([0.0, *np.diff(ends) * paces]) / 3600
+    return [float(np.interp(step, ends, hours)) if step <= ends[-1] else None for step in steps]
+
+
+def _records(path: Path) -> list[_Record]:
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except OSError:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # cut short by a crash
-            continue
-    return records
+    # what follows the last end of a line was cut short by a crash
+    return [_parse(_Record, line, f"{path}, line {n}, is no record of a run") for n, line in enumerate(lines[:-1], 1)]
+
+
+def _parse(model: type[M], text: bytes, problem: str) -> M:
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{problem} ({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})") from None
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
@@ -149,7 +194,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(reach["run"], goal, *(_cells(reach["point"]) if reach["point"] else ("never", "-", "-")), *shares)
     console.print(table)
     if not found["alike"]:
-        console.print("note: these cards differ in protocol or test set; the accuracies are not of one measurement")
+        console.print("note: these cards differ in protocol or labelled data; the accuracies are not of one measurement")
 
 
 def _cells(point: dict[str, Any]) -> tuple[str, str, str]:

@@ -110,7 +110,8 @@ class Monitor:
         self._board.flush()
         # JSON has no word for NaN and infinity; null keeps the line readable by every parser.
         numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._metrics.write(json.dumps({"step": clock.step, "epoch": clock.epoch, "time": time.time(), **numbers}) + "\n")
+        place = {"step": clock.step, "epoch": clock.epoch, "steps_per_epoch": clock.steps_per_epoch, "time": time.time()}
+        self._metrics.write(json.dumps(place | numbers) + "\n")
         left = self._pace.seconds_per_step * (self._total - clock.step - 1)
         rate = rates.get("all", next(iter(rates.values()), 0.0))
         self._screen.report(clock, scalars, rate, left)

@@ -40,13 +40,18 @@ class Pace:
         return self._now - self._begin if self._steps < 2 else (self._now - self._first) / (self._steps - 1)
 
     def read(self) -> dict[str, float]:
-        """Scalars of the interval since the last reading, which this ends."""
+        """Scalars of the interval since the last reading, which this ends.
+
+        Its seconds per step are absent when its only step was the session's first, which seconds_per_step leaves out too.
+        """
         elapsed = max(self._now - self._last, 1e-9)
         scalars = {
             "speed/images_per_second": self._recent * self._batch / elapsed,
             "speed/data_wait_share": min(1.0, self._waited / elapsed),
             "steps/skipped": float(self._skipped),
         }
+        if steps := self._recent - (self._recent == self._steps):
+            scalars["speed/seconds_per_step"] = (self._now - max(self._first, self._last)) / steps
         self._last, self._waited, self._recent, self._skipped = self._now, 0.0, 0, 0
         return scalars
 

@@ -1,7 +1,8 @@
 """Evaluation of frozen encoders: `run` judges one target by any of the benchmarks beside this file and writes protocol cards.
 
 A benchmark is a file here with a frozen `Config` and `measure(config, scene) -> (metrics, protocol)`, named by its
-file name. Metrics are per cent.
+file name. Metrics are per cent. The protocol says how was measured, alike for every encoder; what came out besides is under
+its key `found`, which the card has beside the protocol.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def run(
     for name, chosen in settings.items():
         begun = time.monotonic()
         metrics, protocol = _leaf(name).measure(chosen, scene)
+        found = protocol.pop("found", {})
         card = {
             "benchmark": name,
             "encoder": encoder,
@@ -74,6 +76,7 @@ def run(
             "metrics": metrics,
             "unit": "per cent",
             "protocol": {"test_transform": scene.transform, **protocol},
+            "found": found,
             "data": scene.provenance(),
             "versions": _versions(),
             "seconds": round(time.monotonic() - begun, 2),

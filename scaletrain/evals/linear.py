@@ -165,12 +165,14 @@ def measure(config: Config, scene: Scene) -> tuple[dict[str, float], dict[str, A
         "schedule": "cosine to 0 by step, no warm-up",
         "standardised": False,
         "train_transform": scene.augmentation if config.augment else scene.transform,
-        "chosen_rate": config.rates[best],
-        "chosen_at_edge": config.rates[best] in (min(config.rates), max(config.rates)),  # then a wider sweep may do better
         "chosen_on": f"{len(out)} held-out training images",
-        "held_out_top1": dict(zip(map(str, config.rates), by_rate, strict=True)),
         "trained_on": scene.samples if config.refit else len(rows),
         "reported": "test set, last epoch",
+        "found": {
+            "chosen_rate": config.rates[best],
+            "chosen_at_edge": config.rates[best] in (min(config.rates), max(config.rates)),  # then a wider sweep may do better
+            "held_out_top1": dict(zip(map(str, config.rates), by_rate, strict=True)),
+        },
     }
 
 

@@ -78,17 +78,18 @@ def test_the_choice_never_looks_at_the_test_set() -> None:
     assert clean["linear"] > poisoned["linear"] + 20
     assert scene.asked[-1] == "queries"
     assert scene.asked.count("queries") == 1
-    held = card["held_out_top1"]
+    found = card["found"]
+    held = found["held_out_top1"]
     assert len(set(held.values())) > 1  # else nothing was chosen
-    assert held[str(card["chosen_rate"])] == max(held.values()) == clean["linear_held_out"]
-    assert card["chosen_at_edge"] == (card["chosen_rate"] != 0.05)
+    assert held[str(found["chosen_rate"])] == max(held.values()) == clean["linear_held_out"]
+    assert found["chosen_at_edge"] == (found["chosen_rate"] != 0.05)
 
 
 def test_the_score_is_the_chosen_heads() -> None:
     train, test = blobs(400, 2.0, 0), blobs(200, 2.0, 1)
     rates = (300.0, 0.05, 1e-6)
     metrics, card = probe(Scene(train, test), rates=rates)
-    alone, _ = probe(Scene(train, test), rates=(card["chosen_rate"],))
+    alone, _ = probe(Scene(train, test), rates=(card["found"]["chosen_rate"],))
     assert metrics["linear"] == alone["linear"]
 
 
@@ -97,7 +98,7 @@ def test_refit_uses_every_training_image() -> None:
     plain, card = probe(Scene(train, test))
     refitted, refit_card = probe(Scene(train, test), refit=True)
     assert (card["trained_on"], refit_card["trained_on"]) == (108, 120)
-    assert card["chosen_rate"] == refit_card["chosen_rate"]
+    assert card["found"]["chosen_rate"] == refit_card["found"]["chosen_rate"]
     assert plain["linear_held_out"] == refitted["linear_held_out"]
     assert plain["linear"] != refitted["linear"]
 

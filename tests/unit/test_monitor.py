@@ -86,13 +86,16 @@ def test_scalars_go_to_both_places_under_stable_names(tmp_path: Path) -> None:
     expected = {"train/loss": 8.0, "train/invariance": 8.5, "lr/all": 0.8, "lr/bias": 0.5, "ema": 0.99, "grad_norm": 2.0}
     expected |= {"trust/min": 0.1, "trust/median": 0.2, "trust/max": 0.3, "steps/skipped": 1.0}
     expected |= {"embedding/effective_rank": 8.0, "embedding/std": math.sqrt(1 / 8 - 1 / 64)}
-    measured = {"speed/images_per_second", "speed/data_wait_share", "memory/rss_peak_mb", "embedding/std_ratio"}
+    speeds = {f"speed/{name}" for name in ("images_per_second", "data_wait_share", "seconds_per_step")}
+    measured = {*speeds, "memory/rss_peak_mb", "embedding/std_ratio"}
     assert {key: records[2][key] for key in expected} == pytest.approx(expected, rel=1e-5)
-    assert set(records[2]) - {"step", "epoch", "time"} == set(expected) | measured
+    assert set(records[2]) - {"step", "epoch", "steps_per_epoch", "time"} == set(expected) | measured
+    assert {record["steps_per_epoch"] for record in records} == {PER_EPOCH}
     assert set(events.Tags()["scalars"]) == set(expected) | measured
     for name in set(expected) | measured:
         points = [(e.step, e.value) for e in events.Scalars(name)]
-        assert points == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records]
+        assert points == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
+    assert ["speed/seconds_per_step" in r for r in records] == [False, True, True, True, True, True]  # not of the first step
     assert [record["steps/skipped"] for record in records] == [0, 0, 1, 0, 0, 0]
 
 
@@ -231,7 +234,17 @@ def test_pace_measures_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
         pace.add(waited=0.5, skipped=skipped)
     assert pace.seconds_per_step == 2
     later = {"speed/images_per_second": 32.0, "speed/data_wait_share": 0.25, "steps/skipped": 2.0}
-    assert pace.read() == pytest.approx(later)
+    assert pace.read() == pytest.approx(later | {"speed/seconds_per_step": 2.0})
+
+
+def test_pace_leaves_the_first_step_out_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 110.0, 112.0, 115.0, 125.0, 127.0])  # begin, steps of 10, 2, 3, 10 and 2 s
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    pace = scaletrain.progress.Pace(batch=64)
+    for steps, seconds in ((3, 2.5), (2, 6.0)):
+        for _ in range(steps):
+            pace.add(waited=0.0, skipped=False)
+        assert pace.read()["speed/seconds_per_step"] == seconds
 
 
 def test_plain_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
