@@ -12,6 +12,7 @@ import torch
 from scaletrain import dist
 from scaletrain.engines import base, ddp, fairscale
 from scaletrain.nn import bank, norm
+from scaletrain.ops import kmeans, sinkhorn
 from scaletrain.optim import lars
 
 
@@ -98,6 +99,32 @@ def keys_shuffled_within_a_rank() -> Any:
     return mock.patch.object(dist, "permute_nograd", local)
 
 
+def _alone(where: Any, name: str, collective: str) -> Any:
+    """A function whose collective hands back what it is given."""
+    right = getattr(where, name)
+
+    def local(*args: Any) -> Any:
+        with mock.patch.object(dist, collective, lambda x: x):
+            return right(*args)
+
+    return mock.patch.object(where, name, local)
+
+
+def codes_balanced_within_a_rank() -> Any:
+    """Sinkhorn-Knopp gives every prototype the same mass of the rank's own samples."""
+    return _alone(sinkhorn, "_log_mass", "sum_nograd")
+
+
+def clusters_of_own_samples() -> Any:
+    """K-means moves its centroids to the means of the rank's own samples."""
+    return _alone(kmeans, "group_sums", "sum_nograd")
+
+
+def memory_of_own_samples() -> Any:
+    """A sample's row is written only where the rank that saw it owns it."""
+    return _alone(bank.Bank, "write", "gather_nograd")
+
+
 BUGS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
@@ -110,5 +137,8 @@ BUGS: dict[str, Callable[[], Any]] = {
         statistics_per_micro_batch,
         queue_per_micro_batch,
         keys_shuffled_within_a_rank,
+        codes_balanced_within_a_rank,
+        clusters_of_own_samples,
+        memory_of_own_samples,
     )
 }

@@ -43,6 +43,9 @@ CAUGHT_BY = {  # which case exercises what a bug breaks
     "statistics_per_micro_batch": "byol accumulated",
     "queue_per_micro_batch": "moco accumulated",
     "keys_shuffled_within_a_rank": "moco shuffled",
+    "codes_balanced_within_a_rank": "swav",
+    "clusters_of_own_samples": "deepcluster",
+    "memory_of_own_samples": "pirl",
 }
 
 
