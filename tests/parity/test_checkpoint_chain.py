@@ -18,7 +18,7 @@ import small
 import torch
 
 from scaletrain.checkpoint import Saved, Writer, export, open_step
-from scaletrain.config import Config
+from scaletrain.config import Config, leaves
 from scaletrain.engines.base import Engine
 from scaletrain.saved import folder_of
 
@@ -27,6 +27,7 @@ METHODS = {  # with targets; with banks and clusterings; with queues and frozen 
     "fp32": ("byol", "deepcluster_v2", "swav"),
     "fp64": ("byol",),
 }
+OBJECTIVES = (*leaves("methods"), *small.JOINED)
 Chain = tuple[Path, dict[str, list[float]]]  # the folder of all checkpoints, and all losses by "precision/method"
 
 
@@ -155,3 +156,42 @@ def test_the_chain_computes_what_one_undisturbed_process_computes(
     save(tmp_path, stop, alone)
     worst, where = deviation(step_of(tmp_path, 0), step_of(tmp_path, stop), step_of(folder / precision / method, stop))
     assert worst < CHAIN_TOLERANCE[precision], where
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """Every method past an epoch's end, so that queues, memories and clusterings are in use."""
+    for name in OBJECTIVES:
+        cfg = small.config(name)
+        trainer = small.engine(cfg)
+        small.run(trainer, cfg, 0, small.STEPS_PER_EPOCH + 1)
+        save(folder / name / "0", 1, trainer)
+    return {}
+
+
+def handed_on(folder: Path, place: int) -> dict[str, torch.Tensor]:
+    """Restored on these ranks from what was saved before, and saved again."""
+    for name in OBJECTIVES:
+        trainer = small.engine(small.config(name, seed=5))  # other initial values
+        trainer.restore(step_of(folder / name / f"{place - 1}", 1))
+        save(folder / name / f"{place}", 1, trainer)
+    return {}
+
+
+@pytest.fixture(scope="module")
+def resharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it written by 2 ranks, then by 3, then by 1."""
+    folder = tmp_path_factory.mktemp("resharded")
+    ranks.run(2, trained, folder, folder)
+    ranks.run(3, handed_on, folder, folder, 1)
+    handed_on(folder, 2)
+    return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_state_of_every_method_survives_any_number_of_ranks(name: str, resharded: Path) -> None:
+    first, *others = (step_of(resharded / name / f"{place}", 1) for place in range(3))
+    assert any(first.read(tensor).abs().max() > 0 for tensor in first.names())
+    for other in others:
+        assert first.names() == other.names()
+        for tensor in first.names():
+            assert torch.equal(first.read(tensor), other.read(tensor)), tensor
