@@ -1,8 +1,8 @@
 """What the ranks send each other in a step: every collective with its kind, its bytes and what asked for it.
 
 A process group notes each call and hands it on to gloo. The prediction for any number of ranks runs the same engine on one of
-them, and the group answers as if the others held what this one holds. No message depends on the number of pixels (samples,
-views, channels and parameters decide), so the images are tiny; all else is the recipe's.
+them, and the group answers as if the others held what this one holds. Samples, views, channels and parameters decide what is
+sent, so the images are tiny and all else is the recipe's; images that are sent themselves (ShuffleBN) count in their full size.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from scaletrain.train import build
 class Call:
     """A collective as one rank sees it."""
 
-    kind: str  # all_reduce, all_gather, reduce_scatter, broadcast, reduce, barrier
+    kind: str  # all_reduce, all_gather, all_to_all, reduce_scatter, broadcast, reduce, barrier
     reason: str  # what asked for it, see _WHO
-    bytes: int  # of the whole tensor that is reduced, scattered, gathered or spread
+    bytes: int  # of the whole tensor that is reduced, scattered, gathered or spread; for all_to_all of a rank's part
     ranks: int  # of its group
 
     @property
@@ -74,6 +74,7 @@ class Group(c10d.ProcessGroup):
     """Notes every collective in `calls`, then leaves it to `inner`, or without one mirrors this rank to all others."""
 
     calls: ClassVar[list[Call]] = []  # of all groups of this process, in their order
+    pixels: ClassVar[dict[int, int]] = {}  # width of a tiny image -> that of the recipe's
 
     def __init__(self, rank: int, size: int, inner: Any = None) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
@@ -92,7 +93,7 @@ class Group(c10d.ProcessGroup):
     def collective(self, name: str, kind: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         tensors = [list(_flat(a)) for a in args if isinstance(a, (Tensor, list))] or [[]]
         message = tensors[kind == "reduce_scatter"]
-        self.calls.append(Call(kind, _reason(kind), sum(t.nbytes for t in message), self.count))
+        self.calls.append(Call(kind, _reason(kind), sum(map(self.bytes, message)), self.count))
         if self.inner is not None:
             return getattr(self.inner, name)(*args, **options)
         ops = [o.reduceOp for o in (*args, *options.values()) if hasattr(o, "reduceOp")]
@@ -102,6 +103,13 @@ class Group(c10d.ProcessGroup):
         done.set_result(args[0] if args else None)  # DDP looks for its bucket there
         return _create_work_from_future(done)
 
+    def bytes(self, x: Tensor) -> int:
+        """Of images those of the recipe's."""
+        if x.dim() < 5:  # [B, V, 3, H, W]
+            return x.nbytes
+        tiny = x.shape[-1]
+        return x.nbytes * self.pixels.get(tiny, tiny) ** 2 // tiny**2
+
     def mirror(self, kind: str, tensors: list[list[Tensor]], times: int) -> None:
         """Write what the collective would give if every rank held the same: a sum is `times` as large.
 
@@ -110,6 +118,8 @@ class Group(c10d.ProcessGroup):
         if kind in ("all_reduce", "reduce"):
             for tensor in tensors[0]:
                 tensor.mul_(times if tensor.is_floating_point() else 1)
+        elif kind == "all_to_all":
+            tensors[0][0].copy_(tensors[1][0])
         elif kind == "all_gather":
             for tensor in tensors[0]:
                 tensor.view(-1, tensors[1][0].numel()).copy_(tensors[1][0].clone().view(1, -1))  # it may lie inside
@@ -124,6 +134,8 @@ for _name, _kind in {
     "allgather": "all_gather",
     "_allgather_base": "all_gather",
     "all_gather_single": "all_gather",  # torch 2.14 renamed the one above
+    "alltoall_base": "all_to_all",
+    "all_to_all_single": "all_to_all",  # its name since torch 2.14
     "reduce_scatter": "reduce_scatter",
     "_reduce_scatter_base": "reduce_scatter",
     "reduce_scatter_single": "reduce_scatter",
@@ -231,6 +243,7 @@ def _tiny(config: Config) -> Config:
     small = {size: 8 * (1 + i) for i, size in enumerate(sorted({v.size for v in views}))}
     if not config.model.name.startswith(TIMM):  # some of those are built for one size
         views = tuple(v.model_copy(update={"size": small[v.size]}) for v in views)
+        Group.pixels.update((tiny, size) for size, tiny in small.items())
     data = config.data.model_copy(update={"views": views})
     return config.model_copy(update={"data": data, "engine": config.engine.model_copy(update={"compile": False})})
 
@@ -240,7 +253,14 @@ def _batch(config: Config, facts: Facts) -> Batch:
     index = torch.arange(rows) * (facts.samples // rows)
     images = tuple(torch.randn(count, rows, 3, size, size) for size, count in facts.views)
     masks = torch.ones_like(images[0][:, :, :1]) if config.data.masks else None
-    return Batch(images, index, dist.hash64(0, index), torch.tensor([[-2.0] * 3, [2.0] * 3]), labels=index, masks=masks)
+    pixels = torch.tensor([[-2.0] * 3, [2.0] * 3])
+    support = None
+    if facts.support:
+        some = torch.arange(facts.support // dist.world())
+        support = Batch(
+            (torch.randn(1, len(some), *images[0].shape[2:]),), some, dist.hash64(0, some), pixels, labels=some // 2
+        )
+    return Batch(images, index, dist.hash64(0, index), pixels, labels=index, masks=masks, support=support)
 
 
 def summary(calls: list[Call]) -> list[dict[str, Any]]:

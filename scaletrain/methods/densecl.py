@@ -17,7 +17,7 @@ from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.backbone import unpooled
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, shuffled
+from scaletrain.nn.norm import per_view, pooled, shuffled
 from scaletrain.ops.contrast import key_contrast
 from scaletrain.ops.precision import full_precision
 
@@ -69,10 +69,10 @@ class Model(Method):
         x = batch.views[0]  # [2, B, 3, H, W]
         f = _cells(per_view(self.backbone, x[:1]))  # [B, S, features]
         h = f.mean(1)
-        q, dense_q = self.projector(h), self.dense_projector(f)
+        q, dense_q = self.projector(h), pooled(self.dense_projector, f)
         with torch.no_grad():
             g = _cells(self._keys(x[1:], clock))
-            k, dense_k = self.target_projector(g.mean(1)), self.target_dense_projector(g)
+            k, dense_k = self.target_projector(g.mean(1)), pooled(self.target_dense_projector, g)
         loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
         return Out({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
 

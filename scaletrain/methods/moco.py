@@ -16,7 +16,7 @@ from scaletrain.config import Count, Leaf, Natural, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, shuffled
+from scaletrain.nn.norm import per_view, pooled, shuffled
 from scaletrain.ops.contrast import key_contrast
 from scaletrain.ops.precision import full_precision
 
@@ -60,9 +60,9 @@ class Model(Method):
     def forward(self, batch: Batch, clock: Clock) -> Out:
         x = batch.views[0]  # [2, B, 3, H, W]
         h = per_view(self.backbone, x[: self.sides])
-        q = self.projector(h)
+        q = pooled(self.projector, h)
         with torch.no_grad():
-            k = self.target_projector(self._keys(x[-self.sides :], clock)).flip(0)  # of the other view
+            k = pooled(self.target_projector, self._keys(x[-self.sides :], clock)).flip(0)  # of the other view
         sides = [self._side(q[i], k[i], i) for i in range(self.sides)]
         shown = {name: torch.stack([side[1][name] for side in sides]).mean() for name in sides[0][1]}
         return Out({"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach())

@@ -56,7 +56,7 @@ class Model(Method):
         self.queue = Queue(config.queue, config.dim, noise=True)
         for m, clusters in enumerate(config.clusters):  # set by k-means, not trained
             self.register_buffer(f"prototypes{m}", torch.zeros(clusters, config.dim))
-            self.register_buffer(f"concentration{m}", torch.zeros(clusters))  # phi
+            self.register_buffer(f"concentration{m}", torch.ones(clusters))  # phi
         self.assignments = Assignments(facts.samples, config.clusters)
 
     def ema(self, clock: Clock) -> float:

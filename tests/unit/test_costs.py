@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {  # method,
     "fsdp2 whole": ("swav", "fsdp2 whole", {"name": "fsdp2", "reshard": False, "recompute": True}, {}),
     "hsdp": ("relicv2", "fsdp2", {"name": "fsdp2", "replicate": 2, "precision": "bf16"}, {}),
     "oss": ("relicv2", "fairscale", {"name": "fairscale"}, ADAMW),
+    "ddp moco": ("moco", "ddp", {"name": "ddp"}, {}),
+    "ddp suncet": ("supcon+suncet", "ddp", {"name": "ddp"}, {}),
     "zero 0": ("byol", "zero 0", {"name": "deepspeed", "precision": "fp32", "stage": 0}, {}),
     "zero 1": ("byol", "zero 1", {"name": "deepspeed", "precision": "fp32", "stage": 1}, {}),
     "zero 2": ("relicv2", "zero 2", {"name": "deepspeed", "precision": "fp32", "stage": 2, "bucket_mb": 0.1}, {}),
@@ -45,7 +47,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {  # method,
 
 
 RANKS = {  # few cases: ranks are slow
-    2: ("ddp", "fsdp2", "oss", "zero 0", "zero 1", "zero 3"),
+    2: ("ddp", "ddp moco", "ddp suncet", "fsdp2", "oss", "zero 0", "zero 1", "zero 3"),
     4: ("ddp swav", "fsdp2 whole", "hsdp", "oss", "zero 2", "zero 3"),
 }
 ALL = [(world, case) for world, cases in RANKS.items() for case in cases]
@@ -53,8 +55,11 @@ ALL = [(world, case) for world, cases in RANKS.items() for case in cases]
 
 def recipe(case: str) -> Config:
     method, _, engine, optim = CASES[case]
-    views, uneven = PAIR if method == "byol" else MANY, {"width": 5 / 64}  # 5, 10, 20 and 40 channels
-    return small.config(method, data={"views": views}, model=uneven, engine=engine, optim=optim)
+    views = MANY if method in ("relicv2", "swav") else PAIR
+    more: dict[str, Any] = {"model": {"width": 5 / 64}}  # 5, 10, 20 and 40 channels
+    if method == "moco":
+        more = {"model": {**more["model"], "norm_group": 6}, "method": {"shuffle": True}}
+    return small.config(method, data={"views": views}, engine=engine, optim=optim, **more)
 
 
 # --- on real ranks ----------------------------------------------------------------------------------------------------
