@@ -33,8 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nnclr": {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30},
     "pcl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "clusters": [5, 9], "negatives": 3, "warmup_epochs": 0},
     "pirl": {"dim": 8, "patch": 4, "negatives": 20, "loss": "infonce"},
-    "relic": {"hidden": 24, "dim": 8, "tau": 0.9},
-    "relicv2": {"hidden": 24, "dim": 8, "negatives": 3, "tau": 0.9, "mask_probability": 0.5},
+    "relic": {"hidden": 24, "dim": 8, "tau": 0.9, "temperature": 0.3},  # at .1, rounding grows fiftyfold
+    "relicv2": {"hidden": 24, "dim": 16, "negatives": 3, "tau": 0.9, "mask_probability": 0.5},
     "simclr": {"dim": 8},
     "simsiam": {"hidden": 24, "dim": 16, "bottleneck": 4},  # narrower, rounding grows a hundredfold
     "supcon": {"hidden": 24, "dim": 8},
