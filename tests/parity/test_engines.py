@@ -21,12 +21,12 @@ from scaletrain.train import start_from
 
 SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks; two losses
     "ddp": ("byol",),
-    "fsdp2": ("relicv2", "swav", "deepcluster_v2", ADVERSARY),
+    "fsdp2": ("relicv2", "swav", "deepcluster", ADVERSARY),
     "fsdp2 reshard=false": ("byol",),
     "deepspeed stage=0": ("byol",),
-    "deepspeed stage=1": ("swav",),
+    "deepspeed stage=1": ("swav", "moco"),
     "deepspeed stage=2": ("byol", "deepcluster_v2"),
-    "deepspeed stage=3": ("relicv2", "swav"),
+    "deepspeed stage=3": ("relicv2", "deepcluster"),
     "fairscale": ("byol", "swav", "deepcluster_v2", ADVERSARY),
 }
 TARGET = "method.target_backbone."
