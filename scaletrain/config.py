@@ -164,6 +164,7 @@ class Model(Frozen):
     width: Positive = 1.0  # multiplies every stage and the stem
     sk: bool = False  # SimCLRv2's selective kernels, with ResNet-D's stem and shortcuts
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
+    sobel: bool = False  # the network sees the image's two gradients in place of its colours (DeepCluster)
     zero_init: bool = False  # gamma of each residual branch's last norm starts at zero
     norm_group: Natural = 0  # samples of the global batch that share batch-norm statistics; 0: all of it
 

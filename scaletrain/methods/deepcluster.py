@@ -27,14 +27,12 @@ class Config(Leaf):
     classes: Count = 10_000  # k of k-means
     whiten: Count = 256  # principal components that are clustered
     iterations: Count = 20  # of k-means
-    sobel: bool = True  # the network sees the image's two gradients in place of its colours
 
 
 class Model(Method):
     """Each epoch clusters the features of all samples; a new classifier on top learns to tell the clusters apart."""
 
     sizes: Tensor
-    filters: Tensor
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
         super().__init__()
@@ -47,27 +45,16 @@ class Model(Method):
         self.classifier = nn.Linear(self.width, config.classes)
         self.assignments = Assignments(facts.samples, [config.classes])
         self.register_buffer("sizes", torch.zeros(config.classes))  # of the clusters
-        ramp = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        self.register_buffer("filters", torch.stack([ramp, ramp.T])[:, None], persistent=False)
 
     def groups(self) -> Sequence[Group]:
         return [Group("classifier", lambda name, _: name.startswith("classifier."), momentum=0.0)]
-
-    def encode(self, x: Tensor) -> Tensor:
-        return super().encode(self._edges(x) if self.config.sobel else x)
-
-    @full_precision
-    def _edges(self, x: Tensor) -> Tensor:
-        edges = F.conv2d(x.mean(1, keepdim=True), self.filters, padding=1)
-        seen: Tensor = F.pad(edges, (0, 0, 0, 0, 0, 1))  # the third colour is black, as if the network had two input channels
-        return seen
 
     # --- clusters -----------------------------------------------------------------------------------------------------
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         # differs: the authors embed centre crops with running statistics, here it is a training view with the batch's.
         bank = Bank(self.facts.samples, self.width).to(self.sizes)
-        for index, h in features(lambda batch: self.encode(batch.views[0][0])):
+        for index, h in features(lambda batch: self.backbone(batch.views[0][0])):
             bank.write(index, h)
         key = int(dist.hash64(self.facts.seed, clock.epoch, "deepcluster"))
         rows = _whitened(bank.rows, self.config.whiten)
@@ -82,7 +69,7 @@ class Model(Method):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, clock: Clock) -> Out:
-        h = torch.cat([pooled(self.backbone, x, self.encode) for x in batch.views])  # [V, B, width]
+        h = torch.cat([pooled(self.backbone, x) for x in batch.views])  # [V, B, width]
         loss, accuracy = self._loss(self.classifier(h), self.assignments.read(batch.index)[:, 0])
         return Out({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0].detach())
 

@@ -32,7 +32,7 @@ def unpooled(net: nn.Module) -> nn.Module:
 
 
 def _timm(config: Model) -> nn.Module:
-    for key in ("width", "stem", "sk", "zero_init"):
+    for key in ("width", "stem", "sk", "sobel", "zero_init"):
         value, plain = getattr(config, key), Model.model_fields[key].default
         if value != plain:
             raise ConfigError(f"model.{key}={value} is for our own ResNets; with model.name={config.name} leave it at {plain}")

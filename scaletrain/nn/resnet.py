@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config import ConfigError, Model
 from scaletrain.nn.blocks import Basic, Bottleneck, conv, deep_stem
 from scaletrain.nn.norm import BatchNorm
+from scaletrain.ops.precision import full_precision
 
 LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (Basic, (2, 2, 2, 2)),
@@ -66,6 +68,9 @@ class ResNet(nn.Module):
                 inputs = planes * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.features, self.pool = inputs, True
+        self.filters: Tensor | None
+        ramp = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("filters", torch.stack([ramp, ramp.T])[:, None] if config.sobel else None, persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -73,7 +78,18 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.filters is None else edges(x, self.filters)
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return x.mean((2, 3)) if self.pool else x
+
+
+@full_precision
+def edges(x: Tensor, filters: Tensor) -> Tensor:
+    """[N, 3, H, W] -> the same of the grey image's Sobel gradients, across and down, and black as the third colour.
+
+    So the first layer, and its name and shape, are those of any network (DeepCluster, section 4: two input channels).
+    """
+    slopes = F.conv2d(x.mean(1, keepdim=True), filters, padding=1)
+    return F.pad(slopes, (0, 0, 0, 0, 0, 1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import plain_losses as plain
 import pytest
+import small
 import torch
 from tiny import CLOCK, MULTI, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
@@ -122,14 +123,11 @@ def test_losses_that_drive_parts_take_no_auxiliary() -> None:
         type(model).separate_losses = False
 
 
-def test_the_encoder_sees_what_its_method_shows_it() -> None:
-    """DeepCluster's takes edges: those of the turned views."""
-    model = make("deepcluster", 3, classes=4, whiten=3)
-    batch, leaf = make_batch(3), leaf_config("auxiliaries", "rotation")(name="rotation", hidden=3)
-    attached = auxiliaries.attach(model, [leaf], Facts(40, 3, 10, ((4, 2),))).double()
-    attached(batch, CLOCK)
-    turns = (4 * dist.uniform(batch.keys, "rotation", 2)).long().T
-    assert torch.equal(attached.backbone.seen[-1], model._edges(turned(batch.views[0], turns).flatten(0, 1)))
+def test_an_encoder_of_maps_is_pooled() -> None:
+    model = small.engine(small.config("densecl+rotation")).method
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    assert model.backbone(x).shape == (3, 32, 2, 2)
+    assert torch.equal(model.encode(x), model.backbone(x).mean((2, 3)))
 
 
 def test_equal_logits_cost_the_logarithm_of_four() -> None:

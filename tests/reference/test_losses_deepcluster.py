@@ -39,7 +39,7 @@ def plain_loss(model: Any, h: plain.Views, labels: list[int]) -> Tensor:
 @pytest.mark.parametrize("views", [LARGE, MULTI, ((4, 1),)])
 @pytest.mark.parametrize("labels", [[0, 3], [0, 0, 1, 3, -1], [-1, -1], [1, 1, 1]])
 def test_loss(views: tuple[tuple[int, int], ...], labels: list[int]) -> None:
-    model, batch = make("deepcluster", len(labels), views, sobel=False, **OPTIONS), make_batch(len(labels), views)
+    model, batch = make("deepcluster", len(labels), views, **OPTIONS), make_batch(len(labels), views)
     labelled(model, batch, labels)
     agrees(model, model(batch, CLOCK).losses["all"], plain_loss(model, encode(model.backbone, batch.views), labels))
 
@@ -53,7 +53,7 @@ def test_one_cluster_has_nothing_to_tell() -> None:
 
 def test_weights_make_every_cluster_count_alike() -> None:
     """Over the whole data set each cluster's samples weigh as much together as any other's."""
-    model = make("deepcluster", 16, sobel=False, **OPTIONS)
+    model = make("deepcluster", 16, **OPTIONS)
     labels = [0] * 10 + [1] + [3] * 5
     batch = make_batch(16)
     labelled(model, batch, labels)
@@ -63,18 +63,6 @@ def test_weights_make_every_cluster_count_alike() -> None:
         other = even.clone()
         other[:, [n for n, y in enumerate(labels) if y == label], label] = 1e3  # found with certainty
         assert model._loss(other, torch.tensor(labels))[0].item() == pytest.approx(math.log(4) * 2 / 3)
-
-
-def test_sobel_gives_the_gradients_of_the_grey_image() -> None:
-    model, batch = make("deepcluster", 2, **OPTIONS), make_batch(2)
-    model(batch, CLOCK)
-    seen = model.backbone.seen[0].unflatten(0, (2, 2))
-    grey = batch.views[0].mean(2)
-    for v, n, y, x in [(0, 0, 1, 2), (1, 1, 2, 1)]:
-        patch = grey[v, n, y - 1 : y + 2, x - 1 : x + 2]
-        across = sum(w * (patch[i, 0] - patch[i, 2]).item() for i, w in enumerate((1, 2, 1)))
-        down = sum(w * (patch[0, i] - patch[2, i]).item() for i, w in enumerate((1, 2, 1)))
-        assert seen[v, n, :, y, x].tolist() == pytest.approx([across, down, 0], abs=1e-12)
 
 
 def test_whitened_rows_have_unit_length_and_even_variance() -> None:
@@ -130,7 +118,7 @@ def test_nmi() -> None:
 
 
 def test_an_epoch_finds_the_groups_of_the_features() -> None:
-    model = make("deepcluster", 4, sobel=False, classes=3, whiten=2, iterations=5)
+    model = make("deepcluster", 4, classes=3, whiten=2, iterations=5)
     groups = torch.arange(40) % 3
     points = torch.randn(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)[groups] * 5
     points += 0.01 * torch.randn(40, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -165,7 +153,7 @@ def test_more_components_than_features_or_clusters_than_samples_are_refused() ->
 
 
 def test_the_loss_is_exact_although_the_classifier_computes_in_bfloat16() -> None:
-    model, batch = make("deepcluster", 5, sobel=False, **OPTIONS).float(), make_batch(5)
+    model, batch = make("deepcluster", 5, **OPTIONS).float(), make_batch(5)
     batch = Batch(tuple(v.float() for v in batch.views), batch.index, batch.keys, batch.pixel_range.float())
     labels = [0, 0, 1, 3, -1]
     labelled(model, batch, labels)
