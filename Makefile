@@ -10,8 +10,8 @@ help: ## these words
 demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
 
-test: .venv/.dev ## the test suite, in three processes: those that try SLURM mostly wait
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: .venv/.dev ## the test suite, in four processes: those that try SLURM mostly wait
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
