@@ -37,6 +37,7 @@ class Model(Method):
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no shift.
+        # differs: they start as PyTorch's do, not from N(0, .01); neither the norms behind them nor LARS see that scale.
         widths = (*[width] * config.layers, config.dim)
         self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=facts.norm_group)
 
