@@ -189,6 +189,7 @@ class Method(nn.Module):
     targets: ClassVar[Mapping[str, str]] = {}  # {target module: online module}; the engine moves targets by `ema`
     global_loss: bool = False  # the loss couples samples: gradient accumulation would change it
     classes: int | None = None  # every sample's label must be known and below this, or any for 0; None: none is needed
+    whole_images: ClassVar[bool] = False  # on_epoch's features are of whole images, not of the first training views
     separate_losses: ClassVar[bool] = False  # each loss drives the parameters of its own group only (adversaries)
     backbone: nn.Module
 

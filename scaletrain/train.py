@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scaletrain import auxiliaries, checkpoint, dist
 from scaletrain import config as configuration
-from scaletrain.config import Config, ConfigError
+from scaletrain.config import Config, ConfigError, Data
 from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.data import support
 from scaletrain.data.bad import Account, count_of
@@ -91,9 +91,15 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
     base = schedule.base_lr(config.optim, config.batch)
     every = config.checkpoint.every_steps or stream.steps_per_epoch
 
+    passes = stream
+    if engine.method.whole_images:
+        passes = support.stream(
+            _whole(config.data), seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device
+        )
+
     def features(clock: Clock, embed: Callable[[Batch], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        first = clock.epoch * stream.steps_per_epoch
-        for found in engine.features(stream.batches(first, first + stream.steps_per_epoch), embed):
+        first = clock.epoch * passes.steps_per_epoch
+        for found in engine.features(passes.batches(first, first + passes.steps_per_epoch), embed):
             if number := interrupt.agreed():  # such a pass may take longer than a scheduler waits
                 raise Stopped(number, clock.step, saved=False)
             yield found
@@ -102,6 +108,7 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
         timer = stack.enter_context(rehearse(config, run, total - start, device))
         stack.callback(writer.close)  # also after an error: a save in flight is worth waiting for
         stack.callback(stream.close)
+        stack.callback(passes.close)
         stack.callback(monitor.close)
         with profile(run, trace) as tracer:
             for step, (batch, waited) in enumerate(_timed(stream.batches(start, total, bad.add)), start):
@@ -225,6 +232,15 @@ def _hold(lock: TextIO, run: Path) -> None:
 def _threads() -> int:
     """CPU threads of this rank: what its launcher says, else an equal share of the cores that this process may use."""
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // dist.local_world()))
+
+
+def _whole(data: Data) -> Data:
+    """The same samples, each as one view of its whole image."""
+    first = next(view for view in data.views if view.count)
+    plain = dict.fromkeys(("crop", "flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
+    whole = first.model_copy(update={"count": 1, **plain})
+    off = {"support": None, "masks": False, "good_crops": 0.0, "mask_study": ""}
+    return data.model_copy(update={"views": (whole,), **off})
 
 
 def _write_config(run: Path, config: Config) -> None:

@@ -32,6 +32,7 @@ class Config(Leaf):
 class Model(Method):
     """Each epoch clusters the features of all samples; a new classifier on top learns to tell the clusters apart."""
 
+    whole_images = True
     sizes: Tensor
 
     def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
@@ -52,7 +53,7 @@ class Model(Method):
     # --- clusters -----------------------------------------------------------------------------------------------------
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
-        # differs: the authors embed centre crops with running statistics, here it is a training view with the batch's.
+        # differs: the authors embed centre crops with running statistics, here whole images with the batch's.
         bank = Bank(self.facts.samples, self.width).to(self.sizes)
         for index, h in features(lambda batch: self.backbone(batch.views[0][0])):
             bank.write(index, h)

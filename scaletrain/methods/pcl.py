@@ -38,6 +38,7 @@ class Config(Leaf):
 class Model(Method):
     """MoCo; and a query must find the prototypes of its image's clusters, each with a temperature of its own."""
 
+    whole_images = True
     global_loss = True  # prototypes of the other samples of the batch are negatives
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
@@ -63,7 +64,7 @@ class Model(Method):
         return self.config.tau
 
     def _embed(self, batch: Batch) -> Tensor:
-        """[B, dim] of the momentum encoder. differs: the authors take centre crops, this the first of the training views."""
+        """[B, dim] of the momentum encoder. differs: the authors take centre crops, this the whole image."""
         return unit(self.target_projector(self.target_backbone(batch.views[0][0])))
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
