@@ -64,9 +64,10 @@ def train(config: Config, run: Path, *, init: Path | None = None, trace: bool = 
 
 
 def _loop(config: Config, run: Path, device: torch.device, init: Path | None, trace: bool, interrupt: Interrupt) -> None:
-    stream = support.stream(
-        config.data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device
-    )
+    def opened(data: Data) -> Stream:
+        return support.stream(data, seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device)
+
+    stream = opened(config.data)
     total = total_steps(config, stream.steps_per_epoch)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     if not stream.plan.whole and any(isinstance(module, Bank) for module in engine.method.modules()):
@@ -91,11 +92,7 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
     base = schedule.base_lr(config.optim, config.batch)
     every = config.checkpoint.every_steps or stream.steps_per_epoch
 
-    passes = stream
-    if engine.method.whole_images:
-        passes = support.stream(
-            _whole(config.data), seed=config.seed, batch=config.batch, rank=dist.rank(), world=dist.world(), device=device
-        )
+    passes = opened(_whole(config.data)) if engine.method.whole_images else stream
 
     def features(clock: Clock, embed: Callable[[Batch], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         first = clock.epoch * passes.steps_per_epoch
