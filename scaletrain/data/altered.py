@@ -11,8 +11,10 @@ from scaletrain import dist
 from scaletrain.data.image import Pixels
 
 
-def draws(keys: Tensor) -> list[list[float]]:
-    """[B, 2] numbers from core.Batch's keys."""
+def draws(keys: Tensor, kind: str) -> list[list[float]]:
+    """[B, 2] numbers from core.Batch's keys; without a study none."""
+    if not kind:
+        return [[]] * len(keys)
     return dist.uniform(keys, "altered mask", 2).tolist()
 
 

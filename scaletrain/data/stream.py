@@ -80,7 +80,7 @@ class Images(Dataset[Raw | Failure]):
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
         draws = uniforms(keys, sum(map(len, self.groups)))
         goods = good.draws(keys, len(self.groups[0]), self.data.good_crops)
-        worse = altered.draws(keys)
+        worse = altered.draws(keys, self.data.mask_study)
         views = [v.numpy() for v in raw.views]
         masks = None if raw.masks is None else raw.masks.numpy()
         rests = None if raw.params is None else [p.numpy() for p in raw.params]

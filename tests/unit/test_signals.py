@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from scaletrain import config, dist
+from scaletrain import config
 from scaletrain.core import Clock
 from scaletrain.nn.clusters import Assignments
 from scaletrain.ops.contrast import similarities
@@ -85,7 +85,6 @@ def test_studies_of_masks_without_masks_are_refused(overrides: list[str], text: 
 
 def test_every_objective_shows_more_than_its_loss() -> None:
     """Signals of its own beside the parts of the loss, all finite numbers."""
-    assert dist.world() == 1
     for name in (*config.leaves("methods"), *small.JOINED):
         cfg = small.config(name)
         engine = small.engine(cfg)
