@@ -197,6 +197,11 @@ class Method(nn.Module):
         """tau of: target <- tau * target + (1 - tau) * online, after the step."""
         raise NotImplementedError(f"{type(self).__name__} declares targets but no ema()")
 
+    def start_targets(self) -> None:
+        """Make the targets copies of their online modules, where the paper has no initialisation of their own."""
+        for target, online in self.targets.items():
+            self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
+
     def groups(self) -> Sequence[Group]:
         return ()
 

@@ -54,8 +54,7 @@ class Model(Method):
         self.projector, self.target_projector = plain(widths), plain(widths)
         # On the channels of each cell a dense layer is the paper's 1x1 convolution.
         self.dense_projector, self.target_dense_projector = plain(widths), plain(widths)
-        for target, online in self.targets.items():  # the key encoder starts as a copy
-            self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
+        self.start_targets()
         self.queue = Queue(config.queue, config.dim, noise=True)
         self.dense_queue = Queue(config.queue, config.dim, noise=True)
 

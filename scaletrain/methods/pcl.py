@@ -52,8 +52,7 @@ class Model(Method):
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
         self.projector, self.target_projector = plain(widths), plain(widths)
-        for target, online in self.targets.items():  # the key encoder starts as a copy
-            self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
+        self.start_targets()
         self.queue = Queue(config.queue, config.dim, noise=True)
         for m, clusters in enumerate(config.clusters):  # set by k-means, not trained
             self.register_buffer(f"prototypes{m}", torch.zeros(clusters, config.dim))
