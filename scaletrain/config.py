@@ -176,8 +176,10 @@ class Optim(Frozen):
     lr_batch: Count = 256
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 10.0
     warmup_start: Share = 0.0  # share of the base learning rate at step 0
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final: Share = 0.0  # share of the base learning rate at the end
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    final: Share = 0.0  # share of the base learning rate at the end of the cosine
+    milestones: tuple[Positive, ...] = ()  # steps only: epochs, each of which multiplies the learning rate by gamma
+    gamma: Share = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 1.5e-6
     momentum: Share = 0.9
     nesterov: bool = False  # sgd only

@@ -1,11 +1,12 @@
-"""The learning rate of a step: linear warm-up, then half a cosine, as a pure function of the step.
+"""The learning rate of a step: linear warm-up, then half a cosine, stairs or a constant, as a pure function of the step.
 
-The form is that of BYOL's, SimCLR's and Barlow Twins' code. With w warm-up steps of T in all, `base` the scaled rate:
+The cosine's form is that of BYOL's, SimCLR's and Barlow Twins' code. With w warm-up steps of T in all, `base` the scaled rate:
 
     step < w         start + (base - start) * step / w          step 0 has `start` (0 by default), step w - 1 is below base
     w <= step <= T   end + (base - end) * (1 + cos(pi * (step - w) / (T - w))) / 2      step w is exactly base, once
 
 The optimizer takes steps 0 .. T - 1, so the last one is a little above `end`, which the curve reaches at step T.
+Stairs (MoCo v1, supervised training) multiply base by gamma from the first step of each epoch in `milestones` on.
 differs: SwAV's np.linspace gives base twice, on the last warm-up step and the first cosine step; the authors compute in
 float32; SimCLR and BYOL count w from N * epochs / B, here it is round(epochs * steps per epoch) with the last batch dropped.
 """
@@ -29,8 +30,13 @@ def base_lr(optim: Optim, batch: int) -> float:
 def lr(optim: Optim, batch: int, step: int, steps_per_epoch: int, total: int) -> float:
     """The rate of optimizer step `step` (from 0) of `total`; from `total` on it stays at its final value.
 
-    Raises ConfigError if the warm-up is longer than the run.
+    Raises ConfigError if the warm-up is longer than the run, or if there are milestones without stairs or the reverse.
     """
+    if bool(optim.milestones) != (optim.schedule == "steps"):
+        raise ConfigError(
+            f"optim.schedule={optim.schedule} and optim.milestones={list(optim.milestones)} do not belong together; milestones "
+            "are epochs of optim.schedule=steps, e.g. optim.milestones=[120,160]"
+        )
     base = base_lr(optim, batch)
     warmup = round(optim.warmup_epochs * steps_per_epoch)
     if warmup > total:
@@ -41,6 +47,8 @@ def lr(optim: Optim, batch: int, step: int, steps_per_epoch: int, total: int) ->
     if step < warmup:
         start = optim.warmup_start * base
         return start + (base - start) * step / warmup
+    if optim.schedule == "steps":
+        return base * optim.gamma ** sum(step >= round(epoch * steps_per_epoch) for epoch in optim.milestones)
     if optim.schedule == "constant" or warmup == total:
         return base
     end = optim.final * base

@@ -75,3 +75,16 @@ def test_warmup_of_the_whole_run_and_beyond() -> None:
     assert [lr(optim, 64, step, 5, 10) for step in (0, 9, 10)] == [0, 0.9, 1]
     with pytest.raises(ConfigError, match=r"optim\.warmup_epochs=2 means 10 steps .* has only 9; .* at most 1\.8"):
         lr(optim, 64, 0, 5, 9)
+
+
+def test_stairs() -> None:
+    """MoCo v1's: .03, a tenth of it from epoch 120 on and a hundredth from 160 on."""
+    optim = Optim(lr=0.03, warmup_epochs=0, schedule="steps", milestones=(120, 160))
+    got = [lr(optim, 256, step, 10, 2000) for step in (0, 1199, 1200, 1599, 1600, 2000)]
+    np.testing.assert_allclose(got, [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003], rtol=1e-14)
+
+
+@pytest.mark.parametrize("optim", [Optim(schedule="steps"), Optim(milestones=(30.0,))])
+def test_stairs_and_milestones_belong_together(optim: Optim) -> None:
+    with pytest.raises(ConfigError, match=r"optim\.milestones"):
+        lr(optim, 256, 0, 1, 100)
