@@ -117,7 +117,7 @@ def test_published_schedule(name: str) -> None:
         "deepcluster_v2_r18_cifar10": 11,
         "simclrv2_r50sk_in1k": 40,
         "simclrv2_r152x3sk_in1k": 40,
-        "simsiam_r50_in1k": 0,
+        **dict.fromkeys(("simsiam_r50_in1k", "simsiam_rotation_r50_in1k", "moco_rotation_r50_in1k"), 0),
         **dict.fromkeys(("moco_r50_in1k", "moco_r50_in1k_800ep", "mocov1_r50_in1k"), 0),
         **dict.fromkeys(("densecl_r50_in1k", "pcl_r50_in1k", "pirl_r50_in1k"), 0),
         "directpred_r18_cifar10": 0,
