@@ -262,6 +262,7 @@ def test_plain_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 
 def test_terminal_shows_a_live_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
     monkeypatch.setenv("COLUMNS", "160")
     play(tmp_path, 0, TOTAL)
