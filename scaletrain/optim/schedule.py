@@ -35,7 +35,7 @@ def lr(optim: Optim, batch: int, step: int, steps_per_epoch: int, total: int) ->
     if bool(optim.milestones) != (optim.schedule == "steps"):
         raise ConfigError(
             f"optim.schedule={optim.schedule} and optim.milestones={list(optim.milestones)} do not belong together; milestones "
-            "are epochs of optim.schedule=steps, e.g. optim.milestones=[120,160]"
+            "are epochs of optim.schedule=steps, e.g. optim.milestones=[120,160]; any other schedule has optim.milestones=[]"
         )
     base = base_lr(optim, batch)
     warmup = round(optim.warmup_epochs * steps_per_epoch)
