@@ -6,7 +6,7 @@ The cosine's form is that of BYOL's, SimCLR's and Barlow Twins' code. With w war
     w <= step <= T   end + (base - end) * (1 + cos(pi * (step - w) / (T - w))) / 2      step w is exactly base, once
 
 The optimizer takes steps 0 .. T - 1, so the last one is a little above `end`, which the curve reaches at step T.
-Stairs (MoCo v1, supervised training) multiply base by gamma from the first step of each epoch in `milestones` on.
+Stairs (MoCo v1) multiply base by gamma from the first step of each epoch in `milestones` on.
 differs: SwAV's np.linspace gives base twice, on the last warm-up step and the first cosine step; the authors compute in
 float32; SimCLR and BYOL count w from N * epochs / B, here it is round(epochs * steps per epoch) with the last batch dropped.
 """
