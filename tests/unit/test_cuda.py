@@ -80,3 +80,19 @@ def test_a_difference_is_found(device: str) -> None:
     for nan, expected in ((False, 0.01), (True, float("inf"))):
         case.calls, case.nan = 0, nan  # type: ignore[attr-defined]
         assert parity.difference(case, torch.device(device)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_step_that_is_not_finite_leaves_no_trace(device: str) -> None:
+    """Compared within one run: two runs of one step differ by a rounding on a GPU, whose backward kernels add in any order."""
+    cfg = small.config("byol", engine={"precision": "fp64"})
+    engine = build(cfg, small.SAMPLES, small.STEPS_PER_EPOCH, torch.device(device))
+
+    first, second = (moved(small.batch(cfg, step), device, torch.float64) for step in range(2))
+    engine.step(first, CLOCK, cfg.optim.lr, cfg.optim.lr)
+    before = {name: piece.data.clone() for name, piece in engine.state().items()}
+
+    second.views[0][0, 0].fill_(float("nan"))
+    engine.step(second, replace(CLOCK, step=1), cfg.optim.lr, cfg.optim.lr)
+
+    assert {name for name, piece in engine.state().items() if not torch.equal(piece.data, before[name])} == set()
