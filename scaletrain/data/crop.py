@@ -13,6 +13,8 @@ from scaletrain.data.image import Pixels
 from scaletrain.data.views import Box
 
 _PLAIN = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+LARGE = 1 << 24  # pixels, which an image on the way to a small one has only where it is a hundred times as long as wide
+LONG = 16  # times as long as wide; such an image is cut before it is enlarged
 
 
 def resize(image: Pixels, height: int, width: int, interpolation: str, antialias: bool) -> Pixels:
@@ -26,6 +28,9 @@ def resize(image: Pixels, height: int, width: int, interpolation: str, antialias
         return image
     if not antialias:
         return cv2.resize(image, (width, height), interpolation=_PLAIN[interpolation])  # type: ignore[return-value]
+    if image.shape[0] * width > max(LARGE, 4 * image.shape[0] * image.shape[1], 4 * height * width):
+        # torch makes the rows as wide as wanted before it makes them fewer
+        image = resize(image, height, image.shape[1], interpolation, antialias)
     # the batch axis comes before the permutation, so that torch sees channels_last and answers in it
     x = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     x = F.interpolate(x, size=(height, width), mode=interpolation, antialias=True)
@@ -70,6 +75,9 @@ def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
     match protocol:
         case "tv":
             side = round(size * 256 / 224)
+            if max(height, width) > LONG * short and side * side * max(height, width) // short > LARGE:
+                image = _middle(image, 2 * short + 8)
+                height, width = image.shape[:2]
             # Resize() truncates the long side
             image = resize(image, side * height // short, side * width // short, "bilinear", antialias=True)
             return np.ascontiguousarray(_centre(image, size))
@@ -78,6 +86,12 @@ def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
         case "none":
             return resize(image, size, size, "bilinear", antialias=True)
     raise ValueError(f"there is no resize protocol '{protocol}'; known: tv, byol, none")
+
+
+def _middle(image: Pixels, length: int) -> Pixels:
+    """About `length` pixels of the long side, as many cut off at one end as at the other: more than a centre crop sees."""
+    cut = max(0, (max(image.shape[:2]) - length) // 2)
+    return image[cut : len(image) - cut] if len(image) > image.shape[1] else image[:, cut : image.shape[1] - cut]
 
 
 def _centre(image: Pixels, side: int) -> Pixels:

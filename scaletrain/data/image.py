@@ -17,8 +17,10 @@ from PIL import Image, ImageOps
 from scaletrain.data.errors import ImageError
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
+MAX_SIDE = 1 << 17  # pixels; JPEG and WebP cannot have more than 65,535, and tables for resizing grow with it
 SCANS = 500  # of a progressive JPEG; encoders write about ten, and each one touches every pixel
 TAIL = 4096  # bytes in which a JPEG's end is looked for: some cameras write a little after it
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # of a PNG; Pillow decompresses them, and refuses those above 1 MB
 
 
 def kind(data: bytes) -> str:
@@ -69,6 +71,8 @@ def check(data: bytes, max_pixels: int) -> None:
         raise ImageError("not a JPEG, PNG or WebP image")
     if height * width > max_pixels:
         raise ImageError(f"{width} x {height} pixels are more than data.max_pixels={max_pixels}")
+    if max(height, width) > MAX_SIDE:
+        raise ImageError(f"{width} x {height} pixels: no side may have more than {MAX_SIDE}")
 
 
 def strict(data: bytes, max_pixels: int) -> Pixels:
@@ -95,7 +99,20 @@ def _pillow(data: bytes, mode: str) -> Pixels:
             image.load()
             return np.array(ImageOps.exif_transpose(image).convert(mode))
     except Exception as error:  # Pillow raises many types for damaged files
+        if kind(data) == "png" and len(plain := _without_texts(data)) < len(data):
+            return _pillow(plain, mode)
         raise ImageError(f"the image is damaged ({error})") from None
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without the chunks that say nothing of its pixels and may be of any size (PNG specification, 5.3 and 11.3)."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in TEXTS:
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:

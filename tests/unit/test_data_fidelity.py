@@ -237,6 +237,34 @@ def test_ten_thousand_boxes_are_distributed_as_torchvisions(height: int, width: 
     assert (ours[:, 1] + ours[:, 3]).max() <= width
 
 
+def whole_then_centre(image: np.ndarray, size: int) -> np.ndarray:
+    """torchvision's evaluation: Resize(256 / 224 of the size), CenterCrop(size)."""
+    height, width = image.shape[:2]
+    side, short = round(size * 256 / 224), min(height, width)
+    x = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    shape = (side * height // short, side * width // short)
+    x = torch.nn.functional.interpolate(x, shape, mode="bilinear", antialias=True)
+    return TF.center_crop(x, [size, size])[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("height", "width"), [(180, 230), (230, 180), (20, 300), (300, 20), (64, 64), (7, 500)])
+@pytest.mark.parametrize("size", [32, 96])
+def test_evaluation_views_are_torchvisions_bit_for_bit(height: int, width: int, size: int) -> None:
+    image = cv2.resize(photo(), (width, height))
+    assert np.array_equal(crop.evaluate(image, size, "tv"), whole_then_centre(image, size))
+
+
+@pytest.mark.parametrize(("height", "width"), [(900, 3), (3, 901), (1, 600), (7, 1200), (1201, 20)])
+def test_long_images_are_cut_before_they_are_enlarged(monkeypatch: pytest.MonkeyPatch, height: int, width: int) -> None:
+    image = cv2.resize(picture(3, 200, 200), (width, height), interpolation=cv2.INTER_LINEAR)
+    wanted = {size: whole_then_centre(image, size) for size in (32, 96)}
+    tall = crop.resize(image, 32, 32, "bilinear", antialias=True)
+    monkeypatch.setattr(crop, "LARGE", 1000)
+    for size, true in wanted.items():
+        close(crop.evaluate(image, size, "tv"), true, mean=1.5, bias=0.5, worst=16.0)
+    close(crop.resize(image, 32, 32, "bilinear", antialias=True), tall, mean=0.5, bias=0.5, worst=1.0)
+
+
 # --- whole views ------------------------------------------------------------------------------------------------------
 
 WILD = View(size=64, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5, solarize=0.3)
