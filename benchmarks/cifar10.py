@@ -17,6 +17,7 @@ from pathlib import Path
 import typer
 
 from scaletrain import config
+from scaletrain.data.reader import Shards
 from scaletrain.evals.features import Config as Features
 from scaletrain.evals.features import Scene
 from scaletrain.evals.knn import knn
@@ -29,10 +30,10 @@ SETTINGS = ((200, 0.1), (20, 0.07))  # (k, temperature)
 def main(images: Path, work: Path, recipe: Path = HERE / "simclr_cifar10.yaml", overrides: list[str] | None = None) -> None:
     """Write shards, train with one kill -9 in mid-epoch, judge every epoch."""
     shards, run = work / "shards", work / "run"
-    if not (shards / "train" / "index.json").exists():
+    if not (shards / "train").exists():
         subprocess.run([sys.executable, str(HERE.parent / "shards" / "cifar10.py"), str(images), str(shards)], check=True)
     settings = [f"data.path={shards / 'train'}", *(overrides or [])]
-    samples = json.loads((shards / "train" / "index.json").read_text())["samples"]
+    samples = len(Shards(shards / "train"))
     recipe_config = config.load(recipe, settings)
     per_epoch = samples // recipe_config.batch
     settings += [f"checkpoint.keep_every={per_epoch}"]
@@ -72,7 +73,7 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
     for line in metrics(run):
         rates.setdefault(int(line["epoch"]), []).append(1 / line["speed/images_per_second"])
     settings = config.load(run / "config.yaml")
-    samples = json.loads((Path(settings.data.path) / "index.json").read_text())["samples"]
+    samples = len(Shards(settings.data.path))
     return {epoch: samples * sum(values) / len(values) for epoch, values in rates.items()}
 
 

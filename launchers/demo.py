@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaletrain.data import script
+from scaletrain.data.reader import Shards
 
 if TYPE_CHECKING:
     from scaletrain.evals.targets import Encoder
@@ -98,7 +98,7 @@ def write_shards(source: Path | None = None) -> None:
 
 def verify() -> None:
     _headline(3, "verification: every byte against the index, every image decoded")
-    now = {split: hashlib.sha256((SHARDS / split / "index.json").read_bytes()).hexdigest() for split in SPLITS}
+    now = {split: Shards(SHARDS / split).fingerprint for split in SPLITS}
     if VERIFIED.is_file() and VERIFIED.read_text() == json.dumps(now):
         console.print("skipped: these shards were found sound before")
         return

@@ -13,7 +13,7 @@ from rich.table import Table
 from submitit import SlurmExecutor
 
 from scaletrain import config as configuration
-from scaletrain.data import script
+from scaletrain.data import script, selection
 from scaletrain.data.loader import opened, planned
 from scaletrain.slurm import follow as watch
 from scaletrain.slurm import grid as grids
@@ -125,8 +125,8 @@ def main(
 
 
 def _lasting(path: str) -> str:
-    """A folder as an absolute path; an address or `synthetic` as it is."""
-    return str(Path(path).absolute()) if Path(path).is_dir() else path
+    """Shards by absolute paths; an address or `synthetic` as it is."""
+    return selection.absolute(path)
 
 
 class Launch:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from scaletrain.recipe import ConfigError as ConfigError
-from scaletrain.recipe import apply, flat, long, nearest, read, yaml
+from scaletrain.recipe import apply, flat, long, nearest, read, shards, yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -110,7 +110,8 @@ class Support(Frozen):
 
 
 class Data(Frozen):
-    path: str = ""  # folder of tar shards, local or http(s)://HOST/FOLDER or s3://BUCKET/FOLDER, or the word `synthetic`
+    # folder of tar shards, local, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER; FOLDER/*.tar; a list of these; or `synthetic`
+    path: Annotated[str, BeforeValidator(shards, json_schema_input_type=str | list[str])] = ""
     cache: Cache = Cache()
     mixture: tuple[Part, ...] = ()  # in place of path: folders that every batch draws from
     epoch_samples: Natural = 0  # samples that count as an epoch; 0: as many as the data has

@@ -28,6 +28,15 @@ def long(key: str, value: Any) -> Any:
     return {_SHORT[key]: value} if key in _SHORT and isinstance(value, str) else value
 
 
+def shards(value: Any) -> Any:
+    """A list of folders and patterns as one text, `[A, B]`, which data/selection.py takes apart."""
+    if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
+        return value
+    if wrong := next((path for path in value if re.search(r",(?![^{]*\})", path)), None):
+        raise ValueError(f"'{wrong}' has a comma, where a path of a list ends")
+    return f"[{', '.join(value)}]"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

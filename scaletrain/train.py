@@ -87,7 +87,13 @@ def _loop(config: Config, run: Path, device: torch.device, init: Path | None, tr
     origin = f"resumed from step {start}" if start else f"started from {init}" if init else f"started from seed {config.seed}"
     monitor.note(f"{origin}; {stream.mixing()}" if start < total else f"nothing left to train: {start} of {total} steps")
     bad = Account(
-        run, config.data, epoch=stream.steps_per_epoch * config.batch, batch=config.batch, start=start, before=count_of(told)
+        run,
+        config.data,
+        epoch=stream.steps_per_epoch * config.batch,
+        batch=config.batch,
+        start=start,
+        before=count_of(told),
+        missing=stream.missing,
     )
     base = schedule.base_lr(config.optim, config.batch)
     every = config.checkpoint.every_steps or stream.steps_per_epoch
@@ -136,10 +142,8 @@ def _check_labels(stream: Stream, classes: int | None) -> None:
     labels = None if classes is None else stream.labels()
     if labels is None:
         return
-    if unknown := int((labels < 0).sum()):
-        raise ConfigError(
-            f"{unknown:,} of {len(labels):,} samples have no label, which this method needs; choose another data.path"
-        )
+    if lacking := stream.unlabelled():
+        raise ConfigError(f"{lacking}; this method needs every label: write them as whole numbers, or choose another data.path")
     if classes and labels.max() >= classes:
         raise ConfigError(f"method.classes={classes}, but there are labels up to {labels.max()}: set it to {labels.max() + 1}")
 

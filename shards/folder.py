@@ -24,10 +24,7 @@ def main(
 
     Every image is decoded once; one that cannot be read is named, and stops the import unless --max-bad allows it.
     """
-    images = Folder(source, masks)
-    script.save(dest, {"": images}, how, name)
-    if images.ignored:
-        print("not images, ignored: " + ", ".join(f"{n} x {suffix}" for suffix, n in sorted(images.ignored.items())))
+    script.save(dest, {"": Folder(source, masks)}, how, name)
 
 
 if __name__ == "__main__":

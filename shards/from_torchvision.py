@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import io
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,10 @@ import numpy as np
 import typer
 from PIL import Image
 
-from scaletrain.data import image, script
+from scaletrain.data import disk, image, script
 from scaletrain.data.errors import DataError
-from scaletrain.data.sources import digest
+from scaletrain.data.sources import clutter, digest, one, plain
+from scaletrain.data.tar import MEMBER_BYTES
 from scaletrain.data.write import MAX_PIXELS, Entry, How, Source
 
 UNPICKLED = {"CIFAR10": "shards/cifar10.py", "CIFAR100": "shards/cifar100.py"}
@@ -39,7 +41,8 @@ def main(
 ) -> None:
     """Write shards from a classification data set of torchvision: DEST/SPLIT for each split, or DEST if there are none.
 
-    Image files are taken as they are, arrays become PNG. Samples whose target is not one whole number are refused.
+    Image files are taken as they are, arrays become PNG. Samples whose target is not one whole number are refused; a target
+    of -1, as of STL10's split `unlabeled`, is no label.
     """
     given = dict(_pair(text) for text in option or [])
     splits = {name: _Set(dataset, root, name, given, download) for name in _splits(dataset, split)}
@@ -65,6 +68,7 @@ class _Set:
         unknown = [key for key in given if key not in parameters]
         if unknown:
             raise DataError(f"{name} has no option '{unknown[0]}', only {', '.join(parameters)}")
+        self.ignored: Counter[str] = Counter()
         self.text = f"{name} {split}".strip()
         self.key = repr((name, given))
         if download:
@@ -76,7 +80,11 @@ class _Set:
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
             cure = "; fetch it with --download" if "download" in parameters and not download else ""
             raise DataError(f"{self.text} in {root}: {' '.join(str(error).split())}{cure}") from None
-        self.classes = tuple(map(str, getattr(self.dataset, "classes", ())))
+        self.classes = tuple(plain(str(name)) for name in getattr(self.dataset, "classes", ()))
+        if odd := next((name for name in self.classes if clutter(name)), ""):
+            raise DataError(
+                f"{self.text} in {root}: torchvision takes the folder {odd} for a class; remove it, or use shards/folder.py"
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -96,7 +104,8 @@ class _Set:
             raise DataError(f"{self.text} does not give pairs of image and label")
         label = self._label(sample[1])
         data = files[0] if len(files) == 1 else image.png(np.asarray(sample[0].convert("RGB")))
-        return Entry(self.classes[label] if self.classes else str(label), data if image.kind(data) else _png(data), (label,))
+        name = "none" if label < 0 else self.classes[label] if self.classes else str(label)
+        return Entry(name, data if image.kind(data) else _png(data), one(label))
 
     def digest(self) -> str:
         return digest(self.classes, [], self.key.encode())
@@ -108,7 +117,7 @@ class _Set:
             label = None
         if not isinstance(label, int):
             raise DataError(f"{self.text}: a target of type {type(target).__name__} is no single label; see --option")
-        if label < 0 or (self.classes and label >= len(self.classes)):
+        if label < -1 or (self.classes and label >= len(self.classes)):
             raise DataError(f"{self.text}: label {label} is outside the {len(self.classes)} classes")
         return label
 
@@ -128,7 +137,7 @@ def _recorded() -> Iterator[None]:
     def record(file: Any, *rest: Any, **named: Any) -> Image.Image:
         if _seen.files is None:
             return real(file, *rest, **named)
-        _seen.files.append(file.read() if hasattr(file, "read") else Path(file).read_bytes())
+        _seen.files.append(file.read() if hasattr(file, "read") else disk.read(file, MEMBER_BYTES))
         return Image.new("RGB", (1, 1))
 
     Image.open = record  # type: ignore[assignment]

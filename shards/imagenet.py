@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +13,8 @@ import typer
 
 from scaletrain.data import script
 from scaletrain.data.errors import DataError
-from scaletrain.data.sources import Files, inside, tree
-from scaletrain.data.tarfiles import Place, TarFiles, is_image, members
+from scaletrain.data.sources import Files, clutter, inside, is_image, plain, tree
+from scaletrain.data.tarfiles import Place, TarFiles, members
 from scaletrain.data.write import How, Source
 
 WNID = re.compile(r"n\d{8}")
@@ -48,6 +50,7 @@ class Found:
     root: Path
     images: list[str] | list[Place]
     wnids: list[str]
+    ignored: Counter[str]
 
     def source(self, classes: tuple[str, ...]) -> Source:
         numbers = {wnid: number for number, wnid in enumerate(classes)}
@@ -56,37 +59,43 @@ class Found:
             raise DataError(f"{self.root} holds no images of the chosen classes")
         labels = [label for _, label in kept]
         if self.root.is_dir():
-            return Files(self.root, [str(image) for image, _ in kept], labels, classes)
-        return TarFiles(self.root, [image for image, _ in kept if isinstance(image, Place)], labels, classes)
+            return Files(self.root, [str(image) for image, _ in kept], labels, classes, self.ignored)
+        return TarFiles(self.root, [image for image, _ in kept if isinstance(image, Place)], labels, classes, self.ignored)
 
 
 def find(source: Path, split: str, val_labels: Path | None) -> Found | None:
-    folder, archive = source / split, source / TARS[split]
+    folder, archive, ignored = source / split, source / TARS[split], Counter[str]()
     if folder.is_dir():
-        folders, flat = inside(folder, {})
+        folders, flat = inside(folder, ignored)
         if split == "train" or folders:
-            paths = [path for wnid in folders for path in tree(folder, _wnid(wnid, folder), {})]
-            return Found(folder, paths, [path.partition("/")[0] for path in paths])
-        return Found(folder, flat, truth(flat, folder, val_labels))
+            if flat:
+                raise DataError(f"{folder} has images outside the folders of their classes ({plain(flat[0])}); move them away")
+            around = (os.path.realpath(folder),)
+            paths = [path for wnid in folders for path in tree(folder, _wnid(wnid, folder), ignored, around)]
+            return Found(folder, paths, [path.partition("/")[0] for path in paths], ignored)
+        return Found(folder, flat, truth(flat, folder, val_labels), ignored)
     if not archive.is_file():
         return None
     if split == "train":
-        return nested(archive)
-    places = [place for place in members(archive) if is_image(place.name)]
-    return Found(archive, places, truth([place.name for place in places], archive, val_labels))
+        return nested(archive, ignored)
+    places = [place for place in members(archive) if is_image(place.name, ignored)]
+    return Found(archive, places, truth([place.name for place in places], archive, val_labels), ignored)
 
 
-def nested(archive: Path) -> Found:
+def nested(archive: Path, ignored: Counter[str]) -> Found:
     """The tar of a tar for each class."""
     places: list[Place] = []
     wnids: list[str] = []
     for outer in members(archive):
+        if odd := next(filter(None, map(clutter, outer.name.split("/"))), ""):
+            ignored[odd] += 1
+            continue
         wnid = _wnid(Path(outer.name).stem, archive)
         inner = members(archive, outer.offset, outer.offset + outer.size)
-        here = [place._replace(name=f"{wnid}/{place.name}") for place in inner if is_image(place.name)]
+        here = [place._replace(name=f"{wnid}/{place.name}") for place in inner if is_image(place.name, ignored)]
         places += here
         wnids += [wnid] * len(here)
-    return Found(archive, places, wnids)
+    return Found(archive, places, wnids, ignored)
 
 
 def truth(names: list[str], origin: Path, file: Path | None) -> list[str]:

@@ -8,26 +8,31 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import index, script, table
+from scaletrain.data import index, script, selection, table
 from scaletrain.data.errors import ShardError
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of .tar shards.")],
+    shards: Annotated[list[str], typer.Argument(metavar="FOLDER", help="Folder of .tar shards, or a pattern of some of them.")],
     force: Annotated[bool, typer.Option("--force", help="Make it again, from the shards as they are now.")] = False,
     skip: Annotated[bool, typer.Option("--skip", help="Name damaged samples and leave them out; do not stop.")] = False,
 ) -> None:
-    """Make the index of a folder of WebDataset tars: index.json and one offset table per shard.
+    """Make the index of a folder of WebDataset tars: scaletrain-index.json and one offset table per shard.
 
-    It lies in the folder, or in ~/.cache/scaletrain where that cannot be written. Members of other types are passed over.
+    It has all shards of the folder, and lies in it, or in ~/.cache/scaletrain where that cannot be written. Members of other
+    types are passed over.
     """
+    folder = Path(selection.place(shards).folder)
     faults: list[ShardError] = []
     with script.progress("indexing") as progress:
-        shards = index.build(folder, force=force, progress=progress, report=faults.append if skip else table.stop)
+        index.build(folder, force=force, progress=progress, report=faults.append if skip else table.stop)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
+    found = index.load(shards)
     left = f"; {len(faults)} faults left out" if faults else ""
-    print(f"{folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards{left}")
+    if found.unused:
+        print(index.unused(found))
+    print(f"{folder}: {int(found.samples.sum()):,} samples in {script.counted(len(found), 'shard')}{left}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from scaletrain.data import script
 from scaletrain.data.fetch import fetch
 from scaletrain.data.listing import IMAGES, LABELS, Columns, Listing
-from scaletrain.data.write import How
+from scaletrain.data.write import CLASSES, How
 
 
 @script.importer
@@ -22,7 +23,14 @@ def main(
     image: Annotated[str, typer.Option(help=f"Column of paths or addresses [{' or '.join(IMAGES)}].")] = "",
     label: Annotated[str, typer.Option(help=f"Column of labels, numbers or names [{' or '.join(LABELS)}, if there].")] = "",
     separator: Annotated[str, typer.Option(help="Between the labels of one CSV cell; Parquet has lists.")] = ";",
-    classes: Annotated[Path | None, typer.Option(help="Names of the classes by number, one a line [sorted names].")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Names of the classes by number, one a line, or the classes.json of another split [those listed]."),
+    ] = None,
+    no_label: Annotated[
+        list[str] | None, typer.Option(metavar="WORD", help="Means that there is no label, as NA or ''; may be repeated.")
+    ] = None,
+    names: Annotated[bool, typer.Option("--names", help="Labels are names, even where they look like numbers.")] = False,
     root: Annotated[Path | None, typer.Option(help="Folder that paths are relative to [the listing's].")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the network, of each try.")] = 10.0,
     tries: Annotated[int, typer.Option(min=1, help="Of a download, while its failure may pass.")] = 3,
@@ -35,16 +43,23 @@ def main(
 
     A row has a path or an http(s) address and no, one or many labels. One becomes KEY.cls; many become KEY.json with
     {"labels": [1, 5]}, and the sample trains as one without a label. Downloads want --workers 64 or more, and --max-bad 5%.
+    Labels are all whole numbers or all names; -1 and a null are none, --no-label '' lets an empty cell be none too. Classes are
+    numbered without gaps, and classes.json names them: give that of the training set as --classes to a set of the same classes.
     Of images whose files are equal byte by byte, one stays, with its labels; copies.jsonl lists the others.
 
     A table of the rows is kept in a temporary file beside DEST; memory is about 50 bytes a row.
     """
-    names = tuple(script.lines(classes)) if classes else ()
+    given = tuple(script.lines(classes)) if classes else ()
     base = root or (source if source.is_dir() else source.parent)
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    real = Path(os.path.realpath(dest))
+    scratch = real if real.is_dir() else real.parent
+    scratch.mkdir(parents=True, exist_ok=True)
     get = partial(fetch, timeout=timeout, tries=tries)
-    listed = Listing(source, Columns(image, label, separator), get, root=base, scratch=dest.parent, classes=names)
+    columns = Columns(image, label, separator, tuple(no_label or ()), names)
+    listed = Listing(source, columns, get, root=base, scratch=scratch, given=given)
     script.save(dest, {"": listed}, how, name, unique=not keep_copies)
+    if listed.renumbered:
+        print(f"labels are numbered anew, without gaps; give other splits these classes: --classes {dest}/{CLASSES}")
 
 
 if __name__ == "__main__":

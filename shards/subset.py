@@ -14,7 +14,7 @@ from scaletrain.data.reader import Shards
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of labelled shards.")],
+    folder: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder, pattern or address of labelled shards.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, such as labels-1pct.json.")],
     share: Annotated[float | None, typer.Option(min=0, max=100, metavar="PERCENT", help="Of all samples: 1 or 10.")] = None,
     per_class: Annotated[int | None, typer.Option(min=1, help="So many samples of each class.")] = None,

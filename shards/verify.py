@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,19 +13,26 @@ from scaletrain.data.write import MAX_PIXELS
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of .tar shards.")],
+    shards: Annotated[list[str], typer.Argument(metavar="SHARDS", help="Folder of .tar shards, or a pattern of some of them.")],
     max_pixels: Annotated[int, typer.Option(min=1, help="Report larger images.")] = MAX_PIXELS,
 ) -> None:
-    """Check every byte of a folder of shards: archive structure, checksums, index, and that every image decodes.
+    """Check every byte of shards: archive structure, checksums, index, and that every image decodes.
 
     Each fault is named by shard and byte offset; with any, the exit code is 2.
     """
     with script.progress("verifying") as progress:
-        found = verify(folder, max_pixels, progress)
+        found = verify(shards, max_pixels, progress)
     for fault in found.faults:
         print(f"damaged: {fault}", file=sys.stderr)
     counts = f"{found.samples:,} samples, {found.labelled:,} labelled, {found.masks:,} masks, {found.bytes:,} bytes"
-    print(f"{folder}: {found.shards} shards, {counts}: {f'{len(found.faults)} FAULTS' if found.faults else 'sound'}")
+    noted = {
+        "labels that are no whole numbers": found.unreadable,
+        "samples left out of the index": found.left_out,
+        f"images that are members of another one's sample, such as {found.first_unused}": found.unused,
+    }
+    counts += "".join(f"; {what}: {count:,}" for what, count in noted.items() if count)
+    state = f"{len(found.faults)} FAULTS" if found.faults else "sound"
+    print(f"{', '.join(shards)}: {script.counted(found.shards, 'shard')}, {counts}: {state}")
     if found.faults:
         raise SystemExit(2)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scaletrain.data import disk
 from scaletrain.data.errors import DataError
 
 MAX_BYTES = 1 << 29  # of a file; CIFAR-100's largest has 155 MB
@@ -47,9 +48,7 @@ class _Made:
 def load(path: Path) -> dict[str, Any]:
     """The dict that a pickle of protocol 2 to 4 holds. Raises DataError for anything that it need not hold."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path} has more than {MAX_BYTES} bytes and is not read")
-        result = _Machine().run(path.read_bytes())
+        result = _Machine().run(disk.read(path, MAX_BYTES))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except DataError as error:

@@ -1,8 +1,12 @@
-"""Samples that cannot be used under `data.on_bad: skip`: their substitutes, and an exact account over ranks and resumes."""
+"""Samples that cannot be used under `data.on_bad: skip`: their substitutes, and an exact account over ranks and resumes.
+
+What indexing left out has no substitutes; it counts against `data.max_bad` too.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +16,9 @@ import torch
 
 from scaletrain import dist
 from scaletrain.config import ConfigError, Data
-from scaletrain.data.errors import DataError
+from scaletrain.data import index
+from scaletrain.data.errors import DataError, printable
+from scaletrain.data.manifest import Loss
 
 TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
 SAID = 10  # bad samples that a rank names on its console
@@ -34,16 +40,36 @@ def substitutes(seed: int, epoch: int, sample: int, repeat: int, span: tuple[int
     yield from (lo + bits % (hi - lo)).tolist()
 
 
+def left_out(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0) -> float:
+    """The share of samples that indexing left out of shards, which is said. Raises DataError where the policy forbids it."""
+    lost, present = sum(loss.samples for loss in losses), sum(loss.present for loss in losses)
+    if not lost:
+        return 0.0
+    first = next(loss for loss in losses if loss.samples)
+    share = lost / (lost + present)
+    text = f"indexing left out about {lost:,} of {lost + present:,} samples, the first: {first.folder}/{printable(first.fault)}"
+    mend = f"mend the shards and run shards/index.py --force {first.folder}"
+    if on_bad == "raise":
+        accept = f"data.on_bad=skip data.max_bad={math.ceil(1000 * share) / 1000:g}"
+        raise DataError(f"{text}; {mend}, or go without these samples with {accept}")
+    if share > max_bad:
+        raise DataError(
+            f"{text}; that is a share of {share:.2g}, above data.max_bad={max_bad:g}: {mend}, or raise data.max_bad"
+        )
+    index.say(f"notice: {text}")
+    return share
+
+
 class Account:
     """What a run replaced. Every rank makes one; RUN/skipped/rank-N.jsonl names each replaced draw of that rank.
 
     `start`: the step at which this session begins; what was written at or after it is dropped, as it will come again.
-    `before`: draws replaced in all steps before it, over all ranks.
+    `before`: draws replaced in all steps before it, over all ranks. `missing`: the share of samples that indexing left out.
     """
 
-    def __init__(self, run: Path, data: Data, *, epoch: int, batch: int, start: int, before: int) -> None:
+    def __init__(self, run: Path, data: Data, *, epoch: int, batch: int, start: int, before: int, missing: float = 0.0) -> None:
         self.on = data.on_bad == "skip"
-        self._limit, self._epoch, self._batch = data.max_bad, epoch, batch
+        self._limit, self._missing, self._epoch, self._batch = data.max_bad, missing, epoch, batch
         self._before, self._mine, self.total = before, 0, before
         self._folder = run / FOLDER
         if self.on and dist.main():
@@ -66,10 +92,11 @@ class Account:
         """Draws replaced in the first `steps` steps, over all ranks, which all call it. Raises DataError above the limit."""
         self.total = self._before + int(dist.sum_nograd(torch.tensor(self._mine)))
         # of an epoch at least: one bad sample in the first batch says little
-        if self.total > self._limit * max(steps * self._batch, self._epoch):
+        if self.total > (self._limit - self._missing) * max(steps * self._batch, self._epoch):
+            indexed = f" (beside a share of {self._missing:.2g} that indexing left out)" if self._missing else ""
             raise DataError(
                 f"{self.total} of {steps * self._batch} samples could not be used, more than data.max_bad={self._limit:g} "
-                f"allows; {self._folder} names them; mend the shards or raise data.max_bad"
+                f"allows{indexed}; {self._folder} names them; mend the shards or raise data.max_bad"
             )
         return self.total
 

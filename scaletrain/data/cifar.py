@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.data import arraypickle
+from scaletrain.data import arraypickle, disk
 from scaletrain.data.errors import DataError
 from scaletrain.data.sources import Arrays, Folder
 
 PIXELS = 3 * 32 * 32  # the red, green and blue planes of an image
+NAMES_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def _binary(source: Path, files: tuple[str, ...], release: Release) -> Arrays:
     parts, record = [], release.bytes + PIXELS
     for path in (source / name for name in files):
         try:
-            data = np.fromfile(path, np.uint8)
+            with disk.reader(path) as file:
+                data = np.fromfile(file, np.uint8)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
         if not len(data) or len(data) % record:
@@ -59,7 +61,8 @@ def _binary(source: Path, files: tuple[str, ...], release: Release) -> Arrays:
     records = np.concatenate(parts)
     path = source / release.names
     try:
-        names = tuple(path.read_text().split())
+        with disk.reader(path) as file:
+            names = tuple(file.read(NAMES_BYTES).decode(errors="backslashreplace").split())
     except OSError as error:
         raise DataError(f"{path}, which names the classes, cannot be read: {error.strerror}") from None
     return _arrays(records[:, release.bytes :], records[:, release.byte].tolist(), names, source / files[0])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+
+# of missing files, what is no file, and bad disk blocks: waiting does not help
+PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
 
 
 class DataError(ValueError):
@@ -17,15 +21,30 @@ class ShardError(DataError):
     """A tar shard that is damaged, truncated, altered or hostile. `shard` and `offset` (bytes) say where."""
 
     def __init__(self, shard: str | Path, offset: int, text: str) -> None:
-        line = f"{shard} at byte {offset}: {text}"  # a hostile name must not break the line or steer a terminal
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        super().__init__(printable(f"{shard} at byte {offset}: {text}"))
         self.shard, self.offset, self.text = str(shard), offset, text
 
     def __reduce__(self) -> tuple[type[ShardError], tuple[str, int, str]]:
-        return ShardError, (self.shard, self.offset, self.text)
+        return type(self), (self.shard, self.offset, self.text)
+
+
+class ArchiveError(ShardError):
+    """The archive itself is damaged or refused at that byte, and nothing behind it can be read."""
 
 
 class LoaderError(DataError):
     """Loader processes died or hang: another start may succeed."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:
+    """A ShardError for what stays so; anything else may pass, and must not lead to a substitute."""
+    if error.errno in PERMANENT:
+        return ShardError(shard, offset, f"cannot be read: {error.strerror}")
+    return LoaderError(f"{shard} at byte {offset} cannot be read: {error.strerror}")
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that could break the line or steer a terminal, and what is not Unicode."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from scaletrain.data import disk
 from scaletrain.data.errors import DataError
 
 MAX_BYTES = 1 << 30
@@ -18,7 +19,7 @@ MAX_BYTES = 1 << 30
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """The uint8 array of a gzipped IDX file (LeCun, "The MNIST database", file formats). Raises DataError."""
     try:
-        with gzip.open(path) as file:
+        with disk.reader(path) as packed, gzip.open(packed) as file:
             head = file.read(4 + 4 * dimensions)
             if len(head) < 4 + 4 * dimensions or head[:4] != bytes((0, 0, 8, dimensions)):
                 raise DataError(f"{path} is not an IDX file of {dimensions} dimensions of bytes")

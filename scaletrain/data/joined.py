@@ -1,7 +1,9 @@
-"""The samples of several folders under one numbering: folder after folder."""
+"""The samples of several folders under one numbering, folder after folder, and the names of their classes."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaletrain.config import Cache
-from scaletrain.data import remote
+from scaletrain.data import disk, remote, selection
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.partial import CLASSES
 from scaletrain.data.reader import NODE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.staged import Course, Within
 
-CLASSES_BYTES = 64 << 20
+CLASSES_BYTES = 16 << 20
+OTHER_BYTES = 1 << 20  # of a classes.json that is another tool's
+_NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')  # a flat list of texts
 
 
 class Joined:
@@ -25,12 +29,14 @@ class Joined:
     3 of another.
     """
 
-    def __init__(self, folders: Sequence[str], skip: bool = False, cache: Cache = NODE) -> None:
+    def __init__(self, folders: Sequence[selection.Shards], skip: bool = False, cache: Cache = NODE) -> None:
         # the limit of open files is the process's
         self.parts = [Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache) for folder in folders]
         self._first = np.cumsum([0, *map(len, self.parts)])
         first, *others = map(classes, folders)
         self.labelled = first is not None and all(other == first for other in others)
+        self.counts = np.concatenate([part.counts for part in self.parts])
+        self.losses = tuple(loss for part in self.parts for loss in part.losses)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -62,6 +68,13 @@ class Joined:
         labels = np.concatenate([part.labels() for part in self.parts])
         return labels if self.labelled else np.full_like(labels, -1)
 
+    def unlabelled(self) -> str:
+        """As of Shards."""
+        if not self.labelled:
+            what = f"that counts, since the folders differ in {CLASSES} or lack it"
+            return f"{len(self):,} of {len(self):,} samples have no label {what}"
+        return next((f"{part.folder}: {text}" for part in self.parts if (text := part.unlabelled())), "")
+
     def span(self, sample: int) -> tuple[int, int]:
         """The samples [lo, hi) of the folder that holds it."""
         part = int(self._first.searchsorted(sample, "right")) - 1
@@ -81,13 +94,37 @@ class Joined:
         return self.parts[part], sample - int(self._first[part])
 
 
-def classes(folder: str) -> bytes | None:
-    """Its classes.json; None where it has none. Raises DataError where one is there and cannot be read."""
+def shards_of(shards: selection.Shards, skip: bool = False, cache: Cache = NODE) -> Shards | Joined:
+    """The shards of one folder, or of all folders of a list. Raises DataError."""
+    places = selection.places(shards)
+    if len(places) == 1:
+        return Shards(shards, skip=skip, cache=cache)
+    return Joined([place.paths for place in places], skip, cache)
+
+
+def classes(shards: selection.Shards) -> bytes | None:
+    """The classes.json of their folder, a JSON list of names in the order of the labels.
+
+    None where there is none, or one of another tool. Raises DataError where it cannot be read.
+    """
+    folder = selection.place(shards).folder
     try:
         if remote.is_remote(folder):
-            return remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
-        return Path(folder, CLASSES).read_bytes()
+            data = remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
+        else:
+            data = disk.read(Path(folder, CLASSES), CLASSES_BYTES)
     except (FileNotFoundError, remote.LostError):
         return None
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+    names = _NAMES.fullmatch(data) is not None
+    try:
+        # what is no list of names may be as large in memory as its text is long, many times over
+        if names or len(data) <= OTHER_BYTES:
+            json.loads(data)
+            return data if names else None
+    except (ValueError, RecursionError):
+        pass
+    raise DataError(
+        f"{folder}/{CLASSES} is damaged, or no JSON list of names; restore it, or delete it if labels do not matter"
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaletrain import dist
-from scaletrain.data import index
+from scaletrain.data import disk, index
 from scaletrain.data.errors import DataError
 from scaletrain.data.reader import Shards
 from scaletrain.data.write import slug
@@ -118,7 +118,8 @@ def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> Labels:
 def load(path: Path, shards: Shards) -> Labels:
     """The subset of `path` for these shards. Raises DataError if it is damaged or was made for others."""
     try:
-        raw = json.loads(path.read_bytes())
+        with disk.reader(path) as file:
+            raw = json.load(file)
         chosen, labels = np.array(raw["index"], np.int64), np.array(raw["label"], np.int64)
         folder, samples, made_for = (raw["shards"][key] for key in ("folder", "samples", "sha256"))
         sound = raw["version"] == VERSION and chosen.shape == labels.shape == (len(raw["key"]),) and len(chosen) > 0

@@ -21,10 +21,10 @@ from scaletrain import dist
 from scaletrain.config import Cache, Data
 from scaletrain.core import Batch
 from scaletrain.data import watch
-from scaletrain.data.bad import Replaced
+from scaletrain.data.bad import Replaced, left_out
 from scaletrain.data.device import ToDevice
 from scaletrain.data.errors import DataError
-from scaletrain.data.joined import Joined
+from scaletrain.data.joined import Joined, shards_of
 from scaletrain.data.mixture import Mixture, Source
 from scaletrain.data.plan import Batches, Ints, Plan
 from scaletrain.data.reader import NODE, Shards
@@ -49,6 +49,7 @@ class Stream:
     ) -> None:
         self.data, self.device = data, device
         shards = opened(data)
+        self.missing = 0.0 if shards is None else left_out(shards.losses, data.on_bad, data.max_bad)
         self.plan = planned(data, shards, seed=seed, batch=batch, rows=rows)
         lo, hi = self.plan.part(rank, world)
         if shards is None:
@@ -84,6 +85,10 @@ class Stream:
         """Of all samples [N], -1 where unknown; None for synthetic data, whose labels are made up."""
         return self.dataset.shards.labels() if isinstance(self.dataset, Images) else None
 
+    def unlabelled(self) -> str:
+        """Of how many samples no label is known, in words; "" if of none."""
+        return self.dataset.shards.unlabelled() if isinstance(self.dataset, Images) else ""
+
     def name(self, sample: int) -> str:
         """Where to find a sample: SHARD.tar/KEY, or its number if the data is synthetic or cannot be read any more."""
         return _name(self.dataset, sample)
@@ -112,12 +117,12 @@ def opened(data: Data) -> Shards | Joined | None:
             "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py writes, "
             "or data.path=synthetic"
         )
-    return None if data.path == SYNTHETIC else Shards(data.path, cache=data.cache, skip=data.on_bad == "skip")
+    return None if data.path == SYNTHETIC else shards_of(data.path, cache=data.cache, skip=data.on_bad == "skip")
 
 
 def planned(data: Data, shards: Shards | Joined | None, *, seed: int, batch: int, rows: Ints | None = None) -> Batches:
     """The order of the samples of `opened`, or of its `rows` [N]. Raises DataError where batch, lanes and data do not fit."""
-    if isinstance(shards, Joined):
+    if data.mixture and isinstance(shards, Joined):
         weighted = zip(data.mixture, shards.parts, strict=True)
         sources = [Source(part.path, held.counts, part.weight) for part, held in weighted]
     else:
@@ -154,6 +159,7 @@ def plain(
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
     shards = Shards(path, cache=cache)
+    left_out(shards.losses)
     samples = len(shards) if rows is None else len(rows)
     lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]

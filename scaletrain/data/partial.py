@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from scaletrain.data import index
+from scaletrain.data import index, manifest, table
 from scaletrain.data.errors import DataError
 
 CLASSES = "classes.json"
@@ -25,6 +25,7 @@ QUARANTINE = "quarantine.jsonl"
 COPIES = "copies.jsonl"
 HEAD = ".import.json"
 JOURNAL = ".journal.jsonl"
+MOVED = ".moved.json"  # what is being moved out of the partial folder into the one around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,14 @@ class Journal:
     def copies(self) -> list[Bad]:
         return [bad for line in self.lines for bad in line.bad if bad.copy]
 
+    def unlabelled(self) -> int:
+        """Samples without any label."""
+        count = 0
+        for shard in (line.shard for line in self.lines):
+            rows = table.load(index.table_path(self.folder / shard["name"]), shard["samples"], shard["bytes"])
+            count += int((rows["target"] == 0).sum())
+        return count
+
     def add(self, shard: Path, bad: list[Bad]) -> None:
         """Index a shard that was just written, and note it once both are on disk."""
         _to_disk(shard)
@@ -99,22 +108,31 @@ class Journal:
 
 
 class replacing:
-    """Context: gives DEST.partial to fill; on success it becomes DEST, which until then is as it was.
+    """Context: gives the folder `partial` to fill; on success it becomes DEST, which until then is as it was.
 
     `head` tells imports apart. A partial folder of the same head is gone on with, one of another is discarded only by `force`.
-    On failure it is kept if it has complete shards, and removed else.
+    On failure it is kept if it has complete shards, and removed else. Where DEST is a symbolic link, its target is written.
+
+    A DEST that cannot be renamed (a mount point, the working directory, a folder in one that cannot be written) has the partial
+    folder inside, and gets its content piece by piece, the manifest first: readers refuse it until all shards are there.
     """
 
     def __init__(self, dest: Path, head: Mapping[str, Any], force: bool = False) -> None:
-        self.dest, self.head, self.force = dest, json.dumps(head, sort_keys=True), force
-        self.partial = dest.with_name(dest.name + ".partial")
+        self.dest, self.head, self.force = Path(os.path.realpath(dest)), json.dumps(head, sort_keys=True), force
+        self._inside = self.dest.is_dir() and (
+            os.path.ismount(self.dest) or self.dest == Path.cwd() or not os.access(self.dest.parent, os.W_OK)
+        )
+        self.partial = self.dest / ".partial" if self._inside else self.dest.with_name(self.dest.name + ".partial")
         self.resumed = False
 
     def __enter__(self) -> replacing:
-        if self.dest.exists() and (not self.dest.is_dir() or any(self.dest.iterdir())):
+        if self._inside:
+            self._take_back()
+        if self.dest.exists() and (not self.dest.is_dir() or self._content()):
             if not self.force:
                 raise DataError(f"{self.dest} exists already; choose another folder, or replace it with --force")
-            _only_shards(self.dest)
+            for path in [self.dest] if not self.dest.is_dir() else self._content():
+                _only_shards(path, self.dest)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
@@ -130,18 +148,21 @@ class replacing:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is not None:
-                if not any(self._journals(lambda path: path.stat().st_size > 0)):
-                    shutil.rmtree(self.partial, ignore_errors=True)
-                return
-            self._replace()
+            if kind is None:
+                self._move_in() if self._inside else self._replace()
+            elif not self.kept:
+                shutil.rmtree(self.partial, ignore_errors=True)
         finally:
             os.close(self._lock)
 
     @property
     def kept(self) -> bool:
-        """There are shards to go on with."""
-        return self.partial.exists()
+        """There are complete shards to go on with."""
+        return any(self._journals(lambda path: path.stat().st_size > 0))
+
+    def _content(self) -> list[Path]:
+        """What is in DEST, but for the partial folder, and what a file system has in its root."""
+        return [path for path in self.dest.iterdir() if path != self.partial and path.name != "lost+found"]
 
     def _claim(self) -> None:
         """Alone in the folder, where the file system has locks."""
@@ -156,14 +177,14 @@ class replacing:
         path = self.partial / HEAD
         there = path.read_text() if path.exists() else ""
         if there == self.head:
-            self.resumed = any(self._journals(lambda path: path.stat().st_size > 0))
+            self.resumed = self.kept
             return
         if any(self.partial.iterdir()):
             if not self.force:
                 raise DataError(
                     f"{self.partial} was begun with {_difference(there, self.head)}; --force discards what it holds"
                 )
-            _only_shards(self.partial)
+            _only_shards(self.partial, self.partial)
             for inner in self.partial.iterdir():
                 shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
         index.atomic(path, self.head.encode())
@@ -174,14 +195,35 @@ class replacing:
     def _replace(self) -> None:
         old = self.dest.with_name(self.dest.name + ".old")
         if old.exists():  # a kill between the two renamings left it
-            _only_shards(old)
+            _only_shards(old, old)
             shutil.rmtree(old)
-        if self.dest.exists():
+        if self.dest.exists() and any(self.dest.iterdir()):
             self.dest.rename(old)
         self.partial.rename(self.dest)
         shutil.rmtree(old, ignore_errors=True)
-        for path in list(self.dest.rglob(".*")):  # the head, the journals, and files that a kill left half-written
-            path.unlink(missing_ok=True)
+        _tidy(self.dest)
+
+    def _move_in(self) -> None:
+        """A kill in here is undone by `_take_back`."""
+        for path in sorted(self._content(), key=lambda path: path.name == index.MANIFEST):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        names = [path.name for path in self.partial.iterdir() if not path.name.startswith(".")]
+        names.sort(key=lambda name: name != index.MANIFEST)
+        index.atomic(self.partial / MOVED, json.dumps(names).encode())
+        for name in names:
+            (self.partial / name).rename(self.dest / name)
+        (self.partial / MOVED).unlink()
+        shutil.rmtree(self.partial)
+        for name in names:
+            _tidy(self.dest / name)
+
+    def _take_back(self) -> None:
+        path = self.partial / MOVED
+        if path.exists():
+            for name in map(os.path.basename, json.loads(path.read_text())):
+                if (self.dest / name).exists():
+                    (self.dest / name).rename(self.partial / name)
+            path.unlink()
 
 
 def _difference(one: str, other: str) -> str:
@@ -202,11 +244,18 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _only_shards(folder: Path) -> None:
-    """--force deletes a folder of shards and nothing else."""
+def _tidy(folder: Path) -> None:
+    """Remove the head, the journals, and files that a kill left half-written."""
+    for path in list(folder.rglob(".*")):
+        path.unlink(missing_ok=True)
+
+
+def _only_shards(place: Path, folder: Path) -> None:
+    """--force deletes shards and nothing else. Raises DataError for anything else at or below a place in a folder."""
     names = (index.MANIFEST, CLASSES, QUARANTINE, COPIES)
-    for path in folder.rglob("*"):
-        ours = path.suffix in (".tar", ".idx") or path.name in names or path.name.startswith(".")
+    for path in [place, *place.rglob("*")]:
+        old = path.name.endswith(".tar.idx") or (path.name == index.OLD_MANIFEST and manifest.version(path))
+        ours = path.suffix in (".tar", table.SUFFIX) or path.name in names or path.name.startswith(".") or old
         if path.is_symlink() or not (path.is_dir() or ours):
             raise DataError(
                 f"{folder} is not replaced, since it holds more than shards ({path.name}); delete it yourself if meant"

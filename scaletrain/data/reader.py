@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import zlib
@@ -15,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaletrain.config import Cache
-from scaletrain.data import index, staged, table
-from scaletrain.data.errors import DataError, LoaderError, ShardError
+from scaletrain.data import disk, index, selection, staged, table
+from scaletrain.data.errors import ShardError, unreadable
+from scaletrain.data.plan import Ints
 from scaletrain.data.remote import LostError, is_remote
 from scaletrain.data.tar import BLOCK, MEMBER_BYTES, header_fault, name_in
 
@@ -31,12 +31,15 @@ class Sample(NamedTuple):
 
 
 class Shards:
-    """The samples of a folder, numbered in the manifest's order. Files open when first read; safe to fork and to pickle."""
+    """The samples of a folder, or of the shards that a pattern chooses of it, numbered in the manifest's order.
+
+    Files open when first read; safe to fork and to pickle. Raises DataError, also for a folder with shards of several splits.
+    """
 
     def __init__(
         self,
-        folder: str | Path,
-        notice: Callable[[str], None] = print,
+        shards: selection.Shards,
+        notice: Callable[[str], None] = index.say,
         keep: int = OPEN_SHARDS,
         skip: bool = False,
         cache: Cache = NODE,
@@ -46,15 +49,22 @@ class Shards:
         self._keep = keep  # shards held open
         self._lost: dict[int, ShardError] = {}  # remote shards that are not to be had
         self._skip = skip  # one bad sample does not condemn its shard
-        self.folder = Path(folder)
-        remote = is_remote(str(folder))
-        shards = staged.manifest(str(folder)) if remote else index.load(self.folder, notice, skip)
+        place = selection.place(shards)
+        self.folder = Path(place.folder)
+        remote = is_remote(place.folder)
+        listed = staged.manifest(place) if remote else index.load(shards, notice, skip)
+        if not place.patterns:
+            selection.one_split(place.folder, listed.names)
+        self.losses = (listed.loss(place.folder),)
         # arrays and not lists: workers that touch Python objects copy the parent's pages
-        self._names, self._bytes, self.counts = shards.names, shards.bytes, shards.samples
-        self.fingerprint = hashlib.sha256(shards.sha256.tobytes()).hexdigest()  # of all bytes, in order
+        self._names, self._bytes = np.ascontiguousarray(listed.names), np.ascontiguousarray(listed.bytes)
+        self.counts = np.ascontiguousarray(listed.samples)
+        self.fingerprint = hashlib.sha256(listed.sha256.tobytes()).hexdigest()  # of all bytes, in order
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
         if remote or cache.stage:
-            self._staged = staged.Staged(str(folder), cache, shards)
+            self._staged = staged.Staged(place.folder, cache, listed)
+        if not remote:
+            self._tables = index.home(self.folder)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -67,7 +77,11 @@ class Shards:
         if self._staged is not None:
             return  # what is fetched is checked when it comes
         for number in range(len(self._names)):
-            self._check_size(number, self._path(number).stat().st_size)
+            try:
+                size = self._path(number).stat().st_size
+            except OSError as error:
+                raise unreadable(self._path(number), 0, error) from None
+            self._check_size(number, size)
 
     def fits(self, shards: int) -> None:
         """Raises DataError unless the cache, if these are fetched into it, holds the shards that this node uses at once."""
@@ -104,7 +118,24 @@ class Shards:
 
     def labels(self) -> NDArray[np.int64]:
         """Of all samples [N], -1 where unknown."""
-        return np.concatenate([self._rows(number)["label"] for number in range(len(self._names))])
+        return np.maximum(self._labels(), table.NO_LABEL)
+
+    def unlabelled(self, rows: Ints | None = None) -> str:
+        """In words, how many of the samples (or of those at `rows` [K]) have no label, and one of them; "" if all have one."""
+        labels = self._labels()
+        numbers = np.arange(len(labels)) if rows is None else rows
+        lacking = numbers[labels[numbers] < 0]
+        if not len(lacking):
+            return ""
+        text = f"{len(lacking):,} of {len(numbers):,} samples have no label"
+        odd = lacking[labels[lacking] == table.UNREADABLE]
+        if not len(odd):
+            return f"{text}, such as {self.name(int(lacking[0]))}"
+        sample = int(odd[0])
+        number = self._number(sample)
+        file, table_rows = self._shard(number)
+        found = self._member(number, file, table_rows[sample - int(self._starts[number])].item()[3:6])
+        return f"{text} that is a whole number, such as {self.name(sample)}, which has {table.shown(found)}"
 
     def fault(self, sample: int, text: object) -> ShardError:
         """An error about a sample, with its shard, offset and key."""
@@ -138,6 +169,10 @@ class Shards:
     def _number(self, sample: int) -> int:
         return int(self._starts.searchsorted(sample, "right")) - 1
 
+    def _labels(self) -> Ints:
+        """As in the offset tables."""
+        return np.concatenate([self._rows(number)["label"] for number in range(len(self._names))])
+
     def _rows(self, number: int) -> table.Rows:
         return self._shard(number)[1] if self._staged is None else self._staged.rows(number)
 
@@ -152,7 +187,9 @@ class Shards:
         expected = int(self._bytes[number])
         if size != expected and not self._skip:
             text = f"the shard has {size} bytes and not the {expected} indexed: truncated or altered after indexing"
-            raise ShardError(self._where(number), min(size, expected), f"{text}; run shards/index.py --force if meant")
+            raise ShardError(
+                self._where(number), min(size, expected), f"{text}; run shards/index.py --force {self.folder} if meant"
+            )
 
     def _shard(self, number: int) -> tuple[int, table.Rows]:
         if number in self._open:
@@ -162,12 +199,12 @@ class Shards:
             return self._fetched(self._staged, number)
         path = self._path(number)
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = disk.open_file(path)
         except OSError as error:
-            raise _failed(path, 0, error) from None
+            raise unreadable(path, 0, error) from None
         try:
             self._check_size(number, os.fstat(file).st_size)
-            rows = table.load(index.table_path(path), int(self.counts[number]), int(self._bytes[number]))
+            rows = table.load(self._tables / (path.name + table.SUFFIX), int(self.counts[number]), int(self._bytes[number]))
         except BaseException:
             os.close(file)
             raise
@@ -195,12 +232,12 @@ class Shards:
         if size > MEMBER_BYTES:
             raise ShardError(self._where(number), offset, f"a member of {size} bytes is above the limit of {MEMBER_BYTES}")
         if not BLOCK <= offset <= int(self._bytes[number]) - size:
-            text = f"the index places {size} bytes there, outside the shard; run shards/index.py --force"
+            text = f"the index places {size} bytes there, outside the shard; run shards/index.py --force {self.folder}"
             raise ShardError(self._where(number), offset, text)
         try:
             block = os.pread(file, BLOCK + size, offset - BLOCK)  # with its header, so that damage there is seen too
         except OSError as error:
-            raise _failed(self._where(number), offset, error) from None
+            raise unreadable(self._where(number), offset, error) from None
         header, data = block[:BLOCK], block[BLOCK:]
         if not header:
             fault = "the shard ends before this sample"
@@ -221,11 +258,4 @@ class Shards:
 
 
 def key_in(header: bytes) -> str:
-    return table.split(name_in(header))[0]
-
-
-def _failed(path: str | Path, offset: int, error: OSError) -> DataError:
-    """A missing file and a bad disk block stay so; anything else may pass, and must not become a substitute."""
-    if error.errno in (errno.ENOENT, errno.EIO):
-        return ShardError(path, offset, f"cannot be read: {error.strerror}")
-    return LoaderError(f"{path} at byte {offset} cannot be read: {error.strerror}")
+    return table.key_of(name_in(header))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from scaletrain.data import fetch
-from scaletrain.data.errors import DataError
+from scaletrain.data import disk, fetch
+from scaletrain.data.errors import PERMANENT, DataError
 from scaletrain.data.fetch import Differs, Passing
 
 T = TypeVar("T")
@@ -23,7 +23,6 @@ TRIES = 7  # with waits of 1, 2, 4 ... 30 seconds: an outage of a minute passes
 TIMEOUT = 30.0  # seconds of silence
 SLOWEST = 500_000  # bytes a second, below which a download is given up
 CHUNK = 8 << 20
-MANIFEST_BYTES = 1 << 30  # 300,000 shards need 50 MB
 
 
 class RemoteError(DataError):
@@ -106,7 +105,7 @@ class Folder:
 
     def parts(self, name: str, limit: int) -> Iterator[bytes]:
         try:
-            with Path(self.url, name).open("rb") as file:
+            with disk.reader(Path(self.url, name)) as file:
                 if (size := os.fstat(file.fileno()).st_size) > limit:
                     raise DataError(f"is larger than {limit} bytes ({size})")
                 while part := file.read(CHUNK):
@@ -114,7 +113,8 @@ class Folder:
         except FileNotFoundError:
             raise DataError("no such file") from None
         except OSError as error:
-            raise Passing(f"reading failed: {error.strerror}") from None
+            kind = DataError if error.errno in PERMANENT else Passing
+            raise kind(f"reading failed: {error.strerror}") from None
 
 
 class S3:

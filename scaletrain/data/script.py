@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +17,23 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scaletrain.data import partial, write
+from scaletrain.data import disk, partial, write
 from scaletrain.data.errors import DataError
 from scaletrain.data.write import How, Source
 
 Dest = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make: DEST/NAME-000000.tar ..., index, classes.json.")]
 Splits = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make, with one folder of shards for each split.")]
 NEXT = "The same command goes on after a kill. The same input and options give the same bytes."
+KINDS = 20  # of what was left aside, so many are named
+TEXT_BYTES = 64 << 20  # of lists of names
 
 
 def run(command: Callable[..., None]) -> None:
     """Parse the command line and run it. Wrong data, full disks and missing rights end in one line."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         app()
     except (ValueError, OSError) as error:
@@ -67,6 +73,10 @@ def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "", uni
                     folder = job.partial / split
                     journal = write.write(source, folder, name=name or split, how=how, unique=unique, progress=shown)
                 print(f"{dest / split}: {_summary(source, journal)}")
+                if source.ignored:
+                    kinds = [f"{n:,} x {kind}" for kind, n in source.ignored.most_common(KINDS)]
+                    more = f" and {len(source.ignored) - KINDS:,} kinds more" if len(source.ignored) > KINDS else ""
+                    print(f"not images, ignored: {', '.join(kinds)}{more}")
         except BaseException:
             if job.kept:
                 print(f"complete shards stay in {job.partial}: the same command goes on with them", file=sys.stderr)
@@ -76,18 +86,33 @@ def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "", uni
 def _summary(source: Source, journal: partial.Journal) -> str:
     classes = f"in {len(source.classes)} classes" if source.classes else "with numbers as labels"
     samples = sum(line.shard["samples"] for line in journal.lines)
-    text = f"{samples:,} images {classes if source.labelled else 'without labels'}, {len(journal.lines)} shards"
+    shards = counted(len(journal.lines), "shard")
+    unlabelled = journal.unlabelled() if source.labelled else samples
+    text = f"{samples:,} images {classes if unlabelled < samples else 'without labels'}, {shards}"
+    if 0 < unlabelled < samples:
+        text += f"; without a label: {unlabelled:,}"
     if journal.copies:
         text += f"; left out as copies of others: {len(journal.copies):,}, see {partial.COPIES}"
     return text + (f"; left out as bad: {len(journal.bad)}, see {write.QUARANTINE}" if journal.bad else "")
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def lines(file: Path) -> list[str]:
-    """The lines of a small text file that are not blank, stripped. Raises DataError."""
+    """The lines of a small text file that are not blank, stripped; of a .json file, the texts of its list. Raises DataError."""
     try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = disk.read(file, TEXT_BYTES).decode("utf-8-sig")
+        if file.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        found = json.loads(text)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{file} is no JSON list of texts, such as classes.json")
     return found
 
 

@@ -28,8 +28,9 @@ from scaletrain import config, dist
 from scaletrain.data import index, remote, table
 from scaletrain.data.cache import Cache, Fill
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.manifest import Manifest, parse
+from scaletrain.data.manifest import MOST_BYTES, OLD_NAME, Manifest, parse, version_in
 from scaletrain.data.plan import Batches, Ints
+from scaletrain.data.selection import Place
 
 HORIZON = 1000  # steps to look ahead at most: a small data set is known after a few
 REFRESH = 5.0  # seconds between notes that what was fetched ahead is still wanted
@@ -82,14 +83,23 @@ class Within:
         return found[(found >= self.lo) & (found < self.hi)] - self.lo
 
 
-def manifest(url: str) -> Manifest:
+def manifest(place: Place) -> Manifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
+    url, origin = place.folder, remote.origin(place.folder)
     cure = f"is {url} a folder of shards with its index? Make the index with shards/index.py before you upload it"
     try:
-        data = remote.read(remote.origin(url), index.MANIFEST, remote.MANIFEST_BYTES)
+        data = remote.read(origin, index.MANIFEST, MOST_BYTES)
+    except remote.LostError as error:
+        with suppress(remote.RemoteError):
+            if version_in(remote.read(origin, OLD_NAME, MOST_BYTES)):
+                cure = (
+                    f"its {OLD_NAME} is the index of an older version: run shards/index.py on the folder, and upload it again"
+                )
+        raise remote.RemoteError(f"{error}; {cure}") from None
     except remote.RemoteError as error:
         raise remote.RemoteError(f"{error}; {cure}") from None
-    return parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", cure)
+    found = parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", cure)
+    return found.only(place.chosen(found.names)) if place.patterns else found
 
 
 class Staged:
@@ -137,7 +147,7 @@ class Staged:
             return table.load(self.cache.folder / key, *facts)
         except ShardError as error:
             (self.cache.folder / key).unlink(missing_ok=True)  # the next start asks for it again
-            raise ShardError(f"{self.url(number)}.idx", error.offset, error.text) from None
+            raise ShardError(f"{self.url(number)}{table.SUFFIX}", error.offset, error.text) from None
         finally:
             os.close(file)
 
@@ -187,7 +197,7 @@ class Staged:
 
     def _table(self, number: int) -> tuple[str, int, Fill]:
         size = table.HEAD.itemsize + int(self.shards.samples[number]) * table.ROW.itemsize
-        return self._file(f"{self._name(number)}.idx", number, size, None)
+        return self._file(f"{self._name(number)}{table.SUFFIX}", number, size, None)
 
     def _file(self, name: str, number: int, size: int, sha256: str | None) -> tuple[str, int, Fill]:
         text = f"{self.origin.url}/{name}\n{size}\n{os.fsdecode(self.shards.sha256[number])}"

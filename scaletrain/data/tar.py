@@ -7,12 +7,15 @@ is ever written to disk. Format: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU tar m
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from scaletrain.data.errors import ShardError
+from scaletrain.data import disk
+from scaletrain.data.errors import ArchiveError, unreadable
 
 BLOCK = 512
 MEMBER_BYTES = 64 << 20  # of one member; also bounds the memory that reading one takes
@@ -61,17 +64,18 @@ class Member:
 
 
 class Reader:
-    """One pass over a tar file, in order. Iterating raises ShardError at the first thing that is wrong."""
+    """One pass over a tar file, in order. Iterating raises ArchiveError at the first thing that is wrong."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.bytes = path.stat().st_size
         self.at = 0
         self._hash, self._whole = hashlib.sha256(), False
+        with self._opened() as file:
+            self.bytes = os.fstat(file.fileno()).st_size
 
     def __iter__(self) -> Iterator[Member]:
         long_name: str | None = None
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             file.seek(self.at)
             while True:
                 start, header = self.at, self._read(file, BLOCK, "header")
@@ -101,11 +105,17 @@ class Reader:
         """Of the whole file, once the iteration has ended; read again if it ended at a fault."""
         if self._whole:
             return self._hash.hexdigest()
-        with self.path.open("rb") as file:
+        with self._opened() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _error(self, offset: int, text: str) -> ShardError:
-        return ShardError(self.path, offset, text)
+    def _opened(self) -> BufferedReader:
+        try:
+            return disk.reader(self.path)
+        except OSError as error:
+            raise unreadable(self.path, 0, error) from None
+
+    def _error(self, offset: int, text: str) -> ArchiveError:
+        return ArchiveError(self.path, offset, text)
 
     def _read(self, file: BinaryIO, size: int, what: str) -> bytes:
         data = file.read(size)

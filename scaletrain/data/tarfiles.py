@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from scaletrain.data import disk
 from scaletrain.data.errors import DataError
-from scaletrain.data.sources import SUFFIXES, digest, one
+from scaletrain.data.sources import digest, one
 from scaletrain.data.tar import BLOCK, MEMBER_BYTES, NAME_BYTES, Reader
 from scaletrain.data.write import Entry
 
@@ -51,17 +53,20 @@ def members(path: Path, start: int = 0, stop: int = 0) -> Iterator[Place]:
         yield Place(member.name, member.offset, headers.size)
 
 
-def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
-
-
 class TarFiles:
     """Images at known places of one archive, with their labels [N], -1 for none."""
 
-    def __init__(self, archive: Path, places: Sequence[Place], labels: Sequence[int], classes: tuple[str, ...]) -> None:
-        self.archive, self.places, self.labels, self.classes = archive, places, labels, classes
+    def __init__(
+        self,
+        archive: Path,
+        places: Sequence[Place],
+        labels: Sequence[int],
+        classes: tuple[str, ...],
+        ignored: Counter[str],
+    ) -> None:
+        self.archive, self.places, self.labels, self.classes, self.ignored = archive, places, labels, classes, ignored
         self.labelled = bool(classes)
-        self._file = os.open(archive, os.O_RDONLY)
+        self._file = disk.open_file(archive)
         weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:

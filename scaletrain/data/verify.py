@@ -1,15 +1,17 @@
-"""Checks a folder of shards byte by byte against its index, and that every image decodes."""
+"""Checks shards byte by byte against their index, and that every image decodes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from scaletrain.data import image, index, table
-from scaletrain.data.errors import DataError, ImageError, ShardError
+from scaletrain.data import disk, image, index, selection, table
+from scaletrain.data.errors import DataError, ImageError, ShardError, unreadable
+from scaletrain.data.remote import is_remote
 
 
 @dataclass
@@ -17,15 +19,26 @@ class Found:
     shards: int = 0
     samples: int = 0
     labelled: int = 0
+    unreadable: int = 0  # labels
     masks: int = 0
     bytes: int = 0
     faults: list[DataError] = field(default_factory=list)
+    left_out: int = 0  # samples that the index does not have
+    unused: int = 0  # images that are members of another one's sample
+    first_unused: str = ""
 
 
-def verify(folder: Path, max_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None) -> Found:
+def verify(
+    shards_of: selection.Shards, max_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Found:
     """All faults, by sample or where an archive breaks off. Raises DataError if the folder itself is unusable."""
-    shards = index.load(folder)
-    found = Found()
+    place = selection.place(shards_of)
+    if is_remote(place.folder):
+        raise DataError(f"{place.folder}: shards are verified where they lie on a disk; those of addresses while they are read")
+    folder = Path(place.folder)
+    shards = index.load(shards_of)
+    left_out = shards.loss(place.folder).samples
+    found = Found(left_out=left_out, unused=shards.unused, first_unused=shards.first_unused)
     for done, shard in enumerate(shards):
         progress(done, len(shards))
         try:
@@ -36,6 +49,7 @@ def verify(folder: Path, max_pixels: int, progress: Callable[[int, int], None] =
         found.shards += 1
         found.samples += len(rows)
         found.labelled += int((rows["label"] >= 0).sum())
+        found.unreadable += int((rows["label"] == table.UNREADABLE).sum())
         found.masks += int((rows["mask"] > 0).sum())
         found.bytes += shard["bytes"]
         found.faults += _images(folder / shard["name"], rows, max_pixels)
@@ -48,10 +62,13 @@ def _structure(path: Path, shard: index.Shard, report: Callable[[ShardError], No
 
     `report` gets the faults inside the archive, which an index made with --skip knows and leaves out.
     """
-    if path.stat().st_size != shard["bytes"]:
-        raise ShardError(
-            path, path.stat().st_size, f"{path.stat().st_size} bytes and not the {shard['bytes']} indexed: truncated or altered"
-        )
+    try:
+        with disk.reader(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise unreadable(path, 0, error) from None
+    if size != shard["bytes"]:
+        raise ShardError(path, size, f"{size} bytes and not the {shard['bytes']} indexed: truncated or altered")
     indexed = table.load(index.table_path(path), shard["samples"], shard["bytes"])
     broken: list[ShardError] = []
     rows, _, sha = table.scan(path, broken.append)
@@ -63,7 +80,8 @@ def _structure(path: Path, shard: index.Shard, report: Callable[[ShardError], No
     if len(rows) == len(indexed):
         for row, was in zip(rows, indexed, strict=True):
             if row != was:
-                raise ShardError(path, int(was["image"]), "this sample is not what was indexed (offset, size, crc32 or label)")
+                what = "offset, size, crc32, label or key"
+                raise ShardError(path, int(was["image"]), f"this sample is not what was indexed ({what})")
     if altered:
         raise ShardError(path, 0, "the sha256 is not the one indexed: altered in names or padding")
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -62,6 +62,7 @@ class Source(Protocol):
 
     classes: tuple[str, ...]  # their names, if known
     labelled: bool
+    ignored: Counter[str]  # files, folders or rows that are left aside, by what they are
 
     def __len__(self) -> int: ...
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from scaletrain import config as configuration
 from scaletrain import rehearsal
 from scaletrain.config import Data
-from scaletrain.data import index
+from scaletrain.data import index, selection
 from scaletrain.data.errors import DataError
 from scaletrain.data.plan import Plan
 from scaletrain.data.reader import Shards
@@ -51,7 +51,7 @@ def needed(run: Path, rate: float, cores: float) -> list[Finding]:
 
 def _measure(folder: Path, run: Path) -> dict[str, float]:
     """One process, loading in its main thread: by its own time on a core, and by the clock, which waits for the disk too."""
-    if not (index.home(folder) / index.MANIFEST).exists():
+    if not (index.home(Path(selection.place(folder).folder)) / index.MANIFEST).exists():
         raise DataError(f"{folder} has no index, and making it is not the doctor's work")
     recipe = run / "config.yaml"
     data = configuration.load(recipe).data if recipe.exists() else Data()

@@ -7,6 +7,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_kit import add, encode, picture
@@ -69,12 +70,102 @@ def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
     assert len(table.scan(tmp_path / "s.tar")[0]) == 1
 
 
-def test_images_with_names_that_are_not_read_are_not_lost_silently(tmp_path: Path) -> None:
+def test_images_of_other_images_samples_are_named_and_counted(folder: Path, tmp_path: Path) -> None:
+    """The samples stay those of WebDataset's rule, as they were before: `cat.v2.jpg` may as well be a map of `cat.jpg`."""
+    (tmp_path / "d").mkdir()
+    with tarfile.open(tmp_path / "d" / "s.tar", "w") as tar:
+        for n, name in enumerate(("cat.jpg", "cat.v2.jpg", "cat.v2.cls", "dog.jpg", "dog.v2.png", "dog.cls", "dog.mask.png")):
+            add(tar, name, b"3" if name.endswith("cls") else encode(picture(n), Path(name).suffix))
+    said: list[str] = []
+    shards = Shards(tmp_path / "d", said.append)
+    assert [shards.name(i) for i in range(len(shards))] == ["s.tar/cat", "s.tar/dog"]
+    assert [shards.read(i).label for i in range(2)] == [-1, 3]
+    assert "2 images are not used, since by WebDataset's rule" in said[-1]
+    assert "such as s.tar/cat.v2.jpg" in said[-1]
+    found = verify(tmp_path / "d", 10**6)
+    assert (found.unused, found.first_unused, found.faults) == (2, "s.tar/cat.v2.jpg", [])
+
+
+def test_images_whose_names_have_several_dots_are_samples(tmp_path: Path) -> None:
+    """Where WebDataset's rule would leave a sample without an image; each has the label of the longest key that fits."""
+    names = (
+        "a.jpg",
+        "img.1.jpg",
+        "img.1.cls",
+        "img.1.mask.png",
+        "img.2.x.png",
+        "img.2.json",
+        "img.3.jpg",
+        "img.cls",
+        "img.txt",
+    )
+    contents = {"img.1.cls": b"1", "img.2.json": b'{"label": 2}', "img.cls": b"9", "img.txt": b"?"}
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        add(tar, "a.jpg", encode(picture(1), ".jpg"))
-        add(tar, "photo.2021.jpg", encode(picture(2), ".jpg"))
-    with pytest.raises(ShardError, match=r"sample 'photo' has no image \(jpg, jpeg, png, webp\) but 2021.jpg"):
-        table.scan(tmp_path / "s.tar")
+        for n, name in enumerate(names):
+            add(tar, name, contents.get(name) or encode(picture(n), Path(name).suffix))
+        add(tar, "b.jpg", encode(picture(20), ".jpg"))
+        add(tar, "img.4.jpg", encode(picture(21), ".jpg"))  # names without an order
+    shards = Shards(tmp_path)
+    read = {shards.name(i).removeprefix("s.tar/"): shards.read(i).label for i in range(len(shards))}
+    assert read == {"a": -1, "img.1": 1, "img.2.x": 2, "img.3": 9, "b": -1, "img.4": -1}
+    assert shards.read(1, mask=True).mask == encode(picture(3))
+    rows = table.scan(tmp_path / "s.tar")[0]
+    assert rows["key"].tolist() == [table.key_hash(key) for key in read]
+    for wrong, fault in (("img.1.png", "key 'img.1' occurs twice"), ("img.5.pkl", "member 'img.5.pkl' is a pickle")):
+        with tarfile.open(tmp_path / "s.tar", "a") as tar:
+            add(tar, wrong, encode(picture(0)))
+        faults: list[ShardError] = []
+        assert len(table.scan(tmp_path / "s.tar", faults.append)[0]) == 6
+        assert any(fault in str(one) for one in faults)
+
+
+def test_what_a_label_holds_keeps_no_image_from_label_free_training(tmp_path: Path) -> None:
+    odd = {
+        **{"text.cls": b"tench", "float.cls": b"3.0", "empty.cls": b"", "low.cls": b"-3", "long.cls": b"9" * 5000},
+        **{"text.json": b'{"label": "cat"}', "list.json": b'{"label": [3]}', "many.json": b'{"labels": ["a", "b"]}'},
+        **{"true.json": b'{"label": true}', "bare.json": b"[1, 2]", "none.json": b"", "deep.json": b"[" * 100_000},
+        **{"bytes.json": b'{"caption": "\xe9"}', "large.json": b'{"label": 1, "exif": "' + b"x" * (1 << 20) + b'"}'},
+    }
+    none = {
+        "minus.cls": b"-1",
+        "null.json": b'{"label": null}',
+        "other.json": b'{"caption": NaN}',
+        "two.json": b'{"labels": [1, 2]}',
+    }
+    good = {
+        "one.cls": b" 5\n",
+        "two_.json": b'{"label": 6, "x": "\xc3\xa9"}',
+        "both.cls": b"7",
+        "both.json": b'{"label": "cat"}',
+    }
+    folder = tmp_path / "d"
+    folder.mkdir()
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for n, (name, data) in enumerate((odd | none | good).items()):
+            add(tar, f"{n:02d}{name}" if "both" not in name else name, data)
+            if name != "both.cls":
+                key = f"{n:02d}{name}".partition(".")[0] if "both" not in name else "both"
+                add(tar, f"{key}.png", encode(picture(n)))
+    shards = Shards(folder)
+    assert len(shards) == len(odd) + len(none) + len(good) - 1
+    assert shards.labels().tolist() == [-1] * (len(odd) + len(none)) + [5, 6, 7]
+    assert [shards.read(i).label for i in range(len(shards))] == shards.labels().tolist()
+    assert table.scan(folder / "s.tar")[0]["label"].tolist() == [-2] * len(odd) + [-1] * len(none) + [5, 6, 7]
+    count = len(odd) + len(none)
+    text = shards.unlabelled()
+    assert (
+        text == f"{count} of {count + 3} samples have no label that is a whole number, such as s.tar/00text, which has 'tench'"
+    )
+    assert shards.unlabelled(np.arange(5, 6)).endswith("such as s.tar/05text, which has 'cat'")
+    assert shards.unlabelled(np.arange(13, 14)).endswith("1,048,600 bytes")
+    assert shards.unlabelled(np.array([14, count])) == "1 of 2 samples have no label, such as s.tar/14minus"
+    assert shards.unlabelled(np.array([count, count + 2])) == ""
+    found = verify(folder, 10**6)
+    assert (found.labelled, found.unreadable, found.faults) == (3, len(odd), [])
+    data = Data(path=str(folder), lanes=3, workers=0, views=(View(size=8),))
+    stream = Stream(data, seed=0, batch=3, rank=0, world=1, device=torch.device("cpu"))
+    assert sorted(int(i) for b in stream.batches(0, 7) for i in b.labels)[-3:] == [5, 6, 7]
+    assert "which has 'tench'" in stream.unlabelled()
 
 
 def test_the_index_of_a_read_only_folder_lies_in_the_cache(
@@ -87,7 +178,7 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(
     assert train_on(folder) == list(range(15))
     assert sorted(folder.iterdir()) == before
     (place,) = (tmp_path / "cache" / "scaletrain" / "index").iterdir()
-    assert sorted(p.name for p in place.iterdir()) == ["00000.tar.idx", "00001.tar.idx", "00002.tar.idx", index.MANIFEST]
+    assert sorted(p.name for p in place.iterdir()) == ["00000.tar.stidx", "00001.tar.stidx", "00002.tar.stidx", index.MANIFEST]
     said: list[str] = []
     assert len(Shards(folder, said.append)) == 15
     assert not said
@@ -106,4 +197,4 @@ def test_indexing_says_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("scaletrain.data.index.SILENCE", -1.0)
     said: list[str] = []
     Shards(folder, said.append)
-    assert said[1:] == [f"indexed {n} of 3 shards" for n in (1, 2, 3)]
+    assert said[1:4] == [f"indexed {n} of 3 shards" for n in (1, 2, 3)]

@@ -165,7 +165,7 @@ def test_indexing_names_each_fault_or_leaves_it_out(folder: Path, how: str) -> N
     assert any(line.startswith("left out: ") and SHARD in line for line in said)
     assert (
         table.scan(folder / "s-000.tar")[0].tolist()
-        == table.load(folder / "s-000.tar.idx", 8, (folder / "s-000.tar").stat().st_size).tolist()
+        == table.load(folder / "s-000.tar.stidx", 8, (folder / "s-000.tar").stat().st_size).tolist()
     )
 
 

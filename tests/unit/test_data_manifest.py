@@ -22,7 +22,7 @@ def parse(text: str) -> manifest.Manifest:
 
 
 def text_of(shards: object, **options: object) -> str:
-    return json.dumps({"version": 1, "samples": 0, "shards": shards}, **options)  # type: ignore[arg-type]
+    return json.dumps({"version": 2, "samples": 0, "shards": shards}, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 1000, 1 << 20])
@@ -40,8 +40,8 @@ def test_pieces_change_nothing(piece: int, options: dict[str, object], monkeypat
     [
         ("{", "WHERE cannot be read"),
         (text_of(SHARDS, indent=0)[:-9], "WHERE cannot be read"),
-        (text_of(SHARDS, indent=0).replace('"version": 1', '"version": 2'), "not a version 1 manifest"),
-        (json.dumps({"version": 1, "more": SHARDS, "shards": []}, indent=0), "not a version 1 manifest"),
+        (text_of(SHARDS, indent=0).replace('"version": 2', '"version": 1'), "not a version 2 manifest"),
+        (json.dumps({"version": 2, "more": SHARDS, "shards": []}, indent=0), "not a version 2 manifest"),
         (text_of([*SHARDS, SHARDS[7]], indent=0), "names a shard twice"),
         (text_of([*SHARDS, {**SHARDS[7], "samples": True}], indent=0), "malformed entry"),
         (text_of([*SHARDS, {**SHARDS[7], "sha256": "0" * 65}], indent=0), "malformed entry"),
@@ -85,7 +85,7 @@ def test_tables_are_read_when_first_used_and_few_are_held(tmp_path: Path, monkey
     assert (len(shards), loaded) == (30, [])
     for sample in (4, 5, 3, 29):
         shards.read(sample)
-    assert loaded == ["s-001.tar.idx", "s-009.tar.idx"]
+    assert loaded == ["s-001.tar.stidx", "s-009.tar.stidx"]
     for sample in range(30):
         shards.read(sample)
         assert len(shards._open) <= 4

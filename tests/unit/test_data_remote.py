@@ -147,12 +147,12 @@ def until(true: Callable[[], object]) -> None:
     "trouble", [kit.reset, kit.truncated, kit.short, kit.wrong, kit.slow, kit.status(503), kit.status(429)]
 )
 def test_trouble_that_passes(folder: Path, web: Server, tmp_path: Path, trouble: kit.Trouble) -> None:
-    for name in ("index.json", "s-001.tar", "s-001.tar.idx"):
-        if (name, trouble) != ("index.json", kit.wrong):  # a manifest has no checksum of its own
+    for name in ("scaletrain-index.json", "s-001.tar", "s-001.tar.stidx"):
+        if (name, trouble) != ("scaletrain-index.json", kit.wrong):  # a manifest has no checksum of its own
             web.trouble[name] = [trouble] * 2
     if trouble in (kit.short, kit.wrong):
-        del web.trouble["s-001.tar.idx"]
-        web.trouble.pop("index.json", None)
+        del web.trouble["s-001.tar.stidx"]
+        web.trouble.pop("scaletrain-index.json", None)
     shards = shards_of(web.url, tmp_path)
     assert shards.read(12) == Shards(folder).read(12)
     assert web.asked["s-001.tar"] == (1 if trouble is kit.slow else 3)
@@ -239,18 +239,18 @@ def test_a_loader_process_hands_the_failure_over(web: Server, tmp_path: Path) ->
 
 
 def test_folders_without_an_index_are_refused(web: Server, tmp_path: Path) -> None:
-    web.always["index.json"] = kit.status(404)
-    with pytest.raises(remote.RemoteError, match=r"/data/index.json: HTTP 404 .*shards/index.py before you upload"):
+    web.always["scaletrain-index.json"] = kit.status(404)
+    with pytest.raises(remote.RemoteError, match=r"/data/scaletrain-index.json: HTTP 404 .*shards/index.py before you upload"):
         shards_of(web.url, tmp_path)
-    web.always["index.json"] = lambda page, data: page.answer(b"<html>", 6)
-    with pytest.raises(DataError, match=r"/data/index.json cannot be read .*shards/index.py before you upload"):
+    web.always["scaletrain-index.json"] = lambda page, data: page.answer(b"<html>", 6)
+    with pytest.raises(DataError, match=r"/data/scaletrain-index.json cannot be read .*shards/index.py before you upload"):
         shards_of(web.url, tmp_path)
 
 
 def test_a_wrong_table_is_named_and_not_kept(folder: Path, web: Server, tmp_path: Path) -> None:
-    web.trouble["s-001.tar.idx"] = [lambda page, data: page.answer(bytes(len(data)), len(data))]
+    web.trouble["s-001.tar.stidx"] = [lambda page, data: page.answer(bytes(len(data)), len(data))]
     shards = shards_of(web.url, tmp_path)
-    with pytest.raises(DataError, match=rf"{web.url}/s-001.tar.idx at byte 0: "):
+    with pytest.raises(DataError, match=rf"{web.url}/s-001.tar.stidx at byte 0: "):
         shards.read(12)
     assert shards.read(12) == Shards(folder).read(12)
 

@@ -113,7 +113,9 @@ def test_what_is_wrong_is_named(folder: Path, s3: tuple[str, object], tmp_path: 
         shards.read(12)
     put(data)
     assert shards.read(12) == Shards(folder).read(12)
-    with pytest.raises(remote.RemoteError, match=r"^s3://shards/else/index.json: FileNotFoundError.*before you upload it$"):
+    with pytest.raises(
+        remote.RemoteError, match=r"^s3://shards/else/scaletrain-index.json: FileNotFoundError.*before you upload it$"
+    ):
         Shards("s3://shards/else")
 
 

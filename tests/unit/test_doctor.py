@@ -239,7 +239,7 @@ def test_loader_and_the_cores_that_a_rehearsed_run_takes(tmp_path: Path) -> None
     shards, run = write_shards(tmp_path / "shards", (40, 40)), tmp_path / "run"
     (found,) = feed.loader(shards, run)
     assert (found.status, "has no index" in found.text, "shards/index.py" in found.cure) == ("fail", True, True)
-    assert not (shards / "index.json").exists()
+    assert not (shards / "scaletrain-index.json").exists()
     Shards(shards).check()
     run.mkdir()
     (run / "config.yaml").write_text("data: {lanes: 8, views: [{size: 16, count: 3}]}\n")

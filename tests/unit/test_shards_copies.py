@@ -47,7 +47,7 @@ def copies(folder: Path) -> list[dict[str, object]]:
 def test_copies_are_left_out_and_listed(tmp_path: Path, web: Server) -> None:
     source = listing(tmp_path / "list.csv", web)
     said = run("listing", source, tmp_path / "out", "--per-shard", 3)
-    assert "8 images with numbers as labels, 4 shards; left out as copies of others: 4, see copies.jsonl" in said
+    assert "8 images in 3 classes, 4 shards; left out as copies of others: 4, see copies.jsonl" in said
     assert set(contents(tmp_path / "out")) == {encode(picture(i)) for i in range(8)}
     assert "8 samples" in run("verify", tmp_path / "out")
     assert not (tmp_path / "out" / "quarantine.jsonl").exists()

@@ -46,12 +46,17 @@ def test_none_one_and_many_labels(tmp_path: Path) -> None:
     data = photos(tmp_path / "images", 5)
     rows = [["0.png", "4"], ["1.png", ""], ["2.png", "7;1"], ["3.png", "-1"], [str(tmp_path / "images" / "4.png"), "2.0"]]
     listing = write_csv(tmp_path / "list.csv", [["path", "label"], *rows])
-    said = run("listing", listing, tmp_path / "out", "--root", tmp_path / "images")
-    assert "5 images with numbers as labels" in said
-    assert contents(tmp_path / "out") == {data[0]: 4, data[1]: -1, data[2]: -1, data[3]: -1, data[4]: 2}
+    said = run("listing", listing, tmp_path / "out", "--root", tmp_path / "images", "--no-label", "")
+    assert "5 images in 4 classes, 1 shard; without a label: 2" in said
+    assert (
+        f"labels are numbered anew, without gaps; give other splits these classes: --classes {tmp_path}/out/classes.json"
+        in said
+    )
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["1", "2", "4", "7"]
+    assert contents(tmp_path / "out") == {data[0]: 2, data[1]: -1, data[2]: -1, data[3]: -1, data[4]: 1}
     found = members(tmp_path / "out")
     assert {key: json.loads(value) for key, value in found.items() if key.endswith(".json")} == {
-        "000000002-2.json": {"labels": [1, 7]}
+        "000000002-2.json": {"labels": [0, 3]}
     }
     assert sorted(key.partition("-")[0] for key in found if key.endswith(".cls")) == ["000000000", "000000004"]
     assert "5 samples, 2 labelled" in run("verify", tmp_path / "out")
@@ -66,7 +71,7 @@ def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
     shards = Shards(tmp_path / "out")
     data = Data.model_validate({"path": str(tmp_path / "out"), "lanes": 4, "window": 1, "views": [{"size": 16, "count": 1}]})
     raw = Images(data, shards, Plan(shards.counts, seed=0, batch=4, lanes=4, window=1), 0, 4)[0, 0]
-    assert sorted(raw.labels.tolist()) == [-1, -1, 3, 3]
+    assert sorted(raw.labels.tolist()) == [-1, -1, 2, 2]  # of the classes 1, 2, 3
 
 
 @pytest.mark.parametrize(
@@ -109,12 +114,13 @@ def test_parquet_gives_the_shards_of_the_same_csv(tmp_path: Path) -> None:
     texts = [";".join(map(str, row or [])) for row in labels]
     listing = write_csv(tmp_path / "list.csv", [["path", "labels"], *([f"{i}.png", text] for i, text in enumerate(texts))])
     for name, source in (("a", tmp_path / "parts"), ("b", listing)):
-        run("listing", source, tmp_path / name, "--root", tmp_path / "images")
+        run("listing", source, tmp_path / name, "--root", tmp_path / "images", *(("--no-label", "") if name == "b" else ()))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     flat = {"path": ["0.png", "1.png"], "label": np.array([4.0, np.nan])}  # whole numbers with gaps, as pandas saves them
     parquet.write_table(arrow.table(flat), tmp_path / "images" / "flat.parquet")
     run("listing", tmp_path / "images" / "flat.parquet", tmp_path / "flat")
-    assert sorted(contents(tmp_path / "flat").values()) == [-1, 4]
+    assert sorted(contents(tmp_path / "flat").values()) == [-1, 0]
+    assert json.loads((tmp_path / "flat" / "classes.json").read_text()) == ["4"]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     run("listing", tmp_path / "bad.parquet", tmp_path / "more", fails="bad.parquet cannot be read")
 

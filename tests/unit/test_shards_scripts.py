@@ -114,6 +114,11 @@ def test_destination_is_protected(tmp_path: Path) -> None:
     (out / "thesis.doc").write_text("precious")
     run("folder", source, out, "--force", fails="not replaced, since it holds more than shards (thesis.doc)")
     assert (out / "thesis.doc").read_text() == "precious"
+    (out / "thesis.doc").unlink()
+    (out / "index.json").write_text('{"chunks": []}')  # of another tool
+    run("folder", source, out, "--force", fails="not replaced, since it holds more than shards (index.json)")
+    (out / "index.json").write_text('{\n"version": 1,\n"samples": 3,\n"shards": [\n]\n}')  # of an older version
+    run("folder", source, out, "--force")
     (tmp_path / "file").write_text("x")
     run("folder", source, tmp_path / "file", fails="exists already")
     run("folder", source, tmp_path / "file" / "out", fails="cannot be made")
@@ -238,7 +243,7 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     for file, content in zip(files, data, strict=True):
         file.write_bytes(content)
     said = run("verify", folder)
-    assert "1 shards, 3 samples" in said
+    assert "1 shard, 3 samples" in said
     assert "4 FAULTS" in said
     result = subprocess.run(
         [sys.executable, "shards/verify.py", folder], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
