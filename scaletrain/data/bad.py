@@ -40,13 +40,19 @@ def substitutes(seed: int, epoch: int, sample: int, repeat: int, span: tuple[int
     yield from (lo + bits % (hi - lo)).tolist()
 
 
-def left_out(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0) -> float:
-    """The share of samples that indexing left out of shards, which is said. Raises DataError where the policy forbids it."""
+def left_out(losses: Sequence[Loss]) -> float:
+    """The share of samples that indexing left out of shards."""
+    lost = sum(loss.samples for loss in losses)
+    return lost / max(1, lost + sum(loss.present for loss in losses))
+
+
+def admit(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0) -> None:
+    """Say what indexing left out of shards. Raises DataError where the policy forbids it."""
+    share = left_out(losses)
+    if not share:
+        return
     lost, present = sum(loss.samples for loss in losses), sum(loss.present for loss in losses)
-    if not lost:
-        return 0.0
     first = next(loss for loss in losses if loss.samples)
-    share = lost / (lost + present)
     text = f"indexing left out about {lost:,} of {lost + present:,} samples, the first: {first.folder}/{printable(first.fault)}"
     mend = f"mend the shards and run shards/index.py --force {first.folder}"
     if on_bad == "raise":
@@ -57,7 +63,6 @@ def left_out(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0
             f"{text}; that is a share of {share:.2g}, above data.max_bad={max_bad:g}: {mend}, or raise data.max_bad"
         )
     index.say(f"notice: {text}")
-    return share
 
 
 class Account:

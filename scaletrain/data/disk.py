@@ -1,6 +1,6 @@
 """Local files of any origin: opened without waiting for a pipe or touching a device, and read up to a limit.
 
-Everything here raises OSError, whose `strerror` says what is wrong.
+What is wrong is an OSError, whose `strerror` says it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -30,6 +31,14 @@ def open_file(path: str | Path) -> int:
 def reader(path: str | Path) -> BufferedReader:
     """A regular file as a file object, for reading."""
     return os.fdopen(open_file(path), "rb")
+
+
+def is_folder(entry: os.DirEntry[Any]) -> bool:
+    """A folder or a link to one; a loop of links is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def read(path: str | Path, limit: int) -> bytes:

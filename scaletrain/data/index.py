@@ -42,7 +42,7 @@ def say(text: str) -> None:
         print(text)
 
 
-def load(shards: selection.Shards, notice: Callable[[str], None] = say, skip: bool = False) -> Manifest:
+def load(shards: selection.Paths, notice: Callable[[str], None] = say, skip: bool = False) -> Manifest:
     """The shards of a folder, or those that a pattern or a list chooses of it, in canonical order. Raises DataError.
 
     A folder without an index, or with one of an older version, is indexed first. `skip`: faults are then said and left out in
@@ -222,7 +222,7 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
                 (hidden if name.startswith(b".") else tars).append(name)
             elif name.endswith(COMPRESSED):
                 compressed.append(name)
-            elif not name.endswith(ours) and not name.startswith(b".") and entry.is_dir():
+            elif not name.endswith(ours) and not name.startswith(b".") and disk.is_folder(entry):
                 folders.append(name)
     inner = [name for name in sorted(folders)[:FOLDERS] if next((folder / os.fsdecode(name)).glob("*.tar"), None)]
     if not tars:

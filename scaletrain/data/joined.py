@@ -29,7 +29,7 @@ class Joined:
     3 of another.
     """
 
-    def __init__(self, folders: Sequence[selection.Shards], skip: bool = False, cache: Cache = NODE) -> None:
+    def __init__(self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = NODE) -> None:
         # the limit of open files is the process's
         self.parts = [Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache) for folder in folders]
         self._first = np.cumsum([0, *map(len, self.parts)])
@@ -94,7 +94,7 @@ class Joined:
         return self.parts[part], sample - int(self._first[part])
 
 
-def shards_of(shards: selection.Shards, skip: bool = False, cache: Cache = NODE) -> Shards | Joined:
+def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) -> Shards | Joined:
     """The shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.places(shards)
     if len(places) == 1:
@@ -102,7 +102,7 @@ def shards_of(shards: selection.Shards, skip: bool = False, cache: Cache = NODE)
     return Joined([place.paths for place in places], skip, cache)
 
 
-def classes(shards: selection.Shards) -> bytes | None:
+def classes(shards: selection.Paths) -> bytes | None:
     """The classes.json of their folder, a JSON list of names in the order of the labels.
 
     None where there is none, or one of another tool. Raises DataError where it cannot be read.

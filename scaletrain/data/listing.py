@@ -176,7 +176,8 @@ class Listing:
         if not row.image:
             raise DataError(f"{row.where}: no path or address")
         *folders, name = row.image.split("/")
-        if odd := clutter(name) or next((folder for folder in folders if folder.lower() == "__macosx"), ""):
+        odd = clutter(name) or next((folder for folder in folders if folder.lower() == "__macosx"), "")
+        if odd and "://" not in row.image:
             self.ignored[odd] += 1
             return
         if row.empty:

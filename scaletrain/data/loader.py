@@ -21,7 +21,7 @@ from scaletrain import dist
 from scaletrain.config import Cache, Data
 from scaletrain.core import Batch
 from scaletrain.data import watch
-from scaletrain.data.bad import Replaced, left_out
+from scaletrain.data.bad import Replaced, admit, left_out
 from scaletrain.data.device import ToDevice
 from scaletrain.data.errors import DataError
 from scaletrain.data.joined import Joined, shards_of
@@ -49,7 +49,7 @@ class Stream:
     ) -> None:
         self.data, self.device = data, device
         shards = opened(data)
-        self.missing = 0.0 if shards is None else left_out(shards.losses, data.on_bad, data.max_bad)
+        self.missing = 0.0 if shards is None else left_out(shards.losses)
         self.plan = planned(data, shards, seed=seed, batch=batch, rows=rows)
         lo, hi = self.plan.part(rank, world)
         if shards is None:
@@ -110,14 +110,20 @@ class Stream:
 
 def opened(data: Data) -> Shards | Joined | None:
     """The shards that a recipe names; None for synthetic data. Raises DataError."""
-    if data.mixture:
-        return Joined([part.path for part in data.mixture], cache=data.cache, skip=data.on_bad == "skip")
-    if not data.path:
+    if data.path == SYNTHETIC:
+        return None
+    if not data.path and not data.mixture:
         raise DataError(
             "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py writes, "
             "or data.path=synthetic"
         )
-    return None if data.path == SYNTHETIC else shards_of(data.path, cache=data.cache, skip=data.on_bad == "skip")
+    skip = data.on_bad == "skip"
+    if data.mixture:
+        shards: Shards | Joined = Joined([part.path for part in data.mixture], cache=data.cache, skip=skip)
+    else:
+        shards = shards_of(data.path, cache=data.cache, skip=skip)
+    admit(shards.losses, data.on_bad, data.max_bad)
+    return shards
 
 
 def planned(data: Data, shards: Shards | Joined | None, *, seed: int, batch: int, rows: Ints | None = None) -> Batches:
@@ -159,7 +165,7 @@ def plain(
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
     shards = Shards(path, cache=cache)
-    left_out(shards.losses)
+    admit(shards.losses)
     samples = len(shards) if rows is None else len(rows)
     lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]

@@ -161,8 +161,9 @@ class replacing:
         return any(self._journals(lambda path: path.stat().st_size > 0))
 
     def _content(self) -> list[Path]:
-        """What is in DEST, but for the partial folder, and what a file system has in its root."""
-        return [path for path in self.dest.iterdir() if path != self.partial and path.name != "lost+found"]
+        """What is in DEST, but for the partial folder, and what a file system has at its root."""
+        root = ("lost+found",) if self._inside else ()
+        return [path for path in self.dest.iterdir() if path != self.partial and path.name not in root]
 
     def _claim(self) -> None:
         """Alone in the folder, where the file system has locks."""

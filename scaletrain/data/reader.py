@@ -38,7 +38,7 @@ class Shards:
 
     def __init__(
         self,
-        shards: selection.Shards,
+        shards: selection.Paths,
         notice: Callable[[str], None] = index.say,
         keep: int = OPEN_SHARDS,
         skip: bool = False,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scaletrain.data.errors import DataError
 from scaletrain.data.remote import is_remote
 
-Shards = str | Path | Sequence[str]
+Paths = str | Path | Sequence[str]
 MOST = 1_000_000  # names that braces may stand for
 DIGITS = b"0123456789"
 SPLITS = {
@@ -31,7 +31,7 @@ SPLITS = {
 
 
 class Place(NamedTuple):
-    """Shards of one folder, local or an address."""
+    """Paths of one folder, local or an address."""
 
     folder: str
     patterns: tuple[str, ...] = ()  # of names; none: all
@@ -51,16 +51,17 @@ class Place(NamedTuple):
         missing = exact[~np.isin(exact, names)]
         if len(missing) and missing[0]:
             raise DataError(f"{self.folder}/{os.fsdecode(missing[0])}: there is no such shard")
+        texts = list(map(os.fsdecode, names.tolist())) if any(map(_wild, wanted)) else []
         for name in filter(_wild, wanted):
-            fits = re.compile(os.fsencode(fnmatch.translate(name)), re.DOTALL).match
-            here = np.fromiter((fits(one) is not None for one in names.tolist()), np.bool_, len(names))
+            fits = re.compile(fnmatch.translate(name)).match
+            here = np.fromiter((fits(text) is not None for text in texts), np.bool_, len(texts))
             if not here.any():
                 raise DataError(f"{self.folder}/{name}: no shard has such a name")
             chosen |= here
         return chosen
 
 
-def places(shards: Shards) -> list[Place]:
+def places(shards: Paths) -> list[Place]:
     """Folder by folder, in the order of their first mention. Raises DataError."""
     found: dict[str, list[str]] = {}
     whole: set[str] = set()
@@ -72,7 +73,7 @@ def places(shards: Shards) -> list[Place]:
     return [Place(folder, () if folder in whole else tuple(patterns)) for folder, patterns in found.items()]
 
 
-def place(shards: Shards) -> Place:
+def place(shards: Paths) -> Place:
     """The one folder of shards. Raises DataError for a list of several."""
     first, *others = places(shards)
     if others:
@@ -140,7 +141,7 @@ def _alternatives(text: str) -> list[str]:
     return text.split(",")
 
 
-def _listed(shards: Shards) -> list[str]:
+def _listed(shards: Paths) -> list[str]:
     if not isinstance(shards, str | Path):
         found = list(shards)
     elif (text := str(shards)).startswith("[") and text.endswith("]") and not Path(text).exists():

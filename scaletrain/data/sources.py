@@ -154,7 +154,7 @@ def inside(folder: Path, ignored: Counter[str]) -> tuple[list[str], list[str]]:
     folders, images = [], []
     with os.scandir(folder) as entries:  # knows folders from files without a look at each, which is slow on a network
         for entry in entries:
-            if not entry.is_dir():
+            if not disk.is_folder(entry):
                 if is_image(entry.name, ignored):
                     images.append(entry.name)
             elif odd := clutter(entry.name):

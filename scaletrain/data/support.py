@@ -19,7 +19,7 @@ from scaletrain import dist
 from scaletrain.config import Data, Support
 from scaletrain.core import Batch
 from scaletrain.data import labels as subset
-from scaletrain.data.bad import Replaced, left_out
+from scaletrain.data.bad import Replaced
 from scaletrain.data.device import ToDevice
 from scaletrain.data.errors import DataError
 from scaletrain.data.joined import Joined
@@ -117,8 +117,6 @@ class Supported(Stream):
         shards = opened(own)
         if isinstance(shards, Joined):
             raise DataError("data.support needs the shards of one folder, not of a list of several; set data.support.path")
-        if shards is not None and asked.path:
-            left_out(shards.losses, data.on_bad, data.max_bad)
         index, labels = _allowed(own, asked, shards)
         seed = int(dist.hash64(seed, "support"))  # or a sample would be cropped alike in both
         steps = self.steps_per_epoch

@@ -29,7 +29,7 @@ class Found:
 
 
 def verify(
-    shards_of: selection.Shards, max_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None
+    shards_of: selection.Paths, max_pixels: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Found:
     """All faults, by sample or where an archive breaks off. Raises DataError if the folder itself is unusable."""
     place = selection.place(shards_of)
