@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from scaletrain import config, dist, files, recipe
+from scaletrain import config, dist, durable, recipe
 from scaletrain.data.remote import is_remote
 from scaletrain.evals import targets
 from scaletrain.evals.features import Config as FeaturesConfig
@@ -165,7 +165,7 @@ def _write(subject: Subject, card: Mapping[str, Any], subset: str) -> None:
     path = subject.home / f"{prefix}{card['benchmark']}-step-{card['step']}{suffix}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path, str(os.getpid())) as file:
+        with durable.replacing(path, str(os.getpid())) as file:
             file.write(json.dumps(card, indent=1).encode() + b"\n")
     except OSError as error:
         raise EvalError(f"cannot write {path}: {error.strerror}") from None
