@@ -99,11 +99,11 @@ def warn_one_rank(launcher: int) -> None:
     os.kill(rank_process(launcher, 1), signal.SIGUSR2)
 
 
-def end_the_launcher(launcher: int) -> None:
-    os.kill(launcher, signal.SIGTERM)
+def close_the_terminal(launcher: int) -> None:
+    os.kill(launcher, signal.SIGHUP)
 
 
-@pytest.mark.parametrize(("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (end_the_launcher, 143, "SIGTERM")])
+@pytest.mark.parametrize(("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (close_the_terminal, 129, "SIGHUP")])
 def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(
     tmp_path: Path, ask: Callable[[int], None], code: int, name: str
 ) -> None:
@@ -114,7 +114,7 @@ def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(
         assert process.returncode == code, errors
     reached = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
     assert reached < STEPS
-    assert f"stopped at step {reached} on {name}, saved; the same command goes on from there" in out
+    assert f"stopped at step {reached} on {name}, saved; rerun the same command to resume" in out
     assert "failed" not in errors
     with start(tmp_path, "run") as process:
         out, errors = process.communicate(timeout=120)
