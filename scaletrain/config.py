@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -32,6 +33,15 @@ Positive = Annotated[float, Field(gt=0.0)]
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
+PATHS = ("path", "labels")  # the keys that name a file or folder
+
+
+def _absolute(path: str) -> str:
+    """Of a file or folder: what a run saves must mean the same from any folder. An address stays as it is."""
+    return path if path in ("", "synthetic") or "://" in path else str(Path(path).expanduser().absolute())
+
+
+Place = Annotated[str, AfterValidator(_absolute)]
 
 
 class Frozen(BaseModel):
@@ -87,14 +97,14 @@ class View(Frozen):
 class Part(Frozen):
     """One of the data sets of a mixture."""
 
-    path: Annotated[str, Field(min_length=1)]  # folder of tar shards
+    path: Annotated[Place, Field(min_length=1)]  # folder of tar shards
     weight: Positive  # share of the draws, relative to the other parts
 
 
 class Cache(Frozen):
     """Whole shards on this node's disk, shared by its ranks: those of http://, https:// and s3:// addresses."""
 
-    path: str = ""  # folder of this node; "": the one for temporary files
+    path: Place = ""  # folder of this node; "": the one for temporary files
     bytes: Count = 100_000_000_000  # oldest shards are deleted beyond; want twice the shards in use, which the run prints
     stage: bool = False  # copy the shards of local folders too: for parallel file systems, which random reads hurt
 
@@ -102,15 +112,15 @@ class Cache(Frozen):
 class Support(Frozen):
     """Labelled samples beside every batch, as many of each class, for the auxiliaries that want them (suncet)."""
 
-    path: str = ""  # folder of shards; "": data.path
-    labels: str = ""  # file of shards/subset.py, the samples whose labels may be used; "": all of a `path` of their own
+    path: Place = ""  # folder of shards; "": data.path
+    labels: Place = ""  # file of shards/subset.py, the samples whose labels may be used; "": all of a `path` of their own
     classes: Count = 10  # of a step; the classes take turns
     per_class: Annotated[int, Field(ge=2)] = 2  # samples of each of them
     epochs: Positive = 100.0  # from the start; the steps of later ones have none
 
 
 class Data(Frozen):
-    path: str = ""  # folder of tar shards, local or http(s)://HOST/FOLDER or s3://BUCKET/FOLDER, or the word `synthetic`
+    path: Place = ""  # folder of tar shards, local or http(s)://HOST/FOLDER or s3://BUCKET/FOLDER, or the word `synthetic`
     cache: Cache = Cache()
     mixture: tuple[Part, ...] = ()  # in place of path: folders that every batch draws from
     epoch_samples: Natural = 0  # samples that count as an epoch; 0: as many as the data has

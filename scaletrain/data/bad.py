@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from scaletrain import dist
+from scaletrain import dist, durable
 from scaletrain.config import ConfigError, Data
 from scaletrain.data.errors import DataError
 
+log = logging.getLogger("scaletrain")
 TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
 SAID = 10  # bad samples that a rank names on its console
 FOLDER = "skipped"
@@ -41,34 +41,33 @@ class Account:
     `before`: draws replaced in all steps before it, over all ranks.
     """
 
-    def __init__(self, run: Path, data: Data, *, epoch: int, batch: int, start: int, before: int) -> None:
+    def __init__(self, run: Path, data: Data, *, epoch: int, start: int, before: int) -> None:
         self.on = data.on_bad == "skip"
-        self._limit, self._epoch, self._batch = data.max_bad, epoch, batch
+        self._limit, self._epoch = data.max_bad, epoch
         self._before, self._mine, self.total = before, 0, before
         self._folder = run / FOLDER
+        self._log = durable.Records(self._folder / f"rank-{dist.rank()}.jsonl")
         if self.on and dist.main():
             for path in self._folder.glob("rank-*.jsonl"):
-                _drop_from(path, start)
+                durable.drop_records(path, start)
 
     def add(self, step: int, replaced: Sequence[Replaced]) -> None:
         """Note what one step replaced on this rank."""
         if not replaced:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank-{dist.rank()}.jsonl").open("a") as file:
-            for item in replaced:
-                file.write(json.dumps({"step": step, **item._asdict()}) + "\n")
-                self._mine += 1
-                if self._mine <= SAID:
-                    print(f"replaced by sample {item.used}: {item.fault}", file=sys.stderr)
+        for item in replaced:
+            self._log.add({"step": step, **item._asdict()})
+            self._mine += 1
+            if self._mine <= SAID:
+                log.warning("replaced by sample %d: %s", item.used, item.fault)
 
-    def agree(self, steps: int) -> int:
-        """Draws replaced in the first `steps` steps, over all ranks, which all call it. Raises DataError above the limit."""
+    def agree(self, drawn: int) -> int:
+        """Draws replaced of the run's first `drawn`, over all ranks, which all call it. Raises DataError above the limit."""
         self.total = self._before + int(dist.sum_nograd(torch.tensor(self._mine)))
         # of an epoch at least: one bad sample in the first batch says little
-        if self.total > self._limit * max(steps * self._batch, self._epoch):
+        if self.total > self._limit * max(drawn, self._epoch):
             raise DataError(
-                f"{self.total} of {steps * self._batch} samples could not be used, more than data.max_bad={self._limit:g} "
+                f"{self.total} of {drawn} samples could not be used, more than data.max_bad={self._limit:g} "
                 f"allows; {self._folder} names them; mend the shards or raise data.max_bad"
             )
         return self.total
@@ -80,10 +79,10 @@ class Account:
         """For the checkpoint, as `count_of` reads it."""
         return {"skipped": self.total} if self.on or self.total else {}
 
-    def summary(self, steps: int) -> str:
-        share = self.total / max(1, steps * self._batch)
+    def summary(self, drawn: int) -> str:
+        share = self.total / max(1, drawn)
         named = f"; {self._folder} names them" if self.total else ""
-        return f"{self.total:,} bad samples of {steps * self._batch:,} were replaced ({share:.2g}){named}"
+        return f"{self.total:,} bad samples of {drawn:,} were replaced ({share:.2g}){named}"
 
 
 def count_of(meta: Mapping[str, object]) -> int:
@@ -92,14 +91,3 @@ def count_of(meta: Mapping[str, object]) -> int:
     if not isinstance(count, int) or count < 0:
         raise ConfigError(f"the checkpoint's count of skipped samples is {count!r}")
     return count
-
-
-def _drop_from(path: Path, start: int) -> None:
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] < start:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):  # cut short by a crash
-            continue
-    path.write_text("".join(kept))

@@ -84,6 +84,20 @@ class Stream:
         """Of all samples [N], -1 where unknown; None for synthetic data, whose labels are made up."""
         return self.dataset.shards.labels() if isinstance(self.dataset, Images) else None
 
+    def sources(self) -> list[dict[str, Any]]:
+        """Of each data set its path, samples, weight in a mixture, and a sha256 of the bytes of all its shards."""
+        if not isinstance(self.dataset, Images):
+            return [{"path": SYNTHETIC, "samples": self.samples}]
+        shards = self.dataset.shards
+        if isinstance(shards, Joined):
+            parts = zip(self.data.mixture, shards.parts, strict=True)
+            return [{**source(part.path, held), "weight": part.weight} for part, held in parts]
+        return [source(self.data.path, shards)]
+
+    def support_sources(self) -> list[dict[str, Any]]:
+        """The same of the labelled samples that come with the batches."""
+        return []
+
     def name(self, sample: int) -> str:
         """Where to find a sample: SHARD.tar/KEY, or its number if the data is synthetic or cannot be read any more."""
         return _name(self.dataset, sample)
@@ -101,6 +115,11 @@ class Stream:
             with mark(COPY):
                 batch = self._to_device(raw)
             yield batch
+
+
+def source(path: str, shards: Shards) -> dict[str, Any]:
+    """The identity of a data set, as a checkpoint keeps it."""
+    return {"path": path, "samples": len(shards), "sha256": shards.fingerprint}
 
 
 def opened(data: Data) -> Shards | Joined | None:

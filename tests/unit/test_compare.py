@@ -21,6 +21,7 @@ from scaletrain.compare import compare
 from scaletrain.core import Batch, Clock, Result
 from scaletrain.monitor import Monitor
 from scaletrain.recipe import ConfigError
+from scaletrain.resume import Start
 
 PER_EPOCH, EVERY = 40, 7
 
@@ -123,7 +124,9 @@ def test_a_resume_adds_neither_its_start_up_nor_what_it_repeats(
     images = Batch((torch.zeros(1, 1, 3, 2, 2),), torch.zeros(1), torch.zeros(1), torch.zeros(2, 3))
     for start, stop in ((0, 64), (59, 129), (126, 200)):
         recipe = config.load(slow / "config.yaml")
-        watch = Monitor(slow, recipe, total_steps=200, steps_per_epoch=PER_EPOCH, start_step=start)
+        watch = Monitor(
+            slow, recipe, total_steps=200, steps_per_epoch=PER_EPOCH, start=Start(start, start, recipe.batch * start)
+        )
         for step in range(start, stop):
             clock.now += 3600 if step == start else 0.25
             watch.step(Clock(step, 200, step // PER_EPOCH, PER_EPOCH), Result(1.0, {}, torch.ones(())), {}, images, 0.0)

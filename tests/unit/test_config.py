@@ -90,9 +90,11 @@ def test_defaults_are_frozen_tuples(recipe: Path) -> None:
         ("optim.lr=.5", "optim.lr", 0.5),
         ("batch=1e3", "batch", 1000),
         ("seed=0o14", "seed", 12),
-        ("data.path=on", "data.path", "on"),  # YAML 1.1 would read true
+        ("data.path=on", "data.path", str(Path("on").absolute())),  # YAML 1.1 would read true
         ("data.path=s3://a/b?c=d", "data.path", "s3://a/b?c=d"),
-        ("data.path='0123'", "data.path", "0123"),
+        ("data.path='0123'", "data.path", str(Path("0123").absolute())),
+        ("data.path=a/./b/", "data.path", str(Path("a/b").absolute())),
+        ("data.path=~/x", "data.path", str(Path.home() / "x")),
         ("optim.betas=[0.8, 0.9]", "optim.betas", [0.8, 0.9]),
         ("method.sizes=[1,2,3]", "method.sizes", [1, 2, 3]),
         ("method.head.hidden=8", "method.head.hidden", 8),
