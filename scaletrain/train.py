@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,7 +207,9 @@ def _check_labels(stream: Stream, classes: int | None) -> None:
             f"{unknown:,} of {len(labels):,} samples have no label, which this method needs; choose another data.path"
         )
     if classes and labels.max() >= classes:
-        raise ConfigError(f"method.classes={classes}, but there are labels up to {labels.max()}: set it to {labels.max() + 1}")
+        there, largest = len(np.unique(labels)), int(labels.max())
+        fix = f"set it to {there}" if largest < there else "write the shards again: importers number classes without gaps"
+        raise ConfigError(f"method.classes={classes}, but the labels are of {there} classes with numbers up to {largest}: {fix}")
 
 
 def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:
