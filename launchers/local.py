@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     if options.procs < 1 or not 0 <= options.port < 65536:
         parser.error("--procs is at least 1 and --port below 65536")
     from scaletrain import dist  # slow to import, after the arguments are known good
+    from scaletrain.tables import plural
 
     logging.disable()  # torch's agent logs every failure with a traceback of its own
     os.environ["SCALETRAIN_LAUNCHER"] = str(os.getpid())
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         code = _attempt(options.procs, options.port, rest)
         if code in (0, 2, *ASKED) or not left:  # 2: the same input would be refused again
             return code
-        print(f"starting again, {left} restart(s) left", file=sys.stderr)
+        print(f"starting again, {plural(left, 'restart')} left", file=sys.stderr)
     return code
 
 

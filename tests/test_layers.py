@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    ("core", "compiled", "config", "recipe", "marks", "versions"),
+    ("core", "compiled", "config", "recipe", "marks", "tables", "versions"),
     ("dist",),
     ("ops", "nn", "optim", "placement"),
     ("data",),

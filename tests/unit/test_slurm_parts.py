@@ -82,7 +82,7 @@ def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> 
 def test_folder_that_only_this_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(queue, "_here", lambda node: node == "here")
     for kind, problem in (("nfs4", None), ("lustre", None), ("ext4", None), ("tmpfs", "on this machine only")):
-        monkeypatch.setattr(queue, "_file_system", lambda path, kind=kind: kind)
+        monkeypatch.setattr(queue, "filesystem", lambda path, kind=kind: kind)
         assert queue.check_shared(Path("/shared/run"), ["here"]) is None
         if problem:
             with pytest.raises(queue.SlurmError, match=problem):
