@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import dist
+from scaletrain.files import replacing
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM's warning before time-out and preemption; a plain request to end
 STOPPED_FILE = "SCALETRAIN_STOPPED_FILE"  # the variable by which a launcher says where to note that a run stopped on request
+PROGRESS_FILE = "SCALETRAIN_PROGRESS_FILE"  # ... and where to note what was saved last, one line such as `step 123`
 
 
 class Stopped(Exception):
@@ -65,3 +68,13 @@ def announce(stop: Stopped) -> None:
     if dist.main() and (place := os.environ.get(STOPPED_FILE)):
         Path(place).write_text(signal.Signals(stop.number).name)
     dist.barrier()
+
+
+def note_progress(text: str) -> None:
+    """Tell the launcher what this process has just saved for good, e.g. `step 123`; for one rank.
+
+    By it the launcher knows a crash at one and the same place, at which it gives up after some, from one that came further.
+    """
+    if place := os.environ.get(PROGRESS_FILE):
+        with contextlib.suppress(OSError), replacing(Path(place), "draft") as file:  # a crash too many is then counted, no more
+            file.write(f"{text}\n".encode())
