@@ -22,7 +22,7 @@ NEEDED = (
     "ruamel.yaml",
     "tensorboard",
 )
-OPTIONAL = ("deepspeed", "fairscale", "submitit", "timm")
+OPTIONAL = ("deepspeed", "fairscale", "timm")
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
