@@ -131,10 +131,11 @@ def main(
 
 def preview(launch: Launch, resources: Resources) -> None:
     """Print the batch script on a machine without SLURM, and on stderr what the cluster would add to it."""
-    list(launch.configurations())  # raises what the job would
+    list(launch.configurations())  # refused here, and not after hours in the queue
     typer.echo(launch.script(resources), nl=False)
-    typer.echo("no SLURM here, so this is the script without what the partition decides:", err=True)
-    typer.echo(tables.render(("", ""), resources.undecided().items(), width=tables.width()), err=True)
+    if undecided := resources.undecided():
+        typer.echo("no SLURM here, so this is the script without what the partition decides:", err=True)
+        typer.echo(tables.render(("", ""), undecided.items(), width=tables.width()), err=True)
     typer.echo("not checked: that the cluster can give what is asked for, the data, and batch against the processes", err=True)
 
 

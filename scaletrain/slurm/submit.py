@@ -96,9 +96,9 @@ def check_text(option: str, text: str, *, shell: bool = False) -> None:
     """Raises SlurmError for what would not stay on its line of a batch script, or would not be read there as it is meant."""
     for character in text:
         if unicodedata.category(character) in CONTROL:
-            raise SlurmError(f"{option} holds the control character {character!a}, which has no place in a batch script")
+            raise SlurmError(f"{option} contains the control character {character!a}, which has no place in a batch script")
     if "\\" in text and not shell:
-        raise SlurmError(f"{option} holds a backslash, which SLURM does not read as a character of its own: {text}")
+        raise SlurmError(f"{option} contains a backslash, which SLURM does not read as a character of its own: {text}")
 
 
 def script(folder: Path, run: Path, resources: Resources, count: int) -> str:

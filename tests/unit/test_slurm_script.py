@@ -42,21 +42,21 @@ def test_no_control_character_reaches_the_script(bad: str, monkeypatch: pytest.M
     for name, kind in texts().items():
         with pytest.raises(SlurmError) as error:
             Resources(**{name: ("true", text) if kind in LISTS else text})
-        assert str(error.value).startswith(f"--{name} holds the control character {bad!a}")
+        assert str(error.value).startswith(f"--{name} contains the control character {bad!a}")
         assert len(str(error.value).splitlines()) == 1
     for folder, run in ((Path("/runs/x"), Path(text)), (Path(text), Path("/runs/x"))):
-        with pytest.raises(SlurmError, match=r"^--run holds the control character"):
+        with pytest.raises(SlurmError, match=r"^--run contains the control character"):
             submit.script(folder, run, Resources(), 1)
     monkeypatch.setattr(sys, "executable", text)
-    with pytest.raises(SlurmError, match=r"^the path of Python holds the control character"):
+    with pytest.raises(SlurmError, match=r"^the path of Python contains the control character"):
         submit.script(Path("/runs/x"), Path("/runs/x"), Resources(), 1)
 
 
 def test_a_backslash_is_refused_where_slurm_would_take_it_for_an_escape() -> None:
     for options in ({"account": "a\\b"}, {"time": "1\\0"}):
-        with pytest.raises(SlurmError, match="holds a backslash"):
+        with pytest.raises(SlurmError, match="contains a backslash"):
             Resources(**options)
-    with pytest.raises(SlurmError, match=r"^--run holds a backslash"):
+    with pytest.raises(SlurmError, match=r"^--run contains a backslash"):
         submit.script(Path("/runs/a\\b/1"), Path("/runs/a\\b"), Resources(), 1)
     line = "echo a\\ b"
     assert f"\n{line}\n" in submit.script(Path("/runs/1"), Path("/runs"), Resources(setup=(line,)), 1)
