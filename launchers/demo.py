@@ -25,10 +25,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from scaletrain import tables
 from scaletrain.data import script
 
 if TYPE_CHECKING:
@@ -148,13 +147,10 @@ def evaluate() -> dict[str, dict[str, float]]:
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> None:
-    table = Table("Fashion-MNIST, top-1 in %", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("kNN, k = 20", justify="right")
-    table.add_column("linear", justify="right")
-    for encoder, label in ENCODERS.items():
-        table.add_row(label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear")))
+    rows = [(label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear"))) for encoder, label in ENCODERS.items()]
     console.print()
-    console.print(table)
+    tables.show(("Fashion-MNIST, top-1 in %", "kNN, k = 20", "linear"), rows)
+    console.print()
     tool = Path(os.path.relpath(sys.executable)).parent if Path(sys.executable).is_relative_to(Path.cwd()) else Path()
     for what, where in {
         "run": f"{RUN}  (config.yaml, checkpoints/, metrics.jsonl, evals/)",

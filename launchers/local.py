@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import exit_codes
+from scaletrain.tables import plural
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # those on which training saves and stops
 ASKED = tuple(128 + number for number in SIGNALS)  # exit codes of a process that ended because it was told to
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
             code = Ranks(options.procs, command, listener, Path(folder)).wait()
         if code in (0, exit_codes.INVALID, *ASKED) or not left:
             return code
-        print(f"starting again, {left} restart(s) left", file=sys.stderr)
+        print(f"starting again, {plural(left, 'restart')} left", file=sys.stderr)
     return code
 
 

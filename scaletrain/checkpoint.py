@@ -31,6 +31,7 @@ from torch import Tensor
 from scaletrain import dist, durable, exit_codes, files
 from scaletrain.core import Piece
 from scaletrain.files import CheckpointError, export, load_file
+from scaletrain.interrupt import note_progress
 from scaletrain.saved import (
     MANIFEST,
     Entry,
@@ -141,6 +142,7 @@ class Writer:
             self._patiently(lambda: self._write(job, folder))
             if self._rank == 0:
                 self._patiently(lambda: self._commit(job, folder))
+                note_progress(f"step {job.step}")
         except Exception as error:
             self._error = self._explain(job, folder, error)
             self._error.__cause__ = error

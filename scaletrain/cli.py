@@ -252,29 +252,22 @@ def show_schema() -> None:
 @show.command("methods")
 def show_methods() -> None:
     """Every method and auxiliary: paper, family, recipes and published figures."""
-    from scaletrain import catalogue
+    from scaletrain import catalogue, tables
 
-    typer.echo(
-        "\n".join((*catalogue.lines("methods"), "", "added to a method by `auxiliaries`:", *catalogue.lines("auxiliaries")))
-    )
+    width = tables.width()
+    for line in (*catalogue.lines("methods"), "", "added to a method by `auxiliaries`:", *catalogue.lines("auxiliaries")):
+        typer.echo(tables.wrap(line, width, 8))
 
 
 def _print_changes(recipe: Path, before: Config, after: Config) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from scaletrain import config
+    from scaletrain import config, tables
 
     changes = config.diff(before, after)
     if not changes:
         typer.echo(f"configuration: {recipe} as it is")
         return
-    table = Table("key", str(recipe), "this run", title="changes of the recipe", title_justify="left", box=box.SIMPLE)
-    table.columns[0].no_wrap = True
-    for key, old, new in changes:
-        table.add_row(key, *("-" if value is None else str(value) for value in (old, new)))
-    Console(highlight=False, markup=False).print(table)
+    rows = [(key, *("-" if value is None else value for value in (old, new))) for key, old, new in changes]
+    tables.show(("key", "recipe", "this run"), rows, title=f"changes of the recipe {recipe}")
 
 
 def _explained(error: Exception) -> tuple[str, int] | None:

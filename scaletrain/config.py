@@ -25,8 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from scaletrain.recipe import ERRORS, apply, brief, flat, long, nearest, read, yaml
 from scaletrain.recipe import ConfigError as ConfigError
-from scaletrain.recipe import apply, flat, long, nearest, read, yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -248,7 +248,7 @@ def leaves(kind: str) -> tuple[str, ...]:
 def leaf_config(kind: str, name: str) -> type[Leaf]:
     known = leaves(kind)
     if name not in known:
-        raise ValueError(f"there is no '{name}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
+        raise ValueError(f"there is no '{brief(name)}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
     return cast(type[Leaf], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
 
 
@@ -262,17 +262,18 @@ def _leaf(kind: str, value: Any) -> Leaf:
 
 
 def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
-    lines = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
+    found, lines = error.errors(include_url=False), []
+    for item in found[:ERRORS]:
+        where = brief(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
         else:
-            text = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            text = brief(item["msg"].removeprefix("Value error, "), 1000)
+            shown = "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
             choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
             lines.append(f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}")
-    return ConfigError(f"{source}: " + "; ".join(lines))
+    more = f"; and {len(found) - ERRORS:,} more" if len(found) > ERRORS else ""
+    return ConfigError(f"{source}: {'; '.join(lines)}{more}")
 
 
 def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
@@ -319,8 +320,9 @@ def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises ConfigError."""
-    recipe = build(read(Path(path)), str(path))  # validated alone: its errors are not blamed on the command line
-    changes = tuple(overrides)
+    raw, changes = read(Path(path)), tuple(overrides)
+    apply({}, changes)  # what cannot be read is refused before methods are imported, which takes time and memory
+    recipe = build(raw, str(path))  # validated alone: its errors are not blamed on the command line
     return build(apply(recipe.model_dump(mode="json"), changes), "command line") if changes else recipe
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import dist
+from scaletrain.durable import replacing
 
 # SLURM's warning before time-out and preemption, a plain request to end, a closed terminal, its Ctrl-C
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 STOPPED_FILE = "SCALETRAIN_STOPPED_FILE"  # the variable by which a launcher says where to note that a run stopped on request
+PROGRESS_FILE = "SCALETRAIN_PROGRESS_FILE"  # ... and where to note what was saved last, one line such as `step 123`
 
 
 class Stopped(Exception):
@@ -88,3 +90,13 @@ def ending_at_once() -> Iterator[None]:
                 restored.callback(signal.signal, number, signal.signal(number, end))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have blocked them
         yield
+
+
+def note_progress(text: str) -> None:
+    """Tell the launcher what this process has just saved for good, e.g. `step 123`; for one rank.
+
+    By it the launcher knows a crash at one and the same place, at which it gives up after some, from one that came further.
+    """
+    if place := os.environ.get(PROGRESS_FILE):
+        with contextlib.suppress(OSError), replacing(Path(place), "draft") as file:  # a crash too many is then counted, no more
+            file.write(f"{text}\n".encode())

@@ -23,8 +23,9 @@ from scaletrain import config as cfg
 from scaletrain import dist, durable
 from scaletrain.board import Board
 from scaletrain.core import Batch, Clock, Result
-from scaletrain.progress import Pace, Screen, duration, number_of
+from scaletrain.progress import Pace, Screen, duration
 from scaletrain.resume import BEGINNING, Start
+from scaletrain.tables import plural
 
 GRID_SAMPLES = 8
 RANK_SAMPLES = 1024  # rows of the embedding whose singular values are taken: bounds the cost at any batch size
@@ -97,7 +98,7 @@ class Monitor:
         images = steps * self._batch
         rate = images / max(seconds, 1e-9)
         self.note(
-            f"done: {number_of(steps, 'step')}, {number_of(images, 'image')} in {duration(seconds)} ({rate:.0f} images/s); "
+            f"done: {plural(steps, 'step')}, {plural(images, 'image')} in {duration(seconds)} ({rate:.0f} images/s); "
             f"checkpoint {checkpoint}; next: scaletrain eval {shlex.quote(str(run))} knn"
         )
 

@@ -17,11 +17,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def number_of(count: int, what: str) -> str:
-    """`1 step`, `2,000 steps`."""
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
-
-
 def duration(seconds: float) -> str:
     """As hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)

@@ -209,7 +209,9 @@ def _check_labels(stream: Stream, classes: int | None) -> None:
     if classes and labels.max() >= classes:
         there, largest = len(np.unique(labels)), int(labels.max())
         fix = f"set it to {there}" if largest < there else "write the shards again: importers number classes without gaps"
-        raise ConfigError(f"method.classes={classes}, but the labels are of {there} classes with numbers up to {largest}: {fix}")
+        raise ConfigError(
+            f"method.classes={classes}, but the labels are of {there} classes with numbers up to {largest}: {fix}"
+        )
 
 
 def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:

@@ -10,6 +10,7 @@ import typer
 
 from scaletrain.data import index, script, table
 from scaletrain.data.errors import ShardError
+from scaletrain.tables import plural
 
 
 def main(
@@ -26,8 +27,9 @@ def main(
         shards = index.build(folder, force=force, progress=progress, report=faults.append if skip else table.stop)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    left = f"; {len(faults)} faults left out" if faults else ""
-    print(f"{folder}: {sum(s['samples'] for s in shards):,} samples in {len(shards)} shards{left}")
+    left = f"; {plural(len(faults), 'fault')} left out" if faults else ""
+    samples = sum(s["samples"] for s in shards)
+    print(f"{folder}: {plural(samples, 'sample')} in {plural(len(shards), 'shard')}{left}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import typer
 from scaletrain.data import script
 from scaletrain.data.verify import verify
 from scaletrain.data.write import MAX_PIXELS
+from scaletrain.tables import plural
 
 
 def main(
@@ -25,8 +26,9 @@ def main(
         found = verify(folder, max_pixels, progress)
     for fault in found.faults:
         print(f"damaged: {fault}", file=sys.stderr)
-    counts = f"{found.samples:,} samples, {found.labelled:,} labelled, {found.masks:,} masks, {found.bytes:,} bytes"
-    print(f"{folder}: {found.shards} shards, {counts}: {f'{len(found.faults)} FAULTS' if found.faults else 'sound'}")
+    size, counts = plural(found.shards, "shard"), f"{plural(found.samples, 'sample')}, {found.labelled:,} labelled"
+    verdict = plural(len(found.faults), "fault").upper() if found.faults else "sound"
+    print(f"{folder}: {size}, {counts}, {plural(found.masks, 'mask')}, {found.bytes:,} bytes: {verdict}")
     if found.faults:
         raise SystemExit(2)
 

@@ -24,6 +24,7 @@ from scaletrain.data import table
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.manifest import VERSION, Manifest, parse
 from scaletrain.data.manifest import Shard as Shard
+from scaletrain.tables import plural
 
 MANIFEST = "index.json"
 READERS = 8  # shards read at a time while indexing
@@ -131,7 +132,7 @@ def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
         nonlocal last
         if monotonic() - last > SILENCE:
             last = monotonic()
-            notice(f"indexed {done:,} of {total:,} shards")
+            notice(f"indexed {done:,} of {plural(total, 'shard')}")
 
     return progress
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scaletrain.data import partial, write
 from scaletrain.data.errors import DataError
 from scaletrain.data.write import How, Source
+from scaletrain.tables import plural
 
 Dest = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make: DEST/NAME-000000.tar ..., index, classes.json.")]
 Splits = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make, with one folder of shards for each split.")]
@@ -74,9 +75,10 @@ def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "", uni
 
 
 def _summary(source: Source, journal: partial.Journal) -> str:
-    classes = f"in {len(source.classes)} classes" if source.classes else "with numbers as labels"
+    classes = f"in {plural(len(source.classes), 'class')}" if source.classes else "with numbers as labels"
     samples = sum(line.shard["samples"] for line in journal.lines)
-    text = f"{samples:,} images {classes if source.labelled else 'without labels'}, {len(journal.lines)} shards"
+    labels, shards = classes if source.labelled else "without labels", plural(len(journal.lines), "shard")
+    text = f"{plural(samples, 'image')} {labels}, {shards}"
     if journal.copies:
         text += f"; left out as copies of others: {len(journal.copies):,}, see {partial.COPIES}"
     return text + (f"; left out as bad: {len(journal.bad)}, see {write.QUARANTINE}" if journal.bad else "")

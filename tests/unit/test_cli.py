@@ -90,6 +90,8 @@ def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> N
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["optim.lr", "0.3", "0.5"] in rows
     assert ["data.lanes", "64", "4"] in rows
+    narrow = call("train", recipe, "optim.lr=0.5", COLUMNS="20").stdout.splitlines()
+    assert narrow[-3:] == ["optim.lr", "  recipe    0.3", "  this run  0.5"]
 
 
 def test_train_defaults(recipe: Path, training: Any) -> None:

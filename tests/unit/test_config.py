@@ -138,7 +138,7 @@ def test_list_override_names_the_items(write: Write) -> None:
         ("optim.lr=0", "optim.lr: Input should be greater than 0 (got 0)"),
         ("optim.lr=.inf", "finite number"),
         ("optim.lr=.nan", "optim.lr"),
-        ("optim.lr=[1", "'optim.lr=[1': the value is not valid YAML"),
+        ("optim.lr=[1", "'optim.lr=[1': not valid YAML"),
         ("optim.lr=!!python/object/apply:os.getcwd []", "not valid YAML"),
         ("optim.lr.x=3", "optim.lr: Input should be a valid number"),
         ("optim=3", "optim: Input should be a valid dictionary"),
@@ -172,7 +172,7 @@ def test_bad_override_is_refused_with_the_cure(recipe: Path, override: str, text
         ("1: 2", "Keys should be strings"),
         ("base: nothere.yaml", "nothere.yaml: no such recipe"),
         ("base: recipe.yaml", "`base:` leads back to itself"),
-        ("base: .", "Is a directory"),
+        ("base: .", "this is a folder, not a file"),
     ],
 )
 def test_bad_file_is_named(write: Write, body: str, text: str) -> None:

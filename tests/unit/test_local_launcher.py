@@ -131,7 +131,7 @@ def test_killed_worker_is_named(place: Path) -> None:
 
 def test_restart_goes_on_after_a_failure_but_not_after_a_refusal(place: Path) -> None:
     code, errors = finish(start(place, "--procs", "2", "--restarts", "2", "once"))
-    assert (code, errors) == (0, "process 0 failed with exit code 1\nstarting again, 2 restart(s) left\n")
+    assert (code, errors) == (0, "process 0 failed with exit code 1\nstarting again, 2 restarts left\n")
     assert len(workers(place)) == 4
     for name in ("rank1.jsonl", "failed"):
         (place / name).unlink()
