@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from submitit import SlurmExecutor
 
+from scaletrain import columns
 from scaletrain import config as configuration
 from scaletrain.data import script
 from scaletrain.data.loader import opened, planned
@@ -197,12 +195,13 @@ class Launch:
 
 def show(run: Path, states: dict[Path, str] | None = None) -> None:
     rows = grids.table(run, states)
-    shown = Table(*rows[0], box=box.SIMPLE)
-    for row in rows:
-        shown.add_row(*map(str, row.values()))
-    console = Console(highlight=False, markup=False)
-    console.print(shown)
-    console.print(f"the same as CSV: {run / grids.TABLE}")
+    shown = [name for name in rows[0] if not name.split()[0].endswith(("_top5", "_per_class"))]
+    # numbered, so that a table in several parts can be read
+    cells = [(str(number), *(str(row[name]) for name in shown)) for number, row in enumerate(rows, 1)]
+    typer.echo("\n".join(columns.lines(("run", *shown), cells)))
+    if any(" " in name for name in shown):
+        typer.echo("a digest behind a column's name: protocol.digest of the results it is made of, as there are others")
+    typer.echo(f"all figures as CSV: {run / grids.TABLE}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    ("core", "compiled", "config", "recipe", "marks", "versions", "exit_codes", "durable"),
+    ("core", "columns", "compiled", "config", "recipe", "marks", "versions", "exit_codes", "durable"),
     ("dist", "peers"),
     ("ops", "nn", "optim", "placement"),
     ("data",),
