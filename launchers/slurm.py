@@ -218,8 +218,11 @@ class Launch:
 
 def show(run: Path, states: dict[Path, str] | None = None) -> None:
     rows = grids.table(run, states)
-    tables.show(tuple(rows[0]), [tuple(row.values()) for row in rows])
-    typer.echo(f"the same as CSV: {run / grids.TABLE}")
+    names = [name for name in rows[0] if not name.split()[0].endswith(("_top5", "_per_class"))]
+    notes = [f"all figures as CSV: {run / grids.TABLE}"]
+    if any(" " in name for name in names):
+        notes.insert(0, "a digest behind a column's name: protocol.digest of the results it is made of, as there are others")
+    tables.show(names, [[row[name] for name in names] for row in rows], notes=notes)
 
 
 if __name__ == "__main__":

@@ -130,29 +130,42 @@ def evaluate(
     ] = None,
     test_data: Annotated[str | None, typer.Option("--test", help="Default: `test` or `val` beside them.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="e.g. linear.epochs=20; may be repeated.")] = None,
-    encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="What is judged.")] = "trained",
+    encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="Which encoder to evaluate.")] = "trained",
     labels: Annotated[Path | None, typer.Option(help="Train on this label subset only, a file of shards/subset.py.")] = None,
+    same_numbers: Annotated[
+        bool, typer.Option("--same-numbers", help="Both sets number their classes alike, whatever their classes.json say.")
+    ] = False,
 ) -> None:
-    """Judge a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
+    """Evaluate a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
     from scaletrain import evals
 
-    cards = evals.run(
-        target, benchmarks, train=train_data, test=test_data, overrides=settings or (), encoder=encoder, labels=labels
+    results = evals.run(
+        target,
+        benchmarks,
+        train=train_data,
+        test=test_data,
+        overrides=settings or (),
+        encoder=encoder,
+        labels=labels,
+        same_numbers=same_numbers,
     )
-    evals.report(cards)
+    typer.echo("\n".join(evals.report(results)))
 
 
 @app.command("compare")
 def compare_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders whose checkpoints were evaluated.")],
     metric: Annotated[str | None, typer.Option(help="e.g. linear or knn_20; default: the first that all runs have.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Which settings and data, by the digest that is shown where there are several.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the tables.")] = False,
 ) -> None:
     """Accuracy of several runs against epochs, images and time, and when each reaches the other's final one."""
-    from scaletrain import compare
+    from scaletrain import compare, tables
 
-    found = compare.compare(runs, metric)
-    typer.echo(json.dumps(found, indent=1)) if as_json else compare.show(found)
+    found = compare.compare(runs, metric, protocol)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(compare.show(found, tables.width())))
 
 
 @app.command()

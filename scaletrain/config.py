@@ -36,12 +36,12 @@ Range = tuple[float, float]
 PATHS = ("path", "labels")  # the keys that name a file or folder
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Of a file or folder: what a run saves must mean the same from any folder. An address stays as it is."""
     return path if path in ("", "synthetic") or "://" in path else str(Path(path).expanduser().absolute())
 
 
-Place = Annotated[str, AfterValidator(_absolute)]
+Place = Annotated[str, AfterValidator(absolute)]
 
 
 class Frozen(BaseModel):

@@ -135,7 +135,7 @@ def compare(path: Path, size: int, sha256: str) -> None:
 # --- one file of weights ----------------------------------------------------------------------------------------------
 
 
-def _fingerprint(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
     """sha256 of names, types, shapes, values and metadata, whatever their order in the file."""
     state = hashlib.sha256(json.dumps(sorted(meta.items())).encode())
     for name in sorted(tensors):
@@ -154,7 +154,7 @@ def export(tensors: Mapping[str, Tensor], path: Path, meta: Mapping[str, str]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, str(os.getpid())) as file:
-            write_tensors(file, host, head | {_SUM: _fingerprint(host, head)})
+            write_tensors(file, host, head | {_SUM: fingerprint(host, head)})
     except OSError as error:
         text = f"cannot write {path}: {error.strerror}. Choose another file name or free the disk"
         raise CheckpointError(text, exit_codes.of(error)) from None
@@ -192,7 +192,7 @@ def load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {_cure(path)}") from None
     expected = meta.pop(_SUM, None)
-    if expected is not None and expected != _fingerprint(tensors, meta):
+    if expected is not None and expected != fingerprint(tensors, meta):
         raise CheckpointError(f"{path} is damaged: its contents do not match the sha256 that it carries. Export it again")
     return tensors, meta
 

@@ -164,21 +164,31 @@ def plain(
     timeout: float = 300.0,
     rows: Ints | None = None,
     cache: Cache = NODE,
+    skip: bool = False,
+    lost: Callable[[int, Sequence[Replaced]], None] = _unnoted,
 ) -> Iterator[Batch]:
     """Every sample once, in its own order, as one view [1, B, 3, size, size]; the last batch may be short.
 
     `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks take contiguous parts that differ by at most one sample.
-    `rows` [N], ascending: these samples only.
+    `rows` [N], ascending: these samples only. `skip`: samples that cannot be used are left out; lost(number of the batch, what
+    it lacks) is called for each batch before it is handed out, also for one of which nothing is left, which is not.
     """
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
-    shards = Shards(path, cache=cache)
+    shards = Shards(path, cache=cache, skip=skip)
     samples = len(shards) if rows is None else len(rows)
     lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
     to_device = ToDevice(device, 0, mean, std)
-    dataset = Whole(shards, size, resize, max_pixels, rows)
-    return (to_device(raw) for raw in load(dataset, ranges, workers, 2, timeout, device))
+    dataset = Whole(shards, size, resize, max_pixels, rows, skip)
+
+    def batches() -> Iterator[Batch]:
+        for number, raw in enumerate(load(dataset, ranges, workers, 2, timeout, device)):
+            lost(number, raw.replaced)
+            if len(raw.samples):
+                yield to_device(raw)
+
+    return batches()
 
 
 class Steps:

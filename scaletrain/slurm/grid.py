@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from scaletrain.durable import replacing
 from scaletrain.recipe import ConfigError, brief, document, parse
+
+if TYPE_CHECKING:
+    from scaletrain.evals.results import Result
 
 SPEC, TABLE = "grid.json", "grid.csv"  # in the folder that holds the runs
 MOST = 10_000  # runs of a grid
@@ -68,11 +73,14 @@ def elements(run: Path) -> list[list[str]]:
 
 def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str, Any]]:
     """A row for each run of the grid in `run`: its overrides, state, last scalars and evaluations; also as grid.csv."""
+    evaluated = {overrides: _evaluated(folder(run, overrides)) for overrides in map(tuple, elements(run))}
+    names = _columns(result for found in evaluated.values() for result in found)
     rows = []
-    for overrides in elements(run):
+    for overrides, found in evaluated.items():
         place = folder(run, overrides)
         row = dict(item.split("=", 1) for item in overrides)
-        rows.append({**row, **({"state": states.get(place, "")} if states else {}), **_reached(place), **_scores(place)})
+        scores = {names[name, result.protocol]: _short(value) for result in found for name, value in _figures(result)}
+        rows.append({**row, **({"state": states.get(place, "")} if states else {}), **_reached(place), **scores})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -107,17 +115,35 @@ def _values(axis: str) -> list[tuple[str, ...]]:
 def _reached(run: Path) -> dict[str, Any]:
     """Of the last recorded step."""
     path = run / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
+    last: dict[str, Any] = {}
+    for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
+        with contextlib.suppress(ValueError, TypeError):  # cut short by a crash, or damaged
+            last = dict(json.loads(line))
+            break
     names = {"step": "step", "train/loss": "loss", "speed/images_per_second": "images/s"}
     return {short: _short(last[name]) for name, short in names.items() if name in last}
 
 
-def _scores(run: Path) -> dict[str, Any]:
-    """Figures of the newest evaluation of each kind."""
-    cards = [json.loads(path.read_text()) for path in (run / "evals").glob("*.json")]
-    trained = sorted((card for card in cards if card["encoder"] == "trained"), key=lambda card: int(card["step"]))
-    return {name: _short(value) for card in trained for name, value in card["metrics"].items()}
+def _evaluated(run: Path) -> list[Result]:
+    """The newest result of each protocol, of the trained encoder."""
+    from scaletrain.evals import results  # slow to import
+
+    found = results.read(run / "evals")
+    return list({result.protocol: result for result in found if result.encoder == "trained"}.values())
+
+
+def _figures(result: Result) -> list[tuple[str, Any]]:
+    return [*result.metrics.items(), (f"{result.benchmark}_step", result.step)]
+
+
+def _columns(found: Iterable[Result]) -> dict[tuple[str, str], str]:
+    """The column of each metric and protocol: no column holds two protocols.
+
+    The plain name of a metric is that of its only protocol with the whole training set; else the protocol's digest is added.
+    """
+    whole = {(name, result.protocol): result.data.labels is None for result in found for name, _ in _figures(result)}
+    rivals = Counter(name for (name, _), full in whole.items() if full)
+    return {(n, p): n if full and rivals[n] == 1 else f"{n} {p}" for (n, p), full in whole.items()}
 
 
 def _short(value: Any) -> Any:

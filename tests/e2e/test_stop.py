@@ -62,7 +62,7 @@ def listening(processes: set[int]) -> set[str]:
     for process in processes:
         for handle in Path(f"/proc/{process}/fd").iterdir():
             with contextlib.suppress(OSError):
-                owned.add(os.readlink(handle).removeprefix("socket:[").removesuffix("]"))
+                owned.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in owned}
 

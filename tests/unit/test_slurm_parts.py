@@ -63,23 +63,6 @@ def test_grid_names_a_key_once() -> None:
         grid.combinations(["seed=1,2"], 3)
 
 
-def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> None:
-    elements = grid.combinations(["optim.lr=0.1,0.2"], 1)
-    grid.save(tmp_path, elements)
-    done = grid.folder(tmp_path, elements[0])
-    (done / "evals").mkdir(parents=True)
-    (done / "metrics.jsonl").write_text(
-        '{"step": 4, "train/loss": 3.0}\n{"step": 8, "train/loss": 2.123456789}\n{"step": 9, "tr'
-    )
-    for step, score, encoder in ((100, 50.0, "trained"), (20, 40.0, "trained"), (0, 90.0, "untrained")):
-        card = {"encoder": encoder, "step": step, "metrics": {"knn_20": score}}
-        (done / "evals" / f"knn-step-{step}.json").write_text(json.dumps(card))
-    first, second = grid.table(tmp_path, {done: "completed", grid.folder(tmp_path, elements[1]): "pending"})
-    assert first == {"optim.lr": "0.1", "state": "completed", "step": 8, "loss": 2.1235, "knn_20": 50.0}
-    assert second == {"optim.lr": "0.2", "state": "pending", "step": "", "loss": "", "knn_20": ""}
-    assert (tmp_path / "grid.csv").read_text().splitlines()[1] == "0.1,completed,8,2.1235,50.0"
-
-
 def test_grid_files_are_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid.save(tmp_path, grid.combinations(["seed=1,2"], 1))
     grid.table(tmp_path)
