@@ -29,8 +29,6 @@ class _Record(BaseModel):
 
     step: NonNegativeInt
     steps_per_epoch: PositiveInt | None = None  # None: written before records had it
-    epochs: FiniteFloat | None = None  # by the end of the step, and samples drawn; None: written before records had them
-    samples: NonNegativeInt | None = None
     pace: FiniteFloat | None = Field(None, alias="speed/seconds_per_step")
 
 
@@ -167,28 +165,14 @@ def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
 
 def _points(run: Path, cards: Sequence[Result], metric: str) -> list[Point]:
     settings, records = config.load(run / "config.yaml"), _records(run / "metrics.jsonl")
-    steps = [card.step for card in cards]
-    hours = _hours(records, steps, settings.monitor.every)
-    places = _places(records, steps, settings.batch)
-    return [
-        Point(c.step, epochs, images, spent, c.metrics[metric])
-        for c, (epochs, images), spent in zip(cards, places, hours, strict=True)
-    ]
-
-
-def _places(records: Sequence[_Record], steps: Sequence[int], batch: int) -> list[tuple[float | None, int]]:
-    """Epochs (None where no record tells) and images by the end of so many steps, under the batch of each step's own time."""
     per_epoch = records[-1].steps_per_epoch if records else None
-    known = [(r.step + 1, r.epochs, r.samples) for r in records if r.epochs is not None and r.samples is not None]
-    if not known or per_epoch is None:
-        return [(step / per_epoch if per_epoch else None, step * batch) for step in steps]
-
-    ends, epochs, samples = np.transpose([(0.0, 0.0, 0.0), *known])
-    beyond = [max(0, step - ends[-1]) for step in steps]  # after the last record
-    return [
-        (float(np.interp(step, ends, epochs)) + more / per_epoch, round(np.interp(step, ends, samples) + more * batch))
-        for step, more in zip(steps, beyond, strict=True)
-    ]
+    points = []
+    for c, spent in zip(cards, _hours(records, [card.step for card in cards], settings.monitor.every), strict=True):
+        # a checkpoint of before they were kept is of a run whose batch never changed
+        images = c.step * settings.batch if c.trained.samples is None else c.trained.samples
+        epochs = c.trained.epochs if c.trained.epochs is not None else c.step / per_epoch if per_epoch else None
+        points.append(Point(c.step, epochs, images, spent, c.metrics[metric]))
+    return points
 
 
 def _hours(records: Sequence[_Record], steps: Sequence[int], every: int) -> list[float | None]:

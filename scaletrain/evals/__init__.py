@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from scaletrain import config, dist, recipe, tables
+from scaletrain import config, dist, recipe, run_folder, tables
 from scaletrain.data.errors import ShardError
 from scaletrain.data.remote import is_remote
 from scaletrain.evals import results, targets
@@ -63,7 +63,10 @@ def run(
     subject = targets.find(target, encoder)
     features = settings.pop("features")
     assert isinstance(features, FeaturesConfig)
-    scene = Scene(subject, features, *_folders(subject, train, test), labels, same_numbers)
+    folders = _folders(subject, train, test)
+    for place in (subject.source, *map(Path, folders)):
+        run_folder.warn_if_open(place)
+    scene = Scene(subject, features, *folders, labels, same_numbers)
     return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
 
 
@@ -182,6 +185,7 @@ def _measure(name: str, chosen: config.Frozen, scene: Scene) -> dict[str, Any]:
         "about": subject.about,
         "source": str(subject.source),
         "step": subject.step,
+        "trained": {"samples": subject.samples, "epochs": subject.epochs},
         "measured": datetime.now(UTC).isoformat(),
         "metrics": metrics,
         "unit": "per cent",

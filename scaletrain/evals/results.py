@@ -63,6 +63,13 @@ class Identity(BaseModel, extra="allow"):
     encoder: dict[str, Any]
 
 
+class Trained(BaseModel):
+    """What the encoder had seen; None where that is not known."""
+
+    samples: NonNegativeInt | None = None
+    epochs: FiniteFloat | None = None
+
+
 class Result(BaseModel):
     """What is read of a file of results."""
 
@@ -71,6 +78,7 @@ class Result(BaseModel):
     benchmark: Name
     encoder: Literal["trained", "untrained", "pixels"]
     step: NonNegativeInt
+    trained: Trained = Trained()
     measured: str  # when, in UTC
     metrics: dict[Name, FiniteFloat]
     data: Sets

@@ -39,6 +39,8 @@ class Subject:
     run: Path | None  # the run folder, if there is one
     model: config.Model
     weights: str = ""  # sha256 of the loaded tensors: names, types, shapes, values
+    samples: int | None = None  # drawn by its training, and how many epochs that was; None: not known
+    epochs: float | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -105,7 +107,10 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
         raise EvalError(f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the untrained encoder")
     names = {name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)}
     weights = {short: tuple(saved.shape(name)) for short, name in names.items()}, lambda short: saved.read(names[short])
-    return replace(subject, step=saved.step, source=saved.path), weights
+    clock = saved.meta.get("clock", {})
+    epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
+    subject = replace(subject, step=saved.step, source=saved.path, samples=saved.meta.get("samples"), epochs=epochs)
+    return subject, weights
 
 
 def _from_file(path: Path) -> tuple[Subject, Weights]:

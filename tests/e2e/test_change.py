@@ -152,6 +152,11 @@ def test_a_changed_batch_keeps_the_place_in_samples(run: Path, shards: Path) -> 
     assert saved is not None
     assert (saved.step, saved.meta["clock"]["step"], saved.meta["samples"]) == (6, 4, 72)
 
+    evaluated = CliRunner().invoke(cli.app, ["eval", str(run), "knn", "--test", str(shards), "--set", "features.workers=0"])
+    assert evaluated.exit_code == 0, evaluated.output
+    (result,) = (run / "evals").glob("*.json")
+    assert json.loads(result.read_text())["trained"] == {"samples": 72, "epochs": 2.0}
+
     again = train(run, f"data.path={shards}", "batch=16")
     assert again.exit_code == 0
     assert "nothing left to train" in again.stdout

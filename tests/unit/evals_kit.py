@@ -96,8 +96,12 @@ def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> 
 
 
 def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any) -> Path:
-    """A file of results of `linear` as an evaluation leaves it. `changes` of its protocol, of `encoder`, and `left_out`."""
+    """A file of results of `linear` as an evaluation leaves it.
+
+    `changes` of its protocol, of `encoder`, `trained` and `left_out`.
+    """
     kind, left_out = changes.pop("encoder", "trained"), changes.pop("left_out", [])
+    trained = changes.pop("trained", {})
     protocol = {"benchmark": "linear", "linear": {"epochs": 5}, "train": "a" * 64, "test": "b" * 64, "labels": None} | changes
     identity = {"format": results.FORMAT, "protocol": protocol, "encoder": {"kind": kind, "step": step, "run": str(run)}}
     sets = {
@@ -111,6 +115,7 @@ def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any
         "benchmark": protocol["benchmark"],
         "encoder": kind,
         "step": step,
+        "trained": trained,
         "measured": "2026-01-01T00:00:00+00:00",
         "metrics": metrics,
         "protocol": {},

@@ -81,6 +81,13 @@ def test_points_count_epochs_images_and_hours(slow: Path, fast: Path) -> None:
     assert found["left_out"] == 0
 
 
+def test_images_are_those_that_were_drawn_under_a_changed_batch(slow: Path, fast: Path) -> None:
+    for step, samples, epochs in ((150, 9_000, 3.125), (201, 14_400, 5.0)):
+        result(slow, step, 76.0, trained={"samples": samples, "epochs": epochs})
+    points = {p["step"]: (p["images"], p["epochs"]) for p in compare([slow, fast])["points"][str(slow)]}
+    assert points == {50: (1800, 1.25), 100: (3600, 2.5), 150: (9_000, 3.125), 200: (7200, 5.0), 201: (14_400, 5.0)}
+
+
 def test_time_to_the_others_final_accuracy(slow: Path, fast: Path) -> None:
     one, other = compare([slow, fast])["reached"]
     assert (one["run"], one["other"], one["accuracy"], one["point"]) == (str(slow), str(fast), 80.0, None)
