@@ -21,13 +21,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from scaletrain import tables
 from scaletrain.data import script
 from scaletrain.data.reader import Shards
 
@@ -124,37 +123,29 @@ def evaluate() -> dict[str, dict[str, float]]:
     _headline(5, "evaluation on frozen features: nearest neighbours and a linear probe")
     from scaletrain import checkpoint, evals
 
-    saved = checkpoint.latest(RUN / "checkpoints")
-    if saved is None:
+    if checkpoint.latest(RUN / "checkpoints") is None:
         raise DemoError(f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again")
     metrics: dict[str, dict[str, float]] = {}
     for encoder, label in ENCODERS.items():
-        places = [_card(benchmark, encoder, saved.step) for benchmark in ("knn", "linear")]
-        if all(place.is_file() for place in places):
-            cards: list[dict[str, Any]] = [json.loads(place.read_text()) for place in places]
-            console.print(f"skipped: {label}, judged before")
-        else:
-            console.print(f"{label} ...")
-            cards = evals.run(
-                RUN,
-                ["knn", "linear"],
-                train=SHARDS / "train",
-                test=SHARDS / "test",
-                overrides=PROBE,
-                encoder=encoder,
-            )
-        metrics[encoder] = {name: value for card in cards for name, value in card["metrics"].items()}
+        console.print(f"{label} ...")
+        results = evals.run(
+            RUN,
+            ["knn", "linear"],
+            train=SHARDS / "train",
+            test=SHARDS / "test",
+            overrides=PROBE,
+            encoder=encoder,
+            notice=lambda text: console.print(f"skipped: {text}"),
+        )
+        metrics[encoder] = {name: value for result in results for name, value in result["metrics"].items()}
     return metrics
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> None:
-    table = Table("Fashion-MNIST, top-1 in %", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("kNN, k = 20", justify="right")
-    table.add_column("linear", justify="right")
-    for encoder, label in ENCODERS.items():
-        table.add_row(label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear")))
+    rows = [(label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear"))) for encoder, label in ENCODERS.items()]
     console.print()
-    console.print(table)
+    tables.show(("Fashion-MNIST, top-1 in %", "kNN, k = 20", "linear"), rows)
+    console.print()
     tool = Path(os.path.relpath(sys.executable)).parent if Path(sys.executable).is_relative_to(Path.cwd()) else Path()
     for what, where in {
         "run": f"{RUN}  (config.yaml, checkpoints/, metrics.jsonl, evals/)",
@@ -244,11 +235,6 @@ def _trained(settings: Sequence[str]) -> bool:
     if saved is None or saved.step < saved.meta["clock"]["total"]:
         return False
     return not config.diff(config.load(RUN / "config.yaml"), config.load(RECIPE, settings))
-
-
-def _card(benchmark: str, encoder: str, step: int) -> Path:
-    name = f"{benchmark}-step-{step}" if encoder == "trained" else f"{benchmark}-step-0-{encoder}"
-    return RUN / "evals" / f"{name}.json"
 
 
 def _headline(number: int, text: str) -> None:

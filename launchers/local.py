@@ -4,21 +4,30 @@
     python launchers/local.py --procs 2 doctor [...]
 
 Everything but --procs, --port and --restarts is passed to `scaletrain train`, or to `scaletrain doctor`. The exit code is that
-of the first process that failed; all others are ended with it, as they are when this launcher ends.
+of the first process that failed; all others are ended with it, as they are when this launcher ends. The processes meet on
+127.0.0.1, where only this machine reaches them.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
-import uuid
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-ASKED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))  # ended because it was told to
+from scaletrain import exit_codes
+from scaletrain.tables import plural
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # those on which training saves and stops
+ASKED = tuple(128 + number for number in SIGNALS)  # exit codes of a process that ended because it was told to
+GRACE = 7.0  # seconds in which the others may end by themselves after a failure: they notice it, and say what they know
 
 
 def main(arguments: list[str]) -> int:
@@ -31,64 +40,102 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.procs < 1 or not 0 <= options.port < 65536:
         parser.error("--procs is at least 1 and --port below 65536")
-    from scaletrain import dist  # slow to import, after the arguments are known good
 
-    logging.disable()  # torch's agent logs every failure with a traceback of its own
-    os.environ["SCALETRAIN_LAUNCHER"] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.procs)))
+    command = rest if rest[:1] == ["doctor"] else ["train", *rest]
     for left in range(options.restarts, -1, -1):
-        if options.port and (problem := dist.port_problem("127.0.0.1", options.port)):
-            print(f"error: port {options.port} on 127.0.0.1: {problem}; choose another --port or leave it out", file=sys.stderr)
-            return 2
-        code = _attempt(options.procs, options.port, rest)
-        if code in (0, 2, *ASKED) or not left:  # 2: the same input would be refused again
+        try:
+            listener = socket.create_server(("127.0.0.1", options.port))
+        except OSError as error:
+            text = f"port {options.port} on 127.0.0.1: {os.strerror(error.errno or 0)}; choose another --port or leave it out"
+            print(f"error: {text}", file=sys.stderr)
+            return exit_codes.INVALID
+        with listener, tempfile.TemporaryDirectory() as folder:
+            code = Ranks(options.procs, command, listener, Path(folder)).wait()
+        if code in (0, exit_codes.INVALID, *ASKED) or not left:
             return code
-        print(f"starting again, {left} restart(s) left", file=sys.stderr)
+        print(f"starting again, {plural(left, 'restart')} left", file=sys.stderr)
     return code
 
 
-def _attempt(procs: int, port: int, rest: list[str]) -> int:
-    """Run all processes once; the exit code, after a line on stderr unless the failed process has said what was wrong."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+class Ranks:
+    """The processes of one start, and what they are asked from outside."""
 
-    command = rest if rest[:1] == ["doctor"] else ["train", *rest]
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=procs,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="static" if port else "c10d",
-        rdzv_endpoint=f"127.0.0.1:{port}",
-        rdzv_configs={"rank": 0} if port else {},
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["SCALETRAIN_ERROR_FILE"] = str(Path(folder) / "first-failure")
-        try:
-            elastic_launch(config, sys.executable)("-m", "scaletrain", *command)
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                print(f"process {rank} was ended by {_name(-failure.exitcode)}", file=sys.stderr)
-                return 128 - failure.exitcode
-            if failure.exitcode not in (2, 75, *ASKED):
-                print(f"process {rank} failed with exit code {failure.exitcode}", file=sys.stderr)
-            return failure.exitcode
-        except SignalException as error:
-            return 128 + int(error.sigval)
-    return 0
+    def __init__(self, procs: int, command: Sequence[str], listener: socket.socket, folder: Path) -> None:
+        self._asked = 0  # the first signal that this launcher was sent
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self._pass_on)
+        threads = str(max(1, len(os.sched_getaffinity(0)) // procs))
+        shared = {
+            "WORLD_SIZE": str(procs),
+            "LOCAL_WORLD_SIZE": str(procs),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
+            "SCALETRAIN_LAUNCHER": str(os.getpid()),
+            exit_codes.ERROR_FILE: str(folder / "first-failure"),
+        }
+        self._processes = []
+        for rank in range(procs):
+            own: dict[str, str] = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            kept: tuple[int, ...] = ()
+            if rank == 0:
+                own["SCALETRAIN_LISTEN_FD"], kept = str(listener.fileno()), (listener.fileno(),)
+            environment = {**os.environ, **shared, **own}
+            process = subprocess.Popen([sys.executable, "-m", "scaletrain", *command], env=environment, pass_fds=kept)
+            self._processes.append(process)
+        listener.close()  # it lives on in rank 0 alone
+        if self._asked:  # while they were being started
+            self._send(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Until all have ended; the exit code, after a line on stderr unless the failed process has said what was wrong."""
+        failed: tuple[int, int] | None = None  # rank and exit code
+        deadline = float("inf")
+        while None in [process.poll() for process in self._processes]:
+            if failed is None and (failed := self._failed()):
+                deadline = time.monotonic() + (float("inf") if failed[1] in ASKED else GRACE)
+            if time.monotonic() > deadline:
+                self._send(signal.SIGKILL)
+            time.sleep(0.02)
+
+        failed = failed or self._failed()
+        if failed is None:
+            return 0
+        if self._asked and (failed[1] < 0 or failed[1] in ASKED):
+            return 128 + self._asked
+        return _report(*failed)
+
+    def _failed(self) -> tuple[int, int] | None:
+        """Rank and exit code of the process that failed: of several, one that was killed, for the others are its victims."""
+        codes = [(rank, process.returncode) for rank, process in enumerate(self._processes) if process.returncode]
+        return min(codes, key=lambda item: item[1] >= 0, default=None)
+
+    def _pass_on(self, number: int, _: Any) -> None:
+        """Ask all processes, which may have been asked already: a terminal's Ctrl-C reaches them too, and twice means now."""
+        if number == signal.SIGINT and not self._asked:
+            self._send(signal.SIGTERM)
+        else:
+            self._send(number)
+        self._asked = self._asked or number
+
+    def _send(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
 
 
-def _name(number: int) -> str:
-    hint = ", which the system sends when memory runs out" if number == signal.SIGKILL else ""
-    return signal.Signals(number).name + hint
+def _report(rank: int, code: int) -> int:
+    if code < 0:
+        hint = ", which the system sends when memory runs out" if code == -signal.SIGKILL else ""
+        print(f"process {rank} was ended by {signal.Signals(-code).name}{hint}", file=sys.stderr)
+        return 128 - code
+    if code not in (exit_codes.INVALID, exit_codes.RETRY, *ASKED):
+        print(f"process {rank} failed with exit code {code}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:  # before any process was started
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

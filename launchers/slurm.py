@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from submitit import SlurmExecutor
 
 from scaletrain import config as configuration
-from scaletrain.data import script, selection
+from scaletrain import tables
+from scaletrain.config import Config
+from scaletrain.data import script
 from scaletrain.data.loader import opened, planned
 from scaletrain.slurm import follow as watch
 from scaletrain.slurm import grid as grids
-from scaletrain.slurm import queue, submit
+from scaletrain.slurm import queue, submit, task
 from scaletrain.slurm.queue import SlurmError
 from scaletrain.slurm.submit import Resources
 from scaletrain.slurm.task import Task
+from scaletrain.tables import plural
 from scaletrain.train import total_steps
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "relicv2_r50_in1k.yaml"
@@ -37,7 +38,9 @@ def main(
     tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per GPU, or one.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="Default: the node's, divided by its tasks.")] = None,
     mem: Annotated[str | None, typer.Option(help="Per node, e.g. 480G; default: the partition's.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit, e.g. 1-00:00:00; the job requeues itself at its end.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Limit, e.g. 1-00:00:00, or minutes; 0: none. The job requeues itself at its end.")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Default: the cluster's default.")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
@@ -61,7 +64,9 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with seeds 0 ...")] = 1,
     throttle: Annotated[int, typer.Option(min=1, help="Runs of a grid at once.")] = 256,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's states and log until it ends.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and submit nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script, also where there is no SLURM; submit nothing.")
+    ] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Print the result table of the grid in --run, submit nothing.")
     ] = False,
@@ -74,18 +79,11 @@ def main(
     if table:
         show(run)
         return
-    place = queue.partition(partition)
-    if gpus_per_node is None and len(set(place.gpus)) > 1:
-        raise SlurmError(
-            f"the nodes of partition '{place.name}' have {min(place.gpus)} to {max(place.gpus)} GPUs: say --gpus-per-node"
-        )
-    gpus = place.gpus[0] if gpus_per_node is None else gpus_per_node
-    tasks = tasks_per_node or max(1, gpus)
     resources = Resources(
         nodes=nodes,
-        tasks_per_node=tasks,
-        gpus_per_node=gpus,
-        cpus_per_task=cpus_per_task or max(1, min(place.cpus) // tasks),
+        tasks_per_node=tasks_per_node,
+        gpus_per_node=gpus_per_node,
+        cpus_per_task=cpus_per_task,
         time=time,
         mem=mem,
         partition=partition,
@@ -100,17 +98,24 @@ def main(
         warning=warning,
         restarts=restarts,
     )
-    resources.check(place)
     launch = Launch(config, tuple(overrides or ()), run, grids.combinations(grid or (), seeds))
+    if dry_run and not shutil.which("sinfo"):
+        preview(launch, resources)
+        return
+    place = queue.partition(partition)
+    resources = resources.on(place)
+    text = launch.script(resources)
     launch.check(resources)
     if warn := queue.check_shared(run, place.nodes):
         typer.echo(f"warning: {warn}", err=True)
     typer.echo(
-        f"{len(launch.runs)} run(s) of {resources.nodes} node(s) x {resources.tasks_per_node} process(es), "
-        f"{resources.gpus_per_node} GPU(s) per node, {resources.cpus_per_task} CPU(s) per process, partition {place.name}"
+        f"{plural(len(launch.runs), 'run')} of {plural(resources.nodes, 'node')} x {plural(resources.tasks, 'process')}, "
+        f"{plural(resources.gpus_per_node or 0, 'GPU')} per node, {plural(resources.cpus_per_task or 1, 'CPU')} per process, "
+        f"partition {place.name}",
+        err=dry_run,
     )
     if dry_run:
-        typer.echo(submit.script(launch.executor(resources)))
+        typer.echo(text, nl=False)
         return
     jobs = queue.live(str(run))
     if jobs and not follow:
@@ -124,9 +129,19 @@ def main(
         launch.follow(jobs)
 
 
+def preview(launch: Launch, resources: Resources) -> None:
+    """Print the batch script on a machine without SLURM, and on stderr what the cluster would add to it."""
+    list(launch.configurations())  # refused here, and not after hours in the queue
+    typer.echo(launch.script(resources), nl=False)
+    if undecided := resources.undecided():
+        typer.echo("no SLURM here, so this is the script without what the partition decides:", err=True)
+        typer.echo(tables.render(("", ""), undecided.items(), width=tables.width()), err=True)
+    typer.echo("not checked: that the cluster can give what is asked for, the data, and batch against the processes", err=True)
+
+
 def _lasting(path: str) -> str:
-    """Shards by absolute paths; an address or `synthetic` as it is."""
-    return selection.absolute(path)
+    """A folder as an absolute path; an address or `synthetic` as it is."""
+    return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
 class Launch:
@@ -150,31 +165,36 @@ class Launch:
         """Names of the launches so far."""
         return [place.name for place in (self.run / "launches").glob("[0-9][0-9][0-9][0-9]")]
 
+    def configurations(self) -> Iterator[Config]:
+        """Of each run. Raises ConfigError."""
+        for element in self.elements:
+            yield configuration.load(self.recipe, [*self.overrides, *element])
+
     def check(self, resources: Resources) -> None:
         """Refuse here what every rank would refuse after hours in the queue."""
-        for element in self.elements:
-            config = configuration.load(self.recipe, [*self.overrides, *element])
+        for config in self.configurations():
             if not config.data.path and not config.data.mixture:
                 raise SlurmError(
                     f"{self.recipe.name} needs a data set: add data.path=FOLDER, a folder of shards such as "
                     "shards/imagenet.py writes, on storage that all nodes share (or data.path=synthetic to try the cluster)"
                 )
             plan = planned(config.data, opened(config.data), seed=config.seed, batch=config.batch)
-            plan.part(0, resources.world)
+            plan.part(0, resources.nodes * resources.tasks)
             total_steps(config, plan.steps_per_epoch)
 
-    def executor(self, resources: Resources) -> SlurmExecutor:
-        return submit.prepare(self.folder, resources, f"scaletrain-{self.run.name}", str(self.run))
+    def script(self, resources: Resources) -> str:
+        return submit.script(self.folder, self.run, resources, len(self.runs))
 
     def submit(self, resources: Resources) -> list[str]:
+        """The ids of the jobs."""
         arguments = ("train", str(self.recipe), *self.overrides)
         tasks = [
-            Task((*arguments, *element, "--run", str(run)), str(self.folder))
+            Task([*arguments, *element, "--run", str(run)], str(run))
             for element, run in zip(self.elements, self.runs, strict=True)
         ]
         if self.several:
             grids.save(self.run, self.elements)
-        return submit.submit(self.executor(resources), tasks, self.runs)
+        return submit.submit(self.folder, self.run, resources, tasks)
 
     def follow(self, jobs: list[str]) -> None:
         """Until the jobs have ended; exit code 1 if one has failed."""
@@ -185,8 +205,9 @@ class Launch:
             typer.echo(f"\nno longer followed; it goes on. `scancel {jobs[0].partition('_')[0]}` ends it")
             raise typer.Exit(130) from None
         if self.several:
-            runs = (folder / submit.RUNS).read_text().splitlines()  # by number of the element: some may have ended before
-            show(self.run, {Path(runs[int(job.partition("_")[2] or 0)]): state.name.lower() for job, state in states.items()})
+            tasks = task.read(folder)  # by number of the element: some may have ended before
+            named = {Path(tasks[int(job.partition("_")[2] or 0)].run): state.name.lower() for job, state in states.items()}
+            show(self.run, named)
         failed = [job for job, state in states.items() if state.name != "COMPLETED"]
         for job in failed:
             for text in watch.complaints(job, folder):
@@ -197,12 +218,11 @@ class Launch:
 
 def show(run: Path, states: dict[Path, str] | None = None) -> None:
     rows = grids.table(run, states)
-    shown = Table(*rows[0], box=box.SIMPLE)
-    for row in rows:
-        shown.add_row(*map(str, row.values()))
-    console = Console(highlight=False, markup=False)
-    console.print(shown)
-    console.print(f"the same as CSV: {run / grids.TABLE}")
+    names = [name for name in rows[0] if not name.split()[0].endswith(("_top5", "_per_class"))]
+    notes = [f"all figures as CSV: {run / grids.TABLE}"]
+    if any(" " in name for name in names):
+        notes.insert(0, "a digest behind a column's name: protocol.digest of the results it is made of, as there are others")
+    tables.show(names, [[row[name] for name in names] for row in rows], notes=notes)
 
 
 if __name__ == "__main__":

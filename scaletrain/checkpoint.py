@@ -20,7 +20,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain import dist, files
+from scaletrain import dist, durable, exit_codes, files
 from scaletrain.core import Piece
 from scaletrain.files import CheckpointError, export, load_file
+from scaletrain.interrupt import note_progress
 from scaletrain.saved import (
     MANIFEST,
     Entry,
@@ -47,9 +48,10 @@ from scaletrain.saved import (
     steps,
 )
 
-__all__ = ["CheckpointError", "Saved", "Writer", "export", "latest", "load_file", "open_step"]
+__all__ = ["CheckpointError", "Saved", "Writer", "export", "folder_of", "latest", "load_file", "open_step"]
 
 log = logging.getLogger("scaletrain")
+PAUSES = (1.0, 5.0)  # seconds before each further attempt to write files where storage fails
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Writer:
     """Saves in the background. Construct it on every rank at the same point; then every rank calls `save` for the same steps.
 
     `keep_last` newest steps stay, and every multiple of `keep_every` (0: none). Rank 0 waits `timeout` seconds for the other
-    ranks' files. A failure in the background is raised as CheckpointError by the next save(), wait() or close().
+    ranks' files. A failure in the background is raised as CheckpointError by the next check(), save(), wait() or close().
+    Errors of storage that may pass are tried again first; the CheckpointError then has the exit code for "start again".
     """
 
     def __init__(self, root: Path, *, keep_last: int = 2, keep_every: int = 0, timeout: float = 600.0) -> None:
@@ -106,6 +109,10 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise the CheckpointError of a save that has failed meanwhile: the steps after it would not be saved either."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -132,9 +139,10 @@ class Writer:
     def _run(self, job: _Job) -> None:
         folder = folder_of(self._root, job.step)
         try:
-            self._write(job, folder)
+            self._patiently(lambda: self._write(job, folder))
             if self._rank == 0:
-                self._commit(job, folder)
+                self._patiently(lambda: self._commit(job, folder))
+                note_progress(f"step {job.step}")
         except Exception as error:
             self._error = self._explain(job, folder, error)
             self._error.__cause__ = error
@@ -146,6 +154,19 @@ class Writer:
             except (OSError, CheckpointError) as error:
                 log.warning("step %d is saved, but %s could not be tidied: %s", job.step, self._root, error)
 
+    def _patiently(self, work: Callable[[], None]) -> None:
+        """Do what writes files again where storage fails in a way that may pass; each attempt writes them anew."""
+        for pause in PAUSES:
+            try:
+                work()
+                return
+            except OSError as error:
+                if not exit_codes.passing(error):
+                    raise
+                log.warning("a checkpoint's files cannot be written (%s); the next attempt is in %g s", error, pause)
+                time.sleep(pause)
+        work()
+
     def _stem(self, rank: int, token: str) -> str:
         return f"rank-{rank:05d}-of-{self._world:05d}.{token}"
 
@@ -153,6 +174,7 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         stem = self._stem(self._rank, job.token)
         data = f"{stem}.safetensors"
+        (folder / data).unlink(missing_ok=True)  # of a failed attempt
         size, sha256 = files.write_new(folder / data, job.tensors)
         entries = {}
         for name, (start, shape) in job.ranges.items():
@@ -160,7 +182,7 @@ class Writer:
             part = Part(file=data, start=start, stop=start + len(tensor))
             entries[name] = Entry.model_validate({"dtype": files.CODES[tensor.dtype], "shape": shape, "pieces": (part,)})
         done = Manifest(step=job.step, meta={}, tensors=entries, files={data: File(bytes=size, sha256=sha256)})
-        with files.replacing(folder / f"{stem}.json", job.token) as file:
+        with durable.replacing(folder / f"{stem}.json", job.token) as file:
             file.write(files.seal(done.model_dump_json()))
 
     def _commit(self, job: _Job, folder: Path) -> None:
@@ -170,8 +192,8 @@ class Writer:
         for name, listed in manifest.files.items():
             if (folder / name).stat().st_size != listed.bytes:
                 raise CheckpointError(f"{folder / name} has not the size it was written with")
-        files.sync(self._root)
-        with files.replacing(folder / MANIFEST, job.token) as file:
+        durable.sync(self._root)
+        with durable.replacing(folder / MANIFEST, job.token) as file:
             file.write(files.seal(manifest.model_dump_json()))
 
     def _await(self, path: Path, rank: int, limit: float) -> Manifest:
@@ -181,9 +203,8 @@ class Writer:
                 return read_manifest(path)  # opening by name sees through the name caches of network file systems
             except FileNotFoundError:
                 if time.monotonic() > limit:
-                    raise CheckpointError(
-                        f"rank {rank} of {self._world} did not finish within {self._timeout:g} s (no {path}); see its log"
-                    ) from None
+                    text = f"rank {rank} of {self._world} did not finish within {self._timeout:g} s (no {path}); see its log"
+                    raise CheckpointError(text, exit_codes.RETRY) from None
             time.sleep(pause)
             pause = min(0.5, pause * 1.5)
 
@@ -232,7 +253,8 @@ class Writer:
             left, free = "earlier steps are untouched", str(second)
         if isinstance(error, OSError):
             what = f"{error.filename or folder}: {error.strerror} ({free})"
-        return CheckpointError(f"step {job.step} was not saved: {what}; {left}. Cure that and start again")
+        text = f"step {job.step} was not saved: {what}; {left}. Fix that and start again"
+        return CheckpointError(text, exit_codes.of(error))
 
 
 def _check(name: str, piece: Piece) -> None:

@@ -1,13 +1,13 @@
 """The command line. Heavy modules are imported inside the commands, so that --help is quick.
 
-Expected failures are one `error:` text on stderr and exit code 2, or 75 where another start may succeed; a defect of this
-program keeps its traceback (exit code 1).
+Expected failures are one `error:` text on stderr, with the exit codes of exit_codes.py; a defect of this program keeps its
+traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import errno
 import json
 import os
 import signal
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
+
+from scaletrain import exit_codes
 
 if TYPE_CHECKING:
     from scaletrain.config import Config
@@ -40,17 +42,24 @@ class _Guarded(TyperGroup):
             raise typer.Exit(130) from None
         except (typer.Exit, typer.Abort):
             raise
+        except BrokenPipeError as error:
+            if error.filename is None and ctx.invoked_subcommand != "train":  # nobody reads the output any more, as with head
+                os._exit(141)
+            raise
         except Exception as error:
-            expected = _expected(error)
-            usage = hasattr(error, "exit_code") and not expected
-            own = _code(error) if usage or expected else 1
-            code = _claim(own)
-            if code is not None:
-                raise typer.Exit(code) from None
-            if usage or not expected or ctx.params["debug"]:
-                raise
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(own) from None
+            self._report(ctx, error)
+
+    def _report(self, ctx: Any, error: Exception) -> None:
+        usage = hasattr(error, "exit_code") and type(error).__module__.partition(".")[0] != "scaletrain"  # typer's own
+        text, own = _explained(error) or ("", int(getattr(error, "exit_code", exit_codes.DEFECT)))
+        code = exit_codes.claim(own)
+        if code is not None:
+            raise typer.Exit(code) from None
+        if usage or not text or ctx.params["debug"]:
+            raise error
+        with contextlib.suppress(OSError):
+            typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(own) from None
 
 
 app = typer.Typer(
@@ -62,11 +71,16 @@ app.add_typer(show, name="show")
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="SCALETRAIN_DEBUG", help="Show the traceback of every error.")
     ] = False,
 ) -> None:
     """Self-supervised image pretraining: train, eval, export."""
+    if context.invoked_subcommand != "train":  # which saves first
+        from scaletrain.interrupt import ending_at_once
+
+        context.with_resource(ending_at_once())
 
 
 @app.command()
@@ -76,7 +90,12 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe name>. An earlier run is resumed.")] = None,
     init: Annotated[Path | None, typer.Option(help="safetensors file whose backbone starts a new run.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")] = False,
-    change: Annotated[bool, typer.Option("--change", help="Go on in a run folder that has another configuration.")] = False,
+    change: Annotated[
+        bool, typer.Option("--change", help="Resume although the configuration or the data differ from those of RUN.")
+    ] = False,
+    umask: Annotated[
+        str | None, typer.Option(help="Access to RUN, e.g. 027 for your group to read; default: yours alone (077).")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Short for data.path=DATA; `synthetic`: rehearse speed and memory.")] = None,
     steps: Annotated[int | None, typer.Option(help="Short for steps=STEPS; a rehearsal has no warm-up.")] = None,
 ) -> None:
@@ -94,10 +113,11 @@ def train(
     from scaletrain.train import train as start
 
     try:
-        start(config, run, init=init, trace=profile, change=change)
+        start(config, run, init=init, trace=profile, change=change, umask=umask)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(str(stop))
+            with contextlib.suppress(OSError):  # the terminal whose end was the signal
+                typer.echo(str(stop))
         raise typer.Exit(128 + stop.number) from None
 
 
@@ -110,29 +130,42 @@ def evaluate(
     ] = None,
     test_data: Annotated[str | None, typer.Option("--test", help="Default: `test` or `val` beside them.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="e.g. linear.epochs=20; may be repeated.")] = None,
-    encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="What is judged.")] = "trained",
+    encoder: Annotated[Literal["trained", "untrained", "pixels"], typer.Option(help="Which encoder to evaluate.")] = "trained",
     labels: Annotated[Path | None, typer.Option(help="Train on this label subset only, a file of shards/subset.py.")] = None,
+    same_numbers: Annotated[
+        bool, typer.Option("--same-numbers", help="Both sets number their classes alike, whatever their classes.json say.")
+    ] = False,
 ) -> None:
-    """Judge a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
+    """Evaluate a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
     from scaletrain import evals
 
-    cards = evals.run(
-        target, benchmarks, train=train_data, test=test_data, overrides=settings or (), encoder=encoder, labels=labels
+    results = evals.run(
+        target,
+        benchmarks,
+        train=train_data,
+        test=test_data,
+        overrides=settings or (),
+        encoder=encoder,
+        labels=labels,
+        same_numbers=same_numbers,
     )
-    evals.report(cards)
+    typer.echo("\n".join(evals.report(results)))
 
 
 @app.command("compare")
 def compare_runs(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders whose checkpoints were evaluated.")],
     metric: Annotated[str | None, typer.Option(help="e.g. linear or knn_20; default: the first that all runs have.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Which settings and data, by the digest that is shown where there are several.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the tables.")] = False,
 ) -> None:
     """Accuracy of several runs against epochs, images and time, and when each reaches the other's final one."""
-    from scaletrain import compare
+    from scaletrain import compare, tables
 
-    found = compare.compare(runs, metric)
-    typer.echo(json.dumps(found, indent=1)) if as_json else compare.show(found)
+    found = compare.compare(runs, metric, protocol)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(compare.show(found, tables.width())))
 
 
 @app.command()
@@ -232,62 +265,48 @@ def show_schema() -> None:
 @show.command("methods")
 def show_methods() -> None:
     """Every method and auxiliary: paper, family, recipes and published figures."""
-    from scaletrain import catalogue
+    from scaletrain import catalogue, tables
 
-    typer.echo(
-        "\n".join((*catalogue.lines("methods"), "", "added to a method by `auxiliaries`:", *catalogue.lines("auxiliaries")))
-    )
+    width = tables.width()
+    for line in (*catalogue.lines("methods"), "", "added to a method by `auxiliaries`:", *catalogue.lines("auxiliaries")):
+        typer.echo(tables.wrap(line, width, 8))
 
 
 def _print_changes(recipe: Path, before: Config, after: Config) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from scaletrain import config
+    from scaletrain import config, tables
 
     changes = config.diff(before, after)
     if not changes:
         typer.echo(f"configuration: {recipe} as it is")
         return
-    table = Table("key", str(recipe), "this run", title="changes of the recipe", title_justify="left", box=box.SIMPLE)
-    table.columns[0].no_wrap = True
-    for key, old, new in changes:
-        table.add_row(key, *("-" if value is None else str(value) for value in (old, new)))
-    Console(highlight=False, markup=False).print(table)
+    rows = [(key, *("-" if value is None else value for value in (old, new))) for key, old, new in changes]
+    tables.show(("key", "recipe", "this run"), rows, title=f"changes of the recipe {recipe}")
 
 
-def _expected(error: Exception) -> bool:
-    """Our own refusals and what the file system says; any other exception is a defect of this program."""
-    if isinstance(error, OSError):
-        return True
-    if not isinstance(error, ValueError):
-        return False
+def _explained(error: Exception) -> tuple[str, int] | None:
+    """The text and the exit code of an error that is to be expected; None for a defect of this program."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}): lower batch, data.workers or data.prefetch", exit_codes.RETRY
+    if isinstance(error, RuntimeError) and (torch := sys.modules.get("torch")):
+        from scaletrain import dist
+
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"out of memory on the GPU: lower batch, or set engine.recompute=true ({str(error).splitlines()[0]})"
+            return text, exit_codes.RETRY
+        if text := dist.lost_contact(error):
+            return text, exit_codes.RETRY
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and _ours(error)):
+        return str(error), exit_codes.of(error)
+    return None
+
+
+def _ours(error: ValueError) -> bool:
+    """Whether this program raised it on purpose: a library's ValueError is a defect of the call."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
     here = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
     return here or type(error).__module__.partition(".")[0] == "scaletrain"
-
-
-def _code(error: Exception) -> int:
-    """2: the same input would be refused again; 75 (EX_TEMPFAIL of sysexits.h): another start may succeed."""
-    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO):
-        return 75
-    return int(getattr(error, "exit_code", 2))
-
-
-def _claim(code: int) -> int | None:
-    """None for the first rank that fails: it speaks. The others learn its exit code, and are mostly its victims."""
-    place = os.environ.get("SCALETRAIN_ERROR_FILE")  # set by a launcher, one per attempt
-    if not place:
-        return None
-    try:
-        with Path(place).open("x") as file:
-            file.write(str(code))
-        return None
-    except FileExistsError:
-        return int(Path(place).read_text() or code)
 
 
 def _follow_launcher() -> None:

@@ -1,15 +1,14 @@
 """Runs side by side: accuracy against epochs, images and time, and when each reaches the other's final accuracy.
 
-Accuracies are those of the protocol cards in RUN/evals, at the steps that were evaluated and nowhere in between. Hours are of
-training alone, every step once: the steps between two records of RUN/metrics.jsonl take the seconds per step of the latter.
-So waiting in a queue, start-up and what a resume repeats are free; the first step of a start, with compilation and whatever
-the method does before it, counts as an ordinary one.
+Accuracies are those of the results in RUN/evals, all of one protocol and the same data, at the steps that were evaluated and
+nowhere in between. Hours are of training alone, every step once: the steps between two records of RUN/metrics.jsonl take the
+seconds per step of the latter. So waiting in a queue, start-up and what a resume repeats are free; the first step of a start,
+with compilation and whatever the method does before it, counts as an ordinary one.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
@@ -17,33 +16,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from scaletrain import config
+from scaletrain import config, tables
+from scaletrain.evals import results
+from scaletrain.evals.results import Result
 from scaletrain.progress import number
 from scaletrain.recipe import ConfigError, nearest
-
-
-class _Shards(BaseModel):
-    sha256: str
-
-
-class _Data(BaseModel):
-    train: _Shards
-    test: _Shards
-    labels: Any = None  # a label subset
-
-
-class _Card(BaseModel):
-    """What is read of a card of `scaletrain eval`."""
-
-    encoder: str
-    step: NonNegativeInt
-    metrics: dict[str, FiniteFloat]
-    protocol: dict[str, Any]
-    data: _Data
 
 
 class _Record(BaseModel):
@@ -55,6 +33,7 @@ class _Record(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
+Found = dict[str, dict[str, dict[str, list[Result]]]]  # by run, metric and protocol
 
 
 @dataclass(frozen=True)
@@ -80,10 +59,11 @@ class Reach:
     hours_share: float | None
 
 
-def compare(runs: Sequence[Path], metric: str | None = None) -> dict[str, Any]:
-    """`metric` of the cards, by default the first that all runs have; points per run and reaches per ordered pair.
+def compare(runs: Sequence[Path], metric: str | None = None, protocol: str | None = None) -> dict[str, Any]:
+    """`metric` of the trained encoders, by default the first that all runs have; points per run, reaches per ordered pair.
 
-    Raises ConfigError where a run has no such cards, or a file that is damaged.
+    All are of one protocol: the one that all runs have results of, with the whole training set, or the one whose digest begins
+    with `protocol`. Raises ConfigError where there is none or more than one.
     """
     for path in runs:
         if not (path / "config.yaml").is_file():
@@ -93,25 +73,75 @@ def compare(runs: Sequence[Path], metric: str | None = None) -> dict[str, Any]:
         raise ConfigError("one run has nothing to be compared with: name two or more")
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice")
-    found = {str(run): _cards(run) for run in runs}
-    common = [m for m in next(iter(found.values())) if all(m in of for of in found.values())]
-    if metric is None and not common:
+
+    found = {str(run): _results(run) for run in runs}
+    common = [m for m in next(iter(found.values())) if all(m in metrics for metrics in found.values())]
+    metric = metric or next((m for m in common if _fitting(_shared(found, m), protocol)), next(iter(common), None))
+    if metric is None:
         raise ConfigError(
-            "these runs were not evaluated alike: no benchmark has cards of all; scaletrain eval RUN knn makes them"
+            "these runs were not evaluated alike: no benchmark has results of all; scaletrain eval RUN knn makes them"
         )
-    metric = metric or common[0]
-    for run, of in found.items():
-        if metric not in of:
-            raise ConfigError(f"{run}/evals has no cards of '{metric}'{nearest(metric, of)}; it has {', '.join(of) or 'none'}")
-    points = {run: _points(Path(run), of[metric], metric) for run, of in found.items()}
-    cards = [card for of in found.values() for card in of[metric]]
-    measurements = {json.dumps([c.protocol, c.data.train.sha256, c.data.test.sha256], sort_keys=True) for c in cards}
+    for run, metrics in found.items():
+        if metric not in metrics:
+            known = ", ".join(metrics) or "none"
+            raise ConfigError(f"{run}/evals has no results of '{metric}'{nearest(metric, metrics)}; it has {known}")
+
+    chosen = _one(found, metric, protocol)
+    compared = {run: metrics[metric][chosen] for run, metrics in found.items()}
+    points = {run: _points(Path(run), steps, metric) for run, steps in compared.items()}
+    others = [len(steps) for metrics in found.values() for digest, steps in metrics[metric].items() if digest != chosen]
     return {
         "metric": metric,
+        "protocol": chosen,
+        "described": next(iter(compared.values()))[0].described,
+        "left_out": sum(others),
         "points": {run: [asdict(p) for p in of] for run, of in points.items()},
         "reached": [asdict(_reach(a, b, points)) for a, b in permutations(points, 2)],
-        "alike": len(measurements) == 1,
     }
+
+
+def _shared(found: Found, metric: str) -> dict[str, Result]:
+    """The protocols of which all runs have results of a metric, each with one of them."""
+    first, *others = (metrics[metric] for metrics in found.values())
+    return {digest: steps[0] for digest, steps in first.items() if all(digest in other for other in others)}
+
+
+def _fitting(shared: Mapping[str, Result], wanted: str | None) -> list[str]:
+    """The protocols that a table may be of: what was asked for, else those with the whole training set."""
+    return [
+        digest for digest, result in shared.items() if (digest.startswith(wanted) if wanted else result.data.labels is None)
+    ]
+
+
+def _one(found: Found, metric: str, wanted: str | None) -> str:
+    """The protocol of a table. Raises ConfigError, saying which there are and how they differ, unless it is clear."""
+    shared = _shared(found, metric)
+    fit = _fitting(shared, wanted)
+    if len(fit) == 1:
+        return fit[0]
+
+    if not shared:
+        every = {digest: steps[0] for metrics in found.values() for digest, steps in metrics[metric].items()}
+        text = f"these runs were not evaluated alike: no protocol has results of '{metric}' of all; there are"
+        raise ConfigError(f"{text} {_listed(every)}")
+    if wanted:
+        text = f"--protocol {wanted} is none, or more than one, of those with results of '{metric}' of all runs"
+    else:
+        text = f"all runs have results of '{metric}' of " + (f"{len(fit)} protocols" if fit else "label subsets only")
+    raise ConfigError(f"{text}; choose one by --protocol: {_listed(shared)}")
+
+
+def _listed(found: Mapping[str, Result]) -> str:
+    """Each protocol with those of its settings that are not the same in all."""
+    described = {digest: result.described for digest, result in found.items()}
+    keys = dict.fromkeys(key for settings in described.values() for key in settings)
+    differing = [key for key in keys if len({settings.get(key) for settings in described.values()}) > 1]
+
+    texts = []
+    for digest, settings in described.items():
+        text = ", ".join(f"{key}={settings[key]}" for key in differing if key in settings)
+        texts.append(f"{digest} ({text})" if text else digest)
+    return ", ".join(texts)
 
 
 def _reach(run: str, other: str, points: dict[str, list[Point]]) -> Reach:
@@ -123,26 +153,26 @@ def _reach(run: str, other: str, points: dict[str, list[Point]]) -> Reach:
     return Reach(run, other, last.accuracy, point, point.images / last.images if last.images else None, hours)
 
 
-def _cards(run: Path) -> dict[str, list[_Card]]:
-    """The cards of the trained encoder with all labels, by the name of each top-1 accuracy in them, ascending by step."""
-    result: dict[str, list[_Card]] = {}
-    for path in sorted((run / "evals").glob("*.json")):
-        card = _parse(_Card, path.read_bytes(), f"{path} is no card of `scaletrain eval`; delete it or evaluate again")
-        if card.encoder == "trained" and card.data.labels is None:
-            for name in card.metrics:
-                if f"{name}_per_class" in card.metrics:
-                    result.setdefault(name, []).append(card)
-    return {name: sorted(cards, key=lambda card: card.step) for name, cards in sorted(result.items())}
+def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
+    """The results of the trained encoder by the name of each top-1 accuracy in them, then by protocol, ascending by step."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for result in results.read(run / "evals"):
+        for name in result.metrics if result.encoder == "trained" else ():
+            if f"{name}_per_class" in result.metrics:
+                found.setdefault(name, {}).setdefault(result.protocol, []).append(result)
+    return dict(sorted(found.items()))
 
 
-def _points(run: Path, cards: Sequence[_Card], metric: str) -> list[Point]:
+def _points(run: Path, cards: Sequence[Result], metric: str) -> list[Point]:
     settings, records = config.load(run / "config.yaml"), _records(run / "metrics.jsonl")
     per_epoch = records[-1].steps_per_epoch if records else None
-    hours = _hours(records, [card.step for card in cards], settings.monitor.every)
-    return [
-        Point(c.step, c.step / per_epoch if per_epoch else None, c.step * settings.batch, spent, c.metrics[metric])
-        for c, spent in zip(cards, hours, strict=True)
-    ]
+    points = []
+    for c, spent in zip(cards, _hours(records, [card.step for card in cards], settings.monitor.every), strict=True):
+        # a checkpoint of before they were kept is of a run whose batch never changed
+        images = c.step * settings.batch if c.trained.samples is None else c.trained.samples
+        epochs = c.trained.epochs if c.trained.epochs is not None else c.step / per_epoch if per_epoch else None
+        points.append(Point(c.step, epochs, images, spent, c.metrics[metric]))
+    return points
 
 
 def _hours(records: Sequence[_Record], steps: Sequence[int], every: int) -> list[float | None]:
@@ -174,27 +204,26 @@ def _parse(model: type[M], text: bytes, problem: str) -> M:
         raise ConfigError(f"{problem} ({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})") from None
 
 
-def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """Print what compare() found: all points, then who reaches whom."""
-    console = console or Console(highlight=False, markup=False)
-    table = Table("run", title=f"{found['metric']}, top-1 accuracy, %", title_justify="left", box=box.SIMPLE)
-    for column in ("step", "epochs", "images", "hours", "accuracy"):
-        table.add_column(column, justify="right")
+def show(found: dict[str, Any], width: int | None = None) -> list[str]:
+    """Lines for people on what compare() found: all points, then who reaches whom."""
+    sets = ", ".join(f"{name} {found['described'][name]}" for name in ("train", "test"))
+    text = [f"{found['metric']}, top-1 accuracy in per cent", f"protocol {found['protocol']}: {sets}"]
     for run, points in found["points"].items():
-        for p in points:
-            table.add_row(run, str(p["step"]), *_cells(p), f"{p['accuracy']:.2f}")
-        table.add_section()
-    console.print(table)
-    table = Table("run", "reaches", title="time to the other's final accuracy", title_justify="left", box=box.SIMPLE)
-    for column in ("at epoch", "images", "hours", "share of its images", "of its hours"):
-        table.add_column(column, justify="right")
+        rows = [(str(p["step"]), *_cells(p), f"{p['accuracy']:.2f}") for p in points]
+        shown = tables.render(("step", "epochs", "images", "hours", "accuracy"), rows, width=width)
+        text += ["", run, *shown.splitlines()]
     for reach in found["reached"]:
-        goal = f"{reach['accuracy']:.2f} of {reach['other']}"
-        shares = ("-" if x is None else f"{x:.2f}" for x in (reach["images_share"], reach["hours_share"]))
-        table.add_row(reach["run"], goal, *(_cells(reach["point"]) if reach["point"] else ("never", "-", "-")), *shares)
-    console.print(table)
-    if not found["alike"]:
-        console.print("note: these cards differ in protocol or labelled data; the accuracies are not of one measurement")
+        text += ["", f"{reach['run']} to the final {reach['accuracy']:.2f} of {reach['other']}"]
+        if reach["point"] is None:
+            text.append("never")
+            continue
+        share = {key: "-" if reach[key] is None else f"{reach[key]:.2f}" for key in ("images_share", "hours_share")}
+        epochs, images, hours = _cells(reach["point"])
+        costs = [("epochs", epochs, ""), ("images", images, share["images_share"]), ("hours", hours, share["hours_share"])]
+        text += tables.render(("", "it takes", "share of the other's"), costs, width=width).splitlines()
+    if found["left_out"]:
+        text += ["", f"note: results that are left out, as they are of another protocol or other data: {found['left_out']}"]
+    return text
 
 
 def _cells(point: dict[str, Any]) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,14 +25,25 @@ from pydantic import (
     model_validator,
 )
 
+from scaletrain.recipe import ERRORS, apply, brief, flat, listed, long, nearest, read, shards, yaml
 from scaletrain.recipe import ConfigError as ConfigError
-from scaletrain.recipe import apply, flat, long, nearest, read, shards, yaml
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
+PATHS = ("path", "labels")  # the keys that name a file or folder
+
+
+def absolute(path: str) -> str:
+    """Of a file or folder: what a run saves must mean the same from any folder. An address stays as it is."""
+    if len(parts := listed(path)) > 1:
+        return str(shards([absolute(part) for part in parts]))
+    return path if path in ("", "synthetic") or "://" in path else str(Path(parts[0]).expanduser().absolute())
+
+
+Place = Annotated[str, AfterValidator(absolute)]
 
 
 class Frozen(BaseModel):
@@ -87,14 +99,14 @@ class View(Frozen):
 class Part(Frozen):
     """One of the data sets of a mixture."""
 
-    path: Annotated[str, Field(min_length=1)]  # folder of tar shards
+    path: Annotated[Place, Field(min_length=1)]  # folder of tar shards
     weight: Positive  # share of the draws, relative to the other parts
 
 
 class Cache(Frozen):
     """Whole shards on this node's disk, shared by its ranks: those of http://, https:// and s3:// addresses."""
 
-    path: str = ""  # folder of this node; "": the one for temporary files
+    path: Place = ""  # folder of this node; "": the one for temporary files
     bytes: Count = 100_000_000_000  # oldest shards are deleted beyond; want twice the shards in use, which the run prints
     stage: bool = False  # copy the shards of local folders too: for parallel file systems, which random reads hurt
 
@@ -102,8 +114,8 @@ class Cache(Frozen):
 class Support(Frozen):
     """Labelled samples beside every batch, as many of each class, for the auxiliaries that want them (suncet)."""
 
-    path: str = ""  # folder of shards; "": data.path
-    labels: str = ""  # file of shards/subset.py, the samples whose labels may be used; "": all of a `path` of their own
+    path: Place = ""  # folder of shards; "": data.path
+    labels: Place = ""  # file of shards/subset.py, the samples whose labels may be used; "": all of a `path` of their own
     classes: Count = 10  # of a step; the classes take turns
     per_class: Annotated[int, Field(ge=2)] = 2  # samples of each of them
     epochs: Positive = 100.0  # from the start; the steps of later ones have none
@@ -111,7 +123,7 @@ class Support(Frozen):
 
 class Data(Frozen):
     # folder of tar shards, local, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER; FOLDER/*.tar; a list of these; or `synthetic`
-    path: Annotated[str, BeforeValidator(shards, json_schema_input_type=str | list[str])] = ""
+    path: Annotated[Place, BeforeValidator(shards, json_schema_input_type=str | list[str])] = ""
     cache: Cache = Cache()
     mixture: tuple[Part, ...] = ()  # in place of path: folders that every batch draws from
     epoch_samples: Natural = 0  # samples that count as an epoch; 0: as many as the data has
@@ -239,7 +251,7 @@ def leaves(kind: str) -> tuple[str, ...]:
 def leaf_config(kind: str, name: str) -> type[Leaf]:
     known = leaves(kind)
     if name not in known:
-        raise ValueError(f"there is no '{name}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
+        raise ValueError(f"there is no '{brief(name)}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
     return cast(type[Leaf], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
 
 
@@ -253,17 +265,18 @@ def _leaf(kind: str, value: Any) -> Leaf:
 
 
 def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
-    lines = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"])
+    found, lines = error.errors(include_url=False), []
+    for item in found[:ERRORS]:
+        where = brief(".".join(str(part) for part in item["loc"]))
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
         else:
-            text = item["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            text = brief(item["msg"].removeprefix("Value error, "), 1000)
+            shown = "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
             choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
             lines.append(f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}")
-    return ConfigError(f"{source}: " + "; ".join(lines))
+    more = f"; and {len(found) - ERRORS:,} more" if len(found) > ERRORS else ""
+    return ConfigError(f"{source}: {'; '.join(lines)}{more}")
 
 
 def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
@@ -310,8 +323,9 @@ def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises ConfigError."""
-    recipe = build(read(Path(path)), str(path))  # validated alone: its errors are not blamed on the command line
-    changes = tuple(overrides)
+    raw, changes = read(Path(path)), tuple(overrides)
+    apply({}, changes)  # what cannot be read is refused before methods are imported, which takes time and memory
+    recipe = build(raw, str(path))  # validated alone: its errors are not blamed on the command line
     return build(apply(recipe.model_dump(mode="json"), changes), "command line") if changes else recipe
 
 

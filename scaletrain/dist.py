@@ -5,8 +5,10 @@ With the loss convention of core.py, the backward of a gather is a sum over rank
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import ipaddress
 import os
 import socket
 import zlib
@@ -17,6 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+from scaletrain.peers import Peers
+
+LISTEN_FD = "SCALETRAIN_LISTEN_FD"  # the variable by which a launcher gives rank 0 the socket on which the ranks meet
+_peers: Peers | None = None
 
 # torch 2.14 renamed both and warns at the old names.
 _all_gather = getattr(c10d, "all_gather_single", None) or c10d.all_gather_into_tensor
@@ -37,15 +45,46 @@ def init(timeout_seconds: float = 1800.0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not c10d.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        try:
-            c10d.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        except (RuntimeError, ValueError) as error:
-            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            raise LaunchError(
-                f"no rendezvous at {address}: {str(error).splitlines()[0]}. If the port is in use, choose another MASTER_PORT"
-            ) from None
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds))
     return device
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    global _peers
+    host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+    try:
+        if _loopback(host) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            place = _own_store(host, int(port), timeout)
+            c10d.init_process_group(
+                backend, store=place, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout
+            )
+        else:
+            c10d.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise LaunchError(
+            f"no rendezvous at {host}:{port}: {str(error).splitlines()[0]}. If the port is in use, choose another MASTER_PORT"
+        ) from None
+
+    _peers = Peers(rank(), world(), host, broadcast_object)
+    atexit.register(_peers.leave)  # not reached by a process that fails: cli.main ends those at once
+
+
+def _loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _own_store(host: str, port: int, timeout: timedelta) -> TCPStore:
+    """torch's store listens on all addresses of a machine; on one machine, this one listens on its loopback only."""
+    world, first = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
+    if not first:
+        return TCPStore(host, port, world, False, timeout)
+
+    given = os.environ.get(LISTEN_FD)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(fileno=int(given)) if given else socket.create_server((host, port), family=family)
+    return TCPStore(host, port, world, True, timeout, master_listen_fd=listener.detach())
 
 
 def keep_freed_memory() -> None:
@@ -61,8 +100,24 @@ def keep_freed_memory() -> None:
 
 
 def shutdown() -> None:
+    """Leave the process group in order. Not after an error: the other ranks would not learn of it."""
+    leave()
     if c10d.is_initialized():
         c10d.destroy_process_group()
+
+
+def leave() -> None:
+    """This process will end in order, which the others need not follow at once."""
+    if _peers is not None:
+        _peers.leave()
+
+
+def lost_contact(error: BaseException) -> str:
+    """A text for an error which means that another process of the run died or cannot be reached; empty for any other."""
+    if world() == 1 or not (isinstance(error, c10d.DistError) or "gloo/transport" in str(error)):
+        return ""
+    who = (_peers.name_lost(patience=2.0) if _peers is not None else "") or "another process of this run cannot be reached"
+    return f"{who}; see its own output, and start again to resume ({str(error).splitlines()[0]})"
 
 
 def rank() -> int:

@@ -1,4 +1,4 @@
-"""Files that survive a crash and show damage: durable writes, sealed JSON, summed safetensors. Nothing loaded can run code.
+"""Files that show damage: sealed JSON, summed safetensors. Nothing loaded can run code.
 
 The safetensors container is written here and read by the official library. Its own writer holds the whole file in memory
 twice, hides errno (disk full) and cannot hash while the disk works.
@@ -6,11 +6,10 @@ twice, hides errno (disk full) and cannot hash while the disk works.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +17,9 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from scaletrain import exit_codes
+from scaletrain.durable import flush, replacing
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -33,44 +35,21 @@ DTYPES = {
 }  # the container's names
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 RESERVED = "__metadata__"  # the one tensor name that the container keeps for itself
+HEADER_BYTES = 16 << 20  # of a safetensors file: some 100,000 tensors
+SEALED_BYTES = 128 << 20  # of a sealed JSON file: a step of 1,000 ranks that hold parts of 700 tensors each
 _SUM = "scaletrain.sha256"
 _HEAD, _JOINT = b'{"sha256":"', b'","body":'
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or weight file that cannot be written or read; the text names the file, what is wrong, and the cure."""
+    """A checkpoint or weight file that cannot be written or read; the text names the file, what is wrong, and the fix."""
 
+    def __init__(self, text: str, exit_code: int = exit_codes.INVALID) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
-# --- durable writes ---------------------------------------------------------------------------------------------------
-
-
-def sync(folder: Path) -> None:
-    """Make the folder's entries (new, renamed and removed names) survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path: Path, tag: str) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and on disk, or not at all. `tag` keeps temporary names apart."""
-    temporary = path.with_name(f"{path.name}.{tag}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            _flush(file)
-        temporary.replace(path)
-        sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, int]]:
+        return CheckpointError, (str(self), self.exit_code)
 
 
 # --- sealed JSON ------------------------------------------------------------------------------------------------------
@@ -84,7 +63,10 @@ def seal(body: str) -> bytes:
 
 def unseal(path: Path) -> bytes:
     """The body of a sealed file. FileNotFoundError if there is none, CheckpointError if a byte of it changed."""
-    raw = path.read_bytes()
+    with path.open("rb") as file:
+        raw = file.read(SEALED_BYTES + 1)
+    if len(raw) > SEALED_BYTES:
+        raise CheckpointError(f"{path} is damaged: it has more than {SEALED_BYTES:,} bytes")
     start = len(_HEAD) + 64 + len(_JOINT)
     body = raw[start:-2]
     if raw != _HEAD + hashlib.sha256(body).hexdigest().encode() + _JOINT + body + b"}\n":
@@ -127,7 +109,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[s
         total = pool.submit(digest)
         for part in parts:
             file.write(part)
-        _flush(file)
+        flush(file)
         return sum(len(part) for part in parts), total.result()
 
 
@@ -147,13 +129,13 @@ def compare(path: Path, size: int, sha256: str) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise CheckpointError(f"{path} is damaged: its sha256 is not the one in the manifest")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", exit_codes.of(error)) from None
 
 
 # --- one file of weights ----------------------------------------------------------------------------------------------
 
 
-def _fingerprint(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
     """sha256 of names, types, shapes, values and metadata, whatever their order in the file."""
     state = hashlib.sha256(json.dumps(sorted(meta.items())).encode())
     for name in sorted(tensors):
@@ -172,9 +154,10 @@ def export(tensors: Mapping[str, Tensor], path: Path, meta: Mapping[str, str]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, str(os.getpid())) as file:
-            write_tensors(file, host, head | {_SUM: _fingerprint(host, head)})
+            write_tensors(file, host, head | {_SUM: fingerprint(host, head)})
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}. Choose another file name or free the disk") from None
+        text = f"cannot write {path}: {error.strerror}. Choose another file name or free the disk"
+        raise CheckpointError(text, exit_codes.of(error)) from None
 
 
 def _cure(path: Path) -> str:
@@ -197,15 +180,26 @@ def load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; give one .safetensors file (`scaletrain export RUN FILE` makes one)")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is a pipe or a device and not a file; give one .safetensors file")
     try:
+        _check_header(path)
         with safe_open(path, "pt", device="cpu") as handle:
             meta: dict[str, str] = dict(handle.metadata() or {})
             tensors: dict[str, Tensor] = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}. Check the path") from None
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}. Check the path", exit_codes.of(error)) from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {_cure(path)}") from None
     expected = meta.pop(_SUM, None)
-    if expected is not None and expected != _fingerprint(tensors, meta):
+    if expected is not None and expected != fingerprint(tensors, meta):
         raise CheckpointError(f"{path} is damaged: its contents do not match the sha256 that it carries. Export it again")
     return tensors, meta
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that would take minutes and gigabytes to read; real networks have a few thousand tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if HEADER_BYTES < size < path.stat().st_size:  # a larger size is no header at all: the library says so
+        raise CheckpointError(f"{path}: its header has {size:,} bytes, more than the {HEADER_BYTES:,} that are read")

@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from scaletrain import sizes, traffic
+from scaletrain import sizes, tables, traffic
 from scaletrain.config import Config, Optim
 from scaletrain.core import Method
 from scaletrain.engines import deepspeed, fsdp2
@@ -148,7 +145,8 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
         "model": config.model.name,
         "precision": engine.precision,
         "ranks": ranks,
-        "batch": rows,
+        "batch": config.batch,
+        "samples_per_rank": rows,
         "engines": {name: {kind: (held | common).get(kind, 0) for kind in KINDS} for name, held in found.items()},
     }
 
@@ -183,15 +181,19 @@ def _bytes(held: Elements, config: Config, parameters: int) -> dict[str, int]:
 def show(found: dict[str, Any]) -> None:
     """Print what measure() found as a table."""
     about = ", ".join((found["method"], found["model"], found["precision"]))
-    title = f"{about}: GB of each of {found['ranks']} ranks, {found['batch']} samples each"
+    each = tables.plural(found["samples_per_rank"], "sample")
     common = next(iter(found["engines"].values()))
-    shared = [f"{kind} {common[kind] / 1e9:,.3f}" for kind in COMMON]
     own = [kind for kind in KINDS if kind not in COMMON]
-    table = Table("", *(SHORT.get(kind, kind) for kind in own), "all", title=title, title_justify="left", box=box.SIMPLE)
-    named = "fsdp2 whole is engine.reshard=false; zero 2 is engine.name=deepspeed engine.stage=2"
-    table.caption, table.caption_justify = f"in all of them: {', '.join(shared)}\n{named}", "left"
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, held in found["engines"].items():
-        table.add_row(name, *(f"{held[kind] / 1e9:,.3f}" for kind in own), f"{sum(held.values()) / 1e9:,.3f}")
-    Console(highlight=False, markup=False).print(table)
+    rows = [
+        (name, *(f"{held[kind] / 1e9:,.3f}" for kind in own), f"{sum(held.values()) / 1e9:,.3f}")
+        for name, held in found["engines"].items()
+    ]
+    tables.show(
+        ("engine", *(SHORT.get(kind, kind) for kind in own), "all"),
+        rows,
+        title=f"{about}: GB of each of {tables.plural(found['ranks'], 'rank')}, {each} each",
+        notes=(
+            f"in all of them: {', '.join(f'{kind} {common[kind] / 1e9:,.3f}' for kind in COMMON)}",
+            "fsdp2 whole is engine.reshard=false; zero 2 is engine.name=deepspeed engine.stage=2",
+        ),
+    )

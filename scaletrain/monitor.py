@@ -6,24 +6,26 @@ from samples (parts of the loss, embedding statistics, images) is of rank 0's sl
 
 from __future__ import annotations
 
-import json
 import math
 import resource
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from scaletrain import config as cfg
-from scaletrain import dist
+from scaletrain import dist, durable
+from scaletrain.board import Board
 from scaletrain.core import Batch, Clock, Result
-from scaletrain.progress import Pace, Screen
+from scaletrain.progress import Pace, Screen, duration
+from scaletrain.resume import BEGINNING, Start
+from scaletrain.tables import plural
 
 GRID_SAMPLES = 8
 RANK_SAMPLES = 1024  # rows of the embedding whose singular values are taken: bounds the cost at any batch size
@@ -33,24 +35,27 @@ class Monitor:
     """Records a run under `run`: `tensorboard/`, `metrics.jsonl` (one JSON object per recorded step) and the console.
 
     Which steps are recorded depends on the step alone, so that a resumed run continues the very curves of the first one.
-    What was recorded at or after `start_step` is dropped, for it will be computed again.
+    What was recorded at or after the step it starts from is dropped, for it will be computed again. A file that cannot be
+    written is said and never ends the run.
     """
 
-    def __init__(self, run: Path, config: cfg.Config, *, total_steps: int, steps_per_epoch: int, start_step: int) -> None:
+    def __init__(
+        self, run: Path, config: cfg.Config, *, total_steps: int, steps_per_epoch: int, start: Start = BEGINNING
+    ) -> None:
         self._active = dist.main()
         self._every, self._images_every = config.monitor.every, config.monitor.images_every
-        self._total = total_steps
-        self._step = start_step
+        self._total, self._start, self._batch = total_steps, start, config.batch
+        self._updates = start.updates
         if not self._active:
             return
         run.mkdir(parents=True, exist_ok=True)
-        _drop_from(run / "metrics.jsonl", start_step)
-        self._metrics = (run / "metrics.jsonl").open("a", buffering=1)
-        self._board: Any = SummaryWriter(run / "tensorboard", purge_step=start_step)
-        self._board.add_text("config", f"```yaml\n{cfg.dump(config)}```", start_step)
+        durable.drop_records(run / "metrics.jsonl", start.updates)
+        self._metrics = durable.Records(run / "metrics.jsonl")
+        self._board = Board(run / "tensorboard", start.updates)
+        self._board.text("config", f"```yaml\n{cfg.dump(config)}```", start.updates)
         self._board.flush()
         self._pace = Pace(config.batch)
-        self._screen = Screen(total_steps, math.ceil(total_steps / max(1, steps_per_epoch)), start_step)
+        self._screen = Screen(total_steps, math.ceil(total_steps / max(1, steps_per_epoch)), start.step)
 
     def step(
         self,
@@ -68,12 +73,13 @@ class Monitor:
         """
         if not self._active:
             return
-        self._step = clock.step
+        step = self._start.offset + clock.step
+        self._updates = step + 1
         self._pace.add(waited, result.skipped)
         self._screen.advance(clock.step + 1)
         if clock.every(self._images_every):
             for views in batch.views:
-                self._board.add_image(f"views/{views.shape[-1]}px", grid(views, batch.pixel_range), clock.step)
+                self._board.image(f"views/{views.shape[-1]}px", grid(views, batch.pixel_range), step)
         if clock.every(self._every) or clock.step == self._total - 1:
             # Tensors are read only here: reading one makes the host wait for the device.
             self._record(clock, self._scalars(result, rates, ema) | dict(more or {}), rates)
@@ -82,7 +88,19 @@ class Monitor:
         """One line for the reader, on the console and in TensorBoard."""
         if self._active:
             self._screen.say(text)
-            self._board.add_text("notes", text, self._step)
+            self._board.text("notes", text, self._updates)
+
+    def finish(self, run: Path, checkpoint: Path) -> None:
+        """The last line of a run that has reached its end: what it did, where that is, and what to do with it."""
+        if not self._active or self._updates == self._start.updates:
+            return
+        steps, seconds = self._updates - self._start.updates, self._pace.seconds
+        images = steps * self._batch
+        rate = images / max(seconds, 1e-9)
+        self.note(
+            f"done: {plural(steps, 'step')}, {plural(images, 'image')} in {duration(seconds)} ({rate:.0f} images/s); "
+            f"checkpoint {checkpoint}; next: scaletrain eval {shlex.quote(str(run))} knn"
+        )
 
     def close(self) -> None:
         """Flush and release everything; may be called twice."""
@@ -90,7 +108,6 @@ class Monitor:
             self._active = False
             self._screen.close()
             self._board.close()
-            self._metrics.close()
 
     def _scalars(self, result: Result, rates: Mapping[str, float], ema: float | None) -> dict[str, float]:
         scalars = {f"train/{name}": float(value) for name, value in result.scalars.items()}
@@ -105,13 +122,21 @@ class Monitor:
         return scalars | self._pace.read() | memory()
 
     def _record(self, clock: Clock, scalars: dict[str, float], rates: Mapping[str, float]) -> None:
+        step = self._start.offset + clock.step
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, clock.step)
+            self._board.scalar(name, value, step)
         self._board.flush()
         # JSON has no word for NaN and infinity; null keeps the line readable by every parser.
         numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        place = {"step": clock.step, "epoch": clock.epoch, "steps_per_epoch": clock.steps_per_epoch, "time": time.time()}
-        self._metrics.write(json.dumps(place | numbers) + "\n")
+        place: dict[str, float | None] = {
+            "step": step,
+            "epoch": clock.epoch,
+            "steps_per_epoch": clock.steps_per_epoch,
+            "epochs": (clock.step + 1) / clock.steps_per_epoch,
+            "samples": self._start.after(clock.step, self._batch),
+            "time": time.time(),
+        }
+        self._metrics.add(place | numbers)
         left = self._pace.seconds_per_step * (self._total - clock.step - 1)
         rate = rates.get("all", next(iter(rates.values()), 0.0))
         self._screen.report(clock, scalars, rate, left)
@@ -153,23 +178,6 @@ def memory() -> dict[str, float]:
         peak["memory/cuda_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
         peak["memory/cuda_reserved_mb"] = torch.cuda.max_memory_reserved() / 2**20
     return peak
-
-
-def _drop_from(path: Path, start_step: int) -> None:
-    """Remove what was recorded at or after `start_step`, and a last line that a crash cut short; all of it or nothing."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if line.endswith("\n") and step < start_step:
-            kept.append(line)
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept))
-    part.replace(path)
 
 
 class Steps(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 
@@ -14,6 +15,12 @@ from scaletrain.core import Clock
 def number(value: float) -> str:
     """Three digits, and all of them before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """As hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
 
 
 class Pace:
@@ -33,6 +40,11 @@ class Pace:
         self._recent += 1
         self._waited += waited
         self._skipped += skipped
+
+    @property
+    def seconds(self) -> float:
+        """Of this session so far."""
+        return self._now - self._begin
 
     @property
     def seconds_per_step(self) -> float:
@@ -57,7 +69,7 @@ class Pace:
 
 
 class Screen:
-    """A live bar on a terminal, else a plain line per record."""
+    """A live bar on a terminal, else a plain line per record. A terminal that is gone is no error."""
 
     def __init__(self, total: int, epochs: int, start: int) -> None:
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -70,23 +82,26 @@ class Screen:
 
     def advance(self, done: int) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=done)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, completed=done)
 
     def report(self, clock: Clock, scalars: Mapping[str, float], rate: float, left: float) -> None:
-        minutes, seconds = divmod(round(left), 60)
         line = (
             f"epoch {clock.epoch + 1}/{self._epochs} step {clock.step + 1}/{self._total} loss {scalars['train/loss']:.4g} "
             f"lr {rate:.3g} img/s {scalars['speed/images_per_second']:.0f} data {scalars['speed/data_wait_share']:.0%} "
-            f"left {minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
+            f"left {duration(left)}"
         )
         if self._bar:
-            self._bar.update(self._task, description=line)
+            with contextlib.suppress(OSError):
+                self._bar.update(self._task, description=line)
         else:
             self.say(line)
 
     def say(self, text: str) -> None:
-        self._console.print(text)
+        with contextlib.suppress(OSError):
+            self._console.print(text)
 
     def close(self) -> None:
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()

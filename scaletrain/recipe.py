@@ -6,20 +6,41 @@ YAML 1.2 rules hold: `1e-6` is a number and `on` is a word.
 from __future__ import annotations
 
 import difflib
-import io
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import ScalarNode
+
+# Far above any recipe. Within them, whatever a file holds is refused or read in a moment.
+BYTES = 1_000_000  # of a file
+DEPTH = 32  # of mappings and lists in each other
+SIZE = 10_000  # values, where what an alias repeats counts again
+TEXT = 5_000  # characters of a value, a path for example
+BASES = 16  # recipes under a recipe
+SHOWN = 200  # characters of a user's text in a message
+ERRORS = 10  # that one message tells
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the text says which key of which file, and the cure."""
 
 
+_COMMA = re.compile(r",(?![^{]*\})")  # outside of braces
 _SHORT = {"data": "path", "method": "name", "engine": "name"}  # sections that a plain word may stand for
 
 
@@ -29,47 +50,146 @@ def long(key: str, value: Any) -> Any:
 
 
 def shards(value: Any) -> Any:
-    """A list of folders and patterns as one text, `[A, B]`, which data/selection.py takes apart."""
+    """A list of folders and patterns as one text, `[A, B]`."""
     if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
         return value
-    if wrong := next((path for path in value if re.search(r",(?![^{]*\})", path)), None):
+    if wrong := next((path for path in value if _COMMA.search(path)), None):
         raise ValueError(f"'{wrong}' has a comma, where a path of a list ends")
     return f"[{', '.join(value)}]"
 
 
+def listed(shards: str) -> list[str]:
+    """The folders and patterns of `[A, B]`; any other text is one of them."""
+    if not (shards.startswith("[") and shards.endswith("]")) or Path(shards).exists():
+        return [shards]
+    return [path.strip().strip("'\"") for path in _COMMA.split(shards[1:-1])]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:SHOWN], list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def brief(text: str, limit: int = SHOWN) -> str:
+    """A user's text in a message: on one line, and only its beginning if it is long."""
+    line = "".join(character if character.isprintable() else " " for character in text[:limit])
+    return line if len(text) <= limit else f"{line}... ({len(text):,} characters)"
+
+
+class _Composer(Composer):
+    """Counts what it reads, so that a few lines of aliases or brackets do not become more than there is memory for."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        self._depth = self._size = 0
+        self._sizes: dict[int, int] = {}  # of each whole node, by its identity: itself and what is in it
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        before, repeats = self._size, self.parser.check_event(AliasEvent)
+        self._depth += 1
+        if self._depth > DEPTH:
+            raise ConfigError(f"nested more than {DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        if repeats and id(node) not in self._sizes:
+            raise ConfigError("an alias stands inside of what it repeats")
+        if isinstance(node, ScalarNode) and len(node.value) > TEXT:
+            raise ConfigError(f"a value of {len(node.value):,} characters is too long: {brief(node.value)}")
+
+        self._depth -= 1
+        self._size += self._sizes.get(id(node), 1)
+        self._sizes.setdefault(id(node), self._size - before)
+        if self._size > SIZE:
+            raise ConfigError(f"too large: more than {SIZE:,} values, counting what aliases repeat")
+        return node
+
+
+class _Constructor(SafeConstructor):
+    """Refuses whole numbers that nothing else could hold or print."""
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > 70 or not -(2**63) <= (value := super().construct_yaml_int(node)) < 2**64:
+            raise ConfigError(f"a number of more than 64 bits: {brief(node.value)}")
+        return int(value)
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yaml_int)
 
 
 def yaml() -> Any:
     result: Any = YAML(typ="safe", pure=True)
+    result.Composer, result.Constructor = _Composer, _Constructor
     result.default_flow_style = None  # lists of numbers on one line
     result.width = 120
     result.sort_base_mapping_type_on_output = False  # keep the schema's order
     return result
 
 
+def parse(text: str) -> Any:
+    """What a YAML text says. Raises ConfigError with what is wrong with it, for the caller to say where."""
+    try:
+        return yaml().load(text)
+    except ConfigError:
+        raise
+    except MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        where = f" (line {place.line + 1}, column {place.column + 1})" if place else ""
+        raise ConfigError(f"not valid YAML: {brief(' '.join(filter(None, (error.context, error.problem))))}{where}") from None
+    except YAMLError as error:
+        raise ConfigError(f"not valid YAML: {brief(' '.join(str(error).split()))}") from None
+    except Exception as error:  # Python's own come through, e.g. that of a day that is in no calendar
+        raise ConfigError(f"not valid YAML, a value is not what its form or tag says: {brief(str(error))}") from None
+
+
+def document(path: Path) -> Any:
+    """What a YAML file says. Raises ConfigError."""
+    try:
+        return parse(_text(path))
+    except ConfigError as error:
+        raise ConfigError(f"{brief(str(path), 1000)}: {error}") from None
+
+
+def _text(path: Path) -> str:
+    """Of a file that is small enough to be a user's own words; anything else could block, or fill the memory."""
+    try:
+        if kind := KINDS.get(stat.S_IFMT(path.stat().st_mode)):
+            raise ConfigError(f"this is {kind}, not a file")
+        with path.open("rb") as file:
+            found = file.read(BYTES + 1)
+        if len(found) > BYTES:
+            raise ConfigError(f"more than {BYTES:,} bytes")
+        return found.decode()
+    except UnicodeDecodeError:
+        raise ConfigError("this is no text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error)) from None
+
+
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe with its bases merged under it."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a NUL
+        raise ConfigError(f"{brief(str(path))} cannot be a recipe: {brief(str(error))}") from None
     if path in seen:
         raise ConfigError(f"{path}: `base:` leads back to itself")
-    try:
-        raw = yaml().load(path.read_text())
-    except FileNotFoundError:
+    if len(seen) > BASES:
+        raise ConfigError(f"{path}: more than {BASES} recipes lie on each other by `base:`")
+    if not there:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
-        raise ConfigError(f"{path}: no such recipe{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{brief(str(path), 1000)}: no such recipe{near}")
+
+    raw = document(path)
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}")
     base = raw.pop("base", None)
-    return raw if base is None else merge(read(path.parent / str(base), (*seen, path)), raw)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or not base.isprintable():
+        raise ConfigError(f"{path}: `base:` is the path of a recipe, not {brief(repr(base))}")
+    return merge(read(path.parent / base, (*seen, path)), raw)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +211,8 @@ def _merge_items(key: str, old: list[Any], new: Mapping[str, Any]) -> list[Any]:
     """`data.views.1.size=96`: a mapping of positions over a list."""
     places = [str(i) for i in range(len(old))]
     if bad := [name for name in new if name not in places]:
-        raise ConfigError(f"'{key}' is a list; its items are {', '.join(places) or 'none'}, not '{bad[0]}'")
+        there = brief(", ".join(places)) or "none"
+        raise ConfigError(f"'{brief(key)}' is a list; its items are {there}, not '{brief(str(bad[0]))}'")
     merged = merge(dict(zip(places, old, strict=True)), new)
     return [merged[place] for place in places]
 
@@ -107,13 +228,14 @@ def apply(raw: Mapping[str, Any], overrides: Iterable[str]) -> Mapping[str, Any]
 def _override(text: str) -> dict[str, Any]:
     """`optim.lr=0.45` -> {"optim": {"lr": 0.45}}; the value is read as YAML."""
     key, sign, value = text.partition("=")
-    if not sign or not key or not all(key.split(".")):
-        raise ConfigError(f"'{text}': an override has the form key.subkey=value, e.g. optim.lr=0.45")
+    parts = key.split(".")
+    if not sign or not key or not all(parts) or len(parts) > DEPTH:
+        raise ConfigError(f"'{brief(text)}': an override has the form key.subkey=value, e.g. optim.lr=0.45")
     try:
-        result: Any = yaml().load(io.StringIO(value))
-    except YAMLError as error:
-        raise ConfigError(f"'{text}': the value is not valid YAML: {' '.join(str(error).split())}") from None
-    for part in reversed(key.split(".")):
+        result = parse(value)
+    except ConfigError as error:
+        raise ConfigError(f"'{brief(text)}': {error}") from None
+    for part in reversed(parts):
         result = {part: result}
     return cast(dict[str, Any], result)
 

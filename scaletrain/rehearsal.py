@@ -23,6 +23,7 @@ from scaletrain.config import Config
 from scaletrain.data.loader import SYNTHETIC
 from scaletrain.marks import BACKWARD, COPY, FORWARD, UPDATE, WAIT
 from scaletrain.progress import number
+from scaletrain.tables import plural
 
 FILE = "rehearsal.json"
 REST = "the rest"  # agreement of the ranks, gradient norm, monitor, checkpoints
@@ -149,7 +150,8 @@ def show(result: Mapping[str, Any], run: Path) -> None:
     speed, loader, memory = result["step_ms"], result["loader_images_per_second"], result["memory"]
     console.print(
         f"rehearsal: {number(result['images_per_second'])} images/s, {number(result['views_per_second'])} views/s; batch "
-        f"{result['batch']} on {result['processes']} process(es), {result['steps_measured']} steps measured after the warm-up\n"
+        f"{result['batch']} on {plural(result['processes'], 'process')}, {plural(result['steps_measured'], 'step')} measured "
+        "after the warm-up\n"
         f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; by part, mean over the middle half:"
     )
     console.print(table)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +17,13 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scaletrain import dist, files
+from scaletrain import dist, durable, exit_codes, files
 from scaletrain.config import Frozen, Natural
 from scaletrain.files import CheckpointError
 
 log = logging.getLogger("scaletrain")
 MANIFEST = "manifest.json"
+PAUSES = (1.0, 5.0)  # seconds before each further attempt to read where storage fails
 T = TypeVar("T")
 
 # a plain name: it never leads out of the folder
@@ -119,14 +121,15 @@ def steps(root: Path) -> dict[int, bool]:
     except FileNotFoundError:
         return {}
     except OSError as error:  # never taken for "nothing there", which would start a run anew
-        raise CheckpointError(f"cannot list checkpoints: {error}. Check the path and its permissions") from None
+        text = f"cannot list checkpoints: {error}. Check the path and its permissions"
+        raise CheckpointError(text, exit_codes.of(error)) from None
     return dict(sorted(found.items()))
 
 
 def delete(folder: Path) -> None:
     """The manifest goes first, so that a half-deleted step does not exist."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    files.sync(folder)
+    durable.sync(folder)
     shutil.rmtree(folder)
 
 
@@ -182,7 +185,8 @@ class Saved:
                 self._open[file] = safe_open(self.path / file, "pt", device="cpu")
             part: Tensor = self._open[file].get_slice(name)[start:stop]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path / file}: cannot read {name}: {error}. Was the step pruned meanwhile?") from None
+            text = f"{self.path / file}: cannot read {name}: {error}. Was the step pruned meanwhile?"
+            raise CheckpointError(text, exit_codes.of(error)) from None
         if (len(part), part.dtype) != (stop - start, self.dtype(name)):
             raise CheckpointError(f"{self.path / file}: {name} is not what the manifest says")
         return part
@@ -193,13 +197,26 @@ def _verify(folder: Path) -> Manifest:
     try:
         manifest = read_manifest(folder / MANIFEST)
     except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error.strerror}; the step was never committed") from None
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error.strerror}", exit_codes.of(error)) from None
     for name, entry in map(_tiled, manifest.tensors.items()):
         if strange := {piece.file for piece in entry.pieces} - manifest.files.keys():
             raise CheckpointError(f"{folder / MANIFEST} places {name} in {min(strange)}, which it does not list")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda item: files.compare(folder / item[0], item[1].bytes, item[1].sha256), manifest.files.items()))
     return manifest
+
+
+def _patiently(folder: Path) -> Manifest:
+    """As _verify. A failure of storage that may pass is not damage: going on from an older step would lose work."""
+    for pause in PAUSES:
+        try:
+            return _verify(folder)
+        except CheckpointError as error:
+            if error.exit_code != exit_codes.RETRY:
+                raise
+            log.warning("%s; the next attempt is in %g s", error, pause)
+            time.sleep(pause)
+    return _verify(folder)
 
 
 def _newest(root: Path) -> tuple[Path, Manifest] | None:
@@ -210,7 +227,7 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
             log.warning("%s was never committed and is ignored", folder)
             continue
         try:
-            manifest = _verify(folder)
+            manifest = _patiently(folder)
             if manifest.step != step:
                 raise CheckpointError(f"{folder} holds step {manifest.step}: the folder was renamed")
             return folder, manifest
@@ -224,15 +241,15 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
 
 def _agreed(decide: Callable[[], T]) -> T:
     """Rank 0's result or CheckpointError, on every rank: no two ranks go on from different steps, and files are hashed once."""
-    answer: tuple[T | None, str] = (None, "")
+    answer: tuple[T | None, CheckpointError | None] = (None, None)
     if dist.main():
         try:
-            answer = (decide(), "")
+            answer = (decide(), None)
         except CheckpointError as error:
-            answer = (None, str(error))
+            answer = (None, error)
     value, fault = dist.broadcast_object(answer)
-    if fault:
-        raise CheckpointError(fault)
+    if fault is not None:
+        raise fault
     return value  # type: ignore[no-any-return]
 
 

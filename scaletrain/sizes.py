@@ -13,14 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from scaletrain import tables
 from scaletrain.config import Config
 from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.engines.base import EngineConfig
@@ -164,17 +162,22 @@ def _parameters(method: Method) -> dict[str, int]:
 def show(sizes: dict[str, Any]) -> None:
     """Print what measure() found as a table."""
     title = f"{sizes['method']}, {sizes['model']}, {sizes['precision']}, batch {sizes['batch']}; the step is per sample"
-    table = Table("", "", "", title=title, title_justify="left", box=box.SIMPLE, show_header=False)
-    table.columns[1].justify = "right"
-    for name, number in sizes["parameters"].items():
-        table.add_row(f"parameters, {name}", f"{number / 1e6:,.2f} M")
-    table.add_section()
-    for view in sizes["views"]:
-        note = f"{view['flops'] / 2e9:,.2f} G multiply-adds; x {view['count']}"
-        table.add_row(f"encoder, {view['size']} px view", f"{view['flops'] / 1e9:,.2f} GFLOPs", note)
-    table.add_section()
     step = sizes["step"]
-    table.add_row("step, forward", f"{step['forward'] / 1e9:,.2f} GFLOPs", "all views, online and target")
-    table.add_row("step, backward", f"{step['backward'] / 1e9:,.2f} GFLOPs", "counted, about twice online")
-    table.add_row("step, activations", f"{step['activations'] / 1e6:,.1f} MB", "kept for the backward pass")
-    Console(highlight=False, markup=False).print(table)
+    views = [
+        (
+            f"encoder, {view['size']} px view",
+            f"{view['flops'] / 1e9:,.2f} GFLOPs",
+            f"{view['flops'] / 2e9:,.2f} G multiply-adds; x {view['count']}",
+        )
+        for view in sizes["views"]
+    ]
+    rows = [
+        *((f"parameters, {name}", f"{number / 1e6:,.2f} M", "") for name, number in sizes["parameters"].items()),
+        (),
+        *views,
+        (),
+        ("step, forward", f"{step['forward'] / 1e9:,.2f} GFLOPs", "all views, online and target"),
+        ("step, backward", f"{step['backward'] / 1e9:,.2f} GFLOPs", "counted, about twice online"),
+        ("step, activations", f"{step['activations'] / 1e6:,.1f} MB", "kept for the backward pass"),
+    ]
+    tables.show(("", "", ""), rows, title=title)

@@ -16,14 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as c10d
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch._C._distributed_c10d import FakeStore, _create_work_from_future
 from torch.futures import Future
 
-from scaletrain import dist, sizes
+from scaletrain import dist, sizes, tables
 from scaletrain.config import Config, ConfigError
 from scaletrain.core import Batch, Clock, Facts
 from scaletrain.nn.backbone import TIMM
@@ -285,14 +282,11 @@ def summary(calls: list[Call]) -> list[dict[str, Any]]:
 def show(found: dict[str, Any]) -> None:
     """Print what measure() found as a table."""
     how = "counted" if found["counted"] else "predicted"
-    title = f"a step of {found['engine']} on {found['ranks']} ranks, batch {found['batch']}, {how}"
-    table = Table("for", "collective", "ranks", "calls", "MB", "MB sent", title=title, title_justify="left", box=box.SIMPLE)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in found["messages"]:
-        numbers = (f"{row[key] / 1e6:,.3f}" for key in ("bytes", "sent"))
-        table.add_row(row["reason"], row["kind"], str(row["ranks"]), str(row["calls"]), *numbers)
+    title = f"a step of {found['engine']} on {tables.plural(found['ranks'], 'rank')}, batch {found['batch']}, {how}"
+    rows: list[tuple[Any, ...]] = [
+        (row["reason"], row["kind"], row["ranks"], row["calls"], *(f"{row[key] / 1e6:,.3f}" for key in ("bytes", "sent")))
+        for row in found["messages"]
+    ]
     calls, size, sent = (sum(row[key] for row in found["messages"]) for key in ("calls", "bytes", "sent"))
-    table.add_section()
-    table.add_row("all", "", "", str(calls), f"{size / 1e6:,.3f}", f"{sent / 1e6:,.3f}")
-    Console(highlight=False, markup=False).print(table)
+    rows += [(), ("all", "", "", calls, f"{size / 1e6:,.3f}", f"{sent / 1e6:,.3f}")]
+    tables.show(("for", "collective", "ranks", "calls", "MB", "MB sent"), rows, title=title)

@@ -10,6 +10,7 @@ import typer
 
 from scaletrain.data import index, script, selection, table
 from scaletrain.data.errors import ShardError
+from scaletrain.tables import plural
 
 
 def main(
@@ -29,10 +30,10 @@ def main(
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     found = index.load(shards)
-    left = f"; {len(faults)} faults left out" if faults else ""
+    left = f"; {plural(len(faults), 'fault')} left out" if faults else ""
     if found.unused:
         print(index.unused(found))
-    print(f"{folder}: {int(found.samples.sum()):,} samples in {script.counted(len(found), 'shard')}{left}")
+    print(f"{folder}: {plural(int(found.samples.sum()), 'sample')} in {plural(len(found), 'shard')}{left}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import typer
 from scaletrain.data import labels, script
 from scaletrain.data.errors import DataError
 from scaletrain.data.reader import Shards
+from scaletrain.tables import plural
 
 
 def main(
@@ -41,7 +42,8 @@ def main(
         chosen, rule = labels.by_name(shards, script.lines(names)), f"the names in {names.name}"
     saved = labels.save(out, shards, chosen, rule)
     counts = np.unique(saved.labels, return_counts=True)[1]
-    print(f"{out}: {len(chosen):,} of {len(shards):,} samples, {len(counts)} classes of {counts.min()} to {counts.max()}")
+    classes = plural(len(counts), "class")
+    print(f"{out}: {len(chosen):,} of {plural(len(shards), 'sample')}, {classes} of {counts.min()} to {counts.max()}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 from scaletrain.data import script
 from scaletrain.data.verify import verify
 from scaletrain.data.write import MAX_PIXELS
+from scaletrain.tables import plural
 
 
 def main(
@@ -24,15 +25,17 @@ def main(
         found = verify(shards, max_pixels, progress)
     for fault in found.faults:
         print(f"damaged: {fault}", file=sys.stderr)
-    counts = f"{found.samples:,} samples, {found.labelled:,} labelled, {found.masks:,} masks, {found.bytes:,} bytes"
+    counts = (
+        f"{plural(found.samples, 'sample')}, {found.labelled:,} labelled, {plural(found.masks, 'mask')}, {found.bytes:,} bytes"
+    )
     noted = {
         "labels that are no whole numbers": found.unreadable,
         "samples left out of the index": found.left_out,
         f"images that are members of another one's sample, such as {found.first_unused}": found.unused,
     }
     counts += "".join(f"; {what}: {count:,}" for what, count in noted.items() if count)
-    state = f"{len(found.faults)} FAULTS" if found.faults else "sound"
-    print(f"{', '.join(shards)}: {script.counted(found.shards, 'shard')}, {counts}: {state}")
+    verdict = plural(len(found.faults), "fault").upper() if found.faults else "sound"
+    print(f"{', '.join(shards)}: {plural(found.shards, 'shard')}, {counts}: {verdict}")
     if found.faults:
         raise SystemExit(2)
 

@@ -5,21 +5,21 @@ What indexing left out has no substitutes; it counts against `data.max_bad` too.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from scaletrain import dist
+from scaletrain import dist, durable
 from scaletrain.config import ConfigError, Data
 from scaletrain.data import index
 from scaletrain.data.errors import DataError, printable
 from scaletrain.data.manifest import Loss
 
+log = logging.getLogger("scaletrain")
 TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
 SAID = 10  # bad samples that a rank names on its console
 FOLDER = "skipped"
@@ -46,8 +46,8 @@ def left_out(losses: Sequence[Loss]) -> float:
     return lost / max(1, lost + sum(loss.present for loss in losses))
 
 
-def admit(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0) -> None:
-    """Say what indexing left out of shards. Raises DataError where the policy forbids it."""
+def admit(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0, section: str = "data.") -> None:
+    """Say what indexing left out of shards. Raises DataError where the policy, set by `section`'s keys, forbids it."""
     share = left_out(losses)
     if not share:
         return
@@ -56,12 +56,11 @@ def admit(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0) -
     text = f"indexing left out about {lost:,} of {lost + present:,} samples, the first: {first.folder}/{printable(first.fault)}"
     mend = f"mend the shards and run shards/index.py --force {first.folder}"
     if on_bad == "raise":
-        accept = f"data.on_bad=skip data.max_bad={math.ceil(1000 * share) / 1000:g}"
+        accept = f"{section}on_bad=skip {section}max_bad={math.ceil(1000 * share) / 1000:g}"
         raise DataError(f"{text}; {mend}, or go without these samples with {accept}")
     if share > max_bad:
-        raise DataError(
-            f"{text}; that is a share of {share:.2g}, above data.max_bad={max_bad:g}: {mend}, or raise data.max_bad"
-        )
+        limit = f"a share of {share:.2g}, above max_bad={max_bad:g}"
+        raise DataError(f"{text}; that is {limit}: {mend}, or set {section}max_bad={math.ceil(1000 * share) / 1000:g}")
     index.say(f"notice: {text}")
 
 
@@ -72,35 +71,34 @@ class Account:
     `before`: draws replaced in all steps before it, over all ranks. `missing`: the share of samples that indexing left out.
     """
 
-    def __init__(self, run: Path, data: Data, *, epoch: int, batch: int, start: int, before: int, missing: float = 0.0) -> None:
+    def __init__(self, run: Path, data: Data, *, epoch: int, start: int, before: int, missing: float = 0.0) -> None:
         self.on = data.on_bad == "skip"
-        self._limit, self._missing, self._epoch, self._batch = data.max_bad, missing, epoch, batch
+        self._limit, self._missing, self._epoch = data.max_bad, missing, epoch
         self._before, self._mine, self.total = before, 0, before
         self._folder = run / FOLDER
+        self._log = durable.Records(self._folder / f"rank-{dist.rank()}.jsonl")
         if self.on and dist.main():
             for path in self._folder.glob("rank-*.jsonl"):
-                _drop_from(path, start)
+                durable.drop_records(path, start)
 
     def add(self, step: int, replaced: Sequence[Replaced]) -> None:
         """Note what one step replaced on this rank."""
         if not replaced:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank-{dist.rank()}.jsonl").open("a") as file:
-            for item in replaced:
-                file.write(json.dumps({"step": step, **item._asdict()}) + "\n")
-                self._mine += 1
-                if self._mine <= SAID:
-                    print(f"replaced by sample {item.used}: {item.fault}", file=sys.stderr)
+        for item in replaced:
+            self._log.add({"step": step, **item._asdict()})
+            self._mine += 1
+            if self._mine <= SAID:
+                log.warning("replaced by sample %d: %s", item.used, item.fault)
 
-    def agree(self, steps: int) -> int:
-        """Draws replaced in the first `steps` steps, over all ranks, which all call it. Raises DataError above the limit."""
+    def agree(self, drawn: int) -> int:
+        """Draws replaced of the run's first `drawn`, over all ranks, which all call it. Raises DataError above the limit."""
         self.total = self._before + int(dist.sum_nograd(torch.tensor(self._mine)))
         # of an epoch at least: one bad sample in the first batch says little
-        if self.total > (self._limit - self._missing) * max(steps * self._batch, self._epoch):
+        if self.total > (self._limit - self._missing) * max(drawn, self._epoch):
             indexed = f" (beside a share of {self._missing:.2g} that indexing left out)" if self._missing else ""
             raise DataError(
-                f"{self.total} of {steps * self._batch} samples could not be used, more than data.max_bad={self._limit:g} "
+                f"{self.total} of {drawn} samples could not be used, more than data.max_bad={self._limit:g} "
                 f"allows{indexed}; {self._folder} names them; mend the shards or raise data.max_bad"
             )
         return self.total
@@ -112,10 +110,10 @@ class Account:
         """For the checkpoint, as `count_of` reads it."""
         return {"skipped": self.total} if self.on or self.total else {}
 
-    def summary(self, steps: int) -> str:
-        share = self.total / max(1, steps * self._batch)
+    def summary(self, drawn: int) -> str:
+        share = self.total / max(1, drawn)
         named = f"; {self._folder} names them" if self.total else ""
-        return f"{self.total:,} bad samples of {steps * self._batch:,} were replaced ({share:.2g}){named}"
+        return f"{self.total:,} bad samples of {drawn:,} were replaced ({share:.2g}){named}"
 
 
 def count_of(meta: Mapping[str, object]) -> int:
@@ -124,14 +122,3 @@ def count_of(meta: Mapping[str, object]) -> int:
     if not isinstance(count, int) or count < 0:
         raise ConfigError(f"the checkpoint's count of skipped samples is {count!r}")
     return count
-
-
-def _drop_from(path: Path, start: int) -> None:
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] < start:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):  # cut short by a crash
-            continue
-    path.write_text("".join(kept))

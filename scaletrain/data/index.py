@@ -26,6 +26,7 @@ from scaletrain.data import disk, manifest, selection, table
 from scaletrain.data.errors import ArchiveError, DataError, ShardError, printable
 from scaletrain.data.manifest import Manifest
 from scaletrain.data.manifest import Shard as Shard
+from scaletrain.tables import plural
 
 MANIFEST, OLD_MANIFEST = manifest.NAME, manifest.OLD_NAME
 READERS = 8  # shards read at a time while indexing
@@ -180,7 +181,7 @@ def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
         nonlocal last
         if monotonic() - last > SILENCE:
             last = monotonic()
-            notice(f"indexed {done:,} of {total:,} shards")
+            notice(f"indexed {done:,} of {plural(total, 'shard')}")
 
     return progress
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from scaletrain.data.reader import NODE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.staged import Course, Within
 
 CLASSES_BYTES = 16 << 20
-OTHER_BYTES = 1 << 20  # of a classes.json that is another tool's
+OTHER_BYTES = 1 << 20  # of what is no list of names
 _NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')  # a flat list of texts
 
 
@@ -103,9 +102,9 @@ def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) 
 
 
 def classes(shards: selection.Paths) -> bytes | None:
-    """The classes.json of their folder, a JSON list of names in the order of the labels.
+    """The classes.json of their folder, which lists the names of the classes by label; None where there is none.
 
-    None where there is none, or one of another tool. Raises DataError where it cannot be read.
+    Raises DataError where it cannot be read, or may take many times its size in memory.
     """
     folder = selection.place(shards).folder
     try:
@@ -117,14 +116,6 @@ def classes(shards: selection.Paths) -> bytes | None:
         return None
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
-    names = _NAMES.fullmatch(data) is not None
-    try:
-        # what is no list of names may be as large in memory as its text is long, many times over
-        if names or len(data) <= OTHER_BYTES:
-            json.loads(data)
-            return data if names else None
-    except (ValueError, RecursionError):
-        pass
-    raise DataError(
-        f"{folder}/{CLASSES} is damaged, or no JSON list of names; restore it, or delete it if labels do not matter"
-    )
+    if len(data) > OTHER_BYTES and not _NAMES.fullmatch(data):
+        raise DataError(f"{folder}/{CLASSES} is no JSON list of names; restore it, or delete it if it is not of these shards")
+    return data

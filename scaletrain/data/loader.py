@@ -89,6 +89,22 @@ class Stream:
         """Of how many samples no label is known, in words; "" if of none."""
         return self.dataset.shards.unlabelled() if isinstance(self.dataset, Images) else ""
 
+    def sources(self) -> list[dict[str, Any]]:
+        """Of each data set its path, samples, weight in a mixture, and a sha256 of the bytes of all its shards."""
+        if not isinstance(self.dataset, Images):
+            return [{"path": SYNTHETIC, "samples": self.samples}]
+        shards = self.dataset.shards
+        if isinstance(shards, Shards):
+            return [source(self.data.path, shards)]
+        if not self.data.mixture:
+            return [source(str(held.folder), held) for held in shards.parts]
+        parts = zip(self.data.mixture, shards.parts, strict=True)
+        return [{**source(part.path, held), "weight": part.weight} for part, held in parts]
+
+    def support_sources(self) -> list[dict[str, Any]]:
+        """The same of the labelled samples that come with the batches."""
+        return []
+
     def name(self, sample: int) -> str:
         """Where to find a sample: SHARD.tar/KEY, or its number if the data is synthetic or cannot be read any more."""
         return _name(self.dataset, sample)
@@ -106,6 +122,11 @@ class Stream:
             with mark(COPY):
                 batch = self._to_device(raw)
             yield batch
+
+
+def source(path: str, shards: Shards) -> dict[str, Any]:
+    """The identity of a data set, as a checkpoint keeps it."""
+    return {"path": path, "samples": len(shards), "sha256": shards.fingerprint}
 
 
 def opened(data: Data) -> Shards | Joined | None:
@@ -156,22 +177,33 @@ def plain(
     timeout: float = 300.0,
     rows: Ints | None = None,
     cache: Cache = NODE,
+    skip: bool = False,
+    lost: Callable[[int, Sequence[Replaced]], None] = _unnoted,
 ) -> Iterator[Batch]:
     """Every sample once, in its own order, as one view [1, B, 3, size, size]; the last batch may be short.
 
     `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks take contiguous parts that differ by at most one sample.
-    `rows` [N], ascending: these samples only.
+    `rows` [N], ascending: these samples only. `skip`: samples that cannot be used are left out; lost(number of the batch, what
+    it lacks) is called for each batch before it is handed out, also for one of which nothing is left, which is not.
     """
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
-    shards = Shards(path, cache=cache)
-    admit(shards.losses)
+    shards = Shards(path, cache=cache, skip=skip)
+    if not skip:
+        admit(shards.losses)
     samples = len(shards) if rows is None else len(rows)
     lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
     to_device = ToDevice(device, 0, mean, std)
-    dataset = Whole(shards, size, resize, max_pixels, rows)
-    return (to_device(raw) for raw in load(dataset, ranges, workers, 2, timeout, device))
+    dataset = Whole(shards, size, resize, max_pixels, rows, skip)
+
+    def batches() -> Iterator[Batch]:
+        for number, raw in enumerate(load(dataset, ranges, workers, 2, timeout, device)):
+            lost(number, raw.replaced)
+            if len(raw.samples):
+                yield to_device(raw)
+
+    return batches()
 
 
 class Steps:

@@ -14,6 +14,7 @@ import numpy as np
 
 from scaletrain.data.errors import DataError
 from scaletrain.data.plan import Batches, Draws, Ints, Order, divisor, keyed
+from scaletrain.tables import plural
 
 
 class Source(NamedTuple):
@@ -111,11 +112,11 @@ class Mixture(Batches):
 
     def _about(self) -> str:
         parts = [
-            f"{source.name} ({order.samples:,} samples in {len(order.counts):,} shards, {weight:.4g} of the draws)"
+            f"{source.name} ({order.samples:,} samples in {plural(len(order.counts), 'shard')}, {weight:.4g} of the draws)"
             for source, order, weight in zip(self.sources, self.orders, self.weights(), strict=True)
         ]
         draws, lanes = self.steps_per_epoch * self.size, self.orders[0].lanes
-        return f"an epoch of {draws:,} draws over {lanes} lanes from {', '.join(parts)}"
+        return f"an epoch of {draws:,} draws over {plural(lanes, 'lane')} from {', '.join(parts)}"
 
 
 def _shares(weights: Sequence[Fraction]) -> list[Fraction]:

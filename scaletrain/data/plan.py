@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scaletrain import dist
 from scaletrain.data.errors import DataError
+from scaletrain.tables import plural
 
 Ints = NDArray[np.int64]
 ROUNDS = 8  # of the Feistel network, half of them on each coordinate
@@ -58,7 +59,8 @@ class Batches(ABC):
         """This rank's positions [lo, hi) of every global batch."""
         if self.size % world:
             above, fewer = -(-self.size // world) * world, divisor(self.size, world)
-            raise DataError(f"{world} processes do not divide batch={self.size}; set batch={above} or use {fewer} processes")
+            fitting = plural(fewer, "process")
+            raise DataError(f"{world} processes do not divide batch={self.size}; set batch={above} or use {fitting}")
         rows = self.size // world
         return rank * rows, (rank + 1) * rows
 
@@ -66,7 +68,7 @@ class Batches(ABC):
         """How well a batch mixes and what cache that asks for, for the start of a run. `shard_bytes`: mean size of a shard."""
         distinct, held = self.in_use()
         cache = f", {held * shard_bytes / 1e9:,.3g} GB over all nodes" if shard_bytes else ""
-        return f"{self._about()}; a batch of {self.size:,} mixes {distinct:,} shards and keeps {held:,} in use{cache}"
+        return f"{self._about()}; a batch of {self.size:,} mixes {plural(distinct, 'shard')} and keeps {held:,} in use{cache}"
 
     def _inside(self, step: int) -> None:
         if not 0 <= step < self.steps_per_epoch:
@@ -150,7 +152,7 @@ class Plan(Batches):
                 f"data.lanes={lanes} does not divide batch={batch}; set data.lanes to a divisor such as {divisor(batch, lanes)}"
             )
         if self.samples < batch:
-            raise DataError(f"the data set has {self.samples} samples, fewer than batch={batch}; lower batch")
+            raise DataError(f"the data set has {plural(self.samples, 'sample')}, fewer than batch={batch}; lower batch")
         self.steps_per_epoch = (self.samples // lanes) // (batch // lanes)
 
     def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
@@ -164,7 +166,8 @@ class Plan(Batches):
         return len(np.unique(self.order.shards(self.batch(0, 0)))), self.order.in_use(0)
 
     def _about(self) -> str:
-        return f"{self.samples:,} samples in {len(self.order.counts):,} shards over {self.order.lanes} lanes"
+        where = f"{plural(len(self.order.counts), 'shard')} over {plural(self.order.lanes, 'lane')}"
+        return f"{plural(self.samples, 'sample')} in {where}"
 
 
 def bijection(x: Ints, n: Ints, key: Ints) -> Ints:

@@ -127,7 +127,7 @@ class Shards:
         lacking = numbers[labels[numbers] < 0]
         if not len(lacking):
             return ""
-        text = f"{len(lacking):,} of {len(numbers):,} samples have no label"
+        text = f"{len(lacking):,} of {len(numbers):,} samples have no label, or several"
         odd = lacking[labels[lacking] == table.UNREADABLE]
         if not len(odd):
             return f"{text}, such as {self.name(int(lacking[0]))}"
@@ -135,7 +135,7 @@ class Shards:
         number = self._number(sample)
         file, table_rows = self._shard(number)
         found = self._member(number, file, table_rows[sample - int(self._starts[number])].item()[3:6])
-        return f"{text} that is a whole number, such as {self.name(sample)}, which has {table.shown(found)}"
+        return f"{text}, or none that is a whole number, such as {self.name(sample)} with {table.shown(found)}"
 
     def fault(self, sample: int, text: object) -> ShardError:
         """An error about a sample, with its shard, offset and key."""

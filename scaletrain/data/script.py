@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scaletrain.data import disk, partial, write
 from scaletrain.data.errors import DataError
 from scaletrain.data.write import How, Source
+from scaletrain.tables import plural
 
 Dest = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make: DEST/NAME-000000.tar ..., index, classes.json.")]
 Splits = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make, with one folder of shards for each split.")]
@@ -84,11 +85,11 @@ def save(dest: Path, splits: Mapping[str, Source], how: How, name: str = "", uni
 
 
 def _summary(source: Source, journal: partial.Journal) -> str:
-    classes = f"in {len(source.classes)} classes" if source.classes else "with numbers as labels"
+    classes = f"in {plural(len(source.classes), 'class')}" if source.classes else "with numbers as labels"
     samples = sum(line.shard["samples"] for line in journal.lines)
-    shards = counted(len(journal.lines), "shard")
+    shards = plural(len(journal.lines), "shard")
     unlabelled = journal.unlabelled() if source.labelled else samples
-    text = f"{samples:,} images {classes if unlabelled < samples else 'without labels'}, {shards}"
+    text = f"{plural(samples, 'image')} {classes if unlabelled < samples else 'without labels'}, {shards}"
     if 0 < unlabelled < samples:
         text += f"; without a label: {unlabelled:,}"
     if journal.copies:

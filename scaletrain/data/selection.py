@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from scaletrain.data.errors import DataError
 from scaletrain.data.remote import is_remote
+from scaletrain.recipe import listed
 
 Paths = str | Path | Sequence[str]
 MOST = 1_000_000  # names that braces may stand for
@@ -81,16 +82,6 @@ def place(shards: Paths) -> Place:
     return first
 
 
-def absolute(shards: str) -> str:
-    """The same shards, whatever folder a process works in; addresses and what is no folder stay as they are."""
-    parts = []
-    for path in _listed(shards):
-        folder, pattern = _cut(path)
-        local = not is_remote(path) and Path(folder).is_dir()
-        parts.append(str(Path(folder).absolute() / pattern) if local else path)
-    return parts[0] if len(parts) == 1 else f"[{', '.join(parts)}]"
-
-
 def one_split(folder: str, names: NDArray[np.bytes_]) -> None:
     """Raises DataError where the shards of a folder are of several splits, as train-*.tar beside test-*.tar.
 
@@ -142,12 +133,7 @@ def _alternatives(text: str) -> list[str]:
 
 
 def _listed(shards: Paths) -> list[str]:
-    if not isinstance(shards, str | Path):
-        found = list(shards)
-    elif (text := str(shards)).startswith("[") and text.endswith("]") and not Path(text).exists():
-        found = [part.strip().strip("'\"") for part in re.split(r",(?![^{]*\})", text[1:-1])]
-    else:
-        return [text]
+    found = listed(str(shards)) if isinstance(shards, str | Path) else list(shards)
     if not found or not all(found):
         raise DataError(f"{shards}: a list of shards that is empty, or has an empty entry")
     return found

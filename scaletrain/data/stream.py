@@ -182,32 +182,49 @@ def synthetic_counts(samples: int) -> NDArray[np.int64]:
 
 
 class Whole(Dataset[Raw | Failure]):
-    """Samples [lo, hi) of a folder, or of its `rows` [N], in their own order, one deterministic view each, for evaluation."""
+    """Samples [lo, hi) of a folder, or of its `rows` [N], in their own order, one deterministic view each, for evaluation.
 
-    def __init__(self, shards: Shards, size: int, protocol: str, max_pixels: int, rows: Ints | None = None) -> None:
+    `skip`: a sample that cannot be used is left out of the batch and named in its `replaced`, with -1 as what is used for it.
+    """
+
+    def __init__(
+        self, shards: Shards, size: int, protocol: str, max_pixels: int, rows: Ints | None = None, skip: bool = False
+    ) -> None:
         self.shards, self.size, self.protocol, self.max_pixels, self.rows = shards, size, protocol, max_pixels, rows
+        self.skip = skip
         self.reading = np.zeros(1, np.int64)
         self.course = Sweep(len(shards))
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
-        self.shards.expect(at[0], self.course)
-        raw = _empty(0, [[View(size=self.size)]], at[1] - at[0], masks=False)
-        out = raw.views[0].numpy()
         index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
+        self.shards.expect(int(index[0]), self.course)
+        raw = _empty(0, [[View(size=self.size)]], len(index), masks=False)
+        used, lost = 0, []
         try:
-            for row, sample in enumerate(index.tolist()):
-                self.reading[0] = sample
-                found = self.shards.read(sample)
+            for sample in index.tolist():
                 try:
-                    pixels = image.decode(found.image, self.max_pixels)
-                except ImageError as error:
-                    raise self.shards.fault(sample, error) from None
-                out[0, row] = crop.evaluate(pixels, self.size, self.protocol)
-                raw.labels[row] = found.label
+                    self._fill(raw, used, sample)
+                    used += 1
+                except ShardError as fault:
+                    if not self.skip:
+                        raise
+                    lost.append(Replaced(sample, -1, str(fault)))
         except DataError as error:
             return Failure(error)
-        raw.samples.copy_(torch.from_numpy(index))
-        return raw
+        if not lost:
+            return raw
+        kept = raw._replace(views=(raw.views[0][:, :used],), samples=raw.samples[:used], labels=raw.labels[:used])
+        return kept._replace(replaced=tuple(lost))
+
+    def _fill(self, raw: Raw, row: int, sample: int) -> None:
+        self.reading[0] = sample
+        found = self.shards.read(sample)
+        try:
+            pixels = image.decode(found.image, self.max_pixels)
+        except ImageError as error:
+            raise self.shards.fault(sample, error) from None
+        raw.views[0].numpy()[0, row] = crop.evaluate(pixels, self.size, self.protocol)
+        raw.labels[row], raw.samples[row] = found.label, sample
 
 
 def _empty(epoch: int, groups: list[list[View]], rows: int, masks: bool, params: bool = False) -> Raw:

@@ -6,10 +6,12 @@ world size and number of workers sees the same batches, and there is no state bu
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from scaletrain.data.bad import Replaced
 from scaletrain.data.device import ToDevice
 from scaletrain.data.errors import DataError
 from scaletrain.data.joined import Joined
-from scaletrain.data.loader import Steps, Stream, load, opened
+from scaletrain.data.loader import Steps, Stream, load, opened, source
 from scaletrain.data.plan import Batches, Draws, Ints, bijection, keyed
 from scaletrain.data.reader import Shards
 from scaletrain.data.stream import Failure, Images, Raw, Synthetic
@@ -118,6 +120,8 @@ class Supported(Stream):
         if isinstance(shards, Joined):
             raise DataError("data.support needs the shards of one folder, not of a list of several; set data.support.path")
         index, labels = _allowed(own, asked, shards)
+        listed = {"labels": hashlib.sha256(Path(asked.labels).read_bytes()).hexdigest()} if asked.labels else {}
+        self._sources = [] if shards is None else [{**source(own.path, shards), "samples": len(index), **listed}]
         seed = int(dist.hash64(seed, "support"))  # or a sample would be cropped alike in both
         steps = self.steps_per_epoch
         self.beside = Balanced(
@@ -131,6 +135,9 @@ class Supported(Stream):
         views = sum(spec.count for spec in data.views)
         self._workers = math.ceil(data.workers * self.beside.size / (batch * views))  # a share as large as that of the pixels
         self._labelled_to_device = ToDevice(device, seed, data.mean, data.std)
+
+    def support_sources(self) -> list[dict[str, Any]]:
+        return self._sources
 
     def mixing(self) -> str:
         return f"{super().mixing()}; beside it {self.beside.mixing()} in the first {self.until:,} steps"

@@ -14,6 +14,7 @@ from pathlib import Path
 from scaletrain import dist
 from scaletrain.doctor import disk, feed, machine, network, parity, software
 from scaletrain.doctor.page import Finding, guarded, lines, merged
+from scaletrain.tables import plural
 
 PATIENCE = 60.0  # seconds for another rank
 
@@ -37,7 +38,7 @@ def examine(run: Path, data: Path | None, *, require_gpu: bool = False) -> int:
         tell([Finding("fail", "ranks", " ".join(str(error).split())[:300], cure)])
     counts = {status: sum(f.status == status for f in found) for status in ("warn", "fail")}
     if speaks:
-        print(f"{counts['warn']} warning(s), {counts['fail']} failure(s)")
+        print(f"{plural(counts['warn'], 'warning')}, {plural(counts['fail'], 'failure')}")
     return counts["fail"]
 
 

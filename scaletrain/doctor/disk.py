@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ READ = 112 * 1024  # whole pages of what an image of ImageNet takes, 110 kB
 READS = 200  # at most, from the data folder
 SECONDS = 2.0  # of each measurement, at most
 FREE_NEED = 10  # GiB: some checkpoints of a ResNet-50 with its target and optimizer
+MOUNTS = Path("/proc/self/mounts")
 PREFIX = ".scaletrain-doctor-"  # of files that live for the measurement
 SLOW_WRITE, SLOW_READS = 50, 100  # MB/s; random reads/s of one process
 
@@ -85,12 +87,13 @@ def data_folder(folder: Path) -> list[Finding]:
 
 def filesystem(folder: Path) -> str:
     """Type of the file system that holds a folder, such as ext4, nfs4 or lustre; its place would tell names."""
-    where, best, found = f"{folder.resolve()}/", "", "unknown file system"
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, point, kind = line.split()[:3]
-        point = point.replace("\\040", " ").rstrip("/") + "/"
-        if where.startswith(point) and len(point) >= len(best):
-            best, found = point, kind
+    where, best, found = folder.resolve(), Path("/"), "unknown file system"
+    for line in os.fsdecode(MOUNTS.read_bytes()).strip("\n").split("\n"):
+        _, point, kind = line.split(" ")[:3]
+        place = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point))  # the kernel writes spaces as \040
+        # of several mounts in one place the last one is seen
+        if where.is_relative_to(place) and len(place.parts) >= len(best.parts):
+            best, found = place, kind
     return found
 
 

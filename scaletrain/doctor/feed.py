@@ -17,6 +17,7 @@ from scaletrain.data.stream import Failure, Images
 from scaletrain.doctor.machine import cores_per_process
 from scaletrain.doctor.page import Finding, guarded, limit, measured, spread
 from scaletrain.progress import number
+from scaletrain.tables import plural
 
 SECONDS = 3.0  # of the measurement, at most one batch more
 ROWS = 16  # images of a measured batch
@@ -28,7 +29,8 @@ def loader(data: Path, run: Path) -> list[Finding]:
     values, findings = measured("loader", lambda: _measure(data, run), "index the shards once: python shards/index.py DATA")
     if not values:
         return findings
-    what = f"{max(values['views']):.0f} views " + ("as in the run folder" if max(values["recipe"]) else "of 224 px")
+    views = plural(round(max(values["views"])), "view")
+    what = f"{views} as in the run folder" if max(values["recipe"]) else f"{views} of 224 px"
     text = (
         f"{what}: {spread(values['core'], 'images/s')} per core, {spread(values['clock'], 'images/s')} per process by the clock"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from scaletrain import dist
 from scaletrain.data.reader import OPEN_SHARDS
 from scaletrain.doctor.page import Finding, limit
+from scaletrain.tables import plural
 
 GIB = 2**30
 SHM_NEED = 1.0  # GiB per process: 4 workers x 3 batches (2 waiting, 1 in the making) of 256 samples x 2 views of 224 x 224
@@ -60,7 +61,8 @@ def memory(local: int) -> Finding:
     found = memory_limit()
     text = f"{total:.1f} GiB in the machine" + (f", limit of {found:.1f} GiB (cgroup)" if found and found < total else "")
     need = MEMORY_NEED * local
-    cure = f"{need:g} GiB are advised for {local} process(es): ask for more (SLURM: --mem), or lower batch and data.workers"
+    whose = plural(local, "process")
+    cure = f"{need:g} GiB are advised for {whose}: ask for more (SLURM: --mem), or lower batch and data.workers"
     return limit(min(total, found or total) < need, "memory", text, cure)
 
 
@@ -101,7 +103,8 @@ def shared_memory(local: int) -> Finding:
     if free >= need:
         return Finding("ok", str(SHM), f"{size:.1f} GiB")
     cure = "docker: --shm-size or --ipc=host; remove what dead processes left there; or lower data.workers and data.prefetch"
-    return Finding("warn", str(SHM), f"{free:.2f} of {size:.2f} GiB free, {need:g} needed by {local} process(es)", cure)
+    text = f"{free:.2f} of {size:.2f} GiB free, {need:g} needed by {plural(local, 'process')}"
+    return Finding("warn", str(SHM), text, cure)
 
 
 def open_files() -> Finding:

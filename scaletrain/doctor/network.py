@@ -16,6 +16,7 @@ import torch
 from scaletrain import dist
 from scaletrain.doctor.disk import PREFIX, existing
 from scaletrain.doctor.page import Finding, limit, measured
+from scaletrain.tables import plural
 
 KIB, MIB = 2**10, 2**20
 SIZES = ((4 * KIB, 30), (MIB, 10), (16 * MIB, 3))  # bytes, repetitions
@@ -33,7 +34,7 @@ def places() -> list[Finding]:
     nodes = Counter(dist.gather_objects(platform.node()))
     shown = ", ".join(f"{node} ({count})" for node, count in list(nodes.items())[:16])
     more = f" and {len(nodes) - 16} more" if len(nodes) > 16 else ""
-    return [Finding("ok", "ranks", f"{dist.world()} on {len(nodes)} node(s): {shown}{more}")]
+    return [Finding("ok", "ranks", f"{dist.world()} on {plural(len(nodes), 'node')}: {shown}{more}")]
 
 
 def clocks(run: Path) -> list[Finding]:

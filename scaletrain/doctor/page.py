@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from scaletrain import dist
+from scaletrain import dist, tables
 from scaletrain.progress import number
 
 REPORT = "see the message; where it gives no clue, report it with this page"
@@ -96,12 +96,12 @@ def spans(ranks: Sequence[int]) -> str:
 
 def lines(findings: Sequence[Finding]) -> str:
     """The text of the page, without the user's name."""
-    shown = []
+    shown, width = [], tables.width()
     for status, name, text, cure in findings:
-        shown.append(f"{status:4}  {name:11}  {text}")
+        shown.append(tables.wrap(discreet(f"{status:4}  {name:11}  {text}"), width, 19))
         if cure:
-            shown.append(f"{'':17}  cure: {cure}")
-    return discreet("\n".join(shown))
+            shown.append(tables.wrap(discreet(f"{'':19}cure: {cure}"), width, 19))
+    return "\n".join(shown)
 
 
 def discreet(text: str) -> str:

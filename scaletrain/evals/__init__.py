@@ -1,35 +1,35 @@
-"""Evaluation of frozen encoders: `run` judges one target by any of the benchmarks beside this file and writes protocol cards.
+"""Evaluation of frozen encoders: `run` measures one target by any of the benchmarks beside this file and writes results.
 
 A benchmark is a file here with a frozen `Config` and `measure(config, scene) -> (metrics, protocol)`, named by its
 file name. Metrics are per cent. The protocol says how was measured, alike for every encoder; what came out besides is under
-its key `found`, which the card has beside the protocol.
+its key `found`, which the result has beside the protocol.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import pkgutil
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
-from scaletrain import config, dist, files, recipe
+from scaletrain import config, dist, recipe, run_folder, tables
+from scaletrain.data import selection
+from scaletrain.data.errors import ShardError
 from scaletrain.data.remote import is_remote
-from scaletrain.evals import targets
+from scaletrain.evals import results, targets
 from scaletrain.evals.features import Config as FeaturesConfig
 from scaletrain.evals.features import Scene
 from scaletrain.evals.targets import Encoder, EvalError, Subject
+from scaletrain.tables import plural
 from scaletrain.versions import installed
 
-_SHARED = ("features", "scores", "targets")  # files here that are no benchmarks
+_SHARED = ("classes", "features", "results", "scores", "targets")  # files here that are no benchmarks
 
 
 def names() -> tuple[str, ...]:
@@ -46,14 +46,17 @@ def run(
     overrides: Iterable[str] = (),
     encoder: Encoder = "trained",
     labels: Path | None = None,
+    same_numbers: bool = False,
+    notice: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Judge RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one card per benchmark.
+    """Evaluate RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one result per benchmark.
 
     `train` and `test` are folders or addresses of shards with labels; by default the run's own data and the folder `test` or
     `val` beside it. `overrides` such as `linear.epochs=20` or `features.size=224` name a benchmark's or the features' settings.
     `encoder` puts a baseline in the place of the trained one. `labels` is a label subset of the training shards: no other
-    sample of them is used, and the file's stem ends the names of cards and scalars. Cards go to RUN/evals or beside FILE,
-    scalars to RUN/tensorboard/evals.
+    sample of them is used. `same_numbers`: both sets number their classes alike, whatever their classes.json say.
+    Results go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals. A result that is there already is read and not
+    measured again. Each result is the content of its file, with the path as `file`.
     Raises EvalError and other ValueErrors whose text says what to do.
     """
     dist.keep_freed_memory()
@@ -61,45 +64,33 @@ def run(
     subject = targets.find(target, encoder)
     features = settings.pop("features")
     assert isinstance(features, FeaturesConfig)
-    scene = Scene(subject, features, *_folders(subject, train, test), labels)
-    cards = []
-    for name, chosen in settings.items():
-        begun = time.monotonic()
-        metrics, protocol = _leaf(name).measure(chosen, scene)
-        found = protocol.pop("found", {})
-        card = {
-            "benchmark": name,
-            "encoder": encoder,
-            "about": subject.about,
-            "source": str(subject.source),
-            "step": subject.step,
-            "metrics": metrics,
-            "unit": "per cent",
-            "protocol": {"test_transform": scene.transform, **protocol},
-            "found": found,
-            "data": scene.provenance(),
-            "versions": _versions(),
-            "seconds": round(time.monotonic() - begun, 2),
-        }
-        _write(subject, card, f"-{labels.stem}" if labels else "")
-        cards.append(card)
-    return cards
+    folders = _folders(subject, train, test)
+    for place in (subject.source, *(Path(selection.place(folder).folder) for folder in folders)):
+        run_folder.warn_if_open(place)
+    scene = Scene(subject, features, *folders, labels, same_numbers)
+    return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
 
 
-def report(cards: Iterable[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Print one table: a row per encoder and step, a column per top-1 accuracy."""
-    rows: dict[tuple[str, str, int], dict[str, float]] = {}
-    for card in cards:
-        row = rows.setdefault((card["source"], card["encoder"], card["step"]), {})
-        # every accuracy comes with its mean over classes; the bare name is the top-1
-        row.update({name: value for name, value in card["metrics"].items() if f"{name}_per_class" in card["metrics"]})
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    table = Table("encoder", "step", title="top-1 accuracy, %")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for (_, encoder, step), row in rows.items():
-        table.add_row(encoder, str(step), *(f"{row[c]:.2f}" if c in row else "-" for c in columns))
-    (console or Console()).print(table)
+def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines for people on the results of one run(): the accuracies, on what they were measured, and the files."""
+    first = found[0]
+    metrics = {name: value for result in found for name, value in result["metrics"].items()}
+    # every accuracy comes with its mean over classes; the bare name is the top-1
+    parts = [(name, [metrics.get(name + part) for part in ("", "_top5", "_per_class")]) for name in metrics]
+    rows = [(name, *("-" if x is None else f"{x:.2f}" for x in values)) for name, values in parts if values[-1] is not None]
+    text = [f"{first['encoder']} encoder, step {first['step']}, per cent", ""]
+    text += tables.render(("", "top-1", "top-5", "per class"), rows, width=tables.width()).splitlines()
+    text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]
+    if subset := first["data"].get("labels"):
+        text.append(f"of which labels: {subset['samples']:,} of {subset['file']}")
+    text.append(f"classes: {first['data']['classes']['count']:,}, matched {first['data']['classes']['matched']}")
+    return [*text, *(f"result: {result['file']}" for result in found)]
+
+
+def _set(data: Mapping[str, Any]) -> str:
+    lost = len(data.get("left_out", ()))
+    left = f", {lost:,} of them left out because they cannot be read" if lost else ""
+    return f"{plural(data['samples'], 'sample')} of {data['path']}{left}"
 
 
 def _leaf(name: str) -> Any:
@@ -130,25 +121,81 @@ def _validate(model: type[config.Frozen], raw: Any, name: str) -> config.Frozen:
         for item in error.errors(include_url=False):
             key = ".".join(map(str, item["loc"]))
             known = recipe.nearest(key, model.model_fields) or f"; known: {', '.join(model.model_fields)}"
-            text = f"unknown key{known}" if item["type"] == "extra_forbidden" else f"{item['msg']} (got {item['input']!r})"
+            problem = item["msg"].removeprefix("Value error, ")
+            text = f"unknown key{known}" if item["type"] == "extra_forbidden" else f"{problem} (got {item['input']!r})"
             lines.append(f"{name}.{key}: {text}")
         raise EvalError("; ".join(lines)) from None
 
 
 def _folders(subject: Subject, train: str | Path | None, test: str | Path | None) -> tuple[str, str]:
     """Training and test set: as given, else the run's own data and the folder beside it."""
-    source = str(train or subject.data.path)
+    source = config.absolute(str(train or subject.data.path))
     if source in ("", "synthetic"):
         raise EvalError(f"{subject.source}: its data.path '{source}' has no labels to judge by; give --train and --test")
     if test is not None:
-        return source, str(test)
+        return source, config.absolute(str(test))
     if is_remote(source):
         raise EvalError(f"no test set: {source} is remote; give its labelled test shards with --test")
-    beside = [Path(source).absolute().parent / name for name in ("test", "val")]
+    beside = [Path(selection.places(source)[0].folder).parent / name for name in ("test", "val")]
     for folder in beside:
         if folder.is_dir():
             return source, str(folder)
     raise EvalError(f"no test set: neither {beside[0]} nor {beside[1]} is a folder; give one with --test")
+
+
+def _result(name: str, chosen: config.Frozen, scene: Scene, notice: Callable[[str], None]) -> dict[str, Any]:
+    """The result of one benchmark, read where it is there already, else measured and written; also in TensorBoard."""
+    subject, data = scene.subject, scene.subject.data
+    defined = {
+        "format": results.FORMAT,
+        "scaletrain": installed("scaletrain"),
+        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **scene.identity},
+        "encoder": subject.identity,
+        "order": {"lanes": data.lanes, "window": data.window},  # of the augmented images
+        "max_bad": scene.max_bad if scene.skip else None,
+    }
+    prefix = "" if subject.run else f"{subject.source.stem}-"  # several exported files may share a folder
+    baseline = "" if subject.encoder == "trained" else f"-{subject.encoder}"
+    digest = results.digest(defined)
+    path = subject.home / f"{prefix}{name}-step-{subject.step}{baseline}-{digest}.json"
+    if path.exists():
+        content = results.parse(path)[1]
+        if content["digest"] != digest:
+            raise EvalError(f"{path} holds another result than its name says; move it away, or delete it to measure again")
+        notice(f"{name}: measured before and read from {path}; delete this file to measure again")
+    else:
+        results.prepare(path)
+        content = results.write(path, {**_measure(name, chosen, scene), "digest": digest, "identity": defined})
+    if subject.run is not None:
+        results.plot(subject.run, path)
+    return {**content, "file": str(path)}
+
+
+def _measure(name: str, chosen: config.Frozen, scene: Scene) -> dict[str, Any]:
+    subject, begun = scene.subject, time.monotonic()
+    try:
+        metrics, protocol = _leaf(name).measure(chosen, scene)
+    except ShardError as fault:
+        text = f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
+        raise ShardError(fault.shard, fault.offset, text) from None
+    found = protocol.pop("found", {})
+    return {
+        "format": results.FORMAT,
+        "benchmark": name,
+        "encoder": subject.encoder,
+        "about": subject.about,
+        "source": str(subject.source),
+        "step": subject.step,
+        "trained": {"samples": subject.samples, "epochs": subject.epochs},
+        "measured": datetime.now(UTC).isoformat(),
+        "metrics": metrics,
+        "unit": "per cent",
+        "protocol": {"test_transform": scene.transform, **protocol},
+        "found": found,
+        "data": scene.provenance(),
+        "versions": _versions(),
+        "seconds": round(time.monotonic() - begun, 2),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -156,23 +203,3 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: installed(name) or "not installed" for name in ("scaletrain", "torch", "numpy")},
     }
-
-
-def _write(subject: Subject, card: Mapping[str, Any], subset: str) -> None:
-    """The card as JSON, whole or not at all, and its metrics into the run's TensorBoard. `subset` ends the names of both."""
-    suffix = ("" if subject.encoder == "trained" else f"-{subject.encoder}") + subset
-    prefix = "" if subject.run else f"{subject.source.stem}-"  # several exported files may share a folder
-    path = subject.home / f"{prefix}{card['benchmark']}-step-{card['step']}{suffix}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path, str(os.getpid())) as file:
-            file.write(json.dumps(card, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise EvalError(f"cannot write {path}: {error.strerror}") from None
-    if subject.run is not None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        writer = SummaryWriter(str(subject.run / "tensorboard" / "evals"))
-        for name, value in card["metrics"].items():
-            writer.add_scalar(f"eval{suffix}/{name}", value, card["step"])
-        writer.close()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -20,24 +20,40 @@ from torch import Tensor
 from scaletrain import config
 from scaletrain.core import Batch
 from scaletrain.data import loader
-from scaletrain.data.joined import classes
+from scaletrain.data.bad import Replaced, admit
 from scaletrain.data.labels import load as load_subset
-from scaletrain.data.partial import CLASSES
 from scaletrain.data.plan import Ints
 from scaletrain.data.reader import Shards
+from scaletrain.evals.classes import Part, match
 from scaletrain.evals.targets import EvalError, Subject
 
 Item = TypeVar("Item")
+Number = TypeVar("Number", int, float)
+
+
+def some(values: tuple[Number, ...]) -> tuple[Number, ...]:
+    """For settings that are lists."""
+    if not values:
+        raise ValueError("write one or more values")
+    return values
+
+
+def _usable(size: int) -> int:
+    if size and not 8 <= size <= 4096:
+        raise ValueError("write 8 to 4096 pixels, or 0 for the size of the run's largest view")
+    return size
 
 
 class Config(config.Frozen):
     """How images reach every encoder and benchmark."""
 
-    size: config.Natural = 0  # pixels; 0: of the run's first view
+    size: Annotated[int, AfterValidator(_usable)] = 0  # pixels; 0: of the largest view of the run
     resize: Literal["auto", "none", "byol", "tv"] = "auto"  # of plain(); auto: the whole image up to 64 px, else byol
-    batch: config.Count = 256  # images encoded at once
-    workers: config.Natural = 2  # decoding processes
+    batch: Annotated[int, Field(ge=1, le=1_000_000)] = 256  # images encoded at once
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2  # decoding processes
     bf16: bool = False
+    on_bad: Literal["auto", "raise", "skip"] = "auto"  # a sample that cannot be read: stop, or leave it out; auto: as the run
+    max_bad: config.Share | None = None  # share of a set that may be left out; null: the run's data.max_bad
 
 
 @dataclass(frozen=True)
@@ -45,74 +61,93 @@ class Features:
     """Encoded samples in the order of their number."""
 
     x: Tensor  # [N, D] float32, on the CPU
-    labels: Tensor  # [N] int64
+    labels: Tensor  # [N] int64, numbered as in classes.py
 
 
 class Scene:
     """One encoder, one training and one test set. What a benchmark has encoded the next one finds ready.
 
-    With a label subset the training set is its samples, numbered 0, 1, ... in their order, and no other image is read.
+    With a label subset the training set is its samples, numbered 0, 1, ... in their order, and no other image is read. Samples
+    that are left out because they cannot be read are no part of their set either.
     """
 
     def __init__(
-        self, subject: Subject, settings: Config, train: str | Path, test: str | Path, subset: Path | None = None
+        self,
+        subject: Subject,
+        settings: Config,
+        train: str | Path,
+        test: str | Path,
+        subset: Path | None = None,
+        same_numbers: bool = False,
     ) -> None:
-        """Raises DataError for a `subset` of other shards than `train`."""
+        """Raises DataError for a `subset` of other shards than `train`, EvalError where labels do not fit together."""
         self.subject, self.settings = subject, settings
         self.train, self.test = str(train), str(test)
-        _same_classes(self.train, self.test)
-        self._rows: Ints | None = None  # the samples of the shards that are the training set; None: all
-        self.known: Tensor | None = None  # the labels [N] of a label subset
-        self._labelled_by = self.train
-        self._card: dict[str, Any] = {}
+        self.skip = (subject.data.on_bad if settings.on_bad == "auto" else settings.on_bad) == "skip"
+        self.max_bad = subject.data.max_bad if settings.max_bad is None else settings.max_bad
         self._opened: dict[str, Shards] = {}
-        if subset is not None:
-            found = load_subset(subset, self._shards(self.train))
-            self._rows, self.known = found.index, torch.from_numpy(found.labels)
-            self._labelled_by = str(subset)
+        ours, theirs = self._shards(self.train), self._shards(self.test)
+        self._rows: Ints | None = None  # the samples of the shards that are the training set; None: all
+        self._subset: dict[str, Any] | None = None
+        self._subset_sha: str | None = None
+        if subset is None:
+            learnt = Part(self.train, self.train, ours.labels(), ours.fingerprint, ours.unlabelled())
+        else:
+            found = load_subset(subset, ours)
+            self._rows = found.index
+            learnt = Part(self.train, str(subset), found.labels, ours.fingerprint)
             digest = hashlib.sha256(subset.read_bytes()).hexdigest()
-            self._card = {"labels": {"file": subset.name, "sha256": digest, "samples": self.samples, "rule": found.rule}}
+            self._subset = {"file": subset.name, "sha256": digest, "samples": len(found.index), "rule": found.rule}
+            self._subset_sha = hashlib.sha256(found.index.tobytes() + found.labels.tobytes()).hexdigest()
+        asked = Part(self.test, self.test, theirs.labels(), theirs.fingerprint, theirs.unlabelled())
+        self.matched = match(learnt, asked, same_numbers)
+        self._labels = self.matched.train  # of the training set
+        self._left_out: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.size = min(settings.size or subject.size, subject.size if subject.encoder == "pixels" else 1 << 20)
         self.module = subject.module.to(self.device)
         self._bank: Features | None = None
         self._queries: Features | None = None
-        self._labels: Tensor | None = None  # of the training set, from the first pass over it
 
-    @cached_property
+    @property
     def samples(self) -> int:
         """In the training set."""
-        return len(self._shards(self.train)) if self._rows is None else len(self._rows)
+        if self.skip:
+            self.bank()  # only a pass over it tells which can be read
+        return len(self._labels)
 
     @property
     def classes(self) -> int:
-        """Of the training set; known after its first pass."""
-        assert self._labels is not None, "ask for bank() or part() first"
-        return int(self._labels.max()) + 1
+        """Of the training set."""
+        return self.matched.count
+
+    @property
+    def known(self) -> Tensor | None:
+        """The labels [N] of a label subset."""
+        return None if self._subset is None else self._labels
 
     def bank(self) -> Features:
         """All training images through the test transform."""
         if self._bank is None:
-            self._bank = Features(*self._encode(self.train, "training images", rows=self._rows))
-            self._labels = self._bank.labels
+            x, good = self._encode("train", "training images", self._rows)
+            if not good.all():
+                self._rows = (np.arange(len(good)) if self._rows is None else self._rows)[good.numpy()]
+                self._labels = self._labels[good]
+            self._bank = Features(x, self._labels)
         return self._bank
 
     def queries(self) -> Features:
         """All test images through the test transform."""
         if self._queries is None:
-            self._queries = Features(*self._encode(self.test, "test images"))
-            if self._labels is not None and int(self._queries.labels.max()) >= self.classes:
-                raise EvalError(
-                    f"{self.test}: label {int(self._queries.labels.max())}, but the labels of {self._labelled_by} end at "
-                    f"{self.classes - 1}; the two are not one data set. Give the right ones with --train, --test and --labels"
-                )
+            x, good = self._encode("test", "test images", None)
+            self._queries = Features(x, self.matched.test[good])
         return self._queries
 
     def part(self, rows: Tensor) -> Features:
-        """The training images of the numbers `rows` (ascending) through the test transform; no other image is encoded."""
-        if self._bank is not None:
-            return Features(self._bank.x[rows], self._bank.labels[rows])
-        x, self._labels = self._encode(self.train, "held-out images", mask(rows, self.samples), self._rows)
+        """The training images of the numbers `rows` (ascending) through the test transform; no other image is read."""
+        if self.skip or self._bank is not None:
+            return Features(self.bank().x[rows], self._labels[rows])
+        x, _ = self._encode("train", "held-out images", rows.numpy() if self._rows is None else self._rows[rows.numpy()])
         return Features(x, self._labels[rows])
 
     def augmented(self, wanted: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,22 +164,28 @@ class Scene:
                 "lanes": math.gcd(batch, self.subject.data.lanes),  # a small batch still fits
                 "workers": self.settings.workers,
                 "masks": False,
-                "on_bad": "raise",  # a substitute may lie outside a label subset
+                "on_bad": "skip" if self.skip else "raise",
                 "views": (self.view,),
             }
         )
         stream = loader.Stream(data, seed=seed, batch=batch, rank=0, world=1, device=self.device, rows=self._rows)
+
+        def lost(_: int, replaced: Sequence[Replaced]) -> None:
+            """What cannot be read has left the set by now, and a substitute may lie outside a label subset."""
+            for one in replaced:
+                raise EvalError(f"{one.fault}; it could be read a while ago")
+
         try:
-            for part in stream.batches(0, sys.maxsize):
+            for part in stream.batches(0, sys.maxsize, lost):
                 number = part.index.cpu()
                 if self._rows is not None:
                     number = torch.searchsorted(torch.from_numpy(self._rows), number)
-                keep = wanted[number].to(self.device)
-                yield self._forward(part, keep), _labels(part, self.train)[keep]
+                keep = wanted[number]
+                yield self._forward(part, keep.to(self.device)), self._labels[number[keep]].to(self.device)
         finally:
             stream.close()
 
-    # --- for the protocol card ---
+    # --- for the result ---
 
     @property
     def resize(self) -> str:
@@ -168,24 +209,62 @@ class Scene:
         kept = ("size", "area", "ratio", "interpolation", "antialias", "flip")
         return {"name": "random resized crop and flip", **self.view.model_dump(mode="json", include=set(kept))}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What defines a measurement besides the encoder and the benchmark; known before anything is measured."""
+        transform = {key: value for key, value in self.transform.items() if key not in ("mean", "std")}
+        policy = {"on_bad": "skip", "max_pixels": self.subject.data.max_pixels} if self.skip else {"on_bad": "raise"}
+        return {
+            "features": {**transform, "batch": self.settings.batch, **policy},
+            "train": self._shards(self.train).fingerprint,
+            "test": self._shards(self.test).fingerprint,
+            "labels": self._subset_sha,
+            "classes": {"matched": self.matched.matched, "sha256": self.matched.sha256},
+        }
+
     def provenance(self) -> dict[str, Any]:
-        """Of both sets the path, the number of samples and a sha256 of all their bytes; the label subset."""
-        paths = {"train": self.train, "test": self.test}
-        shards = {name: self._shards(path) for name, path in paths.items()}
-        data = {n: {"path": paths[n], "samples": len(found), "sha256": found.fingerprint} for n, found in shards.items()}
-        return {**data, **self._card}
+        """Of both sets the path, the number of samples, a sha256 of all their bytes and what was left out; classes; subset."""
+        data: dict[str, Any] = {}
+        for name, path in (("train", self.train), ("test", self.test)):
+            shards = self._shards(path)
+            data[name] = {"path": path, "samples": len(shards), "sha256": shards.fingerprint}
+            if self.skip:
+                data[name]["left_out"] = self._left_out[name]
+                data[name]["left_out_of_index"] = sum(loss.samples for loss in shards.losses)
+        data["classes"] = {"count": self.classes, "matched": self.matched.matched}
+        return data | ({} if self._subset is None else {"labels": self._subset})
 
     def _shards(self, path: str) -> Shards:
         """Opened once: the list of remote ones is fetched."""
         if path not in self._opened:
-            self._opened[path] = Shards(path, cache=self.subject.data.cache)
+            found = Shards(path, cache=self.subject.data.cache, skip=self.skip)
+            admit(found.losses, "skip" if self.skip else "raise", self.max_bad, "--set features.")
+            self._opened[path] = found
         return self._opened[path]
 
     # --- encoding ---
 
-    def _encode(self, path: str, what: str, wanted: Tensor | None = None, rows: Ints | None = None) -> tuple[Tensor, Tensor]:
-        """Features [N, D] (of the `wanted` [N] bool only, if given) and all labels [N], in the order of `rows`."""
-        samples = len(self._shards(path)) if rows is None else len(rows)
+    def _encode(self, name: str, what: str, rows: Ints | None) -> tuple[Tensor, Tensor]:
+        """Features [K, D] of those of the `rows` [N] of a set (None: all) that can be read, and which they are, [N] bool.
+
+        Raises ShardError for a sample that cannot be read, or EvalError where too many are left out.
+        """
+        path = self.train if name == "train" else self.test
+        numbers = np.arange(len(self._shards(path))) if rows is None else rows
+        good = torch.ones(len(numbers), dtype=torch.bool)
+        left_out = self._left_out[name]
+
+        def lost(_: int, replaced: Sequence[Replaced]) -> None:
+            for one in replaced:
+                good[int(numbers.searchsorted(one.planned))] = False
+                left_out.append({"sample": one.planned, "fault": one.fault})
+            if len(left_out) > self.max_bad * len(numbers):
+                raise EvalError(
+                    f"{path}: {len(left_out)} or more of its {len(numbers)} samples cannot be read, and "
+                    f"max_bad={self.max_bad:g} allows fewer; the last: {left_out[-1]['fault']}; mend the shards, or allow more "
+                    "by --set features.max_bad=SHARE"
+                )
+
         data = self.subject.data
         images = loader.plain(
             path,
@@ -200,27 +279,25 @@ class Scene:
             timeout=data.timeout,
             rows=rows,
             cache=data.cache,
+            skip=self.skip,
+            lost=lost,
         )
-        numbers = torch.arange(samples) if rows is None else torch.from_numpy(rows)
-        kept = samples if wanted is None else int(wanted.sum())
-        x, labels, seen, done = torch.empty(0), torch.empty(samples, dtype=torch.int64), 0, 0
-        for batch in watch(images, what, samples, len):
-            where = torch.arange(seen, seen + len(batch))
-            due = numbers[seen : seen + len(batch)]
+        x, at, done = torch.empty(0), 0, 0
+        for batch in watch(images, what, len(numbers), len):
+            stop = at + len(batch) + (len(left_out) - (at - done))
+            due = torch.from_numpy(numbers[at:stop])[good[at:stop]]
             if not torch.equal(batch.index.cpu(), due):
                 raise EvalError(
                     f"{path}: the stream gave samples {batch.index.tolist()[:3]} .. where {due[:3].tolist()} .. were due"
                 )
-            labels[where] = _labels(batch, path).cpu()
-            seen += len(batch)
-            part = self._forward(batch, None if wanted is None else wanted[where].to(self.device))
+            part = self._forward(batch, None)
             if not done:  # filled in place: a list and its concatenation would need the memory twice
-                x = torch.empty(kept, part.shape[1])
+                x = torch.empty(len(numbers), part.shape[1])
             x[done : done + len(part)] = part
-            done += len(part)
-        if seen != samples:
-            raise EvalError(f"{path}: the stream gave {seen} of its {samples} samples; index the folder again")
-        return x, labels
+            at, done = stop, done + len(part)
+        if not done or done + len(left_out) != len(numbers):
+            raise EvalError(f"{path}: {done} of its {len(numbers)} samples could be read; index the folder again")
+        return x[:done], good
 
     @torch.no_grad()
     def _forward(self, batch: Batch, keep: Tensor | None) -> Tensor:
@@ -245,22 +322,3 @@ def watch(items: Iterable[Item], what: str, total: int, weigh: Callable[[Item], 
         for item in items:
             yield item
             progress.advance(task, weigh(item))
-
-
-def _labels(batch: Batch, path: str) -> Tensor:
-    if batch.labels is None or int(batch.labels.min()) < 0:
-        raise EvalError(f"{path}: samples without a label; judging needs `.cls` members in every shard of --train and --test")
-    return batch.labels
-
-
-def _same_classes(train: str, test: str) -> None:
-    """Class names, where both folders have them, must be the same in the same order: labels are positions in that list."""
-    found = [classes(path) for path in (train, test)]
-    if None in found:  # shards of another writer have no names
-        return
-    try:
-        ours, theirs = (json.loads(names or b"") for names in found)
-    except ValueError:
-        return
-    if ours != theirs:
-        raise EvalError(f"{train} and {test} have different {CLASSES}: the labels do not mean the same classes")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.config import Count, Frozen, Natural, Positive, Share
-from scaletrain.evals.features import Scene, mask, watch
+from scaletrain.config import Count, Frozen
+from scaletrain.evals.features import Scene, mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
 from scaletrain.evals.targets import EvalError
 
@@ -25,13 +26,14 @@ _ROWS = 4096  # samples scored at once
 
 
 class Config(Frozen):
-    epochs: Count = 100
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 100
     batch: Count = 1024  # at most the training images that are left
-    rates: tuple[Positive, ...] = (0.4, 0.3, 0.2, 0.1, 0.05)  # per 256 samples of the batch
-    momentum: Share = 0.9
+    # per 256 samples of the batch
+    rates: Annotated[tuple[Annotated[float, Field(ge=1e-12, le=1e6)], ...], AfterValidator(some)] = (0.4, 0.3, 0.2, 0.1, 0.05)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     augment: bool = True  # random crops and flips, encoded anew each epoch; false: the test transform, encoded once
     refit: bool = False  # train again on all training images at the chosen rate before the test
-    seed: Natural = 0  # of the order of samples
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # of the order of samples
 
 
 class Heads:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,17 @@ class Subject:
     source: Path  # checkpoint folder, exported file, or run folder of a baseline
     home: Path  # where results go
     run: Path | None  # the run folder, if there is one
+    model: config.Model
+    weights: str = ""  # sha256 of the loaded tensors: names, types, shapes, values
+    samples: int | None = None  # drawn by its training, and how many epochs that was; None: not known
+    epochs: float | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of the encoder in results. How images are normalised belongs to it, as it was trained so."""
+        network = None if self.encoder == "pixels" else self.model.model_dump(mode="json")
+        normalised = {"mean": self.data.mean, "std": self.data.std}
+        return {"kind": self.encoder, "step": self.step, "weights": self.weights, "model": network, **normalised}
 
     @property
     def about(self) -> str:
@@ -59,7 +70,8 @@ class Pixels(nn.Module):
 def describe(settings: config.Config, step: int) -> dict[str, str]:
     """Metadata with which `checkpoint.export` makes a file that `find` can judge."""
     data = settings.data
-    facts = {"size": data.views[0].size, "mean": data.mean, "std": data.std, "path": data.path}
+    kept = data.model_dump(mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"})
+    facts = {"size": _size(data), **kept}
     return {"model": settings.model.model_dump_json(), "data": json.dumps(facts), "step": str(step), "seed": str(settings.seed)}
 
 
@@ -73,10 +85,11 @@ def find(target: Path, encoder: Encoder = "trained") -> Subject:
     if encoder == "trained":
         assert weights is not None, "both sources give weights when asked"
         _load(subject.module, weights, str(subject.source))
-        return subject
-    if encoder == "untrained":
-        return replace(subject, encoder=encoder, step=0)
-    return replace(subject, encoder=encoder, step=0, module=Pixels().eval(), size=min(subject.size, PIXELS))
+    elif encoder == "untrained":
+        subject = replace(subject, encoder=encoder, step=0)
+    else:
+        subject = replace(subject, encoder=encoder, step=0, module=Pixels().eval(), size=min(subject.size, PIXELS))
+    return replace(subject, weights=files.fingerprint(subject.module.state_dict(), {}))
 
 
 def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
@@ -85,7 +98,8 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
         raise EvalError(f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported .safetensors file")
     settings = config.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.seed)
-    subject = Subject("trained", fresh, 0, settings.seed, settings.data.views[0].size, settings.data, run, run / "evals", run)
+    size, data, home = _size(settings.data), settings.data, run / "evals"
+    subject = Subject("trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model)
     if not trained:
         return subject, None
     saved = checkpoint.latest(run / "checkpoints") if run == target else checkpoint.open_step(target)
@@ -93,7 +107,10 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
         raise EvalError(f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the untrained encoder")
     names = {name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)}
     weights = {short: tuple(saved.shape(name)) for short, name in names.items()}, lambda short: saved.read(names[short])
-    return replace(subject, step=saved.step, source=saved.path), weights
+    clock = saved.meta.get("clock", {})
+    epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
+    subject = replace(subject, step=saved.step, source=saved.path, samples=saved.meta.get("samples"), epochs=epochs)
+    return subject, weights
 
 
 def _from_file(path: Path) -> tuple[Subject, Weights]:
@@ -101,15 +118,21 @@ def _from_file(path: Path) -> tuple[Subject, Weights]:
     try:
         model = config.Model.model_validate_json(meta["model"])
         facts = json.loads(meta["data"])
-        size, step, seed = int(facts.pop("size")), int(meta.get("step", "0")), int(meta.get("seed", "0"))
+        size = config.View.model_validate({"size": facts.pop("size")}).size
+        step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
         data = config.Data.model_validate(facts)
     except (KeyError, ValueError, AttributeError) as error:  # pydantic's and json's errors are ValueErrors
         raise EvalError(
             f"{path}: its metadata does not tell the model and the images ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); make the file with `scaletrain export RUN FILE`"
         ) from None
-    subject = Subject("trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None)
+    subject = Subject("trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None, model)
     return subject, ({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+
+
+def _size(data: config.Data) -> int:
+    """Of the largest view in use, in pixels: what the network saw of whole objects."""
+    return max(view.size for view in data.views if view.count)
 
 
 def _fresh(model: config.Model, seed: int) -> nn.Module:

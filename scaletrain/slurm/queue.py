@@ -11,10 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from scaletrain.doctor.disk import filesystem
+
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
 REQUEUED = ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "NODE_FAIL")  # may come back
 MEMORY_FILES = ("tmpfs", "ramfs", "devtmpfs")
 LOCAL_FILES = (*MEMORY_FILES, "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
+TIMES = "minutes, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS"
 
 
 class SlurmError(ValueError):
@@ -58,7 +61,8 @@ def ask(*command: str) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} does not answer: is slurmctld up? Try `scontrol ping`") from None
     if done.returncode:
-        raise SlurmError(f"{command[0]}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        said = (done.stderr.strip() or "failed").splitlines()[-1]
+        raise SlurmError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
     return done.stdout.strip()
 
 
@@ -79,13 +83,15 @@ def partition(name: str | None = None) -> Partition:
 
 
 def seconds(limit: str) -> float:
-    """Of a time limit as SLURM writes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; UNLIMITED and what else has no number."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if not found:
+    """Of a time limit as SLURM takes it; infinite for none. Raises SlurmError for what is in no form of it."""
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit, re.ASCII)
+    if not found:
+        raise SlurmError(f"--time {limit!r} is no time limit of SLURM's: write {TIMES}; 0 or UNLIMITED for none")
     days, a, b, c = (int(part or 0) for part in found.groups())
     hours, minutes, rest = (a, b, c) if found[1] or found[4] else (0, a, b)
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest or math.inf
 
 
 def states(jobs: Iterable[str]) -> dict[str, State]:
@@ -110,18 +116,12 @@ def live(comment: str) -> list[str]:
 
 def check_shared(folder: Path, nodes: Iterable[str]) -> str | None:
     """A warning where the folder may be unknown to the nodes. Raises SlurmError where it must be."""
-    kind = _file_system(folder)
+    kind = filesystem(folder)
     if kind not in LOCAL_FILES or all(map(_here, nodes)):
         return None
     if kind in MEMORY_FILES or folder.is_relative_to("/tmp") or folder.is_relative_to("/var/tmp"):
         raise SlurmError(f"{folder} is on this machine only ({kind}), but the nodes write logs there: choose a shared --run")
     return f"{folder} is on a {kind} file system: the nodes must see it under this name"
-
-
-def _file_system(path: Path) -> str:
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    path = path.resolve()
-    return max((m for m in mounts if path.is_relative_to(m[0])), key=lambda m: len(m[0]), default=["/", "unknown"])[1]
 
 
 def _here(node: str) -> bool:

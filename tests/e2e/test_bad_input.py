@@ -177,6 +177,56 @@ def test_init_takes_a_backbone_and_refuses_another(shards: Path, recipe: Path, t
         torch.testing.assert_close(weight, nn.Parameter(fitting.conv1.weight.detach()).data, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "dropped", "note"),
+    [
+        ("module.", (), "its names begin with 'module.'"),
+        ("module.encoder_q.", (), "its names begin with 'module.encoder_q.'"),
+        ("", ("num_batches_tracked",), "20 counters num_batches_tracked are not in it and start at zero"),
+    ],
+)
+def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
+    prefix: str, dropped: tuple[str, ...], note: str, shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
+    tensors = {prefix + name: value for name, value in network.state_dict().items() if not name.endswith(dropped or "none")}
+    tensors |= {f"{prefix}fc.weight": torch.zeros(10, network.features), "queue": torch.zeros(3)}
+    checkpoint.export(tensors, tmp_path / "file.safetensors", {})
+    arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "--init", tmp_path / "file.safetensors")
+    if not prefix:  # a queue among the backbone's own names cannot be told from a part of another network
+        refused(train(recipe, tmp_path / "run", *arguments), "queue is (3,) in the file and absent in the model")
+        del tensors["queue"]
+        checkpoint.export(tensors, tmp_path / "file.safetensors", {})
+    begun = train(recipe, tmp_path / "run", *arguments)
+    assert begun.exit_code == 0, begun.stderr
+    assert note in begun.stdout
+    assert f"not of the backbone and were left out: {prefix}fc.weight{', queue' if prefix else ''}" in begun.stdout
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    weight = saved.read("method.target_backbone.conv1.weight").view_as(network.conv1.weight)
+    torch.testing.assert_close(weight, network.conv1.weight.detach(), rtol=0, atol=1e-6)
+
+
+def test_init_refuses_a_file_of_several_networks_that_fit(shards: Path, recipe: Path, tmp_path: Path) -> None:
+    network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar")).state_dict()
+    both = {f"module.encoder_{which}.{name}": value for which in "qk" for name, value in network.items()}
+    checkpoint.export(both, tmp_path / "moco.safetensors", {})
+    result = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1", "--init", tmp_path / "moco.safetensors")
+    refused(result, "several networks that fit this model, behind 'module.encoder_k.', 'module.encoder_q.'")
+
+
+@pytest.mark.parametrize("threads", ["4,2", "abc", "0", "-1", "1e3"])
+def test_odd_numbers_of_threads_are_no_error(
+    threads: str, shards: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    begun = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1")
+    torch.set_num_threads(1)
+    assert begun.exit_code == 0, begun.stderr
+    assert (f"warning: OMP_NUM_THREADS={threads} is no number of threads" in begun.stderr) == (threads != "4,2")
+
+
 def test_disk_full_while_saving_keeps_the_last_good_checkpoint(shards: Path, recipe: Path, tmp_path: Path) -> None:
     """The file size limit makes writing fail as a full disk does, from the second checkpoint on."""
     run = tmp_path / "run"

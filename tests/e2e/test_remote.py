@@ -37,7 +37,7 @@ def test_training_and_evaluation_from_a_web_server(tmp_path: Path) -> None:
     made = {name: write_shards(tmp_path / "data" / name, (11, 3, 20, 14)) for name in ("train", "test")}
     for folder in made.values():
         index.build(folder)
-    cards = []
+    results = []
     with serving(tmp_path / "data") as server:
         for kind, place in (("folder", str(tmp_path / "data")), ("web", server.url)):
             recipe, out = tmp_path / f"{kind}.yaml", tmp_path / kind
@@ -45,14 +45,14 @@ def test_training_and_evaluation_from_a_web_server(tmp_path: Path) -> None:
             run(str(ROOT / "launchers" / "local.py"), "--procs", "2", str(recipe), "--run", str(out))
             few = ["--set", "knn.ks=[1,5]", "--set", "features.workers=0"]
             run("-m", "scaletrain", "eval", str(out), "knn", f"--test={place}/test", *few)
-            (card,) = (out / "evals").glob("*.json")
-            cards.append(json.loads(card.read_text()))
+            (result,) = (out / "evals").glob("*.json")
+            results.append(json.loads(result.read_text()))
         assert server.asked["train/s-001.tar"] == 1  # by two ranks and the evaluation
     here, there = (checkpoint.latest(tmp_path / kind / "checkpoints") for kind in ("folder", "web"))
     assert here is not None
     assert there is not None
     assert there.step == 6
     assert all(torch.equal(there.read(name), here.read(name)) for name in here.names())
-    local, remote = cards
+    local, remote = results
     assert remote["metrics"] == local["metrics"]
     assert remote["data"]["train"] == local["data"]["train"] | {"path": f"{server.url}/train"}

@@ -56,6 +56,17 @@ def rank_process(launcher: int, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
+def listening(processes: set[int]) -> set[str]:
+    """Addresses, as in /proc/net/tcp, on which these processes wait for connections."""
+    owned = set()
+    for process in processes:
+        for handle in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                owned.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in owned}
+
+
 def test_asked_in_the_pass_before_an_epoch_it_leaves_at_once(tmp_path: Path) -> None:
     """Clustering goes over all samples first: with these, for longer than the test may take."""
     recipe = tmp_path / "recipe.yaml"
@@ -99,22 +110,23 @@ def warn_one_rank(launcher: int) -> None:
     os.kill(rank_process(launcher, 1), signal.SIGUSR2)
 
 
-def end_the_launcher(launcher: int) -> None:
-    os.kill(launcher, signal.SIGTERM)
+def close_the_terminal(launcher: int) -> None:
+    os.kill(launcher, signal.SIGHUP)
 
 
-@pytest.mark.parametrize(("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (end_the_launcher, 143, "SIGTERM")])
+@pytest.mark.parametrize(("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (close_the_terminal, 129, "SIGHUP")])
 def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(
     tmp_path: Path, ask: Callable[[int], None], code: int, name: str
 ) -> None:
     with start(tmp_path, "run") as process:
         wait_for_step(tmp_path / "run", 6, process)
+        assert listening({process.pid, rank_process(process.pid, 0), rank_process(process.pid, 1)}) == {"0100007F"}  # 127.0.0.1
         ask(process.pid)
         out, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors
     reached = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
     assert reached < STEPS
-    assert f"stopped at step {reached} on {name}, saved; the same command goes on from there" in out
+    assert f"stopped at step {reached} on {name}, saved; rerun the same command to resume" in out
     assert "failed" not in errors
     with start(tmp_path, "run") as process:
         out, errors = process.communicate(timeout=120)

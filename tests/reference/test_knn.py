@@ -17,13 +17,12 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def slow(bank: list[list[float]], labels: list[int], query: list[float], k: int, temperature: float) -> list[int]:
-    """Classes in the order of their votes; ties go to the earlier neighbour and the lower class."""
-    classes = max(labels) + 1
+    """The classes that have a vote, in the order of their votes; ties go to the class of the nearer neighbour."""
     near = sorted(range(len(bank)), key=lambda i: (-round(cosine(query, bank[i]), 6), i))[:k]
-    votes = [0.0] * classes
+    votes: dict[int, float] = {}
     for i in near:
-        votes[labels[i]] += math.exp(cosine(query, bank[i]) / temperature)
-    return sorted(range(classes), key=lambda c: (-votes[c], c))
+        votes[labels[i]] = votes.get(labels[i], 0.0) + math.exp(cosine(query, bank[i]) / temperature)
+    return sorted(votes, key=lambda c: -votes[c])  # a class enters `votes` by its nearest neighbour, and sorting is stable
 
 
 @pytest.mark.parametrize("rows", [1 << 25, 37 * 4])  # one chunk of queries, or four queries at a time
@@ -48,12 +47,29 @@ def test_against_plain_python(rows: int, temperature: float, monkeypatch: pytest
     assert temperature < 1 or len({got[f"knn_{k}"] for k in ks}) > 1  # else the test could not tell one k from another
 
 
-def test_equal_votes_go_to_the_lowest_class() -> None:
-    bank = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+def test_equal_votes_go_to_the_nearest_neighbour_then_to_the_first_of_the_bank() -> None:
     query = torch.tensor([[2.0, 0.0]])
+    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     for labels in ([1, 0], [0, 1]):
-        assert knn(bank, torch.tensor(labels), query, torch.tensor([0]), (2,))["knn_2"] == 100.0
-        assert knn(bank, torch.tensor(labels), query, torch.tensor([1]), (2,))["knn_2"] == 0.0
+        assert knn(twins, torch.tensor(labels), query, torch.tensor([labels[0]]), (2,))["knn_2"] == 100.0
+        assert knn(twins, torch.tensor(labels), query, torch.tensor([labels[1]]), (2,))["knn_2"] == 0.0
+    # nearest first: 7, 3, 3, 7, 3, 7, each vote as heavy as the one of the other class beside it
+    bank = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 2.0], [3.0, 0.0], [2.0, 4.0]])
+    labels = torch.tensor([3, 7, 7, 3, 3, 7])
+    for k, winner in ((1, 7), (2, 7), (3, 3), (4, 7), (6, 7)):
+        assert knn(bank, labels, query, torch.tensor([winner]), (k,), 1e6)[f"knn_{k}"] == 100.0, k
+
+
+def test_only_classes_with_a_vote_are_predicted() -> None:
+    """Ten classes of twenty like images; every query looks like class 9, so nothing but class 9 can be right at any depth."""
+    bank, labels = torch.eye(10).repeat_interleave(20, 0), torch.arange(10).repeat_interleave(20)
+    queries, truth = torch.eye(10)[[9] * 10], torch.arange(10)
+    for k in (1, 10, 20):
+        for numbers, own in ((labels, truth), (9 - labels, 9 - truth)):
+            got = knn(bank, numbers, queries, own, (k,))
+            assert got == {f"knn_{k}": 10.0, f"knn_{k}_top5": 10.0, f"knn_{k}_per_class": 10.0}
+    # with the 180 others among the neighbours, classes have a vote and ties go by the bank
+    assert knn(bank, labels, queries, truth, (200,))["knn_200_top5"] == 50.0
 
 
 @pytest.mark.parametrize("k", [1, 3, 8, 40, 64])
@@ -83,5 +99,21 @@ def test_no_overflow_at_a_low_temperature() -> None:
 
 
 def test_labels_of_another_data_set_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"label 3.*ends at 1"):
+    with pytest.raises(ValueError, match=r"a query has label 3, which no sample of the bank has"):
         knn(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"label 1,"):
+        knn(torch.eye(2), torch.tensor([0, 2]), torch.eye(2), torch.tensor([0, 1]))
+
+
+def test_sparse_labels_cost_no_memory() -> None:
+    """As many columns of votes as there are classes, and not as the largest label says."""
+    labels = torch.tensor([3, 70, 10**15])
+    assert knn(torch.eye(3), labels, torch.eye(3), labels, (1,))["knn_1"] == 100.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_is_wrong(bad: float) -> None:
+    queries = torch.eye(6)
+    queries[2, 2] = bad
+    got = knn(torch.eye(6), torch.arange(6), queries, torch.arange(6), (1, 6))
+    assert got["knn_1"] == got["knn_6_top5"] == pytest.approx(500 / 6)

@@ -17,7 +17,7 @@ from scaletrain import checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-CRASHED = r"exit code \d+, requeued from step-0*(\d+).*resumed from step \1;"
+CRASHED = r"exit code \d+ after saving step (\d+), requeued.*resumed from step \1;"
 RECIPE = f"""
 batch: 12
 steps: {STEPS}

@@ -118,7 +118,7 @@ def test_a_crash_that_repeats_is_given_up(cluster: Cluster, recipe: Path, tmp_pa
     run = tmp_path / "run"
     job = start(cluster, recipe, run, "--restarts", "1", "--container", "false")
     assert cluster.until(job, "COMPLETED", "FAILED") == "FAILED"
-    assert f"{job} failed 2 times at its start without getting further" in log(run)
+    assert f"error: {job} failed 2 times before this job has saved anything" in log(run)
     assert (run / "launches" / "0001" / f"{job}.crashes").read_text().count("\n") == 2
 
 

@@ -13,13 +13,15 @@ import pytest
 from slurm.cluster import Cluster
 from slurm.jobs import ROOT, SHORT, launch, log, start, unavailable, wait_for
 
+from launchers import slurm as launcher
+from scaletrain.data import script
 from scaletrain.slurm import task
 
 pytestmark = [unavailable, pytest.mark.timeout(300)]
 
 
 def test_grid_runs_as_one_array_with_one_table(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "grid"
+    run = tmp_path / "50%job %A"  # no pattern of SLURM's
     options = ("--grid", "optim.lr=0.1,0.2", "--seeds", "2", "--cpus-per-task", "1", *SHORT, "--follow")
     done = launch(cluster, recipe, run, *options)
     rows = list(csv.DictReader((run / "grid.csv").read_text().splitlines()))
@@ -31,10 +33,13 @@ def test_grid_runs_as_one_array_with_one_table(cluster: Cluster, recipe: Path, t
     ids = set(re.findall(r"job (\d+)_\d: completed", done.stdout))
     assert len(ids) == 1
     assert "0.2" in launch(cluster, recipe, run, "--table").stdout
+    logs = {path.name for path in (run / "launches" / "0001").glob("*_log.*")}
+    assert logs == {f"{job}_{element}_0_log.{kind}" for job in ids for element in range(4) for kind in ("out", "err")}
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
 
 
 def test_a_job_can_submit_a_job(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "100%j it's #1"
     inner = [sys.executable, str(ROOT / "launchers" / "slurm.py"), "--config", str(recipe), "--run", str(run), *SHORT]
     outer = [
         "srun",
@@ -52,6 +57,7 @@ def test_a_job_can_submit_a_job(cluster: Cluster, recipe: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout
     assert (run / "checkpoints" / "step-00000002").is_dir()
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
 
 
 @pytest.mark.parametrize(
@@ -70,12 +76,30 @@ def test_a_job_can_submit_a_job(cluster: Cluster, recipe: Path, tmp_path: Path) 
         (["--grid", "optim.lr"], "write KEY=VALUE,VALUE"),
         (["--grid", "optim.lr=0.2,0.20"], "names a value twice"),
         (["--time", "1", "--warning", "60"], "leave nothing of --time 1"),
-        (["--account", "x" * 4000, "--qos", "no such"], "sbatch refused the job"),
+        (["--time", "1h"], "0 or UNLIMITED for none"),
+        (["--run", "x\ntouch planted\n"], "--run contains the control character"),
+        (["--account", "x" * 4000, "--qos", "no such"], "the job was refused: sbatch: "),
     ],
 )
-def test_bad_input_is_one_clear_error(cluster: Cluster, recipe: Path, tmp_path: Path, options: list[str], says: str) -> None:
-    done = launch(cluster, recipe, tmp_path / "run", *options, code=2)
-    assert says in " ".join(done.stderr.split())
+def test_bad_input_is_one_clear_error(
+    cluster: Cluster,
+    recipe: Path,
+    tmp_path: Path,
+    options: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["slurm.py", "--config", str(recipe), "--run", str(tmp_path / "run"), *options])
+    with pytest.raises(SystemExit) as end:
+        script.run(launcher.main)
+    said = " ".join(capsys.readouterr().err.split())
+    assert end.value.code == 2
+    assert says in said
+    assert "Traceback" not in said
     assert not cluster.run("squeue -h")
 
 
@@ -101,11 +125,11 @@ def test_dry_run_shows_the_script_and_leaves_nothing(cluster: Cluster, recipe: P
     for name, value in wanted.items():
         assert f"#SBATCH {'--mail-user' if name == '--mail' else name}={value}\n" in done.stdout
     assert "\nmodule load cuda\n" in done.stdout
-    assert f"apptainer exec x.sif {sys.executable} -u -m submitit" in done.stdout
-    assert "wckey" not in done.stdout
-    assert "--time" not in launch(cluster, recipe, run, "--dry-run").stdout, "the partition's, not submitit's"
-    script = done.stdout[done.stdout.index("#!/bin/bash") :]
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert f"apptainer exec x.sif {sys.executable} -u -m scaletrain.slurm.task" in done.stdout
+    assert "#SBATCH --time" not in launch(cluster, recipe, run, "--dry-run").stdout, "the partition's"
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert "1 run of 2 nodes x 1 process, 0 GPUs per node, 4 CPUs per process, partition train" in done.stderr
     assert not run.exists()
 
 

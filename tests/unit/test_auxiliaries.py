@@ -105,7 +105,9 @@ def test_labels_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> N
         "method": {"name": "supervised", "classes": 5},
         "optim": {"warmup_epochs": 0},
     }
-    with pytest.raises(ConfigError, match=r"method\.classes=5, but there are labels up to 6: set it to 7"):
+    with pytest.raises(
+        ConfigError, match=r"method\.classes=5, but the labels are of 7 classes with numbers up to 6: set it to 7"
+    ):
         train(config.build(raw), tmp_path / "run")
     mixture = [{"path": str(folder), "weight": 1.0}, {"path": str(write_shards(tmp_path / "more", (24,))), "weight": 1.0}]
     mixed = {**raw, "data": {**raw["data"], "path": "", "mixture": mixture}}  # type: ignore[dict-item]

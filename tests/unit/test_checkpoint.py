@@ -54,6 +54,20 @@ def test_the_official_library_reads_the_data(tmp_path: Path) -> None:
     assert json.loads((file.parent / "manifest.json").read_text())["body"]["step"] == 1
 
 
+def test_the_launcher_learns_of_a_step_once_it_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALETRAIN_PROGRESS_FILE", str(tmp_path / "progress"))
+    save(tmp_path / "checkpoints", 3)
+    assert (tmp_path / "progress").read_text() == "step 3\n"
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "_commit", refuse)
+    with pytest.raises(CheckpointError):
+        save(tmp_path / "checkpoints", 4)
+    assert (tmp_path / "progress").read_text() == "step 3\n"
+
+
 @pytest.mark.parametrize(("world", "seed"), [(1, 0), (2, 1), (3, 2), (5, 3)])
 def test_any_cut_reads_at_any_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, seed: int) -> None:
     draw, value = random.Random(seed), torch.randn(13, 9)

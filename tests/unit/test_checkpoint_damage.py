@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 import torch
 from stored import as_rank, flip, holds, listing, save, tensors, whole
 
-from scaletrain import files
+from scaletrain import checkpoint, durable, files
+from scaletrain import saved as saved_steps
 from scaletrain.checkpoint import CheckpointError, Writer, latest, open_step
 from scaletrain.core import Piece
 
@@ -121,6 +124,14 @@ def test_manifests_of_strangers(tmp_path: Path, change: dict[str, Any], text: st
         open_step(path.parent)
 
 
+def test_a_manifest_without_bound(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with (tmp_path / "step-00000001" / "manifest.json").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it has more than 134,217,728 bytes"):
+        open_step(tmp_path / "step-00000001")
+
+
 def test_a_manifest_that_lies_about_the_data(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "step-00000001" / "manifest.json"
@@ -193,26 +204,51 @@ def test_unwritable_root(tmp_path: Path) -> None:
         Writer(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("call", range(5))
-def test_an_error_in_the_background_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """fsync fails at each of its calls before the commit: data, done file, folder, root, manifest."""
-    save(tmp_path, 1)
-    writer, sync, left = Writer(tmp_path), os.fsync, [call]
+def failing(monkeypatch: pytest.MonkeyPatch, first: int, number: int, times: int) -> None:
+    """From call `first` on, fsync fails so many times."""
+    sync, calls = os.fsync, itertools.count()
 
     def fsync(handle: int) -> None:
-        left[0] -= 1
-        if left[0] == -1:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if first <= next(calls) < first + times:
+            raise OSError(number, os.strerror(number))
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+
+
+@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_a_passing_failure_of_storage_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, number: int
+) -> None:
+    """fsync fails once at each of its calls before the commit: data, done file, folder, root, manifest."""
+    save(tmp_path, 1)
+    failing(monkeypatch, call, number, 1)
+    save(tmp_path, 2)
+    saved = latest(tmp_path)
+    assert saved is not None
+    holds(saved, 2)
+
+
+@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 75), (errno.EROFS, 2)])
+def test_an_error_in_the_background_is_raised_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, number: int, code: int
+) -> None:
+    """fsync fails from each of its calls on until nothing more is tried; another start may help where storage comes back."""
+    save(tmp_path, 1)
+    writer = Writer(tmp_path)
+    failing(monkeypatch, call, number, 3 if code == 75 else 1)
     state = {name: whole(t) for name, t in tensors(2).items()}
     writer.save(2, state, {"clock": {"step": 2}})
-    text = r"step 2 was not saved: .*step-00000002.*: Input/output error \([\d,]+ bytes free\); step 1 is the last good one"
-    with pytest.raises(CheckpointError, match=text):
+    why = re.escape(os.strerror(number))
+    text = rf"step 2 was not saved: .*step-00000002.*: {why} \([\d,]+ bytes free\); step 1 is the last good one"
+    with pytest.raises(CheckpointError, match=text) as caught:
         writer.wait()
+    assert caught.value.exit_code == code
     assert listing(tmp_path) == ["step-00000001"]
-    writer.wait()
+    writer.check()
     writer.save(2, state, {"clock": {"step": 2}})
     writer.close()
     saved = latest(tmp_path)
@@ -220,9 +256,28 @@ def test_an_error_in_the_background_is_raised_once(tmp_path: Path, monkeypatch: 
     holds(saved, 2)
 
 
+def test_a_failure_of_storage_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on from an older step would lose work; a disk that keeps failing on one file is another matter."""
+    monkeypatch.setattr(saved_steps, "PAUSES", (0.0, 0.0))
+    compare, failures = files.compare, [2]
+
+    def flaky(path: Path, size: int, sha256: str) -> None:
+        if "step-00000002" in str(path) and failures[0]:
+            failures[0] -= 1
+            raise CheckpointError(f"{path} cannot be read: Stale file handle", 75)
+        compare(path, size, sha256)
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(files, "compare", flaky)
+    saved = latest(tmp_path)
+    assert saved is not None
+    assert saved.step == 2
+
+
 def test_a_failure_after_the_commit_keeps_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest is in place when the folder's own fsync fails: its files must not be swept from under it."""
-    sync = files.sync
+    sync = durable.sync
 
     def fails(folder: Path) -> None:
         if (folder / "manifest.json").exists():
@@ -230,7 +285,8 @@ def test_a_failure_after_the_commit_keeps_the_step(tmp_path: Path, monkeypatch: 
         sync(folder)
 
     save(tmp_path, 1)
-    monkeypatch.setattr(files, "sync", fails)
+    monkeypatch.setattr(durable, "sync", fails)
+    monkeypatch.setattr(checkpoint, "PAUSES", ())
     with pytest.raises(CheckpointError, match="Input/output error"):
         save(tmp_path, 2)
     holds(open_step(tmp_path / "step-00000002"), 2)

@@ -91,6 +91,14 @@ def test_refused_with_the_cure(tmp_path: Path) -> None:
             load_file(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"cannot read .*none.*No such file"):
         load_file(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"pipe is a pipe or a device and not a file"):
+        load_file(tmp_path / "pipe")
+    with (tmp_path / "header").open("wb") as file:
+        file.write((1 << 30).to_bytes(8, "little"))
+        file.truncate(1 << 32)  # sparse
+    with pytest.raises(CheckpointError, match=r"header: its header has 1,073,741,824 bytes, more than the 16,777,216"):
+        load_file(tmp_path / "header")
     with pytest.raises(CheckpointError, match=r"is a folder; give one \.safetensors file"):
         load_file(tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot export tensor 'z' of type torch\.complex64"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scaletrain import checkpoint, cli, config, evals
+from scaletrain import checkpoint, cli, config, evals, exit_codes
 from scaletrain.core import Batch, Piece
-from scaletrain.data.errors import DataError
+from scaletrain.data.errors import DataError, LoaderError
 from scaletrain.nn import resnet
 
 ROOT = Path(__file__).parents[2]
@@ -85,32 +86,33 @@ def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> N
     result = call("train", recipe, "optim.lr=0.5", "--run", "out", "data.lanes=4", "--init", "x.st", "--profile", "--change")
     assert result.exit_code == 0, result.output
     expected = config.load(recipe, ["optim.lr=0.5", "data.lanes=4"])
-    assert seen == [(expected, Path("out"), {"init": Path("x.st"), "trace": True, "change": True})]
+    assert seen == [(expected, Path("out"), {"init": Path("x.st"), "trace": True, "change": True, "umask": None})]
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["optim.lr", "0.3", "0.5"] in rows
     assert ["data.lanes", "64", "4"] in rows
+    narrow = call("train", recipe, "optim.lr=0.5", COLUMNS="20").stdout.splitlines()
+    assert narrow[-3:] == ["optim.lr", "  recipe    0.3", "  this run  0.5"]
 
 
 def test_train_defaults(recipe: Path, training: Any) -> None:
     seen: list[tuple[Any, ...]] = []
     training(lambda *args, **kwargs: seen.append((*args, kwargs)))
     assert call("train", recipe).stdout == f"configuration: {recipe} as it is\n"
-    assert seen == [(config.load(recipe), Path("runs/toy"), {"init": None, "trace": False, "change": False})]
+    plain = {"init": None, "trace": False, "change": False, "umask": None}
+    assert seen == [(config.load(recipe), Path("runs/toy"), plain)]
     assert call("train", recipe, "optim.lr=0.5", RANK="1").stdout == ""
 
 
 def test_eval_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
-    shown: list[Any] = []
     monkeypatch.setattr(evals, "run", lambda *args, **kwargs: seen.append((*args, kwargs)) or [{"benchmark": "knn"}])
-    monkeypatch.setattr(evals, "report", shown.append)
+    monkeypatch.setattr(evals, "report", lambda found: ["first line", f"last line: {found[0]['benchmark']}"])
     settings = ("--set", "knn.k=[1]", "--set", "linear.epochs=2")
-    options = ("--train", "a", "--test", "b", *settings, "--encoder", "pixels", "--labels", "c")
-    assert call("eval", "run", "knn", "linear", *options).exit_code == 0
+    options = ("--train", "a", "--test", "b", *settings, "--encoder", "pixels", "--labels", "c", "--same-numbers")
+    assert call("eval", "run", "knn", "linear", *options).stdout == "first line\nlast line: knn\n"
     overrides = ["knn.k=[1]", "linear.epochs=2"]
-    passed = {"train": "a", "test": "b", "overrides": overrides, "encoder": "pixels", "labels": Path("c")}
+    passed = {"train": "a", "test": "b", "overrides": overrides, "encoder": "pixels", "labels": Path("c"), "same_numbers": True}
     assert seen == [(Path("run"), ["knn", "linear"], passed)]
-    assert shown == [[{"benchmark": "knn"}]]
 
 
 def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Path) -> None:
@@ -164,6 +166,37 @@ def test_expected_failures_are_one_line(recipe: Path, training: Any, fault: Call
     assert (result.exit_code, result.stderr) == (2, f"error: {text}\n")
     for shown in (call("--debug", "train", recipe), call("train", recipe, SCALETRAIN_DEBUG="1")):
         assert isinstance(shown.exception, ValueError | OSError)  # it gets through, with its traceback
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ECONNRESET, "Connection reset by peer"), 75),
+        (OSError(errno.ENOSPC, "No space left on device", "metrics"), 75),
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (TimeoutError("no answer"), 75),
+        (MemoryError("4 GiB"), 75),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 75),
+        (LoaderError("worker 1 was killed"), 75),
+        (checkpoint.CheckpointError("step 3 was not saved", 75), 75),
+        (checkpoint.CheckpointError("step 3 is damaged"), 2),
+        (OSError(errno.EACCES, "Permission denied"), 2),
+        (OSError(errno.ENOENT, "No such file or directory"), 2),
+    ],
+)
+def test_exit_codes(recipe: Path, training: Any, error: Exception, code: int) -> None:
+    training(raising(error))
+    result = call("train", recipe)
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_failed_passingly_underneath_may_be_tried_again() -> None:
+    error = DataError("shard 7 cannot be read")
+    assert exit_codes.of(error) == 2
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    assert exit_codes.of(error) == 75
 
 
 @pytest.mark.parametrize(

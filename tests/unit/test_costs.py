@@ -254,7 +254,7 @@ def test_show_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     found = run("memory", str(CONFIGS / "byol_r50x4_in1k.yaml"), "--ranks", "64")
     engines = found["engines"]
     heads = sum(a * 4096 + 3 * 4096 + 4096 * 256 + 256 for a in (8192, 256))
-    assert found["batch"] == 64
+    assert (found["batch"], found["ranks"], found["samples_per_rank"]) == (4096, 64, 64)
     assert round((engines["ddp"]["parameters"] / 4 - heads) / 1e6) == 375
     assert engines["zero 3"]["optimizer"] * 64 == pytest.approx(engines["ddp"]["optimizer"], rel=1e-3)
     assert len({held["activations"] for held in engines.values()}) == 1
@@ -264,7 +264,13 @@ def test_show_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert max(map(len, lines)) <= 80
     assert lines[0].rstrip() == "byol, resnet50, fp32: GB of each of 64 ranks, 64 samples each"
     total = f"{sum(engines['zero 2'].values()) / 1e9:,.3f}"
-    assert [line.split()[-1] for line in lines if line.startswith("  zero 2")] == [total]
+    assert [line.split()[-1] for line in lines if line.startswith("zero 2")] == [total]
+    monkeypatch.setenv("COLUMNS", "40")
+    memory.show(found)
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert narrow.isascii()
+    assert {f"{sum(held.values()) / 1e9:,.3f}" for held in engines.values()} <= {*narrow.split()}
 
 
 def test_show_comm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +285,11 @@ def test_show_comm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "a step of ddp on 64 ranks, batch 128, predicted"
     assert f"gradients all_reduce 64 {largest['calls']} {largest['bytes'] / 1e6:,.3f} {largest['sent'] / 1e6:,.3f}" in lines
+    monkeypatch.setenv("COLUMNS", "40")
+    traffic.show(found)
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert {f"{row['sent'] / 1e6:,.3f}" for row in found["messages"]} <= {*narrow.split()}
 
 
 @pytest.mark.parametrize("command", ["memory", "comm"])

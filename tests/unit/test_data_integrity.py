@@ -264,34 +264,34 @@ def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: 
 
 
 def account(run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip") -> Account:
-    return Account(run, Data(on_bad=on_bad, max_bad=limit), epoch=100, batch=10, start=start, before=before)
+    return Account(run, Data(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before)
 
 
 def test_the_account_counts_over_resumes_and_names_everything(tmp_path: Path) -> None:
     a = account(tmp_path)
     a.add(0, [Replaced(1, 2, "x"), Replaced(3, 4, "y")])
     a.add(1, [])
-    assert a.agree(2) == 2
+    assert a.agree(20) == 2
     assert a.scalars() == {"data/skipped": 2.0}
     a.add(5, [Replaced(5, 6, "z")])  # after the checkpoint at step 2: lost with the session
     again = account(tmp_path, start=2, before=a.meta()["skipped"])
     again.add(3, [Replaced(7, 8, "w")])
-    assert again.agree(6) == 3
+    assert again.agree(60) == 3
     found = [json.loads(line) for line in (tmp_path / "skipped" / "rank-0.jsonl").read_text().splitlines()]
     assert [(f["step"], f["planned"], f["used"], f["fault"]) for f in found] == [(0, 1, 2, "x"), (0, 3, 4, "y"), (3, 7, 8, "w")]
-    assert again.summary(6).startswith("3 bad samples of 60 were replaced (0.05)")
+    assert again.summary(60).startswith("3 bad samples of 60 were replaced (0.05)")
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     a = account(tmp_path, limit=0.05)
     for step in range(5):
         a.add(step, [Replaced(step, 9, "x")])
-    assert a.agree(5) == 5  # of an epoch of 100
+    assert a.agree(50) == 5  # of an epoch of 100
     a.add(5, [Replaced(1, 9, "x")])
     with pytest.raises(
         DataError, match=r"6 of 60 samples could not be used, more than data.max_bad=0.05 allows; .*skipped names"
     ):
-        a.agree(6)
+        a.agree(60)
 
 
 def test_without_the_policy_nothing_is_counted_or_written(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_batches_mix_shards() -> None:
     distinct = [len(np.unique(plan.batch(0, t) // 500)) for t in range(20)]
     assert np.mean(distinct) >= 36
     assert "20,000 samples in 40 shards" in plan.mixing()
+    one = Plan(np.array([8]), seed=0, batch=1, lanes=1, window=1).mixing()
+    assert one == "8 samples in 1 shard over 1 lane; a batch of 1 mixes 1 shard and keeps 1 in use"
     assert "64 lanes" in plan.mixing()
 
 

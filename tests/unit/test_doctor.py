@@ -19,6 +19,7 @@ from scaletrain import dist, doctor, rehearsal
 from scaletrain.data.reader import Shards
 from scaletrain.doctor import disk, feed, machine, network, parity, software
 from scaletrain.doctor.page import Finding, discreet, guarded, lines, measured, merged, spans
+from scaletrain.slurm import queue
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,7 +131,7 @@ def test_memory_shared_memory_and_open_files(tmp_path: Path, monkeypatch: pytest
 
     blocks = SimpleNamespace(f_frsize=4096, f_blocks=16384, f_bavail=8192)  # docker's 64 MB, half of them taken
     monkeypatch.setattr(os, "statvfs", lambda _: blocks)
-    assert machine.shared_memory(2).text == "0.03 of 0.06 GiB free, 2 needed by 2 process(es)"
+    assert machine.shared_memory(2).text == "0.03 of 0.06 GiB free, 2 needed by 2 processes"
     assert machine.shared_memory(2).status == "warn"
     blocks.f_bavail = 2 * 2**18
     assert machine.shared_memory(2).status == "ok"
@@ -183,7 +184,6 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(disk.shared(runs)) == "ok the same for all ranks"
     assert "reads/s per process" in said(disk.data_folder(shards))
     assert sorted((p, p.stat().st_size) for p in tmp_path.rglob("*")) == content  # nothing made, nothing left
-    assert disk.filesystem(Path("/proc/self")) == "proc"
     (found,) = disk.data_folder(tmp_path)
     assert (found.status, "no .tar files" in found.text, "--data" in found.cure) == ("fail", True, True)
 
@@ -191,6 +191,22 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [f.status for f in disk.run_folder(runs)] == ["warn", "warn"]
     monkeypatch.setattr(disk, "_read_randomly", lambda _: {"rate": 99.0, "p95": 40.0, "direct": True})
     assert [f.status for f in disk.data_folder(shards)] == ["warn"]
+
+
+def test_filesystem_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disk.filesystem(Path("/proc/self")) == "proc"
+    mounts = (
+        "/dev/a / ext4",
+        "server:/x /my\\040data nfs4",
+        "b /my\\040data lustre",
+        "c /my\\040data/run xfs",
+        "d /tab\\011 zfs",
+    )
+    (tmp_path / "mounts").write_text("".join(f"{line} rw 0 0\n" for line in mounts))
+    monkeypatch.setattr(disk, "MOUNTS", tmp_path / "mounts")
+    folders = ("/my", "/my data/runs", "/my data/run/1", "/my data", "/tab\t/x")
+    assert [disk.filesystem(Path(folder)) for folder in folders] == ["ext4", "lustre", "xfs", "lustre", "zfs"]
+    assert queue.filesystem is disk.filesystem
 
 
 def test_random_reads_stay_inside_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +290,7 @@ def test_without_a_rendezvous_the_page_is_told_all_the_same(
     shown = capsys.readouterr().out
     assert "ok    python" in shown
     assert "fail  ranks        no rendezvous at node1:29500" in shown
-    assert shown.endswith("1 failure(s)\n")
+    assert shown.endswith("1 failure\n")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -286,7 +302,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (int(bare), "")
     page = done.stdout.splitlines()
     assert page[0].startswith("scaletrain doctor, ")
-    assert page[-1].endswith(f" {int(bare)} failure(s)")
+    assert page[-1].endswith(", 1 failure" if bare else ", 0 failures")
     names = ("torch", "devices", "CPU", "/dev/shm", "open files", "SLURM", "run folder", "data folder", "loader", "clocks")
     for name in names:
         assert any(line[6:].startswith(name) for line in page), name

@@ -75,7 +75,7 @@ def test_the_command_on_two_processes(start: list[str], tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scaletrain doctor, ") == 1
-    assert "ok    ranks        2 on 1 node(s): " in done.stdout
+    assert "ok    ranks        2 on 1 node: " in done.stdout
     assert "rank 1 against rank 0" in done.stdout
     assert "gloo all_reduce: " in done.stdout
     assert not list(tmp_path.iterdir())

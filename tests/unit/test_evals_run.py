@@ -1,4 +1,4 @@
-"""`evals.run` from shards and a checkpoint to cards, scalars and a table, and the bad input that must end it."""
+"""`evals.run` from shards and a checkpoint to results, scalars and a report, and the bad input that must end it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from evals_kit import backbone, run_folder, save, settings, shards
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
 from scaletrain import checkpoint, evals
+from scaletrain.cli import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import targets
 from scaletrain.evals.features import Config, Scene
@@ -36,67 +37,85 @@ def sums(folder: Path) -> dict[str, str]:
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_cards_scalars_and_table(run: Path) -> None:
+def test_results_and_report(run: Path) -> None:
     before = sums(run)
-    cards = evals.run(run, BOTH, overrides=(*QUICK, "linear.augment=false", "knn.ks=[1,20]"))
+    found = evals.run(run, BOTH, overrides=(*QUICK, "linear.augment=false", "knn.ks=[1,20]"))
     assert before.items() <= sums(run).items()  # nothing of the run was touched
-    assert [json.loads((run / "evals" / f"{name}-step-7.json").read_text()) for name in BOTH] == json.loads(json.dumps(cards))
-    knn, linear = cards
+    assert {path.name.rpartition("-")[0] for path in (run / "evals").iterdir()} == {"knn-step-7", "linear-step-7"}
+    knn, linear = found
     assert knn["metrics"]["knn_20"] > 40  # of random weights; chance is 17
     assert linear["metrics"]["linear"] > 40
     assert set(knn["metrics"]) == {f"knn_{k}{part}" for k in (1, 20) for part in ("", "_top5", "_per_class")}
     assert set(linear["metrics"]) == {"linear", "linear_top5", "linear_per_class", "linear_held_out"}
     assert linear["protocol"]["epochs"] == 12
     assert linear["protocol"]["test_transform"]["resize"] == "none"
-    for card in cards:
-        assert (card["encoder"], card["step"], card["unit"]) == ("trained", 7, "per cent")
-        assert {"scaletrain", "torch", "numpy", "python"} == set(card["versions"])
+    for result in found:
+        assert (result["encoder"], result["step"], result["unit"]) == ("trained", 7, "per cent")
+        assert {"scaletrain", "torch", "numpy", "python"} == set(result["versions"])
         folder = run.parent / "data" / "train"
         contents = [hashlib.sha256((folder / f"s-{n}.tar").read_bytes()).hexdigest() for n in (0, 1)]
         whole = hashlib.sha256("".join(contents).encode()).hexdigest()
-        assert card["data"]["train"] == {"path": str(folder), "samples": 72, "sha256": whole}
-        assert card["data"]["test"]["samples"] == 24
-    board = EventAccumulator(str(run / "tensorboard" / "evals"))
+        assert result["data"]["train"] == {"path": str(folder), "samples": 72, "sha256": whole}
+        assert result["data"]["test"]["samples"] == 24
+    board = EventAccumulator(str(run / "tensorboard" / "evals" / f"linear-{linear['protocol']['digest']}"))
     board.Reload()
-    (event,) = board.Scalars("eval/knn_20")
-    assert (event.step, event.value) == (7, pytest.approx(knn["metrics"]["knn_20"]))
-    assert board.Scalars("eval/linear_held_out")[0].value == pytest.approx(linear["metrics"]["linear_held_out"])
-    console = Console(width=120)
-    with console.capture() as shown:
-        evals.report(cards, console)
-    text = shown.get()
-    assert all(part in text for part in ("knn 20", "linear", f"{knn['metrics']['knn_20']:.2f}", "trained", "7"))
-    assert "per class" not in text
+    (event,) = board.Scalars("eval/linear_held_out")
+    assert (event.step, event.value) == (7, pytest.approx(linear["metrics"]["linear_held_out"]))
+    lines = evals.report(found)
+    assert lines[0] == "trained encoder, step 7, per cent"
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("knn", "linear"))}
+    assert rows == {
+        name: [f"{metrics[name + part]:.2f}" for part in ("", "_top5", "_per_class")]
+        for name, metrics in (("knn_1", knn["metrics"]), ("knn_20", knn["metrics"]), ("linear", linear["metrics"]))
+    }
+    assert lines[-2:] == [f"result: {knn['file']}", f"result: {linear['file']}"]
+
+
+@pytest.mark.parametrize("columns", [None, "40", "80"])
+def test_the_command_is_readable_at_any_width_and_in_a_pipe(run: Path, columns: str | None) -> None:
+    """The runner is a pipe. No number and no word of the table is cut, and the last line says where the result lies."""
+    options = [part for change in QUICK[3:] for part in ("--set", change)]
+    shown = CliRunner().invoke(app, ["eval", str(run), "knn", *options], env={"COLUMNS": columns})
+    assert shown.exit_code == 0, shown.output
+    lines = shown.stdout.splitlines()
+    (file,) = (run / "evals").glob("*.json")
+    metrics = json.loads(file.read_text())["metrics"]
+    start = lines.index(next(line for line in lines if line.split() == ["top-1", "top-5", "per", "class"]))
+    table = lines[start : start + 5]
+    assert max(map(len, table)) <= 40
+    for line, k in zip(table[1:], (10, 20, 100, 200), strict=True):
+        assert line.split() == [f"knn_{k}", *(f"{metrics[f'knn_{k}{part}']:.2f}" for part in ("", "_top5", "_per_class"))]
+    assert lines[-1] == f"result: {file}"
 
 
 @pytest.mark.parametrize("encoder", ["untrained", "pixels"])
-def test_baselines_get_cards_of_their_own(run: Path, encoder: Any) -> None:
-    evals.run(run, ["knn"], encoder=encoder, overrides=QUICK[3:])
-    card = json.loads((run / "evals" / f"knn-step-0-{encoder}.json").read_text())
-    assert card["encoder"] == encoder
-    assert encoder != "pixels" or card["metrics"]["knn_10"] == 100.0  # the colours are easy
-    assert card["about"]
-    assert not (run / "evals" / "knn-step-7.json").exists()
-    board = EventAccumulator(str(run / "tensorboard" / "evals"))
+def test_baselines_get_results_of_their_own(run: Path, encoder: Any) -> None:
+    (result,) = evals.run(run, ["knn"], encoder=encoder, overrides=QUICK[3:])
+    assert Path(result["file"]).name.startswith(f"knn-step-0-{encoder}-")
+    assert result["encoder"] == encoder
+    assert encoder != "pixels" or result["metrics"]["knn_10"] == 100.0  # the colours are easy
+    assert result["about"]
+    assert len(list((run / "evals").iterdir())) == 1
+    board = EventAccumulator(str(run / "tensorboard" / "evals" / f"knn-{result['protocol']['digest']}-{encoder}"))
     board.Reload()
-    assert f"eval-{encoder}/knn_20" in board.Tags()["scalars"]
+    assert "eval/knn_20" in board.Tags()["scalars"]
 
 
-def test_an_exported_file_judges_like_its_run(run: Path, tmp_path: Path) -> None:
+def test_an_exported_file_evaluates_like_its_run(run: Path, tmp_path: Path) -> None:
     cfg, file = settings(run.parent / "data" / "train"), tmp_path / "out" / "small.safetensors"
     checkpoint.export(backbone(cfg), file, targets.describe(cfg, 7))
     (from_file,) = evals.run(file, ["knn"], overrides=QUICK[3:])
     (from_run,) = evals.run(run, ["knn"], overrides=QUICK[3:])
     assert from_file["metrics"] == from_run["metrics"]
-    assert (tmp_path / "out" / "small-knn-step-7.json").is_file()
-    assert sorted(p.name for p in file.parent.iterdir()) == ["small-knn-step-7.json", "small.safetensors"]
+    assert from_file["protocol"] == from_run["protocol"]
+    assert {p.name for p in file.parent.iterdir()} == {Path(from_file["file"]).name, "small.safetensors"}
 
 
 def test_the_augmented_probe_learns(run: Path) -> None:
     """The colours are separable in the pixels, whatever the crop."""
-    (card,) = evals.run(run, ["linear"], overrides=QUICK, encoder="pixels")
-    assert card["metrics"]["linear"] == 100.0
-    assert card["protocol"]["train_transform"]["area"] == [0.08, 1.0]
+    (result,) = evals.run(run, ["linear"], overrides=QUICK, encoder="pixels")
+    assert result["metrics"]["linear"] == 100.0
+    assert result["protocol"]["train_transform"]["area"] == [0.08, 1.0]
 
 
 def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> None:
@@ -146,9 +165,37 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
         (BOTH, ("feature.size=32",), "override of 'feature'.*did you mean 'features'"),
         (("knn",), ("linear.epochs=3",), "override of 'linear', which is not evaluated"),
         (BOTH, ("linear=3",), "linear.*dictionary"),
+        *(
+            (BOTH, (change,), rf"^{change.partition('=')[0]}(\.0)?: {text}")
+            for change, text in (
+                ("features.size=7", "write 8 to 4096 pixels, or 0 for the size of the run's largest view"),
+                ("features.size=-8", "write 8"),
+                ("features.size=5000", "write 8"),
+                ("features.batch=0", ".*greater than or equal to 1"),
+                ("features.batch=1e30", ".*integer"),
+                ("features.workers=1000000", ".*less than or equal to 1024"),
+                ("features.resize=crop", ".*'tv'"),
+                ("features.on_bad=ignore", ".*'skip'"),
+                ("features.max_bad=2", ".*less than or equal to 1"),
+                ("knn.ks=[]", "write one or more values"),
+                ("knn.ks=[0]", ".*greater than or equal to 1"),
+                ("knn.ks=[1e30]", ".*integer"),
+                ("knn.temperature=0", ".*greater than or equal to"),
+                ("knn.temperature=1e-300", ".*greater than or equal to"),
+                ("knn.temperature=.nan", ".*finite"),
+                ("knn.temperature=.inf", ".*finite"),
+                ("linear.rates=[]", "write one or more values"),
+                ("linear.rates=[0]", ".*greater than or equal to"),
+                ("linear.rates=[1e300]", ".*less than or equal to"),
+                ("linear.rates=[.nan]", ".*finite"),
+                ("linear.momentum=1", ".*less than 1"),
+                ("linear.epochs=1e12", ".*less than or equal to"),
+                ("linear.seed=1e25", ".*integer|.*less than"),
+            )
+        ),
     ],
 )
-def test_misspelt_requests(run: Path, benchmarks: tuple[str, ...], overrides: tuple[str, ...], text: str) -> None:
+def test_misspelt_and_senseless_requests(run: Path, benchmarks: tuple[str, ...], overrides: tuple[str, ...], text: str) -> None:
     refused(run, text, benchmarks, overrides=overrides)
 
 
@@ -157,8 +204,10 @@ def test_no_test_set(run: Path, tmp_path: Path) -> None:
     refused(run, "no test set: .*--test")
     assert evals.run(run, ["knn"], test=tmp_path / "elsewhere", overrides=QUICK[3:])
     (tmp_path / "elsewhere").rename(tmp_path / "data" / "val")
-    (card,) = evals.run(run, ["knn"], overrides=QUICK[3:])
-    assert card["data"]["test"]["path"].endswith("val")
+    (result,) = evals.run(run, ["knn"], overrides=QUICK[3:], train=tmp_path / "data" / "train")
+    assert result["data"]["test"]["path"].endswith("elsewhere")  # the same images: the result is the one of before
+    (result,) = evals.run(run, ["knn"], overrides=(*QUICK[3:], "knn.ks=[1]"))
+    assert result["data"]["test"]["path"].endswith("val")
 
 
 @pytest.mark.parametrize("path", ["", "synthetic"])
@@ -173,16 +222,16 @@ def test_remote_shards_name_no_test_set_of_their_own(run: Path) -> None:
 
 def test_missing_labels_are_named(run: Path, tmp_path: Path) -> None:
     some = shards(tmp_path / "some", [0, 1, 2, None, 4, 5])
-    refused(run, r"some: samples without a label.*\.cls", test=some)
-    refused(run, r"some: samples without a label.*\.cls", train=some, test=tmp_path / "data" / "test")
+    refused(run, r"some: 1 of 6 samples have no label", test=some)
+    refused(run, r"some: 1 of 6 samples have no label.*--labels FILE", train=some, test=tmp_path / "data" / "test")
 
 
 def test_sets_that_are_no_pair(run: Path, tmp_path: Path) -> None:
-    for benchmark in BOTH:
-        refused(run, "label 9", (benchmark,), test=shards(tmp_path / benchmark, [0, 1, 9, 2]), overrides=QUICK[3:])
-    for folder, classes in (("train", ["a", "b"]), ("test", ["b", "a"])):
-        (tmp_path / "data" / folder / "classes.json").write_text(json.dumps(classes))
-    refused(run, "different classes.json")
+    refused(run, r"test has classes of which .*train has no sample: '9'", test=shards(tmp_path / "test", [0, 1, 9, 2]))
+    (tmp_path / "data" / "train" / "classes.json").write_text(json.dumps(list("abcdef")))
+    refused(run, r"train has a classes\.json and .*test has none")
+    (tmp_path / "data" / "test" / "classes.json").write_text(json.dumps(list("abcdeg")))
+    refused(run, r"test has classes that .*train/classes\.json does not name: 'g'")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Path) -> None:
@@ -191,11 +240,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Path) -> None:
     raw = bytearray(weights.read_bytes())
     raw[-5] ^= 1
     weights.write_bytes(raw)
-    (card,) = evals.run(run, ["knn"], overrides=QUICK[3:])
-    assert card["step"] == 7
+    (result,) = evals.run(run, ["knn"], overrides=QUICK[3:])
+    assert result["step"] == 7
 
 
-def test_unwritable_results(run: Path) -> None:
+def test_unwritable_results(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the work is done."""
+    monkeypatch.setattr("scaletrain.evals.knn.knn", lambda *_: pytest.fail("it measured first"))
     (run / "evals").write_text("a file in the way")
     with pytest.raises(EvalError, match=r"cannot write .*evals"):
+        evals.run(run, ["knn"], overrides=QUICK[3:])
+    (run / "evals").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "evals")  # for root may write anywhere
+    with pytest.raises(EvalError, match=r"cannot write .*knn-step-7-.*: the folder is write-protected"):
         evals.run(run, ["knn"], overrides=QUICK[3:])

@@ -9,8 +9,14 @@ from scaletrain.evals.scores import accuracy, ranks
 
 
 def test_ranks_by_hand() -> None:
-    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 5.0, 5.0]])
-    assert ranks(scores, torch.tensor([2, 0, 2, 2])).tolist() == [1, 0, 2, 1]
+    scores = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 5.0, 5.0], [0.0, 5.0, 5.0]])
+    assert ranks(scores, torch.tensor([2, 0, 2, 0])).tolist() == [1, 0, 1, 2]
+
+
+def test_a_tie_is_not_right() -> None:
+    """Whatever the number of the true class: else a constant score would be right for the class of the lowest one."""
+    scores = torch.ones(3, 3)
+    assert ranks(scores, torch.arange(3)).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -28,17 +28,23 @@ with open(f"rank{{rank}}.jsonl", "a") as file:
 while not all(os.path.exists(f"rank{{r}}.jsonl") for r in range(2)):  # a failure is to find the other at work
     time.sleep(0.02)
 wish = sys.argv[-1]
-if wish == "sleep" or (wish.startswith("exit") and rank != "1") or (wish == "die" and rank != "0"):
+def wait_for_the_failure():
+    while not os.path.exists("failed"):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    sys.exit(75)
+if wish in ("sleep", "exit7") and rank != "1" or wish == "sleep":
     time.sleep(120)
 elif wish.startswith("exit"):
+    open("failed", "w").close() if rank == "1" else wait_for_the_failure()
     sys.exit(int(wish[4:]))
 elif wish == "die":
+    wait_for_the_failure() if rank != "0" else open("failed", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
-elif wish == "once" and not os.path.exists("failed"):
-    if rank == "0":
-        open("failed", "w").close()
-        sys.exit(1)
-    time.sleep(120)
+elif wish == "once" and not os.path.exists("over"):
+    wait_for_the_failure() if rank != "0" else open("failed", "w").close()
+    open("over", "w").close()
+    sys.exit(1)
 """
 
 
@@ -125,9 +131,10 @@ def test_killed_worker_is_named(place: Path) -> None:
 
 def test_restart_goes_on_after_a_failure_but_not_after_a_refusal(place: Path) -> None:
     code, errors = finish(start(place, "--procs", "2", "--restarts", "2", "once"))
-    assert (code, errors) == (0, "process 0 failed with exit code 1\nstarting again, 2 restart(s) left\n")
+    assert (code, errors) == (0, "process 0 failed with exit code 1\nstarting again, 2 restarts left\n")
     assert len(workers(place)) == 4
-    (place / "rank1.jsonl").unlink()
+    for name in ("rank1.jsonl", "failed"):
+        (place / name).unlink()
     assert finish(start(place, "--procs", "2", "--restarts", "2", "exit2")) == (2, "")
     assert len((place / "rank1.jsonl").read_text().splitlines()) == 1
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import scaletrain.progress
 from scaletrain import config, dist, monitor
 from scaletrain.core import Batch, Clock, Result
+from scaletrain.resume import Start
 
 TOTAL, PER_EPOCH = 20, 5
 
@@ -59,7 +60,9 @@ def result(step: int, embedding: Tensor | None = None, skipped: bool = False) ->
 
 
 def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> None:
-    watch = monitor.Monitor(run, settings(**kwargs), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start_step=start)
+    watch = monitor.Monitor(
+        run, settings(**kwargs), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(start, start, 32 * start)
+    )
     for step in range(start, stop):
         clock = Clock(step, TOTAL, step // PER_EPOCH, PER_EPOCH)
         outcome = result(step, torch.eye(8), skipped=step == skip)
@@ -89,7 +92,8 @@ def test_scalars_go_to_both_places_under_stable_names(tmp_path: Path) -> None:
     speeds = {f"speed/{name}" for name in ("images_per_second", "data_wait_share", "seconds_per_step")}
     measured = {*speeds, "memory/rss_peak_mb", "embedding/std_ratio"}
     assert {key: records[2][key] for key in expected} == pytest.approx(expected, rel=1e-5)
-    assert set(records[2]) - {"step", "epoch", "steps_per_epoch", "time"} == set(expected) | measured
+    assert (records[2]["epochs"], records[2]["samples"]) == (9 / 5, 9 * 32)
+    assert set(records[2]) - {"step", "epoch", "epochs", "samples", "steps_per_epoch", "time"} == set(expected) | measured
     assert {record["steps_per_epoch"] for record in records} == {PER_EPOCH}
     assert set(events.Tags()["scalars"]) == set(expected) | measured
     for name in set(expected) | measured:
@@ -125,7 +129,7 @@ def test_start_from_zero_clears_an_abandoned_curve(tmp_path: Path) -> None:
 
 
 def test_tensors_are_read_only_on_recorded_steps(tmp_path: Path) -> None:
-    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start_step=1)
+    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(1, 1, 32 * 1))
     Unread.reads = 0
     for step in (1, 2, 3):
         watch.step(Clock(step, TOTAL, 0, PER_EPOCH), result(step), {}, batch(), 0.0)
@@ -142,7 +146,7 @@ def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path: Path) -> None:
-    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start_step=0)
+    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(0, 0, 32 * 0))
     bad = Result(math.inf, {}, torch.tensor(math.nan), embedding=torch.full((4, 2), math.nan), skipped=True)
     watch.step(Clock(0, TOTAL, 0, PER_EPOCH), bad, {}, batch(), 0.0)
     watch.close()
@@ -251,7 +255,7 @@ def test_plain_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     monkeypatch.setattr(scaletrain.progress.Pace, "seconds_per_step", 4000.0)
     fixed = {"speed/images_per_second": 812.3, "speed/data_wait_share": 0.03}
     monkeypatch.setattr(scaletrain.progress.Pace, "read", lambda self: fixed)
-    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start_step=12)
+    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(12, 12, 32 * 12))
     watch.step(Clock(12, TOTAL, 2, PER_EPOCH), result(12), {"all": 0.12345}, batch(), 0.0)
     watch.note("checkpoint [step 12] saved")
     watch.close()

@@ -248,7 +248,7 @@ def test_litter_is_ignored_by_every_importer(tmp_path: Path) -> None:
     (tmp_path / "truth").write_text(f"{wnid}\n")
     for name, place, options in (("folders", folders, ()), ("tars", tars, ("--val-labels", tmp_path / "truth"))):
         said = run("imagenet", place, tmp_path / f"out_{name}", *options)
-        assert said.count("1 images in 1 classes, 1 shard") == 2
+        assert said.count("1 image in 1 class, 1 shard") == 2
         assert said.count("ignored: ") == 2
         assert "._*" in said
         assert contents(tmp_path / f"out_{name}" / "val") == {jpeg: 0}

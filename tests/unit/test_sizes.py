@@ -89,8 +89,8 @@ def test_activations_are_what_a_step_allocates(method: str, precision: str) -> N
     assert found["step"]["activations"] * cfg.batch == pytest.approx(real(cfg), rel=0.015)
 
 
-def show(*arguments: str) -> str:
-    done = CliRunner(env={"COLUMNS": "80", "RANK": None}).invoke(cli.app, ["show", "model", *arguments])
+def show(*arguments: str, columns: int = 80) -> str:
+    done = CliRunner(env={"COLUMNS": str(columns), "RANK": None}).invoke(cli.app, ["show", "model", *arguments])
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -107,7 +107,11 @@ def test_the_command_prints_a_table_or_json() -> None:
     rows = [" ".join(line.split()) for line in lines]
     assert "parameters, backbone 11.17 M" in rows
     assert "encoder, 32 px view 1.11 GFLOPs 0.56 G multiply-adds; x 4" in rows
-    assert f"step, activations {found['step']['activations'] / 1e6:,.1f} MB kept for the backward pass" in rows
+    kept = f"{found['step']['activations'] / 1e6:,.1f} MB"
+    assert f"step, activations {kept} kept for the backward pass" in rows
+    narrow = show(path, "batch=64", "engine.precision=bf16", columns=40).splitlines()
+    assert max(map(len, narrow)) <= 40
+    assert narrow[narrow.index("step, activations") :] == ["step, activations", f"  {kept}", "  kept for the backward pass"]
 
 
 def test_a_wide_network_costs_no_memory_and_no_wait() -> None:

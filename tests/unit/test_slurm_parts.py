@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -62,27 +63,39 @@ def test_grid_names_a_key_once() -> None:
         grid.combinations(["seed=1,2"], 3)
 
 
-def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> None:
-    elements = grid.combinations(["optim.lr=0.1,0.2"], 1)
-    grid.save(tmp_path, elements)
-    done = grid.folder(tmp_path, elements[0])
-    (done / "evals").mkdir(parents=True)
-    (done / "metrics.jsonl").write_text(
-        '{"step": 4, "train/loss": 3.0}\n{"step": 8, "train/loss": 2.123456789}\n{"step": 9, "tr'
-    )
-    for step, score, encoder in ((100, 50.0, "trained"), (20, 40.0, "trained"), (0, 90.0, "untrained")):
-        card = {"encoder": encoder, "step": step, "metrics": {"knn_20": score}}
-        (done / "evals" / f"knn-step-{step}.json").write_text(json.dumps(card))
-    first, second = grid.table(tmp_path, {done: "completed", grid.folder(tmp_path, elements[1]): "pending"})
-    assert first == {"optim.lr": "0.1", "state": "completed", "step": 8, "loss": 2.1235, "knn_20": 50.0}
-    assert second == {"optim.lr": "0.2", "state": "pending", "step": "", "loss": "", "knn_20": ""}
-    assert (tmp_path / "grid.csv").read_text().splitlines()[1] == "0.1,completed,8,2.1235,50.0"
+def test_grid_files_are_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid.save(tmp_path, grid.combinations(["seed=1,2"], 1))
+    grid.table(tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert before.keys() == {"grid.json", "grid.csv"}
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for write in (lambda: grid.save(tmp_path, grid.combinations(["seed=3"], 1)), lambda: grid.table(tmp_path)):
+            with pytest.raises(OSError, match="No space left"):
+                write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    grid.save(tmp_path, grid.combinations(["seed=2,3"], 1))
+    assert json.loads((tmp_path / "grid.json").read_text()) == [["seed=1"], ["seed=2"], ["seed=3"]]
+
+
+@pytest.mark.parametrize("text", ["", "[", "{}", '["seed=1"]', "[[1]]", "[" * 100_000])
+def test_damaged_grid_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(text)
+    for use in (lambda: grid.table(tmp_path), lambda: grid.save(tmp_path, [("seed=1",)])):
+        with pytest.raises(ConfigError, match=r"grid\.json is no list of a grid's runs"):
+            use()
+    with pytest.raises(ConfigError, match="holds no grid"):
+        grid.table(tmp_path / "nowhere")
 
 
 def test_folder_that_only_this_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(queue, "_here", lambda node: node == "here")
     for kind, problem in (("nfs4", None), ("lustre", None), ("ext4", None), ("tmpfs", "on this machine only")):
-        monkeypatch.setattr(queue, "_file_system", lambda path, kind=kind: kind)
+        monkeypatch.setattr(queue, "filesystem", lambda path, kind=kind: kind)
         assert queue.check_shared(Path("/shared/run"), ["here"]) is None
         if problem:
             with pytest.raises(queue.SlurmError, match=problem):

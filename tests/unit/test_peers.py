@@ -1,0 +1,86 @@
+"""Processes of a run notice within seconds that one of them has died, while they wait for something else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RANK = """
+import os, signal, sys, time
+from scaletrain import dist, peers
+peers.GRACE = 1.0
+dist.init()
+dist.barrier()
+rank, how = dist.rank(), sys.argv[1]
+if how == "killed" and rank == 1:
+    if os.fork() == 0:  # as a loader worker, which outlives it
+        os.closerange(0, 3)
+        time.sleep(4)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "first killed" and rank == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "collective" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "collective":
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        print(dist.lost_contact(error), file=sys.stderr)
+        os._exit(75)
+if how == "in order":
+    if rank == 2:
+        time.sleep(2)
+    dist.leave()
+    os._exit(0)
+time.sleep(60)
+"""
+
+
+def run(how: str, folder: Path) -> list[tuple[int, str]]:
+    """Exit code and stderr of three ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    shared |= {"OMP_NUM_THREADS": "1", "SCALETRAIN_ERROR_FILE": str(folder / "failure")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, how],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    return [(p.returncode, errors) for p, errors in ((p, p.communicate(timeout=60)[1]) for p in processes)]
+
+
+@pytest.mark.parametrize(("how", "dead"), [("killed", 1), ("first killed", 0)])
+def test_a_dead_process_ends_those_that_wait_elsewhere(how: str, dead: int, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    ended = run(how, tmp_path)
+    assert time.monotonic() - begin < 40  # and not after the minute that they would sleep
+    assert [code for code, _ in ended] == [-9 if rank == dead else 75 for rank in range(3)]
+    said = [line for _, errors in ended for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: rank {dead} of 3 (process ")
+    assert f" on {platform.node()}) ended unexpectedly" in said[0]
+
+
+def test_a_collective_that_fails_names_the_dead_process(tmp_path: Path) -> None:
+    ended = run("collective", tmp_path)
+    assert [code for code, _ in ended] == [75, -9, 75]
+    assert any("rank 1 of 3 (process " in errors for _, errors in ended)
+
+
+def test_a_process_that_ends_in_order_ends_no_other(tmp_path: Path) -> None:
+    assert [code for code, _ in run("in order", tmp_path)] == [0, 0, 0]
