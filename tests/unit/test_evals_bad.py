@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from data_kit import add
 from evals_kit import run_folder, shards, spoil
 from typer.testing import CliRunner
 
 from scaletrain import evals
 from scaletrain.cli import app
-from scaletrain.data import labels
-from scaletrain.data.errors import ShardError
+from scaletrain.data import index, labels
+from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.reader import Shards
 from scaletrain.evals.features import Config, Scene
 from scaletrain.evals.targets import EvalError, find
@@ -151,3 +153,34 @@ def test_a_shard_that_was_cut_short(tmp_path: Path) -> None:
     assert json.loads(Path(result["file"]).read_text())["data"]["train"]["left_out"][0]["fault"].startswith(
         str(train / "s-1.tar")
     )
+
+
+def test_what_indexing_left_out_is_refused_or_counted(tmp_path: Path) -> None:
+    train, test = shards(tmp_path / "data" / "train", LABELS), shards(tmp_path / "data" / "test", LABELS[:24], seed=1)
+    path = train / "s-1.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    index.build(train, report=lambda fault: None)
+    run = run_folder(tmp_path, train)
+    words = r"indexing left out about 11 of 48 samples, the first: .*s-1\.tar at byte"
+    with pytest.raises(DataError, match=rf"{words}.* with --set features\.on_bad=skip --set features\.max_bad=0\.23$"):
+        evaluate(run, "knn")
+    with pytest.raises(DataError, match=rf"{words}.*above max_bad=0\.1: .*set --set features\.max_bad=0\.23$"):
+        evaluate(run, "knn", "features.on_bad=skip", "features.max_bad=0.1")
+    result = evaluate(run, "knn", "features.on_bad=skip", "features.max_bad=0.25")
+    assert [result["data"][name]["left_out_of_index"] for name in ("train", "test")] == [11, 0]
+    assert result["data"]["train"]["samples"] == 37
+    whole = evaluate(run, "knn", train=f"{train}/s-0.tar", test=f"{test}/s-{{0,1}}.tar")
+    assert result["data"]["test"]["sha256"] == whole["data"]["test"]["sha256"]
+    assert (whole["data"]["train"]["samples"], whole["data"]["train"]["path"]) == (24, f"{train}/s-0.tar")
+
+
+def test_labels_that_are_no_numbers_are_named_with_what_they_hold(tmp_path: Path) -> None:
+    train = shards(tmp_path / "data" / "train", LABELS)
+    test = shards(tmp_path / "data" / "test", LABELS[:24], seed=1)
+    with tarfile.open(test / "s-1.tar", "a") as tar:
+        add(tar, "x.cls", b"tench")
+        add(tar, "x.png", Shards(train).read(0).image)
+    run = run_folder(tmp_path, train)
+    words = r"test: 1 of 25 samples have no label, .*, such as s-1\.tar/x with 'tench'; evaluation needs one"
+    with pytest.raises(EvalError, match=words):
+        evaluate(run, "knn")
