@@ -221,7 +221,9 @@ def _csv(path: Path, columns: Columns) -> Iterator[Row]:
                 yield Row(where, cells[image].strip(), _texts(texts, columns, where), empty)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read: {error}; save it as UTF-8") from None
-    except (OSError, csv.Error) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except csv.Error as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
@@ -244,7 +246,7 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Row]:
                 yield Row(where, str(name or ""), _texts(value if isinstance(value, list) else [value], columns, where))
                 number += 1
     except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
 
 
 def _find(head: list[str], columns: Columns, path: Path) -> tuple[int, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import tarfile
 from pathlib import Path
 
@@ -84,6 +85,70 @@ def test_images_of_other_images_samples_are_named_and_counted(folder: Path, tmp_
     assert "such as s.tar/cat.v2.jpg" in said[-1]
     found = verify(tmp_path / "d", 10**6)
     assert (found.unused, found.first_unused, found.faults) == (2, "s.tar/cat.v2.jpg", [])
+
+
+def by_the_first_dot(members: list[tuple[str, int]]) -> list[tuple[str, int, int, int]] | None:
+    """(key, place of the image, of the mask, of the label) of each sample, by WebDataset's rule alone; None for a fault."""
+    samples: dict[str, dict[str, int]] = {}
+    last = ""
+    for name, place in members:
+        folder, slash, end = name.rpartition("/")
+        stem, _, extension = end.partition(".")
+        key = folder + slash + stem
+        if not stem or not extension:
+            continue
+        kinds = samples.setdefault(key, {})
+        image = extension in SUFFIXES and any(kind in SUFFIXES for kind in kinds)
+        if (kinds and key != last) or extension in kinds or image:
+            return None
+        kinds[extension], last = place, key
+    if not all(any(kind in SUFFIXES for kind in kinds) for kinds in samples.values()):
+        return None
+    places = [(next(kinds[s] for s in SUFFIXES if s in kinds), kinds) for kinds in samples.values()]
+    return [
+        (key, image, kinds.get("mask.png", 0), kinds.get("cls", kinds.get("json", 0)))
+        for key, (image, kinds) in zip(samples, places, strict=True)
+    ]
+
+
+def test_what_was_indexed_before_is_indexed_alike(tmp_path: Path) -> None:
+    """Whatever members a tar has: where WebDataset's rule gives every sample an image, it decides alone."""
+    draw, compared = random.Random(5), 0
+    extensions = (
+        "jpg",
+        "png",
+        "webp",
+        "cls",
+        "json",
+        "txt",
+        "npy",
+        "mask.png",
+        "seg.png",
+        "v2.jpg",
+        "v2.cls",
+        "v2.mask.png",
+        "a.b.png",
+    )
+    for _ in range(600):
+        names = []
+        for key in draw.sample(["a", "b", "x/a", "x.y/b", "0001", "-"], draw.randrange(1, 5)):
+            kinds = draw.sample(extensions, draw.randrange(1, 6))
+            if draw.random() < 0.9:
+                kinds = [draw.choice(SUFFIXES), *(kind for kind in kinds if kind not in SUFFIXES)]
+            names += draw.sample([f"{key}.{kind}" for kind in kinds], len(kinds))
+        with tarfile.open(tmp_path / "s.tar", "w") as tar:
+            for name in names:
+                add(tar, name, b"1")
+        with tarfile.open(tmp_path / "s.tar") as tar:
+            members = [(member.name, member.offset_data) for member in tar.getmembers()]
+        if (wanted := by_the_first_dot(members)) is None:
+            continue
+        rows = table.scan(tmp_path / "s.tar")[0]
+        assert [(row["key"], row["image"], row["mask"], row["target"]) for row in rows] == [
+            (table.key_hash(key), *places) for key, *places in wanted
+        ]
+        compared += 1
+    assert compared > 300
 
 
 def test_images_whose_names_have_several_dots_are_samples(tmp_path: Path) -> None:

@@ -126,6 +126,31 @@ def test_other_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run("from_torchvision", "Odd", tmp_path, tmp_path / "out", fails="is no single label")
 
 
+@pytest.mark.parametrize("labels", [[-1, -1, -1, -1], [1, -1, 0, -1]])
+def test_a_target_of_minus_one_is_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int]) -> None:
+    class Partly(datasets.VisionDataset):
+        """As STL10, whose splits are `unlabeled` and `train+unlabeled`."""
+
+        classes = ("cat", "dog")
+
+        def __init__(self, root: str, split: str) -> None:
+            super().__init__(root)
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, number: int) -> tuple[Image.Image, object]:
+            return Image.fromarray(picture(number)), np.asarray(labels)[number]
+
+    monkeypatch.setattr(datasets, "Partly", Partly, raising=False)
+    said = run("from_torchvision", "Partly", tmp_path, tmp_path / "out", "--split", "unlabeled")
+    unlabelled = "without labels, 1 shard" if max(labels) < 0 else "in 2 classes, 1 shard; without a label: 2"
+    assert f"4 images {unlabelled}" in said
+    wanted = {picture(n).tobytes(): label for n, label in enumerate(labels)}
+    assert {image.decode(d, 10**6).tobytes(): y for d, y in contents(tmp_path / "out" / "unlabeled").items()} == wanted
+    assert json.loads((tmp_path / "out" / "unlabeled" / "classes.json").read_text()) == ["cat", "dog"]
+
+
 def test_damaged_files_are_bad_images(tmp_path: Path) -> None:
     source = tree(tmp_path / "src", {"a": 3, "b": 3}, ".jpg")
     (source / "b" / "im.1.jpg").write_bytes((source / "b" / "im.1.jpg").read_bytes()[:200])
