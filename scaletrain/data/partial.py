@@ -126,13 +126,8 @@ class replacing:
         self.resumed = False
 
     def __enter__(self) -> replacing:
-        if self._inside:
-            self._take_back()
-        if self.dest.exists() and (not self.dest.is_dir() or self._content()):
-            if not self.force:
-                raise DataError(f"{self.dest} exists already; choose another folder, or replace it with --force")
-            for path in [self.dest] if not self.dest.is_dir() else self._content():
-                _only_shards(path, self.dest)
+        if not self._inside:
+            self._check()
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
@@ -140,8 +135,13 @@ class replacing:
             raise DataError(f"{self.partial} cannot be made: {error.strerror}") from None
         try:
             self._claim()
+            if self._inside:
+                self._take_back()
+                self._check()
             self._begin()
         except BaseException:
+            with suppress(OSError):
+                self.partial.rmdir()  # if it is as empty as it was made
             os.close(self._lock)
             raise
         return self
@@ -160,10 +160,19 @@ class replacing:
         """There are complete shards to go on with."""
         return any(self._journals(lambda path: path.stat().st_size > 0))
 
+    def _check(self) -> None:
+        """Refuse a DEST with content, or with more than shards if it is to be replaced."""
+        if not self.dest.exists() or (self.dest.is_dir() and not self._content()):
+            return
+        if not self.force:
+            raise DataError(f"{self.dest} exists already; choose another folder, or replace it with --force")
+        for path in self._content() if self.dest.is_dir() else [self.dest]:
+            _only_shards(path, self.dest)
+
     def _content(self) -> list[Path]:
-        """What is in DEST, but for the partial folder, and what a file system has at its root."""
-        root = ("lost+found",) if self._inside else ()
-        return [path for path in self.dest.iterdir() if path != self.partial and path.name not in root]
+        """What DEST holds; of one that stays, without what a file system keeps at its root, and hidden files of others."""
+        paths = list(self.dest.iterdir())
+        return [p for p in paths if not p.name.startswith(".") and p.name != "lost+found"] if self._inside else paths
 
     def _claim(self) -> None:
         """Alone in the folder, where the file system has locks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -57,7 +58,8 @@ def test_a_link_stays_and_its_target_has_the_data(tmp_path: Path, source: Path, 
 def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that can be filled and not be renamed, with what a file system has in its root."""
     folder = tmp_path / "mount"
-    (folder / "lost+found").mkdir(parents=True)
+    for name in ("lost+found", ".Trash-0"):
+        (folder / name).mkdir(parents=True)
     real = Path.rename
 
     def rename(path: Path, target: Path) -> Path:
@@ -74,10 +76,11 @@ def test_a_mount_point_receives_the_data_inside(tmp_path: Path, source: Path, mo
     run("folder", source, mount, "--per-shard", 6)
     assert files(mount) == files(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mount", "src", "whole"]
-    assert (mount / "lost+found").is_dir()
     run("folder", source, mount, fails="exists already")
+    assert not (mount / ".partial").exists()
     run("folder", source, mount, "--per-shard", 20, "--force")
     assert len(list(mount.glob("*.tar"))) == 1
+    assert sorted(p.name for p in mount.iterdir() if p.is_dir()) == [".Trash-0", "lost+found"]
     (mount / "thesis.doc").write_text("precious")
     run("folder", source, mount, "--force", fails="holds more than shards (thesis.doc)")
     assert (mount / "thesis.doc").read_text() == "precious"
@@ -87,6 +90,17 @@ def test_a_mount_point_receives_the_data_inside(tmp_path: Path, source: Path, mo
     run("folder", source, link, "--per-shard", 6, "--force")
     assert files(mount) == files(tmp_path / "whole")
     assert link.is_symlink()
+
+
+def test_what_another_import_is_moving_is_not_touched(source: Path, mount: Path) -> None:
+    (mount / ".partial").mkdir()
+    (mount / ".partial" / partial.MOVED).write_text('["s.tar"]')
+    (mount / "s.tar").write_bytes(b"x")
+    handle = os.open(mount / ".partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    run("folder", source, mount, "--force", fails="another import is writing")
+    assert (mount / "s.tar").exists()
+    os.close(handle)
 
 
 class Kill(BaseException):
@@ -123,7 +137,7 @@ def test_a_kill_while_a_mount_point_is_filled_loses_nothing(
     monkeypatch.setattr(Path, "rename", rename)
     filled()
     whole = files(mount)
-    for step in range(len(list(mount.iterdir())) - 1):
+    for step in range(len(list(mount.iterdir())) - 2):
         left = step
         with pytest.raises(Kill):
             filled(force=True)
