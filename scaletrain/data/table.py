@@ -222,9 +222,10 @@ def _single(record: dict[str, Any]) -> Any:
     many = record.get("labels")
     if many is None:
         return NO_LABEL
-    if not isinstance(many, list) or not all(type(label) is int and label >= 0 for label in many):
+    if not isinstance(many, list) or not all(type(label) is int and label >= NO_LABEL for label in many):
         return None
-    return many[0] if len(many) == 1 else NO_LABEL
+    known = [label for label in many if label != NO_LABEL]
+    return known[0] if len(known) == 1 else NO_LABEL
 
 
 def shown(data: bytes) -> str:

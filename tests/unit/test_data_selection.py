@@ -192,6 +192,11 @@ def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", (5, 4))
     indices = torch.cat(seen([f"{both}/train-*.tar", str(other)])[::3])
     assert indices.unique().tolist() == list(range(20))
+    several = Stream(
+        Data(path=[f"{both}/train-*.tar", str(other)], lanes=2, workers=0), seed=3, batch=4, rank=0, world=1, device=CPU
+    )
+    assert [(one["path"], one["samples"]) for one in several.sources()] == [(str(both), 11), (str(other), 9)]
+    assert several.sources()[0]["sha256"] == Shards(f"{both}/train-*.tar").fingerprint
     mixed = Data(mixture=({"path": f"{both}/test-*.tar", "weight": 1},), lanes=2, workers=0, views=(View(size=8),))
     assert Stream(mixed, seed=3, batch=4, rank=0, world=1, device=CPU).samples == 5
 

@@ -76,7 +76,10 @@ def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "label"),
-    [('{"labels": [5]}', 5), ('{"labels": []}', -1), ('{"labels": [1, 2]}', -1), ('{"labels": [1, 2], "label": 2}', 2)],
+    [
+        *(('{"labels": [5]}', 5), ('{"labels": []}', -1), ('{"labels": [1, 2]}', -1), ('{"labels": [1, 2], "label": 2}', 2)),
+        *(('{"labels": [-1]}', -1), ('{"labels": [-1, 5]}', 5), ('{"labels": [5], "label": null}', 5)),
+    ],
 )
 def test_json_members_of_others(text: str, label: int) -> None:
     assert table._single(json.loads(text)) == label
