@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from scaletrain import config as configuration
-from scaletrain import tables
+from scaletrain import run_folder, tables
 from scaletrain.config import Config
 from scaletrain.data import script
 from scaletrain.data.loader import opened, planned
@@ -63,6 +63,13 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, with seeds 0 ...")] = 1,
     throttle: Annotated[int, typer.Option(min=1, help="Runs of a grid at once.")] = 256,
+    init: Annotated[Path | None, typer.Option(help="As of `scaletrain train`: a file whose backbone starts a new run.")] = None,
+    change: Annotated[
+        bool, typer.Option("--change", help="As of `scaletrain train`: resume although configuration or data differ.")
+    ] = False,
+    umask: Annotated[
+        str | None, typer.Option(help="As of `scaletrain train`: access to --run, e.g. 027 for your group to read.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's states and log until it ends.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script, also where there is no SLURM; submit nothing.")
@@ -98,11 +105,16 @@ def main(
         warning=warning,
         restarts=restarts,
     )
-    launch = Launch(config, tuple(overrides or ()), run, grids.combinations(grid or (), seeds))
-    if dry_run and not shutil.which("sinfo"):
-        preview(launch, resources)
+    options = [*(("--change",) if change else ()), *(("--umask", umask) if umask else ())]
+    options += ["--init", str(init.absolute())] if init else []
+    launch = Launch(config, tuple(overrides or ()), run, grids.combinations(grid or (), seeds), options)
+    try:
+        place = queue.partition(partition)
+    except queue.UnavailableError as error:
+        if not dry_run:
+            raise
+        preview(launch, resources, error)
         return
-    place = queue.partition(partition)
     resources = resources.on(place)
     text = launch.script(resources)
     launch.check(resources)
@@ -115,13 +127,15 @@ def main(
         err=dry_run,
     )
     if dry_run:
-        typer.echo(text, nl=False)
+        typer.echo(text)
         return
     jobs = queue.live(str(run))
     if jobs and not follow:
         raise SlurmError(f"job {', '.join(jobs)} trains {run} already: --follow shows it, `scancel {jobs[0]}` ends it")
     if not jobs:
-        jobs = launch.submit(resources)
+        with contextlib.ExitStack() as until:
+            run_folder.restrict(run, umask, until)
+            jobs = launch.submit(resources)
         typer.echo(f"job {', '.join(jobs)}\nrun  {run}\nlogs {launch.folder}")
     else:
         typer.echo(f"job {', '.join(jobs)} trains {run} already and is followed; nothing new is submitted")
@@ -129,36 +143,38 @@ def main(
         launch.follow(jobs)
 
 
-def preview(launch: Launch, resources: Resources) -> None:
-    """Print the batch script on a machine without SLURM, and on stderr what the cluster would add to it."""
+def preview(launch: Launch, resources: Resources, reason: Exception) -> None:
+    """Print the batch script where no SLURM answers, and on stderr what the cluster would add to it."""
     list(launch.configurations())  # refused here, and not after hours in the queue
-    typer.echo(launch.script(resources), nl=False)
+    typer.echo(launch.script(resources))
     if undecided := resources.undecided():
-        typer.echo("no SLURM here, so this is the script without what the partition decides:", err=True)
+        typer.echo(f"{reason}\nSo this is the script without what the partition decides:", err=True)
         typer.echo(tables.render(("", ""), undecided.items(), width=tables.width()), err=True)
     typer.echo("not checked: that the cluster can give what is asked for, the data, and batch against the processes", err=True)
-
-
-def _lasting(path: str) -> str:
-    """A folder as an absolute path; an address or `synthetic` as it is."""
-    return str(Path(path).absolute()) if Path(path).is_dir() else path
 
 
 class Launch:
     """One run, or one for each element of a grid; `folder` is new with every launch and holds its logs."""
 
-    def __init__(self, recipe: Path, overrides: tuple[str, ...], run: Path, elements: list[tuple[str, ...]]) -> None:
-        self.recipe, self.run, self.elements = recipe.absolute(), run, elements
+    def __init__(
+        self,
+        recipe: Path,
+        overrides: tuple[str, ...],
+        run: Path,
+        elements: list[tuple[str, ...]],
+        options: Sequence[str] = (),
+    ) -> None:
+        self.recipe, self.run, self.elements, self.options = recipe.absolute(), run, elements, options
         self.several = elements != [()]
         self.runs = [grids.folder(run, element) if self.several else run for element in elements]
         data = configuration.load(recipe, overrides).data
         self.overrides = overrides
-        # the data as the nodes will find it, whatever folder they start in
+        # absolute paths, so that the nodes find the data whatever folder they start in
         if data.mixture:
-            parts = [{"path": _lasting(part.path), "weight": part.weight} for part in data.mixture]
+            parts = [part.model_dump(mode="json") for part in data.mixture]
             self.overrides = (*overrides, f"data.mixture={json.dumps(parts)}")
         elif data.path:
-            self.overrides = (*overrides, f"data.path={json.dumps(_lasting(data.path))}")
+            self.overrides = (*overrides, f"data.path={json.dumps(data.path)}")
         self.folder = run / "launches" / f"{1 + int(max(self._launches(), default='0')):04d}"
 
     def _launches(self) -> list[str]:
@@ -189,7 +205,7 @@ class Launch:
         """The ids of the jobs."""
         arguments = ("train", str(self.recipe), *self.overrides)
         tasks = [
-            Task([*arguments, *element, "--run", str(run)], str(run))
+            Task([*arguments, *element, *self.options, "--run", str(run)], str(run))
             for element, run in zip(self.elements, self.runs, strict=True)
         ]
         if self.several:

@@ -24,6 +24,10 @@ class SlurmError(ValueError):
     """The cluster refused; the text says what to change."""
 
 
+class UnavailableError(SlurmError):
+    """No cluster answers here."""
+
+
 @dataclass(frozen=True)
 class Partition:
     """`cpus`, `gpus`: of each node."""
@@ -54,15 +58,17 @@ def ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
-        raise SlurmError(
+        raise UnavailableError(
             f"{command[0]} is not installed: this is no machine of a SLURM cluster. launchers/local.py trains on this machine, "
             "torchrun on several"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} does not answer: is slurmctld up? Try `scontrol ping`") from None
+        raise UnavailableError(f"{command[0]} does not answer: is slurmctld up? Try `scontrol ping`") from None
     if done.returncode:
         said = (done.stderr.strip() or "failed").splitlines()[-1]
-        raise SlurmError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
+        away = any(text in said for text in ("configuration source", "Unable to contact slurm controller"))
+        kind = UnavailableError if away else SlurmError
+        raise kind(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
     return done.stdout.strip()
 
 

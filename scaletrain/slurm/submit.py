@@ -6,6 +6,8 @@ comes back a bounded number of times for one and the same checkpoint, and bad in
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import sys
@@ -183,7 +185,8 @@ def submit(folder: Path, run: Path, resources: Resources, tasks: Sequence[Task])
     inside = "SLURM_JOB_ID" in os.environ  # then what that job was given is not for this one
     kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or (k.startswith("SBATCH_") and not inside)}
     try:
-        with tempfile.TemporaryDirectory() as drafts, clean_env():
+        # submitit prints what sbatch says as well as raising it
+        with tempfile.TemporaryDirectory() as drafts, clean_env(), contextlib.redirect_stderr(io.StringIO()):
             os.environ.update(kept)
             executor = _executor(folder, run, resources, count, Path(drafts))
             job = executor._submit_command(_command(folder, resources, count)).job_id
@@ -201,7 +204,7 @@ def _reason(text: str) -> str:
 def _make(folder: Path) -> None:
     """Make the folder of a launch, closed to others: its batch script and tasks are run."""
     launches = folder.parent
-    launches.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    launches.parent.mkdir(parents=True, exist_ok=True)
     launches.mkdir(exist_ok=True, mode=0o700)
     for place in (launches.parent, launches):
         state = place.stat()

@@ -78,7 +78,7 @@ def test_a_job_can_submit_a_job(cluster: Cluster, recipe: Path, tmp_path: Path) 
         (["--time", "1", "--warning", "60"], "leave nothing of --time 1"),
         (["--time", "1h"], "0 or UNLIMITED for none"),
         (["--run", "x\ntouch planted\n"], "--run contains the control character"),
-        (["--account", "x" * 4000, "--qos", "no such"], "the job was refused: sbatch: "),
+        (["--account", "x" * 4000, "--qos", "no such"], "sbatch refused the job: "),
     ],
 )
 def test_bad_input_is_one_clear_error(
