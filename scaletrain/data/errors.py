@@ -32,6 +32,12 @@ class ArchiveError(ShardError):
     """The archive itself is damaged or refused at that byte, and nothing behind it can be read."""
 
 
+class StorageError(ShardError):
+    """Bytes that storage failed to give. Another start may succeed, unless the disk block is bad for good."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class LoaderError(DataError):
     """Loader processes died or hang: another start may succeed."""
 
@@ -41,7 +47,8 @@ class LoaderError(DataError):
 def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:
     """A ShardError for what stays so; anything else may pass, and must not lead to a substitute."""
     if error.errno in PERMANENT:
-        return ShardError(shard, offset, f"cannot be read: {error.strerror}")
+        kind = StorageError if error.errno == errno.EIO else ShardError
+        return kind(shard, offset, f"cannot be read: {error.strerror}")
     return LoaderError(f"{shard} at byte {offset} cannot be read: {error.strerror}")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -10,12 +13,12 @@ import pytest
 import torch
 from data_kit import add, encode, picture, write_shards
 
-from scaletrain import dist
+from scaletrain import dist, exit_codes
 from scaletrain.config import Data, View
 from scaletrain.core import Batch
 from scaletrain.data import index, table
 from scaletrain.data.bad import Account, Replaced, substitutes
-from scaletrain.data.errors import DataError, LoaderError, ShardError
+from scaletrain.data.errors import DataError, LoaderError, ShardError, unreadable
 from scaletrain.data.loader import Stream, plain
 from scaletrain.data.reader import Shards
 from scaletrain.data.verify import verify
@@ -298,3 +301,14 @@ def test_without_the_policy_nothing_is_counted_or_written(tmp_path: Path) -> Non
     a = account(tmp_path, on_bad="raise")
     a.add(0, ())
     assert (a.scalars(), a.meta(), list(tmp_path.iterdir())) == ({}, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "code"), [(errno.ENOENT, ShardError, 2), (errno.EIO, ShardError, 75), (errno.ESTALE, LoaderError, 75)]
+)
+def test_what_storage_does_not_give_may_be_tried_again(number: int, kind: type[DataError], code: int) -> None:
+    """A bad disk block is replaced under on_bad=skip, as what is missing is, and otherwise may be a passing fault."""
+    error = pickle.loads(pickle.dumps(unreadable("a.tar", 512, OSError(number, os.strerror(number)))))  # as out of a worker
+    assert isinstance(error, kind)
+    assert exit_codes.of(error) == code
+    assert str(error).startswith("a.tar at byte 512")
