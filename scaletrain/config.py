@@ -130,8 +130,9 @@ class Data(Frozen):
     lanes: Count = 64  # equal parts of the epoch's line of samples that feed every batch
     window: Count = 16  # shards among which a lane shuffles
     workers: Natural = 4  # loader processes per rank; 0 loads in the training process
-    prefetch: Count = 2  # batches held ready by each worker
-    timeout: Positive = 300.0  # seconds without a batch before the loader is declared dead
+    prefetch: Annotated[int, Field(ge=1, le=100)] = 2  # batches held ready by each worker
+    timeout: Positive = 300.0  # seconds without a batch before the run ends, with exit code 75
+    liveness: Positive = 60.0  # likewise, seconds in which a worker that owes a batch begins no image and receives no bytes
     masks: bool = False  # read `key.mask.png` members and crop them with the large views
     good_crops: Share = 0.0  # of the samples: large crops are drawn again until they hold foreground, a study that needs masks
     good_cover: Share = 0.25  # of the foreground that such a crop holds

@@ -20,11 +20,13 @@ from pathlib import Path
 from time import monotonic, sleep, time
 from typing import BinaryIO
 
+from scaletrain.data import heartbeat
 from scaletrain.data.errors import DataError
 
 Fill = Callable[[BinaryIO], None]  # writes exactly the size announced, or raises
 PATIENCE = 60.0  # seconds to wait for room while other processes use every file
 TOUCH = 1.0  # seconds between notes that a file is in use
+POLL = 0.02  # seconds between two looks at what other processes do
 
 
 class Cache:
@@ -38,14 +40,15 @@ class Cache:
     def open(self, key: str, size: int, fill: Fill) -> int:
         """A file descriptor to read the file with, which stays in the cache until it is closed; filled first if missing."""
         while (file := self._held(key)) is None:
-            self._make(key, size, fill, wait=True)
+            if not self._make(key, size, fill):
+                _pause()  # whoever fills the file may take as long as that takes
         return file
 
     def ensure(self, key: str, size: int, fill: Fill) -> None:
         """Have the file there soon: marks it as used, fills it, or leaves it to the process that does so at this moment."""
         file = self._held(key)
         if file is None:
-            self._make(key, size, fill, wait=False)
+            self._make(key, size, fill)
         else:
             os.close(file)
 
@@ -88,21 +91,27 @@ class Cache:
             raise
         return file
 
-    def _make(self, key: str, size: int, fill: Fill, wait: bool) -> None:
-        """Fill the file unless another process did, or, without `wait`, does. The caller looks again."""
+    def _make(self, key: str, size: int, fill: Fill) -> bool:
+        """Fill the file unless another process did. False if another one is about it.
+
+        To wait for its lock would not do: once the file has its name, whoever reads it holds a lock of that same file.
+        """
         part = self.folder / f"{key}.part"
-        with _locked(part, wait) as file:
-            if file is None or not _is(part, file):  # renamed or deleted by who had the lock before
-                return
+        with _locked(part, wait=False) as file:
+            if file is None:
+                return False
+            if not _is(part, file):  # renamed or deleted by who had the lock before
+                return True
             try:
                 if (self.folder / key).exists():
                     part.unlink()
-                    return
+                    return True
                 os.ftruncate(file, 0)  # a killed process may have left some of it
                 self._reserve(file, size)
                 with os.fdopen(os.dup(file), "r+b") as writer:
                     fill(writer)
-                os.fsync(file)
+                with heartbeat.unwatched():  # a large file and a slow disk
+                    os.fsync(file)
                 with self._counting():  # who lists the folder during a renaming may see the file twice, or not at all
                     part.rename(self.folder / key)
             except BaseException as error:
@@ -110,6 +119,7 @@ class Cache:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise DataError(f"the disk of {self.folder} is full: lower data.cache.bytes") from None
                 raise
+            return True
 
     def _reserve(self, file: int, size: int) -> None:
         if size > self.limit:
@@ -118,7 +128,7 @@ class Cache:
         while not self._reserved(file, size):
             if monotonic() > end:
                 raise DataError(f"{self.folder}: every file is in use and data.cache.bytes={self.limit:,} is full; raise it")
-            sleep(0.05)
+            _pause()
 
     def _reserved(self, file: int, size: int) -> bool:
         with self._counting():
@@ -160,6 +170,11 @@ class Cache:
             return free
         finally:
             os.close(file)
+
+
+def _pause() -> None:
+    heartbeat.beat()
+    sleep(POLL)
 
 
 def _private(folder: Path) -> None:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import os
-import signal
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from scaletrain import dist
 from scaletrain.config import Cache, Data
 from scaletrain.core import Batch
-from scaletrain.data import watch
 from scaletrain.data.bad import Replaced, admit, left_out
 from scaletrain.data.device import ToDevice
 from scaletrain.data.errors import DataError
@@ -28,9 +21,11 @@ from scaletrain.data.joined import Joined, shards_of
 from scaletrain.data.mixture import Mixture, Source
 from scaletrain.data.plan import Batches, Ints, Plan
 from scaletrain.data.reader import NODE, Shards
-from scaletrain.data.stream import Failure, Images, Raw, Synthetic, Whole, synthetic_counts
+from scaletrain.data.stream import BatchDataset, Failure, Images, Raw, Synthetic, Whole, synthetic_counts
+from scaletrain.data.workers import Pool, Sampler
 from scaletrain.marks import COPY, mark
 
+T = TypeVar("T")
 SYNTHETIC = "synthetic"
 
 
@@ -53,7 +48,7 @@ class Stream:
         self.plan = planned(data, shards, seed=seed, batch=batch, rows=rows)
         lo, hi = self.plan.part(rank, world)
         if shards is None:
-            self.dataset: Dataset[Raw | Failure] = Synthetic(data, self.plan, lo, hi)
+            self.dataset: BatchDataset = Synthetic(data, self.plan, lo, hi)
         else:
             if rank == 0:  # once is enough; every rank checks again what it opens
                 shards.check()
@@ -116,12 +111,15 @@ class Stream:
 
     def _batches(self, start: int, stop: int, lost: Callable[[int, Sequence[Replaced]], None]) -> Generator[Batch, None, None]:
         steps = Steps(start, stop, self.steps_per_epoch)
-        raws = load(self.dataset, steps, self.data.workers, self.data.prefetch, self.data.timeout, self.device)
-        for step, raw in enumerate(raws, start):
-            lost(step, raw.replaced)
-            with mark(COPY):
-                batch = self._to_device(raw)
-            yield batch
+        found = load(self.dataset, steps, self._to_device, self.device, workers=self.data.workers, **self._limits())
+        with closing(found):
+            for step, (batch, replaced) in enumerate(found, start):
+                lost(step, replaced)
+                yield batch
+
+    def _limits(self) -> dict[str, Any]:
+        """Of loading, as `load` takes them."""
+        return self.data.model_dump(include={"prefetch", "timeout", "liveness"})
 
 
 def source(path: str, shards: Shards) -> dict[str, Any]:
@@ -175,6 +173,7 @@ def plain(
     std: Sequence[float],
     max_pixels: int = 50_000_000,
     timeout: float = 300.0,
+    liveness: float = 60.0,
     rows: Ints | None = None,
     cache: Cache = NODE,
     skip: bool = False,
@@ -194,14 +193,16 @@ def plain(
     samples = len(shards) if rows is None else len(rows)
     lo, hi = rank * samples // world, (rank + 1) * samples // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
-    to_device = ToDevice(device, 0, mean, std)
     dataset = Whole(shards, size, resize, max_pixels, rows, skip)
+    to_device = ToDevice(device, 0, mean, std)
 
     def batches() -> Iterator[Batch]:
-        for number, raw in enumerate(load(dataset, ranges, workers, 2, timeout, device)):
-            lost(number, raw.replaced)
-            if len(raw.samples):
-                yield to_device(raw)
+        found = load(dataset, ranges, to_device, device, workers=workers, prefetch=2, timeout=timeout, liveness=liveness)
+        with closing(found):
+            for number, (batch, replaced) in enumerate(found):
+                lost(number, replaced)
+                if len(batch):
+                    yield batch
 
     return batches()
 
@@ -215,79 +216,58 @@ class Steps:
     def __len__(self) -> int:
         return len(self.range)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return (divmod(step, self.steps_per_epoch) for step in self.range)
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        return divmod(self.range[number], self.steps_per_epoch)
 
 
 def load(
-    dataset: Dataset[Raw | Failure], sampler: Any, workers: int, prefetch: int, timeout: float, device: torch.device
-) -> Generator[Raw, None, None]:
-    """Run the data set in worker processes, in the sampler's order. Raises DataError, also for dead and silent workers."""
+    dataset: BatchDataset,
+    sampler: Sampler,
+    convert: Callable[[Raw], T],
+    device: torch.device,
+    *,
+    workers: int,
+    prefetch: int,
+    timeout: float,
+    liveness: float,
+) -> Generator[tuple[T, Sequence[Replaced]], None, None]:
+    """What `convert` makes of each batch, in the sampler's order, and the samples that were replaced in it.
+
+    Batches are made by worker processes, without any in this one. `convert` keeps no memory of the raw batch, which is used
+    again. Raises DataError, also for workers that die or hang.
+    """
     workers = min(workers, len(sampler))
-    reading = watch.nothing_read(workers)
-    with warnings.catch_warnings():
-        # the number of workers is the recipe's; torch would compare it with the cores of this machine
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            collate_fn=_as_is,
-            pin_memory=device.type == "cuda",
-            timeout=min(watch.CHECK, timeout) if workers else 0,
-            worker_init_fn=partial(_init_worker, reading),
-            generator=torch.Generator(),  # else the loader would draw a seed from the global generator
-        )
-        running = iter(loader)
-    watched = watch.Watch(running, reading, partial(_name, dataset), timeout) if workers else None
+    if not workers:
+        for number in range(len(sampler)):
+            raw = _sound(dataset[sampler[number]])
+            with mark(COPY):
+                item = convert(raw)
+            yield item, raw.replaced
+        return
+
+    name = partial(_name, dataset)
+    pool = Pool(dataset, sampler, name, device, workers=workers, prefetch=prefetch, timeout=timeout, liveness=liveness)
     try:
-        while True:
-            raw = watched.next() if watched else next(running, None)
-            if raw is None:
-                return
-            if isinstance(raw, Failure):
-                raise raw.error
-            yield raw
+        for left in reversed(range(len(sampler))):
+            raw = _sound(pool.take())
+            with mark(COPY):
+                item = convert(raw)
+            pool.release()
+            if not left:
+                pool.close()  # nobody needs workers during the last step
+            yield item, raw.replaced
     finally:
-        _stop(running)
+        pool.close()
 
 
-def _name(dataset: Dataset[Raw | Failure], sample: int) -> str:
+def _sound(found: Raw | Failure) -> Raw:
+    if isinstance(found, Failure):
+        raise found.error
+    return found
+
+
+def _name(dataset: BatchDataset, sample: int) -> str:
     with suppress(DataError, OSError):
         if isinstance(dataset, Images | Whole):
             return dataset.shards.name(sample)
     return str(sample)
-
-
-def _as_is(raw: Any) -> Any:
-    return raw
-
-
-def _init_worker(reading: Tensor, number: int) -> None:
-    """Signals of preemption are the main process's business: workers serve on while it saves."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    info = get_worker_info()
-    if info is not None:
-        watch.in_worker(reading, number, info.dataset)
-
-
-def _stop(running: Any) -> None:
-    """End the workers now and not when the iterator is collected, and kill what hangs: workers ignore SIGTERM.
-
-    The order matters: once torch has shut down, it no longer watches the workers and a killed one raises nothing.
-    """
-    workers = getattr(running, "_workers", ())
-    for worker in workers:
-        if worker.is_alive():
-            os.kill(worker.pid, signal.SIGCONT)  # else each stopped one takes torch's whole patience
-    if workers:
-        running._shutdown_workers()
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
-            worker.join()

@@ -10,11 +10,12 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
-from scaletrain.data import disk, fetch
+from scaletrain.data import disk, fetch, heartbeat
 from scaletrain.data.errors import PERMANENT, DataError
 from scaletrain.data.fetch import Differs, Passing
 
@@ -68,9 +69,11 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
     """Write a file of known size, and of known checksum if given. Raises RemoteError naming address, tries and cause."""
 
     def once() -> None:
+        heartbeat.beat()
         file.seek(0)
         done, digest = 0, hashlib.sha256()
         for part in source.parts(name, size):
+            heartbeat.beat()
             digest.update(part)
             done += file.write(part)
         if done != size:
@@ -82,8 +85,11 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
 
 
 def _tried(source: Origin, name: str, work: Callable[[], T]) -> T:
+    # the network has limits of its own, within which an outage passes; a folder of a file system that hangs has none
+    silence = nullcontext() if isinstance(source, Folder) else heartbeat.unwatched()
     try:
-        return fetch.again(work, TRIES)
+        with silence:
+            return fetch.again(work, TRIES)
     except DataError as error:
         kind = RemoteError if isinstance(error, fetch.Outage) else LostError
         raise kind(f"{source.url}/{name}: {error}") from None

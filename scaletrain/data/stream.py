@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from scaletrain import dist
 from scaletrain.config import Data, View
-from scaletrain.data import altered, colour, crop, good, image
+from scaletrain.data import altered, colour, crop, good, heartbeat, image
 from scaletrain.data.bad import TRIES, Replaced, substitutes
 from scaletrain.data.errors import DataError, ImageError, ShardError
 from scaletrain.data.image import Pixels
@@ -31,6 +30,8 @@ from scaletrain.data.views import COLUMNS, Params, draw, expand, packed, uniform
 
 SYNTHETIC_SHARD = 1000  # samples per pretended shard
 SYNTHETIC_CLASSES = 2  # whatever number a method expects
+
+New = Callable[..., Tensor]  # as torch.empty
 
 
 def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor | int = 0) -> Tensor:
@@ -53,18 +54,30 @@ class Raw(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A DataError on its way out of a worker; raised there, it would arrive wrapped in a traceback."""
+    """In place of a batch: why there is none."""
 
-    error: DataError
+    error: Exception
 
 
-class Images(Dataset[Raw | Failure]):
+class BatchDataset:
+    """An item is a whole batch."""
+
+    new: New = staticmethod(torch.empty)  # makes the tensors of a batch; in a loader worker they lie in shared memory
+
+    def __getitem__(self, at: Any) -> Raw | Failure:
+        raise NotImplementedError
+
+    def blank(self, at: Any, new: New) -> Raw:
+        """A batch as it is before anything is read, of tensors that `new` makes."""
+        raise NotImplementedError
+
+
+class Images(BatchDataset):
     """Positions [lo, hi) of the plan's global batches, as augmented views. With `rows` [N], a plan of these samples."""
 
     def __init__(self, data: Data, shards: Shards | Joined, plan: Batches, lo: int, hi: int, rows: Ints | None = None) -> None:
         self.data, self.shards, self.plan, self.lo, self.hi, self.rows = data, shards, plan, lo, hi, rows
         self.groups = expand(data.views)
-        self.reading = np.zeros(1, np.int64)  # the sample that is being read; a worker's is shared with the main process
         self.course = Epochs(plan, lo, hi)
         colour.prepare()
         if any(spec.interpolation == "keys" for spec in data.views):
@@ -76,7 +89,7 @@ class Images(Dataset[Raw | Failure]):
         index, again = self.plan.draws(epoch, step, self.lo, self.hi)
         index = index if self.rows is None else self.rows[index]
         repeats = torch.from_numpy(again)
-        raw = _empty(epoch, self.groups, len(index), self.data.masks, self.data.augment == "device")._replace(repeats=repeats)
+        raw = self.blank(at, self.new)._replace(repeats=repeats)
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
         draws = uniforms(keys, sum(map(len, self.groups)))
         goods = good.draws(keys, len(self.groups[0]), self.data.good_crops)
@@ -100,6 +113,9 @@ class Images(Dataset[Raw | Failure]):
         raw.samples.copy_(torch.from_numpy(used))
         return raw._replace(planned=torch.from_numpy(index), replaced=tuple(replaced)) if replaced else raw
 
+    def blank(self, at: tuple[int, int], new: New) -> Raw:
+        return _empty(new, at[0], self.groups, self.hi - self.lo, self.data.masks, self.data.augment == "device")
+
     def _substitute(self, fill: Callable[[int], int], others: Iterator[int], fault: ShardError) -> tuple[int, int]:
         """Label and number of the first of `others` that is good, now in the place of a bad sample. Raises DataError."""
         if self.data.on_bad == "raise":
@@ -121,7 +137,7 @@ class Images(Dataset[Raw | Failure]):
         sample: int,
     ) -> int:
         """Write one sample's views at `row` and return its label. `draws`: DRAWS numbers a view."""
-        self.reading[0] = sample
+        heartbeat.reading(sample)
         found = self.shards.read(sample, masks is not None)
         try:
             pixels = image.decode(found.image, self.data.max_pixels)
@@ -156,7 +172,7 @@ def render(pixels: Pixels, spec: View, p: Params, out: NDArray[np.uint8]) -> Non
     colour.apply(crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias), p, out)
 
 
-class Synthetic(Dataset[Raw | Failure]):
+class Synthetic(BatchDataset):
     """No files: each worker makes one batch of noise and hands it out again, so that only the training is measured."""
 
     def __init__(self, data: Data, plan: Batches, lo: int, hi: int, classes: int = SYNTHETIC_CLASSES) -> None:
@@ -166,7 +182,7 @@ class Synthetic(Dataset[Raw | Failure]):
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
         epoch, step = at
         if self._made is None:
-            self._made = _empty(epoch, expand(self.data.views), self.hi - self.lo, self.data.masks)
+            self._made = self.blank(at, torch.empty)
             generator = torch.Generator().manual_seed(self.plan.seed)
             for view in self._made.views:
                 view.random_(0, 256, generator=generator)
@@ -175,13 +191,16 @@ class Synthetic(Dataset[Raw | Failure]):
         samples, repeats = map(torch.from_numpy, self.plan.draws(epoch, step, self.lo, self.hi))
         return self._made._replace(epoch=epoch, samples=samples, repeats=repeats, labels=samples % self.classes)
 
+    def blank(self, at: tuple[int, int], new: New) -> Raw:
+        return _empty(new, at[0], expand(self.data.views), self.hi - self.lo, self.data.masks)
+
 
 def synthetic_counts(samples: int) -> NDArray[np.int64]:
     full, rest = divmod(samples, SYNTHETIC_SHARD)
     return np.array([SYNTHETIC_SHARD] * full + [rest] * (rest > 0), np.int64)
 
 
-class Whole(Dataset[Raw | Failure]):
+class Whole(BatchDataset):
     """Samples [lo, hi) of a folder, or of its `rows` [N], in their own order, one deterministic view each, for evaluation.
 
     `skip`: a sample that cannot be used is left out of the batch and named in its `replaced`, with -1 as what is used for it.
@@ -192,13 +211,12 @@ class Whole(Dataset[Raw | Failure]):
     ) -> None:
         self.shards, self.size, self.protocol, self.max_pixels, self.rows = shards, size, protocol, max_pixels, rows
         self.skip = skip
-        self.reading = np.zeros(1, np.int64)
         self.course = Sweep(len(shards))
 
     def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
         index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
         self.shards.expect(int(index[0]), self.course)
-        raw = _empty(0, [[View(size=self.size)]], len(index), masks=False)
+        raw = self.blank(at, self.new)
         used, lost = 0, []
         try:
             for sample in index.tolist():
@@ -217,7 +235,7 @@ class Whole(Dataset[Raw | Failure]):
         return kept._replace(replaced=tuple(lost))
 
     def _fill(self, raw: Raw, row: int, sample: int) -> None:
-        self.reading[0] = sample
+        heartbeat.reading(sample)
         found = self.shards.read(sample)
         try:
             pixels = image.decode(found.image, self.max_pixels)
@@ -226,16 +244,15 @@ class Whole(Dataset[Raw | Failure]):
         raw.views[0].numpy()[0, row] = crop.evaluate(pixels, self.size, self.protocol)
         raw.labels[row], raw.samples[row] = found.label, sample
 
+    def blank(self, at: tuple[int, int], new: New) -> Raw:
+        return _empty(new, 0, [[View(size=self.size)]], at[1] - at[0], masks=False)
 
-def _empty(epoch: int, groups: list[list[View]], rows: int, masks: bool, params: bool = False) -> Raw:
-    """Tensors to fill; in a worker they are made in shared memory, which saves copying them there later."""
 
-    def new(*shape: int) -> Tensor:
-        x = torch.empty(shape, dtype=torch.uint8)
-        return x.share_memory_() if get_worker_info() else x
-
-    views = tuple(new(len(g), rows, g[0].size, g[0].size, 3) for g in groups)
+def _empty(new: New, epoch: int, groups: list[list[View]], rows: int, masks: bool, params: bool = False) -> Raw:
+    """Tensors to fill."""
+    views = tuple(new((len(g), rows, g[0].size, g[0].size, 3), dtype=torch.uint8) for g in groups)
     size = groups[0][0].size
-    mask = new(len(groups[0]), rows, size, size) if masks else None
-    rests = tuple(torch.empty(len(g), rows, COLUMNS) for g in groups) if params else None
-    return Raw(epoch, views, torch.empty(rows, dtype=torch.int64), torch.full((rows,), -1, dtype=torch.int64), mask, rests)
+    mask = new((len(groups[0]), rows, size, size), dtype=torch.uint8) if masks else None
+    rests = tuple(new((len(g), rows, COLUMNS), dtype=torch.float32) for g in groups) if params else None
+    samples, labels = new((rows,), dtype=torch.int64), new((rows,), dtype=torch.int64).fill_(-1)
+    return Raw(epoch, views, samples, labels, mask, rests)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from scaletrain import dist
 from scaletrain.config import Data, Support
@@ -28,8 +28,7 @@ from scaletrain.data.joined import Joined
 from scaletrain.data.loader import Steps, Stream, load, opened, source
 from scaletrain.data.plan import Batches, Draws, Ints, bijection, keyed
 from scaletrain.data.reader import Shards
-from scaletrain.data.stream import Failure, Images, Raw, Synthetic
-from scaletrain.marks import COPY, mark
+from scaletrain.data.stream import BatchDataset, Failure, Images, Raw, Synthetic
 
 
 def stream(data: Data, *, seed: int, batch: int, rank: int, world: int, device: torch.device) -> Stream:
@@ -129,7 +128,7 @@ class Supported(Stream):
         )
         self.until = round(asked.epochs * steps)
         lo, hi = self.beside.part(rank, world)
-        self._labelled: Dataset[Raw | Failure] = (
+        self._labelled: BatchDataset = (
             Synthetic(own, self.beside, lo, hi, asked.classes) if shards is None else Labelled(own, shards, self.beside, lo, hi)
         )
         views = sum(spec.count for spec in data.views)
@@ -144,17 +143,14 @@ class Supported(Stream):
 
     def _batches(self, start: int, stop: int, lost: Callable[[int, Sequence[Replaced]], None]) -> Generator[Batch, None, None]:
         steps = Steps(start, max(start, min(stop, self.until)), self.steps_per_epoch)
-        raws = load(self._labelled, steps, self._workers, self.data.prefetch, self.data.timeout, self.device)
-        try:
+        options = {"workers": self._workers, **self._limits()}
+        with closing(load(self._labelled, steps, self._labelled_to_device, self.device, **options)) as labelled:
             for step, batch in enumerate(super()._batches(start, stop, lost), start):
                 if step < self.until:
-                    raw = next(raws)
-                    lost(step, raw.replaced)
-                    with mark(COPY):
-                        batch = replace(batch, support=self._labelled_to_device(raw))
+                    support, replaced = next(labelled)
+                    lost(step, replaced)
+                    batch = replace(batch, support=support)
                 yield batch
-        finally:
-            raws.close()
 
 
 def _allowed(data: Data, asked: Support, shards: Shards | None) -> tuple[Ints, Ints]:

@@ -1,96 +1,97 @@
-"""Watches loader workers: one that was killed, stopped or cannot hand over its batch ends the run within seconds, by name."""
+"""Watches loader workers: one that was killed, stopped or is stuck ends the run soon, by name."""
 
 from __future__ import annotations
 
-import multiprocessing.queues
-import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from time import monotonic
-from typing import Any
+from threading import Thread
+from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from scaletrain.data.errors import LoaderError
+from scaletrain.data.heartbeat import BEATS, SAMPLE, WATCHED, Signs
 
-CHECK = 5.0  # seconds without a batch before the workers are looked at
-UNSENT = 70  # EX_SOFTWARE of sysexits.h
+CHECK = 1.0  # seconds of waiting for a batch between two looks at the workers
+STOPPED = 5.0  # seconds after which a stopped worker counts: the processes of a job that is continued are so one by one
+NAMING = 5.0  # seconds to find out where a sample lies: the storage that would say may be what hangs
+
+
+class Worker(Protocol):
+    pid: int
+
+    def ended(self) -> str | None:
+        """How, and what may help; None while it lives."""
+        ...
 
 
 class Watch:
-    """`running`: torch's iterator over workers, made with timeout=CHECK. `reading` [workers]: the sample each reads, or -1."""
+    """`signs` [workers, WIDTH], as in heartbeat.py; `name` says where a sample lies. All methods raise LoaderError.
 
-    def __init__(self, running: Any, reading: Tensor, name: Callable[[int], str], timeout: float) -> None:
-        self._running, self._reading, self._name, self._timeout = running, reading, name, timeout
-        self._workers: Sequence[BaseProcess] = running._workers
-        # else torch raises from a signal handler, wherever the main process happens to be, and names no worker
-        torch._C._remove_worker_pids(id(running))
-        running._worker_pids_set = False
+    Time counts while the main process waits and looks, so not while it is itself stopped.
+    """
 
-    def next(self) -> Any:
-        """The next item, None at the end. Raises LoaderError."""
-        begin, seen = monotonic(), set[int]()
-        while True:
-            try:
-                return next(self._running, None)
-            except RuntimeError as error:
-                text = str(error)
-                if "Caught" in text or not ("timed out" in text or "DataLoader worker" in text):
-                    raise
-            self._dead()
-            stopped = {number for number, worker in enumerate(self._workers) if _state(worker.pid) == "T"}
-            if held := sorted(stopped & seen):  # seen twice: when a whole job is continued, its processes are so one by one
-                raise LoaderError(f"loader {self._who(held[0])} is stopped (SIGSTOP); continue or kill it, and start again")
-            seen = stopped
-            if monotonic() - begin > self._timeout:
-                number = self._running._task_info[self._running._rcvd_idx][0]
-                raise LoaderError(
-                    f"no batch for {self._timeout:g} s: loader {self._who(number)}; storage or that process hangs; "
-                    "raise data.timeout if it is only slow"
-                )
+    def __init__(
+        self, workers: Sequence[Worker], signs: Signs, name: Callable[[int], str], *, timeout: float, liveness: float
+    ) -> None:
+        self._workers, self._signs, self._name = workers, signs, name
+        self._timeout, self._liveness = timeout, liveness
+        self.begin()
 
-    def _dead(self) -> None:
+    def begin(self) -> None:
+        """To be called at the begin of a wait for a batch."""
+        self._waited, self._beats = 0.0, self._signs[:, BEATS].copy()
+        self._stopped, self._silent = np.zeros((2, len(self._signs)))
+
+    def look(self, owing: int, seconds: float) -> None:
+        """To be called after `seconds` more of waiting, at most CHECK, for a batch of the worker `owing`."""
+        self.alive()
+
+        states = [_state(worker.pid) for worker in self._workers]
+        stopped = np.array([state == "T" for state in states])
+        self._stopped = np.where(stopped, self._stopped + seconds, 0.0)
+        if (self._stopped > STOPPED).any():
+            raise LoaderError(f"loader {self._who(int(self._stopped.argmax()))} is stopped (SIGSTOP); start the run again")
+
+        beats = self._signs[:, BEATS].copy()
+        silent = (beats == self._beats) & (self._signs[:, WATCHED] == 1) & ~stopped
+        self._beats, self._silent = beats, np.where(silent, self._silent + seconds, 0.0)
+        if (self._silent > self._liveness).any():
+            number = int(self._silent.argmax())
+            what = "storage hangs (it waits in the kernel)" if states[number] == "D" else "storage or that process hangs"
+            raise LoaderError(
+                f"loader {self._who(number)} is stuck: no sign of life for {self._liveness:g} s; {what}; "
+                "raise data.liveness if it is only slow"
+            )
+
+        self._waited += seconds
+        if self._waited > self._timeout:
+            raise LoaderError(
+                f"no batch for {self._timeout:g} s: loader {self._who(owing)} owes one; storage or that process hangs; "
+                "raise data.timeout if it is only slow"
+            )
+
+    def alive(self) -> None:
+        """Raise for a worker that has ended: none does so by itself."""
         for number, worker in enumerate(self._workers):
-            code = worker.exitcode
-            if code == UNSENT:
-                raise LoaderError(f"loader {self._who(number)} cannot hand over its batch: see its message above")
-            if code is not None:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                cure = "; shared memory ran out: enlarge /dev/shm or lower data.prefetch" if code == -signal.SIGBUS else ""
-                cure = cure or "; if memory ran out, lower data.workers or data.prefetch"
-                raise LoaderError(f"loader {self._who(number)} {how}{cure}")
+            if how := worker.ended():
+                raise LoaderError(f"loader {self._who(number)} {how}")
 
     def _who(self, number: int) -> str:
-        sample = int(self._reading[number])
-        read = f", last reading {self._name(sample)}," if sample >= 0 else ""
+        sample = int(self._signs[number, SAMPLE])
+        read = f", last reading {self._place(sample)}," if sample >= 0 else ""
         return f"worker {number} (pid {self._workers[number].pid}){read}"
 
-
-def in_worker(reading: Tensor, number: int, dataset: Any) -> None:
-    """To be called in a worker before its first batch."""
-    dataset.reading = reading.numpy()[number : number + 1]
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_unsent)  # type: ignore[attr-defined]
-
-
-def nothing_read(workers: int) -> Tensor:
-    """[workers] in memory that they share."""
-    reading = torch.full((workers,), -1, dtype=torch.int64)
-    reading.share_memory_()
-    return reading
+    def _place(self, sample: int) -> str:
+        found = [str(sample)]
+        thread = Thread(target=lambda: found.append(self._name(sample)), daemon=True)
+        thread.start()
+        thread.join(NAMING)
+        return found[-1]
 
 
-def _unsent(error: Exception, _: Any) -> None:
-    """Python would print this, drop the batch, and leave the main process waiting for it."""
-    print(f"a batch cannot be handed over: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    os._exit(UNSENT)
-
-
-def _state(pid: int | None) -> str:
+def _state(pid: int) -> str:
     """The process's state as in proc_pid_stat(5), T for stopped by a signal; "" where that cannot be read."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -14,9 +14,9 @@ from scaletrain.doctor.page import Finding, limit
 from scaletrain.tables import plural
 
 GIB = 2**30
-SHM_NEED = 1.0  # GiB per process: 4 workers x 3 batches (2 waiting, 1 in the making) of 256 samples x 2 views of 224 x 224
+SHM_NEED = 0.125  # GiB per process where a node has several: the buffers of NCCL
 MEMORY_NEED = 4.0  # GiB per process, for torch, a ResNet-50 and the loader workers
-FILES_NEED = 2 * OPEN_SHARDS + 512  # shards, and what shared batches, sockets and libraries open
+FILES_NEED = 2 * OPEN_SHARDS + 512  # shards, and what pipes, sockets and libraries open
 SHM = Path("/dev/shm")
 CGROUP, OWN_GROUPS, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
 
@@ -93,16 +93,16 @@ def _words(path: Path) -> list[str]:
 
 
 def shared_memory(local: int) -> Finding:
-    """Loader workers hand their batches over in it; one that is full kills them with SIGBUS."""
-    need = SHM_NEED * local
+    """NCCL passes through it what the processes of a node send each other. Loader workers do not need it."""
+    need = SHM_NEED * local if local > 1 else 0.0
     try:
         facts = os.statvfs(SHM)
     except OSError as error:
-        return Finding("fail", str(SHM), f"{error.strerror}", "mount it (docker: --ipc=host), or set data.workers=0")
+        return Finding("fail", str(SHM), f"{error.strerror}", "mount it (docker: --ipc=host)")
     size, free = (blocks * facts.f_frsize / GIB for blocks in (facts.f_blocks, facts.f_bavail))
     if free >= need:
         return Finding("ok", str(SHM), f"{size:.1f} GiB")
-    cure = "docker: --shm-size or --ipc=host; remove what dead processes left there; or lower data.workers and data.prefetch"
+    cure = "docker: --shm-size or --ipc=host; remove what dead processes left there"
     text = f"{free:.2f} of {size:.2f} GiB free, {need:g} needed by {plural(local, 'process')}"
     return Finding("warn", str(SHM), text, cure)
 

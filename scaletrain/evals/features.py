@@ -277,6 +277,7 @@ class Scene:
             std=data.std,
             max_pixels=data.max_pixels,
             timeout=data.timeout,
+            liveness=data.liveness,
             rows=rows,
             cache=data.cache,
             skip=self.skip,

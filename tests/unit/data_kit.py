@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -46,6 +48,17 @@ def write_shards(folder: Path, counts: tuple[int, ...], masks: bool = False, suf
                     add(tar, f"{key}.mask.png", encode(mask))
                 number += 1
     return folder
+
+
+def children(parent: int = 0) -> list[int]:
+    """Processes that `parent`, or this process, has forked and that still run, in order."""
+    found, parent = [], parent or os.getpid()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, above = path.read_text().rpartition(")")[2].split()[:2]
+            if int(above) == parent and state != "Z":
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def joined(parts: list[Batch]) -> Batch:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import small
 import torch
+from data_kit import write_shards
 
+from scaletrain.config import Data, View
 from scaletrain.core import Batch, Clock
+from scaletrain.data.loader import Stream
 from scaletrain.doctor import parity
 from scaletrain.train import build
 
@@ -96,3 +100,26 @@ def test_a_step_that_is_not_finite_leaves_no_trace(device: str) -> None:
     engine.step(second, replace(CLOCK, step=1), cfg.optim.lr, cfg.optim.lr)
 
     assert {name for name, piece in engine.state().items() if not torch.equal(piece.data, before[name])} == set()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_batches_of_workers_arrive_whole(device: str, tmp_path: Path) -> None:
+    """A GPU that is busy copies them late, when their memory could be in use again."""
+    data = Data(path=str(write_shards(tmp_path / "d", (48,), masks=True)), lanes=2, window=2, masks=True, prefetch=1)
+    data = data.model_copy(update={"views": (View(size=128, count=2),)})
+
+    def batches(place: torch.device, workers: int) -> Stream:
+        given = data.model_copy(update={"workers": workers})
+        return Stream(given, seed=1, batch=8, rank=0, world=1, device=place)
+
+    work, found = torch.ones(2048, 2048, device=device), []
+    for batch in batches(torch.device(device), 1).batches(0, 24):
+        found.append(batch)
+        if device == "cuda":
+            for _ in range(20):
+                work = work @ work
+
+    for batch, whole in zip(found, batches(torch.device("cpu"), 0).batches(0, 24), strict=True):
+        for name in ("index", "keys", "labels", "masks"):
+            assert torch.equal(getattr(batch, name).cpu(), getattr(whole, name)), name
+        assert torch.allclose(batch.views[0].cpu(), whole.views[0], atol=1e-5)

@@ -184,6 +184,20 @@ def test_processes_wait_for_the_one_that_fills(tmp_path: Path) -> None:
     assert log.read_text() == "1\n"
 
 
+def test_nobody_waits_for_a_reader(tmp_path: Path) -> None:
+    """Who has filled a file may go on to read it for days."""
+    held, log = Cache(str(tmp_path), SIZE), tmp_path / "log"
+    reader = forked(lambda: (held.open("k1", SIZE, fill(1, log, seconds=0.3)), time.sleep(60)))
+    until(log.exists)
+    waiting = forked(lambda: read(held, 1) == content(1))
+    try:
+        until(lambda: os.waitid(os.P_PID, waiting, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+    finally:
+        for child in (reader, waiting):
+            os.kill(child, signal.SIGKILL)
+    assert ended(reader, waiting) == [-9, 0]
+
+
 def test_reading_ahead_does_not_wait(tmp_path: Path) -> None:
     held = Cache(str(tmp_path), 9 * SIZE)
     child = forked(lambda: read(held, 1, log=tmp_path / "log", seconds=0.5) == content(1))
@@ -200,7 +214,7 @@ def test_reading_ahead_does_not_wait(tmp_path: Path) -> None:
 def test_filled_by_another_process_just_before(tmp_path: Path) -> None:
     held, log = Cache(str(tmp_path), 9 * SIZE), tmp_path / "log"
     read(held, 1)
-    held._make("k1", SIZE, fill(1, log), wait=True)  # it was not there when this one looked
+    held._make("k1", SIZE, fill(1, log))  # it was not there when this one looked
     assert not log.exists()
     assert names(held) == {"k1"}
 

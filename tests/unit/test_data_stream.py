@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from data_kit import add, encode, joined, picture, write_shards
+from data_kit import add, children, encode, joined, picture, write_shards
 
 from scaletrain import dist
 from scaletrain.config import Data, View
@@ -157,13 +157,12 @@ def test_random_state_of_the_process_is_left_alone(folder: Path) -> None:
 
 
 def test_closing_early_stops_the_workers(folder: Path) -> None:
-    import multiprocessing
-
+    before = children()
     s = stream(folder, workers=2)
     next(iter(s.batches(0, 8)))
-    assert multiprocessing.active_children()
+    assert len(children()) == len(before) + 2
     s.close()
-    assert not multiprocessing.active_children()
+    assert children() == before
 
 
 def test_data_sets_can_be_pickled(folder: Path) -> None:
@@ -280,14 +279,14 @@ def test_dead_and_stopped_workers_are_named(folder: Path, how: int, words: str, 
 
 
 def test_workers_ignore_the_signals_of_preemption(folder: Path) -> None:
-    import multiprocessing
-
     s = stream(folder, workers=2, prefetch=1)
-    batches = s.batches(0, 8)
+    batches, before = s.batches(0, 8), children()
     found = [next(batches)]
-    for child in multiprocessing.active_children():
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            os.kill(child.pid, name)
+    workers = set(children()) - set(before)
+    assert len(workers) == 2
+    for pid in workers:
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+            os.kill(pid, name)
     found += list(batches)
     for a, b in zip(found, stream(folder).batches(0, 8), strict=True):
         same(a, b)

@@ -131,11 +131,12 @@ def test_memory_shared_memory_and_open_files(tmp_path: Path, monkeypatch: pytest
 
     blocks = SimpleNamespace(f_frsize=4096, f_blocks=16384, f_bavail=8192)  # docker's 64 MB, half of them taken
     monkeypatch.setattr(os, "statvfs", lambda _: blocks)
-    assert machine.shared_memory(2).text == "0.03 of 0.06 GiB free, 2 needed by 2 processes"
+    assert machine.shared_memory(2).text == "0.03 of 0.06 GiB free, 0.25 needed by 2 processes"
     assert machine.shared_memory(2).status == "warn"
+    assert machine.shared_memory(1).status == "ok"  # loader workers need none of it
     blocks.f_bavail = 2 * 2**18
-    assert machine.shared_memory(2).status == "ok"
-    assert machine.shared_memory(3).status == "warn"
+    assert machine.shared_memory(16).status == "ok"
+    assert machine.shared_memory(17).status == "warn"
 
     for soft, status in ((1023, "warn"), (1024, "ok"), (resource.RLIM_INFINITY, "ok")):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, resource.RLIM_INFINITY))
