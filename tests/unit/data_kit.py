@@ -51,13 +51,17 @@ def write_shards(folder: Path, counts: tuple[int, ...], masks: bool = False, suf
 
 
 def children(parent: int = 0) -> list[int]:
-    """Processes that `parent`, or this process, has forked and that still run, in order."""
+    """Processes that `parent`, or this process, has forked and that still run, in order.
+
+    Other programs that it has started, such as the daemons of a SLURM cluster, have a command line of their own.
+    """
     found, parent = [], parent or os.getpid()
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            state, above = path.read_text().rpartition(")")[2].split()[:2]
-            if int(above) == parent and state != "Z":
-                found.append(int(path.parent.name))
+            state, above = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(above) == parent and state != "Z" and (path / "cmdline").read_bytes() == command:
+                found.append(int(path.name))
     return sorted(found)
 
 
