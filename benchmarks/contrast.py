@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lightly.loss import NTXentLoss
 from torch import Tensor
 
-from scaletrain.ops.contrast import nt_xent
+from scaletrain.ops.contrastive import nt_xent
 
 TEMPERATURE, PAIRS, EXACT_ROWS = 0.1, 7, 2048
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -17,11 +17,11 @@ import cv2
 import torch
 
 from benchmarks.rows import HEAD, Row, spread
-from scaletrain.config import Data, View
-from scaletrain.data.plan import Plan
-from scaletrain.data.reader import Shards
-from scaletrain.data.stream import Failure, Images
-from scaletrain.data.tar import header_fault
+from scaletrain.config.schema import Data, View
+from scaletrain.data.format.tar import header_fault
+from scaletrain.data.loading.dataset import Failure, Images
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.sampling.plan import Plan
 
 PAIRS, STEPS, ROWS, LIMIT = 9, 4, 16, 0.03
 
@@ -58,7 +58,10 @@ def rows(folder: str) -> Iterator[Row]:
     shares, totals = [], []
     for _ in range(PAIRS):
         crc, header = Timed(zlib.crc32), Timed(header_fault)
-        with patch("scaletrain.data.reader.zlib.crc32", crc), patch("scaletrain.data.reader.header_fault", header):
+        with (
+            patch("scaletrain.data.reading.reader.zlib.crc32", crc),
+            patch("scaletrain.data.reading.reader.header_fault", header),
+        ):
             total = seconds()
         shares.append((crc.seconds + header.seconds) / total)
         totals.append(total)

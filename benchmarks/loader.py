@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 from benchmarks.rows import Row, spread
-from scaletrain import config, dist
-from scaletrain.config import Data, View
-from scaletrain.data import colour, crop, image
-from scaletrain.data.loader import Stream
-from scaletrain.data.reader import Shards
-from scaletrain.data.stream import sample_keys
-from scaletrain.data.views import draw, expand, uniforms
+from scaletrain import dist
+from scaletrain.config import schema
+from scaletrain.config.schema import Data, View
+from scaletrain.data.loading.dataset import sample_keys
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.transforms import color, crop, image
+from scaletrain.data.transforms.params import draw, expand, uniforms
 
 HERE = Path(__file__).parent
 GATE = HERE.parent / "tests" / "unit" / "test_data_fidelity.py"
@@ -61,7 +62,7 @@ def rows(shards: Path, lightly: str, albumentations: str, pairs: int, batches: i
 
 
 def views(antialias: bool) -> Data:
-    recipe = config.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
+    recipe = schema.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
     match = {"interpolation": "bilinear", "antialias": antialias}
     return recipe.model_copy(update={"views": tuple(view.model_copy(update=match) for view in recipe.views)})
 
@@ -162,7 +163,7 @@ def stages(shards: Path, antialias: bool, count: int = 200) -> str:
     specs = [view for group in groups for view in group]
     outs = [np.empty((view.size, view.size, 3), np.uint8) for view in specs]
     draws = uniforms(sample_keys(0, 0, torch.arange(count)), len(specs))
-    colour.prepare()
+    color.prepare()
     spent: dict[str, float] = {}
 
     def timed(stage: str, work: Iterator[Any]) -> list[Any]:
@@ -178,9 +179,9 @@ def stages(shards: Path, antialias: bool, count: int = 200) -> str:
         each = list(zip(specs, params, strict=True))
         cuts = timed("resize", (crop.crop(pixels, p.box, s.size, s.interpolation, s.antialias) for s, p in each))
         sharp = list(zip(cuts, params, outs, strict=True))
-        timed("jitter and flip", (colour.apply(cut, p._replace(sigma=0.0, solarize=False), out) for cut, p, out in sharp))  # type: ignore[func-returns-value]
-        blurs = [(out, colour.PLAIN._replace(sigma=p.sigma, solarize=p.solarize)) for out, p in zip(outs, params, strict=True)]
-        timed("blur and solarize", (colour.apply(out.copy(), p, out) for out, p in blurs if p.sigma or p.solarize))  # type: ignore[func-returns-value]
+        timed("jitter and flip", (color.apply(cut, p._replace(sigma=0.0, solarize=False), out) for cut, p, out in sharp))  # type: ignore[func-returns-value]
+        blurs = [(out, color.PLAIN._replace(sigma=p.sigma, solarize=p.solarize)) for out, p in zip(outs, params, strict=True)]
+        timed("blur and solarize", (color.apply(out.copy(), p, out) for out, p in blurs if p.sigma or p.solarize))  # type: ignore[func-returns-value]
     floor = (spent["decode"] + spent["resize"]) * 1e3 / count
     total = sum(spent.values()) * 1e3 / count
     parts = ", ".join(f"{stage} {value * 1e3 / count:.2f}" for stage, value in spent.items())

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.cifar10 import HERE, score
-from scaletrain import recipe
+from scaletrain.config import recipe
 
 CONFIGS = HERE.parent / "configs"
 LABELS = "labels.json"

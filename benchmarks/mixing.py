@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rows import HEAD, Row
-from scaletrain.data.plan import Ints, Plan
+from scaletrain.data.sampling.plan import Ints, Plan
 
 SHARDS, PER_SHARD, CLASSES, BATCH, LIMIT = 1281, 1000, 1000, 4096, 0.95
 SAMPLES = SHARDS * PER_SHARD

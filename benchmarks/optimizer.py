@@ -19,7 +19,7 @@ from lightly.utils.lars import LARS as Lightly
 from timm.optim.lars import Lars as Timm
 from torch import Tensor
 
-from scaletrain.config import Model
+from scaletrain.config.schema import Model
 from scaletrain.nn.resnet import ResNet
 from scaletrain.optim.lars import LARS
 

@@ -24,10 +24,11 @@ import typer
 from torch import nn
 
 import scaletrain.methods
-from scaletrain import config as configuration
-from scaletrain import marks, train
-from scaletrain.config import Leaf
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Leaf
 from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.runtime import timing
+from scaletrain.train import loop
 
 LEAF, WARM = "overhead", 100  # steps that are not counted
 RECIPE = {
@@ -87,8 +88,8 @@ class Constant:
 def trainer(steps: int, **changes: Any) -> float:
     """CPU seconds per step, checkpoints left out."""
     cfg = configuration.build(RECIPE | {"steps": steps, "threads": 1, "checkpoint": {"every_steps": 10**9}} | changes)
-    with tempfile.TemporaryDirectory() as folder, patch.object(train, "Stream", Constant), redirect_stdout(StringIO()):
-        train.train(cfg, Path(folder) / "run")
+    with tempfile.TemporaryDirectory() as folder, patch.object(loop, "Stream", Constant), redirect_stdout(StringIO()):
+        loop.train(cfg, Path(folder) / "run")
     return Constant.seconds
 
 
@@ -116,7 +117,7 @@ def parts(steps: int) -> dict[str, float]:
         yield
         found[name] += 1000 * (time.process_time() - begin) / steps
 
-    with marks.listening(listen):
+    with timing.listening(listen):
         total = 1000 * trainer(steps, monitor={"images_every": 0, "every": 10**9})
     return {**found, "the rest of the loop, agreement and checks": total - sum(found.values())}
 

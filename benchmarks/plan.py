@@ -26,11 +26,11 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 
 from benchmarks.rows import HEAD, Row
-from scaletrain.config import Data, View
-from scaletrain.data import index
-from scaletrain.data.loader import Stream
-from scaletrain.data.mixture import Mixture, Source
-from scaletrain.data.plan import Batches, Plan
+from scaletrain.config.schema import Data, View
+from scaletrain.data.format import index
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.sampling.mixture import Mixture, Source
+from scaletrain.data.sampling.plan import Batches, Plan
 
 PER_SHARD, BATCH, LANES, WINDOW = 1000, 4096, 64, 16
 LIMIT = (1.0, 100.0)  # seconds, MB

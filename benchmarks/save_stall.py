@@ -17,11 +17,11 @@ from statistics import median
 
 import torch
 
-from scaletrain import config as configuration
-from scaletrain.checkpoint import Writer
+from scaletrain.checkpoint.writer import Writer
+from scaletrain.config import schema as configuration
 from scaletrain.core import Batch, Clock
 from scaletrain.engines.base import Engine
-from scaletrain.train import build
+from scaletrain.train.loop import build
 
 REPEATS, ROWS, PIXELS = 7, 4, 64
 RECIPE = Path(__file__).parents[1] / "configs" / "byol_r50_in1k.yaml"

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from scaletrain import tables
-from scaletrain.data import script
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading.reader import Shards
+from scaletrain.importers import command as script
+from scaletrain.runtime import tables
 
 if TYPE_CHECKING:
     from scaletrain.evals.targets import Encoder
@@ -121,14 +121,15 @@ def train(changes: Sequence[str]) -> None:
 def evaluate() -> dict[str, dict[str, float]]:
     """Metrics in per cent by encoder."""
     _headline(5, "evaluation on frozen features: nearest neighbours and a linear probe")
-    from scaletrain import checkpoint, evals
+    from scaletrain.checkpoint import writer
+    from scaletrain.evals import run
 
-    if checkpoint.latest(RUN / "checkpoints") is None:
+    if writer.latest(RUN / "checkpoints") is None:
         raise DemoError(f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again")
     metrics: dict[str, dict[str, float]] = {}
     for encoder, label in ENCODERS.items():
         console.print(f"{label} ...")
-        results = evals.run(
+        results = run.run(
             RUN,
             ["knn", "linear"],
             train=SHARDS / "train",
@@ -229,12 +230,13 @@ def _trained(settings: Sequence[str]) -> bool:
     """Whether the run is at its last step with these very settings; others are the trainer's to refuse."""
     if not (RUN / "checkpoints").is_dir():
         return False
-    from scaletrain import checkpoint, config
+    from scaletrain.checkpoint import reader
+    from scaletrain.config import schema
 
-    saved = checkpoint.latest(RUN / "checkpoints")
+    saved = reader.latest(RUN / "checkpoints")
     if saved is None or saved.step < saved.meta["clock"]["total"]:
         return False
-    return not config.diff(config.load(RUN / "config.yaml"), config.load(RECIPE, settings))
+    return not schema.diff(schema.load(RUN / "config.yaml"), schema.load(RECIPE, settings))
 
 
 def _headline(number: int, text: str) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import exit_codes
-from scaletrain.tables import plural
+from scaletrain.runtime.tables import plural
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # those on which training saves and stops
 ASKED = tuple(128 + number for number in SIGNALS)  # exit codes of a process that ended because it was told to

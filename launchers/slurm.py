@@ -10,19 +10,20 @@ from typing import Annotated
 
 import typer
 
-from scaletrain import config as configuration
-from scaletrain import run_folder, tables
-from scaletrain.config import Config
-from scaletrain.data import script
-from scaletrain.data.loader import opened, planned
-from scaletrain.slurm import follow as watch
-from scaletrain.slurm import grid as grids
-from scaletrain.slurm import queue, submit, task
-from scaletrain.slurm.queue import SlurmError
-from scaletrain.slurm.submit import Resources
-from scaletrain.slurm.task import Task
-from scaletrain.tables import plural
-from scaletrain.train import total_steps
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Config
+from scaletrain.data.loading.loader import opened, planned
+from scaletrain.importers import command as script
+from scaletrain.launch.slurm import follow as watch
+from scaletrain.launch.slurm import queue, submit, task
+from scaletrain.launch.slurm.queue import SlurmError
+from scaletrain.launch.slurm.submit import Resources
+from scaletrain.launch.slurm.task import Task
+from scaletrain.report import grid as grids
+from scaletrain.runtime import tables
+from scaletrain.runtime.tables import plural
+from scaletrain.train import run_folder
+from scaletrain.train.loop import total_steps
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "relicv2_r50_in1k.yaml"
 

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from scaletrain import exit_codes
 
 if TYPE_CHECKING:
-    from scaletrain.config import Config
+    from scaletrain.config.schema import Config
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=0.45 data.views.1.size=96")
@@ -78,7 +78,7 @@ def _options(
 ) -> None:
     """Self-supervised image pretraining: train, eval, export."""
     if context.invoked_subcommand != "train":  # which saves first
-        from scaletrain.interrupt import ending_at_once
+        from scaletrain.runtime.signals import ending_at_once
 
         context.with_resource(ending_at_once())
 
@@ -100,7 +100,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Short for steps=STEPS; a rehearsal has no warm-up.")] = None,
 ) -> None:
     """Train by a recipe, or resume; launchers/local.py starts it on several processes."""
-    from scaletrain import config as configuration
+    from scaletrain.config import schema as configuration
 
     short = [f"{key}={value}" for key, value in (("data.path", data), ("steps", steps)) if value is not None]
     # a rehearsal is shorter than the warm-up of any recipe
@@ -109,8 +109,8 @@ def train(
     run = run or Path("runs") / recipe.stem
     if os.environ.get("RANK", "0") == "0":
         _print_changes(recipe, configuration.load(recipe), config)
-    from scaletrain.interrupt import Stopped
-    from scaletrain.train import train as start
+    from scaletrain.runtime.signals import Stopped
+    from scaletrain.train.loop import train as start
 
     try:
         start(config, run, init=init, trace=profile, change=change, umask=umask)
@@ -137,7 +137,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
-    from scaletrain import evals
+    from scaletrain.evals import run as evals
 
     results = evals.run(
         target,
@@ -162,7 +162,8 @@ def compare_runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the tables.")] = False,
 ) -> None:
     """Accuracy of several runs against epochs, images and time, and when each reaches the other's final one."""
-    from scaletrain import compare, tables
+    from scaletrain.report import compare
+    from scaletrain.runtime import tables
 
     found = compare.compare(runs, metric, protocol)
     typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(compare.show(found, tables.width())))
@@ -175,16 +176,17 @@ def export(
     step: Annotated[int | None, typer.Option(help="Checkpoint to take; default: the newest good one.")] = None,
 ) -> None:
     """Write the trained backbone to one file that torchvision, timm and `train --init` load."""
-    from scaletrain import checkpoint, config, saved
+    from scaletrain.checkpoint import reader, writer
+    from scaletrain.config import schema as config
     from scaletrain.evals import targets
 
     root = run / "checkpoints"
-    source = checkpoint.latest(root) if step is None else checkpoint.open_step(saved.folder_of(root, step))
+    source = writer.latest(root) if step is None else writer.open_step(reader.folder_of(root, step))
     if source is None:
-        raise checkpoint.CheckpointError(f"{root}: no checkpoint to export; is {run} a run folder?")
+        raise writer.CheckpointError(f"{root}: no checkpoint to export; is {run} a run folder?")
     names = [name for name in source.names() if name.startswith(targets.BACKBONE)]
     tensors = {name.removeprefix(targets.BACKBONE): source.read(name).view(source.shape(name)) for name in names}
-    checkpoint.export(tensors, file, targets.describe(config.load(run / "config.yaml"), source.step))
+    writer.export(tensors, file, targets.describe(config.load(run / "config.yaml"), source.step))
     typer.echo(f"{file}: backbone of step {source.step}, {len(tensors)} tensors")
 
 
@@ -195,7 +197,7 @@ def doctor(
     require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Fail where there is no GPU.")] = False,
 ) -> None:
     """Check installation, machine, disks and network: a page for a bug report; torchrun starts it on several processes."""
-    from scaletrain import doctor
+    from scaletrain.doctor import run as doctor
 
     if doctor.examine(run, data, require_gpu=require_gpu):
         raise typer.Exit(1)
@@ -204,7 +206,7 @@ def doctor(
 @show.command("config")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """The resolved configuration, as a run saves it."""
-    from scaletrain import config
+    from scaletrain.config import schema as config
 
     typer.echo(config.dump(config.load(recipe, overrides or ())), nl=False)
 
@@ -216,10 +218,11 @@ def show_model(
     as_json: AsJson = False,
 ) -> None:
     """Parameters, FLOPs per view and step, and activation memory of a recipe; nothing is computed."""
-    from scaletrain import config, sizes
+    from scaletrain.config import schema as config
+    from scaletrain.estimate import model
 
-    found = sizes.measure(config.load(recipe, overrides or ()))
-    typer.echo(json.dumps(found, indent=1)) if as_json else sizes.show(found)
+    found = model.measure(config.load(recipe, overrides or ()))
+    typer.echo(json.dumps(found, indent=1)) if as_json else model.show(found)
 
 
 @show.command("memory")
@@ -230,7 +233,8 @@ def show_memory(
     as_json: AsJson = False,
 ) -> None:
     """Bytes that each rank holds under each engine, of parameters, gradients, optimizer, target, buffers and activations."""
-    from scaletrain import config, memory
+    from scaletrain.config import schema as config
+    from scaletrain.estimate import memory
 
     found = memory.measure(config.load(recipe, overrides or ()), ranks)
     typer.echo(json.dumps(found, indent=1)) if as_json else memory.show(found)
@@ -247,17 +251,18 @@ def show_comm(
 
     torchrun --nproc-per-node 2 -m scaletrain show comm ... counts them in a real step instead.
     """
-    from scaletrain import config, traffic
+    from scaletrain.config import schema as config
+    from scaletrain.estimate import comm
 
-    found = traffic.measure(config.load(recipe, overrides or ()), ranks)
+    found = comm.measure(config.load(recipe, overrides or ()), ranks)
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(json.dumps(found, indent=1)) if as_json else traffic.show(found)
+        typer.echo(json.dumps(found, indent=1)) if as_json else comm.show(found)
 
 
 @show.command("schema")
 def show_schema() -> None:
     """JSON schema of recipes, for editors."""
-    from scaletrain import config
+    from scaletrain.config import schema as config
 
     typer.echo(json.dumps(config.schema(), indent=1))
 
@@ -265,7 +270,8 @@ def show_schema() -> None:
 @show.command("methods")
 def show_methods() -> None:
     """Every method and auxiliary: paper, family, recipes and published figures."""
-    from scaletrain import catalogue, tables
+    from scaletrain.report import catalogue
+    from scaletrain.runtime import tables
 
     width = tables.width()
     for line in (*catalogue.lines("methods"), "", "added to a method by `auxiliaries`:", *catalogue.lines("auxiliaries")):
@@ -273,7 +279,8 @@ def show_methods() -> None:
 
 
 def _print_changes(recipe: Path, before: Config, after: Config) -> None:
-    from scaletrain import config, tables
+    from scaletrain.config import schema as config
+    from scaletrain.runtime import tables
 
     changes = config.diff(before, after)
     if not changes:

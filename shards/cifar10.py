@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import cifar, script
-from scaletrain.data.write import How
+from scaletrain.importers import cifar, command
+from scaletrain.importers.write import How
 
 BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 RELEASE = cifar.Release(
@@ -23,12 +23,12 @@ RELEASE = cifar.Release(
 )
 
 
-@script.importer
+@command.importer
 def main(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release.")
     ],
-    dest: script.Splits,
+    dest: command.Splits,
     how: How,
 ) -> None:
     """Write shards from CIFAR-10, DEST/train and DEST/test: from class folders of images, or an unpacked release.
@@ -36,8 +36,8 @@ def main(
     Releases: cifar-10-binary.tar.gz (data_batch_1.bin ...) or cifar-10-python.tar.gz (data_batch_1 ...), whose pickles are read
     by a parser that runs nothing.
     """
-    script.save(dest, {split: cifar.read(source, split, RELEASE) for split in ("train", "test")}, how)
+    command.save(dest, {split: cifar.read(source, split, RELEASE) for split in ("train", "test")}, how)
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import cifar, script
-from scaletrain.data.write import How
+from scaletrain.importers import cifar, command
+from scaletrain.importers.write import How
 
 
 def release(labels: str) -> cifar.Release:
@@ -25,12 +25,12 @@ def release(labels: str) -> cifar.Release:
     )
 
 
-@script.importer
+@command.importer
 def main(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release.")
     ],
-    dest: script.Splits,
+    dest: command.Splits,
     how: How,
     coarse: Annotated[bool, typer.Option("--coarse", help="Of a release, take the 20 superclasses as labels.")] = False,
 ) -> None:
@@ -40,8 +40,8 @@ def main(
     a parser that runs nothing.
     """
     chosen = release("coarse" if coarse else "fine")
-    script.save(dest, {split: cifar.read(source, split, chosen) for split in ("train", "test")}, how)
+    command.save(dest, {split: cifar.read(source, split, chosen) for split in ("train", "test")}, how)
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import script
-from scaletrain.data.idx import read_idx
-from scaletrain.data.sources import Arrays
-from scaletrain.data.write import How
+from scaletrain.importers import command
+from scaletrain.importers.idx import read_idx
+from scaletrain.importers.sources import Arrays
+from scaletrain.importers.write import How
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 SPLITS = {"train": "train", "test": "t10k"}  # ours: in the file names
 
 
-@script.importer
+@command.importer
 def main(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of train-images-idx3-ubyte.gz and its three siblings.")],
-    dest: script.Splits,
+    dest: command.Splits,
     how: How,
     download: Annotated[bool, typer.Option("--download", help="Fetch the files into SRC first, with torchvision.")] = False,
 ) -> None:
@@ -29,7 +29,7 @@ def main(
 
         FashionMNIST(str(source), download=True)
         source = source / "FashionMNIST" / "raw"
-    script.save(dest, {split: images(source, prefix) for split, prefix in SPLITS.items()}, how)
+    command.save(dest, {split: images(source, prefix) for split, prefix in SPLITS.items()}, how)
 
 
 def images(source: Path, prefix: str) -> Arrays:
@@ -39,4 +39,4 @@ def images(source: Path, prefix: str) -> Arrays:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

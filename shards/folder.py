@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import script
-from scaletrain.data.sources import Folder
-from scaletrain.data.write import How
+from scaletrain.importers import command
+from scaletrain.importers.sources import Folder
+from scaletrain.importers.write import How
 
 
-@script.importer
+@command.importer
 def main(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="SRC/CLASS/*.jpg|jpeg|png|webp, or images directly in SRC.")],
-    dest: script.Dest,
+    dest: command.Dest,
     how: How,
     masks: Annotated[Path | None, typer.Option(help="Folder that mirrors SRC, with a PNG mask for every image.")] = None,
     name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "train",
@@ -24,8 +24,8 @@ def main(
 
     Every image is decoded once; one that cannot be read is named, and stops the import unless --max-bad allows it.
     """
-    script.save(dest, {"": Folder(source, masks)}, how, name)
+    command.save(dest, {"": Folder(source, masks)}, how, name)
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

@@ -18,20 +18,22 @@ import numpy as np
 import typer
 from PIL import Image
 
-from scaletrain.data import disk, image, script
 from scaletrain.data.errors import DataError
-from scaletrain.data.sources import clutter, digest, one, plain
-from scaletrain.data.tar import MEMBER_BYTES
-from scaletrain.data.write import MAX_PIXELS, Entry, How, Source
+from scaletrain.data.format.tar import MEMBER_BYTES
+from scaletrain.data.transforms import image
+from scaletrain.importers import command
+from scaletrain.importers.sources import clutter, digest, one, plain
+from scaletrain.importers.write import MAX_PIXELS, Entry, How, Source
+from scaletrain.runtime import local_files
 
 UNPICKLED = {"CIFAR10": "shards/cifar10.py", "CIFAR100": "shards/cifar100.py"}
 
 
-@script.importer
+@command.importer
 def main(
     dataset: Annotated[str, typer.Argument(metavar="CLASS", help="As in torchvision.datasets: Food101, DTD, STL10, ...")],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder that torchvision calls root.")],
-    dest: script.Splits,
+    dest: command.Splits,
     how: How,
     split: Annotated[
         list[str] | None, typer.Option(help="May be repeated [train and test; data sets without splits: none].")
@@ -50,7 +52,7 @@ def main(
     with _recorded():
         for source in splits.values():
             source.load(0)  # a data set of another kind is refused before anything is written
-        script.save(dest, sources, how, "" if "" not in splits else "train")
+        command.save(dest, sources, how, "" if "" not in splits else "train")
 
 
 class _Set:
@@ -137,7 +139,7 @@ def _recorded() -> Iterator[None]:
     def record(file: Any, *rest: Any, **named: Any) -> Image.Image:
         if _seen.files is None:
             return real(file, *rest, **named)
-        _seen.files.append(file.read() if hasattr(file, "read") else disk.read(file, MEMBER_BYTES))
+        _seen.files.append(file.read() if hasattr(file, "read") else local_files.read(file, MEMBER_BYTES))
         return Image.new("RGB", (1, 1))
 
     Image.open = record  # type: ignore[assignment]
@@ -190,4 +192,4 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

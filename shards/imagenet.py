@@ -11,21 +11,21 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import script
 from scaletrain.data.errors import DataError
-from scaletrain.data.sources import Files, clutter, inside, is_image, plain, tree
-from scaletrain.data.tarfiles import Place, TarFiles, members
-from scaletrain.data.write import How, Source
+from scaletrain.importers import command
+from scaletrain.importers.sources import Files, clutter, inside, is_image, plain, tree
+from scaletrain.importers.tar_source import Place, TarFiles, members
+from scaletrain.importers.write import How, Source
 
 WNID = re.compile(r"n\d{8}")
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 FORMS = "Kaggle's LOC_val_solution.csv, lines such as `ILSVRC2012_val_00000001.JPEG n01751748`, or 50,000 lines of one wnid"
 
 
-@script.importer
+@command.importer
 def main(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder that holds train and val, as folders or as tars.")],
-    dest: script.Splits,
+    dest: command.Splits,
     how: How,
     classes: Annotated[Path | None, typer.Option(help="Keep the classes of this file only, one wnid a line.")] = None,
     val_labels: Annotated[Path | None, typer.Option(help=f"Classes of a flat val: {FORMS}.")] = None,
@@ -40,7 +40,7 @@ def main(
     if not splits:
         raise DataError(f"{source} has none of train/, val/, {', '.join(TARS.values())}")
     numbered = chosen(splits, classes)
-    script.save(dest, {split: found.source(numbered) for split, found in splits.items()}, how)
+    command.save(dest, {split: found.source(numbered) for split, found in splits.items()}, how)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def truth(names: list[str], origin: Path, file: Path | None) -> list[str]:
     """The wnid of each image of a flat val, from a file of one of FORMS."""
     if file is None:
         raise DataError(f"{origin} has no class folders: --val-labels FILE must say the classes ({FORMS})")
-    lines = [re.split(r"[\s,]+", line.strip()) for line in script.lines(file)]
+    lines = [re.split(r"[\s,]+", line.strip()) for line in command.lines(file)]
     if lines and lines[0][0] == "ImageId":  # Kaggle's; the class is followed by boxes
         lines = lines[1:]
     stems = sorted(Path(name).stem for name in names)
@@ -132,7 +132,7 @@ def chosen(splits: dict[str, Found], file: Path | None) -> tuple[str, ...]:
                 f"{splits['val'].root} has class {extra[0]}, which {first.root} has not; name the classes by --classes"
             )
         return tuple(sorted(there))
-    listed = [_wnid(line.split()[0], file) for line in script.lines(file)]
+    listed = [_wnid(line.split()[0], file) for line in command.lines(file)]
     for wnid in listed:
         if wnid not in there or listed.count(wnid) > 1:
             raise DataError(f"{file}: {wnid} {'is listed twice' if wnid in there else f'has no images in {first.root}'}")
@@ -146,4 +146,4 @@ def _wnid(text: str, origin: Path) -> str:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import index, script, selection, table
 from scaletrain.data.errors import ShardError
-from scaletrain.tables import plural
+from scaletrain.data.format import index, offsets, selection
+from scaletrain.importers import command
+from scaletrain.runtime.tables import plural
 
 
 def main(
@@ -25,8 +26,8 @@ def main(
     """
     folder = Path(selection.place(shards).folder)
     faults: list[ShardError] = []
-    with script.progress("indexing") as progress:
-        index.build(folder, force=force, progress=progress, report=faults.append if skip else table.stop)
+    with command.progress("indexing") as progress:
+        index.build(folder, force=force, progress=progress, report=faults.append if skip else offsets.stop)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     found = index.load(shards)
@@ -37,4 +38,4 @@ def main(
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

@@ -9,16 +9,16 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import script
-from scaletrain.data.fetch import fetch
-from scaletrain.data.listing import IMAGES, LABELS, Columns, Listing
-from scaletrain.data.write import CLASSES, How
+from scaletrain.data.storage.http import fetch
+from scaletrain.importers import command
+from scaletrain.importers.listing import IMAGES, LABELS, Columns, Listing
+from scaletrain.importers.write import CLASSES, How
 
 
-@script.importer
+@command.importer
 def main(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A .csv or .parquet file, or a folder of them.")],
-    dest: script.Dest,
+    dest: command.Dest,
     how: How,
     image: Annotated[str, typer.Option(help=f"Column of paths or addresses [{' or '.join(IMAGES)}].")] = "",
     label: Annotated[str, typer.Option(help=f"Column of labels, numbers or names [{' or '.join(LABELS)}, if there].")] = "",
@@ -49,7 +49,7 @@ def main(
 
     A table of the rows is kept in a temporary file beside DEST; memory is about 50 bytes a row.
     """
-    given = tuple(script.lines(classes)) if classes else ()
+    given = tuple(command.lines(classes)) if classes else ()
     base = root or (source if source.is_dir() else source.parent)
     real = Path(os.path.realpath(dest))
     scratch = real if real.is_dir() else real.parent
@@ -57,10 +57,10 @@ def main(
     get = partial(fetch, timeout=timeout, tries=tries)
     columns = Columns(image, label, separator, tuple(no_label or ()), names)
     listed = Listing(source, columns, get, root=base, scratch=scratch, given=given)
-    script.save(dest, {"": listed}, how, name, unique=not keep_copies)
+    command.save(dest, {"": listed}, how, name, unique=not keep_copies)
     if listed.renumbered:
         print(f"labels are numbered anew, without gaps; give other splits these classes: --classes {dest}/{CLASSES}")
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

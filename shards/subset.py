@@ -8,10 +8,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from scaletrain.data import labels, script
 from scaletrain.data.errors import DataError
-from scaletrain.data.reader import Shards
-from scaletrain.tables import plural
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.reader import Shards
+from scaletrain.importers import command
+from scaletrain.runtime.tables import plural
 
 
 def main(
@@ -34,17 +35,17 @@ def main(
         raise DataError(f"{out} exists already; choose another name, or replace it with --force")
     shards = Shards(folder)
     if share is not None:
-        chosen, rule = labels.by_share(shards.labels(), share / 100, seed), f"{share:g} % of all, seed {seed}"
+        chosen, rule = subset.by_share(shards.labels(), share / 100, seed), f"{share:g} % of all, seed {seed}"
     elif per_class is not None:
-        chosen, rule = labels.per_class(shards.labels(), per_class, seed), f"{per_class} of each class, seed {seed}"
+        chosen, rule = subset.per_class(shards.labels(), per_class, seed), f"{per_class} of each class, seed {seed}"
     else:
         assert names is not None
-        chosen, rule = labels.by_name(shards, script.lines(names)), f"the names in {names.name}"
-    saved = labels.save(out, shards, chosen, rule)
+        chosen, rule = subset.by_name(shards, command.lines(names)), f"the names in {names.name}"
+    saved = subset.save(out, shards, chosen, rule)
     counts = np.unique(saved.labels, return_counts=True)[1]
     classes = plural(len(counts), "class")
     print(f"{out}: {len(chosen):,} of {plural(len(shards), 'sample')}, {classes} of {counts.min()} to {counts.max()}")
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

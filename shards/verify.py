@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.data import script
-from scaletrain.data.verify import verify
-from scaletrain.data.write import MAX_PIXELS
-from scaletrain.tables import plural
+from scaletrain.data.format.verify import verify
+from scaletrain.importers import command
+from scaletrain.importers.write import MAX_PIXELS
+from scaletrain.runtime.tables import plural
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
 
     Each fault is named by shard and byte offset; with any, the exit code is 2.
     """
-    with script.progress("verifying") as progress:
+    with command.progress("verifying") as progress:
         found = verify(shards, max_pixels, progress)
     for fault in found.faults:
         print(f"damaged: {fault}", file=sys.stderr)
@@ -41,4 +41,4 @@ def main(
 
 
 if __name__ == "__main__":
-    script.run(main)
+    command.run(main)

@@ -9,12 +9,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from scaletrain import config as configuration
-from scaletrain import dist, recipe
-from scaletrain.config import Config, Data
+from scaletrain import dist
+from scaletrain.config import recipe
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Config, Data
 from scaletrain.core import Batch, Clock, Features
 from scaletrain.engines.base import Engine
-from scaletrain.train import build
+from scaletrain.train.loop import build
 
 SAMPLES, BATCH, STEPS_PER_EPOCH, CLASSES = 48, 12, 4, 5
 

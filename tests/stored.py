@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaletrain import checkpoint, dist
-from scaletrain.checkpoint import Writer
+from scaletrain import dist
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
 TYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]

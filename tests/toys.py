@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scaletrain import dist
-from scaletrain.config import Config
+from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, Group, Method, Out
 from scaletrain.engines.base import Engine
 from scaletrain.nn import resnet

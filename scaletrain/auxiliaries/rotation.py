@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Auxiliary, Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled

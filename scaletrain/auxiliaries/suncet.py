@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Leaf, Positive
+from scaletrain.config.schema import Leaf, Positive
 from scaletrain.core import Auxiliary, Batch, Clock, Facts, Method, Out
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision

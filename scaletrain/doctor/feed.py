@@ -6,18 +6,18 @@ import json
 import time
 from pathlib import Path
 
-from scaletrain import config as configuration
-from scaletrain import rehearsal
-from scaletrain.config import Data
-from scaletrain.data import index, selection
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Data
 from scaletrain.data.errors import DataError
-from scaletrain.data.plan import Plan
-from scaletrain.data.reader import Shards
-from scaletrain.data.stream import Failure, Images
+from scaletrain.data.format import index, selection
+from scaletrain.data.loading.dataset import Failure, Images
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.sampling.plan import Plan
 from scaletrain.doctor.machine import cores_per_process
 from scaletrain.doctor.page import Finding, guarded, limit, measured, spread
-from scaletrain.progress import number
-from scaletrain.tables import plural
+from scaletrain.runtime.tables import plural
+from scaletrain.train import rehearsal
+from scaletrain.train.progress import number
 
 SECONDS = 3.0  # of the measurement, at most one batch more
 ROWS = 16  # images of a measured batch

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scaletrain import dist
-from scaletrain.data.reader import OPEN_SHARDS
+from scaletrain.data.reading.reader import OPEN_SHARDS
 from scaletrain.doctor.page import Finding, limit
-from scaletrain.tables import plural
+from scaletrain.runtime.tables import plural
 
 GIB = 2**30
 SHM_NEED = 0.125  # GiB per process where a node has several: the buffers of NCCL

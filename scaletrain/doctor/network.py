@@ -16,7 +16,7 @@ import torch
 from scaletrain import dist
 from scaletrain.doctor.disk import PREFIX, existing
 from scaletrain.doctor.page import Finding, limit, measured
-from scaletrain.tables import plural
+from scaletrain.runtime.tables import plural
 
 KIB, MIB = 2**10, 2**20
 SIZES = ((4 * KIB, 30), (MIB, 10), (16 * MIB, 3))  # bytes, repetitions

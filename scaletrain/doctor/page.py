@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from scaletrain import dist, tables
-from scaletrain.progress import number
+from scaletrain import dist
+from scaletrain.runtime import tables
+from scaletrain.train.progress import number
 
 REPORT = "see the message; where it gives no clue, report it with this page"
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from scaletrain import dist
 from scaletrain.core import Batch
-from scaletrain.data.device import ToDevice
-from scaletrain.data.stream import Raw
+from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.doctor.page import Finding, measured
 from scaletrain.nn import norm
 from scaletrain.optim.lars import LARS

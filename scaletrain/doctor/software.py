@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from scaletrain.doctor.page import Finding, limit
-from scaletrain.versions import commit, installed
+from scaletrain.runtime.versions import commit, installed
 
 NEEDED = (
     "torchvision",

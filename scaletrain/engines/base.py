@@ -20,15 +20,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from scaletrain import dist, gradient_cache
-from scaletrain.config import Config, ConfigError, Count, Leaf, Optim
+from scaletrain import dist
+from scaletrain.config.schema import Config, ConfigError, Count, Leaf, Optim
 from scaletrain.core import Batch, Clock, Method, Out, Piece, Result, Staged
-from scaletrain.marks import BACKWARD, FORWARD, UPDATE, mark
+from scaletrain.engines import gradient_cache
+from scaletrain.engines.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole
 from scaletrain.nn import stages
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
-from scaletrain.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole
+from scaletrain.runtime.timing import BACKWARD, FORWARD, UPDATE, mark
 
 __all__ = ["Engine", "EngineConfig", "TrainingError"]
 

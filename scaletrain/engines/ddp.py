@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import dist
-from scaletrain.config import Optim, Positive
+from scaletrain.config.schema import Optim, Positive
 from scaletrain.core import Batch, Clock, Method, Out, Result
 from scaletrain.engines import base
 

@@ -22,15 +22,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Config as Run
-from scaletrain.config import ConfigError, Optim, Positive
+from scaletrain.config.recipe import nearest
+from scaletrain.config.schema import Config as Run
+from scaletrain.config.schema import ConfigError, Optim, Positive
 from scaletrain.core import Batch, Clock, Method, Out
 from scaletrain.engines import base
+from scaletrain.engines.placement import Saved, Shard, replica
 from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
-from scaletrain.placement import Saved, Shard, replica
-from scaletrain.recipe import nearest
-from scaletrain.versions import need
+from scaletrain.runtime.versions import need
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.config import Optim
+from scaletrain.config.schema import Optim
 from scaletrain.core import Batch, Clock, Out
 from scaletrain.engines import base
+from scaletrain.engines.placement import Shard
 from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
-from scaletrain.placement import Shard
-from scaletrain.versions import need
+from scaletrain.runtime.versions import need
 
 
 class Config(base.EngineConfig):

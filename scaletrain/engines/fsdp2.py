@@ -23,11 +23,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from scaletrain import dist
-from scaletrain.config import ConfigError, Natural
+from scaletrain.config.schema import ConfigError, Natural
 from scaletrain.core import Out
 from scaletrain.engines import base
+from scaletrain.engines.placement import Shard
 from scaletrain.nn.stages import channels_last_inputs, networks
-from scaletrain.placement import Shard
 
 P = ParamSpec("P")
 T = TypeVar("T")

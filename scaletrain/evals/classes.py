@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaletrain.data.joined import classes as read_names
-from scaletrain.data.partial import CLASSES
-from scaletrain.data.plan import Ints
+from scaletrain.data.reading.concat import classes as read_names
+from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.targets import EvalError
+from scaletrain.importers.journal import CLASSES
 
 _SHOWN = 5  # classes that an error names
 

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from scaletrain import config
+from scaletrain.config import schema
 from scaletrain.core import Batch
-from scaletrain.data import loader
-from scaletrain.data.bad import Replaced, admit
-from scaletrain.data.labels import load as load_subset
-from scaletrain.data.plan import Ints
-from scaletrain.data.reader import Shards
+from scaletrain.data.loading import loader
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.replacement import Replaced, admit
+from scaletrain.data.reading.subset import load as load_subset
+from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.classes import Part, match
 from scaletrain.evals.targets import EvalError, Subject
 
@@ -44,7 +44,7 @@ def _usable(size: int) -> int:
     return size
 
 
-class Config(config.Frozen):
+class Config(schema.Frozen):
     """How images reach every encoder and benchmark."""
 
     size: Annotated[int, AfterValidator(_usable)] = 0  # pixels; 0: of the largest view of the run
@@ -53,7 +53,7 @@ class Config(config.Frozen):
     workers: Annotated[int, Field(ge=0, le=1024)] = 2  # decoding processes
     bf16: bool = False
     on_bad: Literal["auto", "raise", "skip"] = "auto"  # a sample that cannot be read: stop, or leave it out; auto: as the run
-    max_bad: config.Share | None = None  # share of a set that may be left out; null: the run's data.max_bad
+    max_bad: schema.Share | None = None  # share of a set that may be left out; null: the run's data.max_bad
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ class Scene:
         return ("none" if self.size <= 64 else "byol") if self.settings.resize == "auto" else self.settings.resize
 
     @property
-    def view(self) -> config.View:
+    def view(self) -> schema.View:
         """The random view of the augmented stream: resized crop of 8 to 100 % of the area and flip, scaled as in the test."""
         byol = self.resize == "byol"
         scaling: dict[str, Any] = {"interpolation": "bicubic" if byol else "bilinear", "antialias": not byol}
-        return config.View(size=self.size, jitter=0.0, grayscale=0.0, blur=0.0, **scaling)
+        return schema.View(size=self.size, jitter=0.0, grayscale=0.0, blur=0.0, **scaling)
 
     @property
     def transform(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
-from scaletrain import durable
+from scaletrain.config.recipe import flat
 from scaletrain.evals.targets import EvalError
-from scaletrain.recipe import flat
+from scaletrain.runtime import durable
 
 FORMAT = 1
 Name = Annotated[str, Field(pattern=r"^\w+$")]  # it becomes a folder, a tag and a column

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scaletrain import checkpoint, config, files
+from scaletrain.checkpoint import files, writer
+from scaletrain.config import schema
 from scaletrain.nn import backbone
 
 Encoder = Literal["trained", "untrained", "pixels"]
@@ -33,11 +34,11 @@ class Subject:
     step: int  # optimizer steps of its training; 0 for the two baselines
     seed: int  # of the run
     size: int  # pixels
-    data: config.Data
+    data: schema.Data
     source: Path  # checkpoint folder, exported file, or run folder of a baseline
     home: Path  # where results go
     run: Path | None  # the run folder, if there is one
-    model: config.Model
+    model: schema.Model
     weights: str = ""  # sha256 of the loaded tensors: names, types, shapes, values
     samples: int | None = None  # drawn by its training, and how many epochs that was; None: not known
     epochs: float | None = None
@@ -67,7 +68,7 @@ class Pixels(nn.Module):
         return x.flatten(1) / math.sqrt(x.shape[1:].numel())
 
 
-def describe(settings: config.Config, step: int) -> dict[str, str]:
+def describe(settings: schema.Config, step: int) -> dict[str, str]:
     """Metadata with which `checkpoint.export` makes a file that `find` can judge."""
     data = settings.data
     kept = data.model_dump(mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"})
@@ -96,13 +97,13 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
     run = target.parents[1] if target.parent.name == "checkpoints" else target
     if not (run / "config.yaml").is_file():
         raise EvalError(f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported .safetensors file")
-    settings = config.load(run / "config.yaml")
+    settings = schema.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
     subject = Subject("trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model)
     if not trained:
         return subject, None
-    saved = checkpoint.latest(run / "checkpoints") if run == target else checkpoint.open_step(target)
+    saved = writer.latest(run / "checkpoints") if run == target else writer.open_step(target)
     if saved is None:
         raise EvalError(f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the untrained encoder")
     names = {name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)}
@@ -116,11 +117,11 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
 def _from_file(path: Path) -> tuple[Subject, Weights]:
     tensors, meta = files.load_file(path)
     try:
-        model = config.Model.model_validate_json(meta["model"])
+        model = schema.Model.model_validate_json(meta["model"])
         facts = json.loads(meta["data"])
-        size = config.View.model_validate({"size": facts.pop("size")}).size
+        size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
-        data = config.Data.model_validate(facts)
+        data = schema.Data.model_validate(facts)
     except (KeyError, ValueError, AttributeError) as error:  # pydantic's and json's errors are ValueErrors
         raise EvalError(
             f"{path}: its metadata does not tell the model and the images ({type(error).__name__}: "
@@ -130,12 +131,12 @@ def _from_file(path: Path) -> tuple[Subject, Weights]:
     return subject, ({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
-def _size(data: config.Data) -> int:
+def _size(data: schema.Data) -> int:
     """Of the largest view in use, in pixels: what the network saw of whole objects."""
     return max(view.size for view in data.views if view.count)
 
 
-def _fresh(model: config.Model, seed: int) -> nn.Module:
+def _fresh(model: schema.Model, seed: int) -> nn.Module:
     """Weights that depend on the seed only, in eval mode; the caller's generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

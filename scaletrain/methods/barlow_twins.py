@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import BatchNorm, per_view

@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from scaletrain.config import Config as Run
-from scaletrain.config import Count, Leaf, Share
+from scaletrain.config.schema import Config as Run
+from scaletrain.config.schema import Count, Leaf, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import cosine_distance, similarities
-from scaletrain.ops.foreground import on_grey
+from scaletrain.ops.contrastive import cosine_distance, similarities
+from scaletrain.ops.masking import on_grey
 
 
 class Config(Leaf):

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.config.schema import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.nn.vmf import VonMisesFisher
-from scaletrain.ops.contrast import cosine_distance, similarities
+from scaletrain.ops.contrastive import cosine_distance, similarities
 from scaletrain.ops.precision import full_precision, unit
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf
+from scaletrain.config.schema import Count, Leaf
 from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out, Write
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.config.schema import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.backbone import unpooled
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled, shuffled
-from scaletrain.ops.contrast import key_contrast
+from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
 

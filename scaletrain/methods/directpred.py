@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Share
+from scaletrain.config.schema import Count, Leaf, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out, Staged, Write
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import cosine_distance, similarities
+from scaletrain.ops.contrastive import cosine_distance, similarities
 
 
 class Config(Leaf):

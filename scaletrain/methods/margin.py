@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Natural, Positive, Share
+from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank, Queue
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, shuffled
-from scaletrain.ops.contrast import key_contrast
+from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.kmeans import group_sums, kmeans
 from scaletrain.ops.precision import full_precision, unit
 

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Natural, Positive, Share
+from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.bank import Bank, Once
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled
-from scaletrain.ops.contrast import key_contrast
+from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
 PATCHES = 9

@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.config.schema import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import similarities
+from scaletrain.ops.contrastive import similarities
 from scaletrain.ops.precision import full_precision
 
 

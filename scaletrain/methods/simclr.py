@@ -10,11 +10,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Positive, Share
+from scaletrain.config.schema import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
-from scaletrain.ops.contrast import nt_xent, similarities
+from scaletrain.ops.contrastive import nt_xent, similarities
 
 
 class Config(Leaf):

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf
+from scaletrain.config.schema import Count, Leaf
 from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
-from scaletrain.ops.contrast import cosine_distance, similarities
+from scaletrain.ops.contrastive import cosine_distance, similarities
 from scaletrain.ops.precision import full_precision
 
 

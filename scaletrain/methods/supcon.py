@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import pooled

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf
+from scaletrain.config.schema import Count, Leaf
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision

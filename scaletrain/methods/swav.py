@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Count, Leaf, Natural, Positive
+from scaletrain.config.schema import Count, Leaf, Natural, Positive
 from scaletrain.core import Batch, Clock, Facts, Group, Method, Out, Write
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from scaletrain.config import Count, Leaf, Positive
+from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scaletrain.config import ConfigError, Model
+from scaletrain.config.recipe import nearest
+from scaletrain.config.schema import ConfigError, Model
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
-from scaletrain.recipe import nearest
 
 TIMM = "timm/"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaletrain.config import ConfigError, Optim
+from scaletrain.config.schema import ConfigError, Optim
 from scaletrain.core import Group, Method
 from scaletrain.optim.lars import LARS
 

@@ -25,7 +25,7 @@ from numpy import float64
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from scaletrain.compiled import summed
+from scaletrain.runtime.jit import summed
 
 Live = list[tuple[dict[str, Any], list[Tensor]]]  # groups with their parameters that have a gradient
 Scales = list[Any] | None  # by which each decayed gradient is multiplied: numbers on a CPU, else 0-d tensors; None: not at all

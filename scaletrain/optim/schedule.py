@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from scaletrain.config import ConfigError, Optim
+from scaletrain.config.schema import ConfigError, Optim
 
 
 def base_lr(optim: Optim, batch: int) -> float:

@@ -16,8 +16,8 @@ import small
 import torch
 from torch import Tensor
 
-from scaletrain import config as configuration
-from scaletrain.config import Leaf, leaf_config, leaves
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Leaf, leaf_config, leaves
 from scaletrain.core import Batch, Clock, Out, Piece, Staged
 from scaletrain.engines.base import Engine
 from scaletrain.optim.groups import parameter_groups

@@ -12,13 +12,13 @@ import pytest
 import torch
 from published import ACCURACY, PUBLISHED, RECALLED
 
-from scaletrain import checkpoint
-from scaletrain import config as configuration
-from scaletrain.config import Config, ConfigError
+from scaletrain.checkpoint import writer
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Config, ConfigError
 from scaletrain.data.errors import DataError
-from scaletrain.data.loader import planned
+from scaletrain.data.loading.loader import planned
 from scaletrain.optim import schedule
-from scaletrain.train import build, total_steps, train
+from scaletrain.train.loop import build, total_steps, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -271,7 +271,7 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(math.isfinite(line["train/loss"]) and not line["steps/skipped"] for line in lines)
-    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    saved = writer.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == 2
     fresh = build(config, SAMPLES, SAMPLES // BATCH, torch.device("cpu")).method.state_dict()
@@ -284,4 +284,4 @@ def test_a_recipe_without_data_says_how_to_name_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path is empty: add data\.path=FOLDER"):
         train(recipe(name), tmp_path / "run")
     train(shrunken(name), tmp_path / "run")  # the refused start does not stand in the way
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+    assert writer.latest(tmp_path / "run" / "checkpoints") is not None

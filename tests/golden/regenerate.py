@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import small  # noqa: E402
 import torch  # noqa: E402
 
-from scaletrain.config import leaves  # noqa: E402
+from scaletrain.config.schema import leaves  # noqa: E402
 
 
 def losses(method: str) -> list[float]:

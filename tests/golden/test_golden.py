@@ -7,7 +7,7 @@ import json
 import pytest
 import regenerate
 
-from scaletrain.config import leaves
+from scaletrain.config.schema import leaves
 
 KNOWN: dict[str, list[float]] = json.loads(regenerate.FILE.read_text())
 CURE = "if the change is meant, run `make golden` (python tests/golden/regenerate.py) and say why in the commit"

@@ -15,7 +15,7 @@ import torch
 from parity.bugs import BUGS
 from toys import TOYS, toy_engine
 
-from scaletrain.config import Config
+from scaletrain.config.schema import Config
 
 STEPS = 6
 EXACT = 1e-9  # deviations of float64 that pass: fixed beforehand, as is the next

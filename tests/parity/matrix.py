@@ -12,7 +12,7 @@ from pathlib import Path
 import ranks
 from parity.cells import ENGINES, EXACT, SINGLE, STEPS, Case, alone, deviation, of, tolerance, train, under, whole
 
-from scaletrain.config import leaves
+from scaletrain.config.schema import leaves
 
 
 def row(method: str) -> dict[tuple[str, int], float]:

@@ -17,10 +17,10 @@ import ranks
 import small
 import torch
 
-from scaletrain.checkpoint import Saved, Writer, export, open_step
-from scaletrain.config import Config, leaves
+from scaletrain.checkpoint.reader import folder_of
+from scaletrain.checkpoint.writer import Saved, Writer, export, open_step
+from scaletrain.config.schema import Config, leaves
 from scaletrain.engines.base import Engine
-from scaletrain.saved import folder_of
 
 STEPS = 2  # of each link
 METHODS = {  # with targets; with banks and clusterings; with queues and frozen prototypes

@@ -15,9 +15,9 @@ import torch
 from parity.cells import ENGINES, Case, Run, alone, configuration, deviation, of, tolerance, train, under, whole
 from toys import ADVERSARY, MOMENT
 
-from scaletrain import placement
-from scaletrain.files import export
-from scaletrain.train import start_from
+from scaletrain.checkpoint.files import export
+from scaletrain.engines import placement
+from scaletrain.train.loop import start_from
 
 SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks; two losses
     "ddp": ("byol",),

@@ -18,7 +18,7 @@ from parity.bugs import BUGS
 from parity.cells import EXACT, Case, Run, deviation, of, train, whole
 from toys import ADVERSARY
 
-from scaletrain.config import leaves
+from scaletrain.config.schema import leaves
 
 # A micro-batch then holds different samples at every world size. Groups of few samples (2 grow rounding errors a hundredfold
 # with each step, 6 less than tenfold) would drown what is compared.

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scaletrain import dist
-from scaletrain.ops import contrast
-from scaletrain.ops.contrast import info_nce, nt_xent
+from scaletrain.ops import contrastive
+from scaletrain.ops.contrastive import info_nce, nt_xent
 
 B, D = 24, 6
 
@@ -63,7 +63,7 @@ def doubled(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrast, "BLOCK", 1)  # so that a block has 16 rows
+    monkeypatch.setattr(contrastive, "BLOCK", 1)  # so that a block has 16 rows
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -138,7 +138,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("block", [1, 1 << 12])
 def test_no_quadratic_tensor_exists(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrast, "BLOCK", block)
+    monkeypatch.setattr(contrastive, "BLOCK", block)
     n = 256
     a, b = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
     with Largest() as largest:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from scaletrain.evals import knn as module
-from scaletrain.evals.knn import knn, nearest
+from scaletrain.evals.benchmarks import knn as module
+from scaletrain.evals.benchmarks.knn import knn, nearest
 
 
 def cosine(a: list[float], b: list[float]) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.evals.linear import Config, Heads, fit
+from scaletrain.evals.benchmarks.linear import Config, Heads, fit
 
 RATES = (0.4, 0.1, 0.05)
 

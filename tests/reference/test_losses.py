@@ -12,7 +12,7 @@ from tiny import CLOCK, LARGE, MULTI, agrees, commit, encode, make, make_batch, 
 from torch import Tensor, nn
 
 from scaletrain.core import Batch, Clock
-from scaletrain.ops.contrast import cosine_distance, nt_xent
+from scaletrain.ops.contrastive import cosine_distance, nt_xent
 
 # --- BYOL -------------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ import torch
 from tiny import CLOCK, MULTI, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
 
-from scaletrain import auxiliaries, dist
+from scaletrain import dist
+from scaletrain.auxiliaries import base as auxiliaries
 from scaletrain.auxiliaries.rotation import turned
-from scaletrain.config import ConfigError, leaf_config
+from scaletrain.config.schema import ConfigError, leaf_config
 from scaletrain.core import Batch, Facts
 
 HEADS: dict[str, dict[str, Any]] = {"byol": {"hidden": 4, "dim": 3}, "simclr": {"dim": 4}, "swav": {"hidden": 4, "dim": 3}}

@@ -16,7 +16,7 @@ from tiny import CLOCK, agrees, commit, encode, make, make_batch, repeated
 from torch import Tensor, nn
 
 from scaletrain.core import Batch
-from scaletrain.ops.contrast import key_contrast
+from scaletrain.ops.contrastive import key_contrast
 
 # --- the formulas -----------------------------------------------------------------------------------------------------
 

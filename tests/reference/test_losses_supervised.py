@@ -13,7 +13,7 @@ from tiny import CLOCK, LARGE, MULTI, agrees, encode, make, make_batch, repeated
 from torch import Tensor
 
 from scaletrain.core import Batch
-from scaletrain.ops.contrast import nt_xent
+from scaletrain.ops.contrastive import nt_xent
 
 
 def labelled(batch: Batch, labels: list[int]) -> Batch:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from scaletrain.config import ConfigError, Optim
+from scaletrain.config.schema import ConfigError, Optim
 from scaletrain.optim.schedule import base_lr, lr
 
 

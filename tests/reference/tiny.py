@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaletrain.config import leaf_config
+from scaletrain.config.schema import leaf_config
 from scaletrain.core import Batch, Clock, Facts, Method, Staged
 
 CLOCK = Clock(0, 10, 0, 10)

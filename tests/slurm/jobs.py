@@ -13,7 +13,7 @@ import pytest
 import torch
 from slurm.cluster import Cluster, missing
 
-from scaletrain import checkpoint
+from scaletrain.checkpoint import writer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -34,7 +34,7 @@ unavailable = pytest.mark.skipif(bool(missing()), reason=f"SLURM IS NOT TESTED: 
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    saved = checkpoint.latest(run / "checkpoints")
+    saved = writer.latest(run / "checkpoints")
     assert saved is not None
     assert saved.step == STEPS
     return {name: saved.read(name) for name in saved.names()}

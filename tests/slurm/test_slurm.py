@@ -14,8 +14,8 @@ from slurm.cluster import Cluster
 from slurm.jobs import ROOT, SHORT, launch, log, start, unavailable, wait_for
 
 from launchers import slurm as launcher
-from scaletrain.data import script
-from scaletrain.slurm import task
+from scaletrain.importers import command as script
+from scaletrain.launch.slurm import task
 
 pytestmark = [unavailable, pytest.mark.timeout(300)]
 
@@ -125,7 +125,7 @@ def test_dry_run_shows_the_script_and_leaves_nothing(cluster: Cluster, recipe: P
     for name, value in wanted.items():
         assert f"#SBATCH {'--mail-user' if name == '--mail' else name}={value}\n" in done.stdout
     assert "\nmodule load cuda\n" in done.stdout
-    assert f"apptainer exec x.sif {sys.executable} -u -m scaletrain.slurm.task" in done.stdout
+    assert f"apptainer exec x.sif {sys.executable} -u -m scaletrain.launch.slurm.task" in done.stdout
     assert "#SBATCH --time" not in launch(cluster, recipe, run, "--dry-run").stdout, "the partition's"
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
     assert done.stdout.startswith("#!/bin/bash\n")

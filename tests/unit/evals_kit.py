@@ -12,10 +12,11 @@ import torch
 from data_kit import add, encode
 from torch import Tensor
 
-from scaletrain import checkpoint, config
-from scaletrain.config import Config
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.config import schema
+from scaletrain.config.schema import Config
 from scaletrain.core import Piece
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import results
 from scaletrain.nn import resnet
 
@@ -54,7 +55,7 @@ def spoil(folder: Path, sample: int) -> None:
 
 
 def settings(train: Path | str, **model: object) -> Config:
-    return config.build(
+    return schema.build(
         {
             "seed": 3,
             "batch": 8,
@@ -90,7 +91,7 @@ def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> 
     cfg = settings(train)
     run = root / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(config.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)})))
+    (run / "config.yaml").write_text(schema.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)})))
     save(run, step, backbone(cfg))
     return run
 

@@ -11,7 +11,7 @@ import typer
 from data_kit import encode, picture
 from typer.testing import CliRunner
 
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading.reader import Shards
 
 ROOT = Path(__file__).parents[2]
 

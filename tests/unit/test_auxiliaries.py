@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from data_kit import write_shards
 
-from scaletrain import catalogue, checkpoint, config
-from scaletrain.config import ConfigError
-from scaletrain.data import labels
-from scaletrain.data.reader import Shards
-from scaletrain.train import train
+from scaletrain.checkpoint import writer
+from scaletrain.config import schema as config
+from scaletrain.config.schema import ConfigError
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.reader import Shards
+from scaletrain.report import catalogue
+from scaletrain.train.loop import train
 
 
 def built(**raw: Any) -> config.Config:
@@ -55,7 +57,7 @@ def test_the_schema_has_them() -> None:
 def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", (30, 18))
     shards = Shards(folder)
-    labels.save(tmp_path / "few.json", shards, labels.per_class(shards.labels(), 2, 0), "two")
+    subset.save(tmp_path / "few.json", shards, subset.per_class(shards.labels(), 2, 0), "two")
     raw = {
         "batch": 12,
         "epochs": 2,
@@ -80,7 +82,7 @@ def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
     train(config.build(raw), parts)
     for path in sorted((parts / "checkpoints").glob("step-*"))[1:]:  # as if it had been stopped after step 3
         shutil.rmtree(path)
-    saved = checkpoint.latest(parts / "checkpoints")
+    saved = writer.latest(parts / "checkpoints")
     assert saved is not None
     assert saved.step == 3
     train(config.build(raw), parts)

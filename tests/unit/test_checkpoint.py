@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file as official_load
 from stored import as_rank, flip, holds, listing, save, tensors, whole
 
-from scaletrain import files
-from scaletrain.checkpoint import CheckpointError, Writer, latest, open_step
+from scaletrain.checkpoint import files
+from scaletrain.checkpoint.writer import CheckpointError, Writer, latest, open_step
 from scaletrain.core import Piece
 
 # --- what is written comes back ---------------------------------------------------------------------------------------

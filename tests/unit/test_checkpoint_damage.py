@@ -17,10 +17,12 @@ import pytest
 import torch
 from stored import as_rank, flip, holds, listing, save, tensors, whole
 
-from scaletrain import checkpoint, durable, files
-from scaletrain import saved as saved_steps
-from scaletrain.checkpoint import CheckpointError, Writer, latest, open_step
+from scaletrain.checkpoint import files
+from scaletrain.checkpoint import reader as saved_steps
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.checkpoint.writer import CheckpointError, Writer, latest, open_step
 from scaletrain.core import Piece
+from scaletrain.runtime import durable
 
 # --- damage -----------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from scaletrain import dist
-from scaletrain.checkpoint import CheckpointError, Writer, latest, open_step
+from scaletrain.checkpoint.writer import CheckpointError, Writer, latest, open_step
 from scaletrain.core import Piece
 
 SIZE = 101

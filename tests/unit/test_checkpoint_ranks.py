@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as c10d
 
-from scaletrain.checkpoint import CheckpointError, Saved, Writer, latest
+from scaletrain.checkpoint.writer import CheckpointError, Saved, Writer, latest
 from scaletrain.core import Piece
 
 SIZE = 101

@@ -15,9 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scaletrain import checkpoint, cli, config, evals, exit_codes
+from scaletrain import cli, exit_codes
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.config import schema as config
 from scaletrain.core import Batch, Piece
 from scaletrain.data.errors import DataError, LoaderError
+from scaletrain.evals import run as evals
 from scaletrain.nn import resnet
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +40,7 @@ def call(*arguments: object, **environment: str) -> Any:
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
-    """Puts a function in the place of scaletrain.train.train."""
+    """Puts a function in the place of scaletrain.train.loop.train."""
 
     def replace(function: Callable[..., None]) -> None:
         monkeypatch.setitem(sys.modules, "scaletrain.train", SimpleNamespace(train=function))  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 import scaletrain.engines
 import scaletrain.methods
-from scaletrain import config
-from scaletrain.config import Config, ConfigError
+from scaletrain.config import schema as config
+from scaletrain.config.schema import Config, ConfigError
 
 ALPHA = """
 from typing import Literal

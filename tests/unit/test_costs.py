@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
-from scaletrain import cli, dist, memory, traffic
-from scaletrain.config import Config
+from scaletrain import cli, dist
+from scaletrain.config.schema import Config
 from scaletrain.engines.base import Engine
+from scaletrain.estimate import comm, memory
 from scaletrain.nn.norm import BatchNorm
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -150,30 +151,30 @@ def measured(port: int) -> dict[str, Tensor]:
     dist.shutdown()
     os.environ["MASTER_PORT"] = str(port)
     found = {}
-    with traffic.joined():
+    with comm.joined():
         with watching() as watched:
             for case in RANKS[dist.world()]:
-                calls = traffic.count(recipe(case))
+                calls = comm.count(recipe(case))
                 found[case] = {"sent": [vars(call) for call in calls], "held": watched[-1].held()}
         if dist.main():
             silence()
             for case in RANKS[dist.world()]:
-                found[case]["predicted"] = [vars(call) for call in traffic.count(recipe(case))]
+                found[case]["predicted"] = [vars(call) for call in comm.count(recipe(case))]
     return {case: torch.tensor(list(json.dumps(value).encode())) for case, value in found.items()}
 
 
 def silence() -> None:
     """From now on this process mirrors itself. DeepSpeed keeps its groups, so they cannot be others."""
-    traffic._faked = lambda store: True  # type: ignore[assignment]
+    comm._faked = lambda store: True  # type: ignore[assignment]
     for group in list(c10d.distributed_c10d._world.pg_map):
-        if isinstance(group, traffic.Group):
+        if isinstance(group, comm.Group):
             group.inner = None
 
 
 @contextmanager
 def watching(prepare: Callable[[Engine], object] = id) -> Iterator[list[Watched]]:
     """Collects the engines that are built inside."""
-    build, watched = traffic.build, list[Watched]()
+    build, watched = comm.build, list[Watched]()
 
     def watch(*args: Any) -> Engine:
         engine = build(*args)
@@ -181,11 +182,11 @@ def watching(prepare: Callable[[Engine], object] = id) -> Iterator[list[Watched]
         watched.append(Watched(engine))
         return engine
 
-    traffic.build = watch
+    comm.build = watch
     try:
         yield watched
     finally:
-        traffic.build = build
+        comm.build = build
 
 
 Real = Callable[[int, str], list[dict[str, Any]]]
@@ -222,7 +223,7 @@ def test_messages_are_what_real_ranks_send(real: Real, world: int, case: str) ->
 
 
 def summary(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return traffic.summary([traffic.Call(**call) for call in calls])
+    return comm.summary([comm.Call(**call) for call in calls])
 
 
 @pytest.mark.parametrize("case", ["ddp", "fsdp2 whole"])  # relicv2, and swav with stages that are run again
@@ -233,9 +234,9 @@ def test_many_views_take_two_forwards_and_one_message_per_norm_direction_and_siz
     def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         forwards[args[0].shape[-1]] += 1
 
-    with traffic.mirrored(6), watching(lambda engine: engine.method.backbone.register_forward_pre_hook(watch)) as watched:
-        calls = traffic.count(recipe(case))
-    steps = traffic.WARM + 1 + case.startswith("ddp")  # which rehearses
+    with comm.mirrored(6), watching(lambda engine: engine.method.backbone.register_forward_pre_hook(watch)) as watched:
+        calls = comm.count(recipe(case))
+    steps = comm.WARM + 1 + case.startswith("ddp")  # which rehearses
     assert forwards == {16: steps, 8: steps}
     norms = Counter(name.split(".")[0] for name, m in watched[0].engine.method.named_modules() if isinstance(m, BatchNorm))
     messages = {"backbone": 2 * 2, "projector": 2, "predictor": 2, "target_backbone": 1, "target_projector": 1}
@@ -281,12 +282,12 @@ def test_show_comm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert (largest["reason"], largest["kind"], largest["ranks"]) == ("gradients", "all_reduce", 64)
     assert largest["sent"] == round(largest["bytes"] * 2 * 63 / 64)
     monkeypatch.setenv("COLUMNS", "80")
-    traffic.show(found)
+    comm.show(found)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "a step of ddp on 64 ranks, batch 128, predicted"
     assert f"gradients all_reduce 64 {largest['calls']} {largest['bytes'] / 1e6:,.3f} {largest['sent'] / 1e6:,.3f}" in lines
     monkeypatch.setenv("COLUMNS", "40")
-    traffic.show(found)
+    comm.show(found)
     narrow = capsys.readouterr().out
     assert max(map(len, narrow.splitlines())) <= 40
     assert {f"{row['sent'] / 1e6:,.3f}" for row in found["messages"]} <= {*narrow.split()}

@@ -10,11 +10,11 @@ import small
 import torch
 from data_kit import write_shards
 
-from scaletrain.config import Data, View
+from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch, Clock
-from scaletrain.data.loader import Stream
+from scaletrain.data.loading.loader import Stream
 from scaletrain.doctor import parity
-from scaletrain.train import build
+from scaletrain.train.loop import build
 
 GPU = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: the CUDA paths were NOT tested")

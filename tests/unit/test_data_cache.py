@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import pytest
 
-from scaletrain.data import cache
-from scaletrain.data.cache import Cache
 from scaletrain.data.errors import DataError
+from scaletrain.data.storage import cache
+from scaletrain.data.storage.cache import Cache
 
 SIZE = 1000
 

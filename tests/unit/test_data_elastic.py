@@ -9,9 +9,9 @@ import pytest
 import torch
 from data_kit import joined, write_shards
 
-from scaletrain.config import Data, View
+from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
-from scaletrain.data.loader import Stream
+from scaletrain.data.loading.loader import Stream
 
 CPU = torch.device("cpu")
 STEPS = 12  # three epochs of 4 steps, or of 3 for the mixture

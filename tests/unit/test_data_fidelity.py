@@ -15,10 +15,10 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from scaletrain.config import View
-from scaletrain.data import batched, colour, crop
-from scaletrain.data.stream import render, sample_keys
-from scaletrain.data.views import ORDERS, Params, draw, packed, uniforms
+from scaletrain.config.schema import View
+from scaletrain.data.loading.dataset import render, sample_keys
+from scaletrain.data.transforms import color, crop, on_device
+from scaletrain.data.transforms.params import ORDERS, Params, draw, packed, uniforms
 
 MODES = {"bilinear": TF.InterpolationMode.BILINEAR, "bicubic": TF.InterpolationMode.BICUBIC}
 
@@ -52,7 +52,7 @@ def close(ours: np.ndarray, theirs: object, mean: float = 2.0, bias: float = 0.5
 def done(image: np.ndarray, **change: object) -> np.ndarray:
     out = np.empty_like(image)
     before = image.copy()
-    colour.apply(image, colour.PLAIN._replace(**change), out)  # type: ignore[arg-type]
+    color.apply(image, color.PLAIN._replace(**change), out)  # type: ignore[arg-type]
     assert np.array_equal(image, before)
     return out
 
@@ -288,7 +288,7 @@ def test_whole_views_are_pillows(name: str, interpolation: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_of_the_jitter(order: tuple[int, ...]) -> None:
-    p = colour.PLAIN._replace(jitter=True, order=order, brightness=1.5, contrast=0.6, saturation=1.6, hue=-0.13, flip=True)
+    p = color.PLAIN._replace(jitter=True, order=order, brightness=1.5, contrast=0.6, saturation=1.6, hue=-0.13, flip=True)
     p = p._replace(box=(20, 30, 100, 120))
     out = np.empty((64, 64, 3), np.uint8)
     render(IMAGES["photo"], View(size=64), p, out)
@@ -306,9 +306,9 @@ def test_device_executes_what_the_worker_does() -> None:
         cut = np.stack([crop.crop(image, p.box, 48, spec.interpolation, spec.antialias) for p in params])
         worker = np.empty_like(cut)
         for i, p in enumerate(params):
-            colour.apply(cut[i], p, worker[i])
+            color.apply(cut[i], p, worker[i])
         x = torch.from_numpy(cut).permute(0, 3, 1, 2).float()
-        batched.augment(x, torch.tensor([packed(p) for p in params]))
+        on_device.augment(x, torch.tensor([packed(p) for p in params]))
         device = x.permute(0, 2, 3, 1).numpy()
         assert np.array_equal(device, device.round())
         blurred = np.array([p.sigma > 0 for p in params])

@@ -13,12 +13,12 @@ import pytest
 import torch
 from data_kit import add, encode, picture
 
-from scaletrain.config import Data, View
-from scaletrain.data import index, table
+from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.loader import Stream
-from scaletrain.data.reader import Shards
-from scaletrain.data.verify import verify
+from scaletrain.data.format import index, offsets
+from scaletrain.data.format.verify import verify
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.reading.reader import Shards
 
 SUFFIXES = ("jpg", "webp", "png")
 
@@ -68,7 +68,7 @@ def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
         add(tar, "x/._a.jpg", b"Mac OS X")
         add(tar, "x/a.jpg", encode(picture(1), ".jpg"))
         add(tar, "x/a.cls", b"4")
-    assert len(table.scan(tmp_path / "s.tar")[0]) == 1
+    assert len(offsets.scan(tmp_path / "s.tar")[0]) == 1
 
 
 def test_images_of_other_images_samples_are_named_and_counted(folder: Path, tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_what_was_indexed_before_is_indexed_alike(tmp_path: Path) -> None:
             members = [(member.name, member.offset_data) for member in tar.getmembers()]
         if (wanted := by_the_first_dot(members)) is None:
             continue
-        rows = table.scan(tmp_path / "s.tar")[0]
+        rows = offsets.scan(tmp_path / "s.tar")[0]
         assert [(row["key"], row["image"], row["mask"], row["target"]) for row in rows] == [
-            (table.key_hash(key), *places) for key, *places in wanted
+            (offsets.key_hash(key), *places) for key, *places in wanted
         ]
         compared += 1
     assert compared > 300
@@ -174,13 +174,13 @@ def test_images_whose_names_have_several_dots_are_samples(tmp_path: Path) -> Non
     read = {shards.name(i).removeprefix("s.tar/"): shards.read(i).label for i in range(len(shards))}
     assert read == {"a": -1, "img.1": 1, "img.2.x": 2, "img.3": 9, "b": -1, "img.4": -1}
     assert shards.read(1, mask=True).mask == encode(picture(3))
-    rows = table.scan(tmp_path / "s.tar")[0]
-    assert rows["key"].tolist() == [table.key_hash(key) for key in read]
+    rows = offsets.scan(tmp_path / "s.tar")[0]
+    assert rows["key"].tolist() == [offsets.key_hash(key) for key in read]
     for wrong, fault in (("img.1.png", "key 'img.1' occurs twice"), ("img.5.pkl", "member 'img.5.pkl' is a pickle")):
         with tarfile.open(tmp_path / "s.tar", "a") as tar:
             add(tar, wrong, encode(picture(0)))
         faults: list[ShardError] = []
-        assert len(table.scan(tmp_path / "s.tar", faults.append)[0]) == 6
+        assert len(offsets.scan(tmp_path / "s.tar", faults.append)[0]) == 6
         assert any(fault in str(one) for one in faults)
 
 
@@ -215,7 +215,7 @@ def test_what_a_label_holds_keeps_no_image_from_label_free_training(tmp_path: Pa
     assert len(shards) == len(odd) + len(none) + len(good) - 1
     assert shards.labels().tolist() == [-1] * (len(odd) + len(none)) + [5, 6, 7]
     assert [shards.read(i).label for i in range(len(shards))] == shards.labels().tolist()
-    assert table.scan(folder / "s.tar")[0]["label"].tolist() == [-2] * len(odd) + [-1] * len(none) + [5, 6, 7]
+    assert offsets.scan(folder / "s.tar")[0]["label"].tolist() == [-2] * len(odd) + [-1] * len(none) + [5, 6, 7]
     count = len(odd) + len(none)
     words = "samples have no label, or several, or none that is a whole number, such as s.tar/00text with 'tench'"
     assert shards.unlabelled() == f"{count} of {count + 3} {words}"
@@ -257,7 +257,7 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(
 
 
 def test_indexing_says_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaletrain.data.index.SILENCE", -1.0)
+    monkeypatch.setattr("scaletrain.data.format.index.SILENCE", -1.0)
     said: list[str] = []
     Shards(folder, said.append)
     assert said[1:4] == [f"indexed {n} of 3 shards" for n in (1, 2, 3)]

@@ -10,15 +10,15 @@ import torch
 from data_kit import write_shards
 
 from scaletrain import dist
-from scaletrain.config import Data, View
+from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
-from scaletrain.data import altered, good
-from scaletrain.data.loader import Stream
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.transforms import foreground_crops, mask_ablations
 
 SPEC = View(size=16, area=(0.05, 0.2))
 
 
-def held(box: good.Box, mask: np.ndarray) -> float:
+def held(box: foreground_crops.Box, mask: np.ndarray) -> float:
     top, left, h, w = box
     return mask[top : top + h, left : left + w].sum() / mask.sum()
 
@@ -27,18 +27,18 @@ def test_a_box_holds_what_is_asked_or_the_most_of_all() -> None:
     mask = np.zeros((24, 30), np.uint8)
     mask[2:8, 20:28] = 1
     corner = (20, 0, 4, 4)
-    for rows in good.draws(dist.hash64(0, torch.arange(50)), 1, 1.0):
-        boxes = [good.random_box(SPEC, u[:20], u[20], u[21], 24, 30) for u in rows[0]]
-        found = good.box(SPEC, corner, rows[0], mask, 0.25)
+    for rows in foreground_crops.draws(dist.hash64(0, torch.arange(50)), 1, 1.0):
+        boxes = [foreground_crops.random_box(SPEC, u[:20], u[20], u[21], 24, 30) for u in rows[0]]
+        found = foreground_crops.box(SPEC, corner, rows[0], mask, 0.25)
         enough = [box for box in boxes if held(box, mask) >= 0.25]
         assert found == enough[0] if enough else held(found, mask) == max(held(box, mask) for box in [corner, *boxes])
-        assert good.box(SPEC, (0, 18, 10, 10), rows[0], mask, 0.9) == (0, 18, 10, 10)  # it is good as it is
-        assert good.box(SPEC, corner, rows[0], 0 * mask, 0.25) == corner
+        assert foreground_crops.box(SPEC, (0, 18, 10, 10), rows[0], mask, 0.9) == (0, 18, 10, 10)  # it is good as it is
+        assert foreground_crops.box(SPEC, corner, rows[0], 0 * mask, 0.25) == corner
 
 
 def test_the_share_is_that_of_the_samples() -> None:
     keys = dist.hash64(3, torch.arange(4000))
-    few, more = ([bool(d) for d in good.draws(keys, 2, share)] for share in (0.25, 0.5))
+    few, more = ([bool(d) for d in foreground_crops.draws(keys, 2, share)] for share in (0.25, 0.5))
     assert abs(np.mean(few) - 0.25) < 0.03
     assert all(b for a, b in zip(few, more, strict=True) if a)
 
@@ -80,27 +80,27 @@ def test_masks_are_needed() -> None:
 def test_made_up_masks_cover_their_share(share: float) -> None:
     mask = np.zeros((40, 60), np.uint8)
     for kind in ("points", "rectangle", "centred"):
-        found = altered.alter(mask, kind, share, [0.3, 0.9])
+        found = mask_ablations.alter(mask, kind, share, [0.3, 0.9])
         assert abs(found.mean() - share) < 0.03
         assert set(np.unique(found)) == {0, 1}
-    centred = altered.alter(mask, "centred", share, [0.3, 0.9])
+    centred = mask_ablations.alter(mask, "centred", share, [0.3, 0.9])
     for axis in range(2):  # as much room on either side, to a pixel
         inside = np.flatnonzero(centred.any(1 - axis))
         assert abs(inside[0] - (mask.shape[axis] - 1 - inside[-1])) <= 1
-    assert not np.array_equal(altered.alter(mask, "rectangle", share, [0.0, 0.0]), centred)
+    assert not np.array_equal(mask_ablations.alter(mask, "rectangle", share, [0.0, 0.0]), centred)
 
 
 def test_masks_grow_shrink_and_become_boxes() -> None:
     mask = np.zeros((20, 20), np.uint8)
     mask[8:12, 5:15] = 1  # 40 pixels
-    grown, shrunk = (altered.alter(mask, kind, 0.9, [0, 0]) for kind in ("add", "remove"))
+    grown, shrunk = (mask_ablations.alter(mask, kind, 0.9, [0, 0]) for kind in ("add", "remove"))
     assert grown[7:13, 7:13].all()
     assert (grown >= mask).all()
     assert (shrunk <= mask).all()
     assert shrunk.sum() == 40 - 4 * 6
     mask[0, 19] = 1
-    assert altered.alter(mask, "box", 0, [0, 0]).sum() == 12 * 15
-    assert altered.alter(0 * mask, "box", 0, [0, 0]).sum() == 0
+    assert mask_ablations.alter(mask, "box", 0, [0, 0]).sum() == 12 * 15
+    assert mask_ablations.alter(0 * mask, "box", 0, [0, 0]).sum() == 0
 
 
 def test_the_stream_alters_masks_and_nothing_else(folder: Path) -> None:

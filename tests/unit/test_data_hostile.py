@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from data_kit import add, encode, picture, write_shards
 
-from scaletrain.data import image, index, table
 from scaletrain.data.errors import DataError, ImageError, ShardError
-from scaletrain.data.reader import Shards
-from scaletrain.data.tarfiles import members
+from scaletrain.data.format import index, offsets
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.transforms import image
+from scaletrain.importers.tar_source import members
 
 LIMIT = 50_000_000  # the default of data.max_pixels
 
@@ -39,7 +40,7 @@ class Trap:
         return exec, ("import pathlib; pathlib.Path('trapped').touch()",)
 
 
-@pytest.mark.parametrize("suffix", table.PICKLES)
+@pytest.mark.parametrize("suffix", offsets.PICKLES)
 def test_pickles_are_refused_by_name_and_never_run(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = made(tmp_path / "s.tar", [("a.png", encode(picture(0))), (f"a.{suffix}", pickle.dumps(Trap()))])
@@ -66,7 +67,7 @@ def test_pickles_under_other_names_are_data(tmp_path: Path, monkeypatch: pytest.
 def test_names_cannot_steer_the_terminal_or_break_the_line(tmp_path: Path) -> None:
     path = made(tmp_path / "s.tar", [("a\x1b[2J\nerror: all is well.cls", b"1")])
     with pytest.raises(ShardError) as error:
-        table.scan(path)
+        offsets.scan(path)
     assert str(error.value).isprintable()
 
 
@@ -81,7 +82,7 @@ def test_sizes_that_are_no_octal_numbers_are_refused(tmp_path: Path, field: byte
     data[148:156] = b"%06o\0 " % (sum(data[:148]) + sum(data[156:512]) + 256)
     path.write_bytes(data)
     with pytest.raises(ShardError, match=r"s.tar at byte 0: bad size field"):
-        table.scan(path)
+        offsets.scan(path)
     with pytest.raises(ShardError, match=r"s.tar at byte 0: bad size field"):
         list(members(path))
 
@@ -139,7 +140,7 @@ def test_fuzzed_archives_raise_typed_errors_only(tmp_path: Path) -> None:
     for _ in range(3000):
         path.write_bytes(mutated(rng, rng.choice(seeds)))
         faults: list[ShardError] = []
-        rows, size, _ = table.scan(path, faults.append)  # never raises
+        rows, size, _ = offsets.scan(path, faults.append)  # never raises
         assert all(512 <= r["image"] <= size - r["image_size"] for r in rows)
         assert all(str(fault).isprintable() and 0 <= fault.offset <= size for fault in faults)
         raised += bool(faults)
@@ -154,7 +155,7 @@ def test_fuzzed_indexes_raise_typed_errors_only(tmp_path: Path) -> None:
     index.build(folder)
     files = [folder / index.MANIFEST, folder / "s-000.tar.stidx", folder / "s-001.tar.stidx"]
     good = [f.read_bytes() for f in files]
-    body = table.HEAD.itemsize
+    body = offsets.HEAD.itemsize
     whole = {encode(picture(n)) for n in range(7)} | {str(n % 7).encode() for n in range(7)}
     raised = 0
     for turn in range(1500):
@@ -200,5 +201,5 @@ def test_archives_take_little_memory(tmp_path: Path) -> None:
         for i in range(12):
             add(tar, f"a.x{i}", bytes(50 << 20))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(table.scan(tmp_path / "s.tar")[0]) == 1
+    assert len(offsets.scan(tmp_path / "s.tar")[0]) == 1
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10 < 256

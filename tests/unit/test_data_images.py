@@ -15,8 +15,8 @@ import pytest
 from data_kit import encode, picture
 from PIL import Image
 
-from scaletrain.data import image
 from scaletrain.data.errors import ImageError
+from scaletrain.data.transforms import image
 
 LIMIT = 50_000_000  # the default of data.max_pixels
 

@@ -15,13 +15,15 @@ from data_kit import add, encode, picture, write_shards
 from remote_kit import serving
 from shards_kit import ROOT, run
 
-from scaletrain.config import Cache, Data, View
-from scaletrain.data import fetch, index, joined, manifest, table
-from scaletrain.data.bad import Account, Replaced
+from scaletrain.config.schema import Cache, Data, View
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.loader import Stream, plain
-from scaletrain.data.reader import Shards
-from scaletrain.data.verify import verify
+from scaletrain.data.format import index, manifest, offsets
+from scaletrain.data.format.verify import verify
+from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.reading import concat
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.replacement import Account, Replaced
+from scaletrain.data.storage import http
 
 FOREIGN = {  # of litdata, of streaming, and of no tool in particular
     "litdata": {"chunks": [{"chunk_bytes": 9, "filename": "chunk-0-0.bin"}], "config": {"compression": None}},
@@ -89,7 +91,7 @@ def test_an_index_of_an_older_version_is_made_anew(tmp_path: Path, monkeypatch: 
 
 
 def test_an_older_index_at_an_address_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http, "sleep", lambda seconds: None)
     folder = write_shards(tmp_path / "d", (3, 3))
     old_index(folder)
     with (
@@ -123,7 +125,7 @@ def test_samples_have_the_hash_of_their_key(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for n, name in enumerate(names):
             add(tar, name, encode(picture(n)))
-    rows = table.scan(tmp_path / "s.tar")[0]
+    rows = offsets.scan(tmp_path / "s.tar")[0]
     keys = ["a/ä.v", "0", "n" * 150]
     wanted = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys]
     assert rows["key"].tolist() == wanted
@@ -202,7 +204,7 @@ def test_single_samples_that_are_left_out_count_as_such(tmp_path: Path) -> None:
     assert "pickle" in Shards(folder).losses[0].fault
     assert "samples left out of the index: 3: 3 FAULTS" in run("verify", folder)
     index.build(write_shards(tmp_path / "good", (3,)))
-    both = joined.Joined([str(folder), str(tmp_path / "good")])
+    both = concat.Joined([str(folder), str(tmp_path / "good")])
     assert [loss.samples for loss in both.losses] == [3, 0]
 
 
@@ -258,7 +260,7 @@ def test_pipes_folders_and_loops_among_shards_are_named_at_once(tmp_path: Path) 
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
         with pytest.raises(DataError, match=rf"{name} {fault}.*it is a pipe and not a file"):
-            joined.classes(folder) if name == "classes.json" else Shards(folder).read(0)
+            concat.classes(folder) if name == "classes.json" else Shards(folder).read(0)
         (folder / name).unlink()
         if name == index.MANIFEST:
             (folder / "s-001.tar").unlink()
@@ -313,7 +315,7 @@ def test_indexes_without_bound_take_little_memory(tmp_path: Path) -> None:
         else:
             (folder / file).write_bytes(content)
     with (tmp_path / "table" / "s-000.tar.stidx").open("r+b") as sparse:
-        sparse.truncate(table.HEAD.itemsize + samples * table.ROW.itemsize)
+        sparse.truncate(offsets.HEAD.itemsize + samples * offsets.ROW.itemsize)
     with (tmp_path / "table" / "s-000.tar").open("r+b") as sparse:
         sparse.truncate(512 * samples)
     command = [sys.executable, "-c", LIMITS, good, *(tmp_path / name for name in faults)]
@@ -330,10 +332,10 @@ def test_indexes_without_bound_take_little_memory(tmp_path: Path) -> None:
 
 
 def test_names_of_classes_are_read_beside_any_choice_of_shards(tmp_path: Path) -> None:
-    assert joined.classes(tmp_path) is None
+    assert concat.classes(tmp_path) is None
     for text in (b'["cat", "dog"]', b'{"0": "cat"}', b"[1, 2", b'["a \\"b\\" [c]", ' + b'"x", ' * (1 << 19) + b'"y"]'):
         (tmp_path / "classes.json").write_bytes(text)
-        assert joined.classes(f"{tmp_path}/x-*.tar") == text  # who needs them says what is wrong
+        assert concat.classes(f"{tmp_path}/x-*.tar") == text  # who needs them says what is wrong
     (tmp_path / "classes.json").write_bytes(b"[" + b"{}," * (1 << 19) + b"{}]")
     with pytest.raises(DataError, match=r"classes.json is no JSON list of names; restore it, or delete it"):
-        joined.classes(tmp_path)
+        concat.classes(tmp_path)

@@ -14,14 +14,14 @@ import torch
 from data_kit import add, encode, picture, write_shards
 
 from scaletrain import dist, exit_codes
-from scaletrain.config import Data, View
+from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
-from scaletrain.data import index, table
-from scaletrain.data.bad import Account, Replaced, substitutes
 from scaletrain.data.errors import DataError, LoaderError, ShardError, unreadable
-from scaletrain.data.loader import Stream, plain
-from scaletrain.data.reader import Shards
-from scaletrain.data.verify import verify
+from scaletrain.data.format import index, offsets
+from scaletrain.data.format.verify import verify
+from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.replacement import Account, Replaced, substitutes
 
 COUNTS = (8, 8, 8, 8, 8)
 SHARD, FIRST = "s-002.tar", 16  # the damaged one and its first sample
@@ -167,8 +167,8 @@ def test_indexing_names_each_fault_or_leaves_it_out(folder: Path, how: str) -> N
     index.load(folder, said.append, skip=True)
     assert any(line.startswith("left out: ") and SHARD in line for line in said)
     assert (
-        table.scan(folder / "s-000.tar")[0].tolist()
-        == table.load(folder / "s-000.tar.stidx", 8, (folder / "s-000.tar").stat().st_size).tolist()
+        offsets.scan(folder / "s-000.tar")[0].tolist()
+        == offsets.load(folder / "s-000.tar.stidx", 8, (folder / "s-000.tar").stat().st_size).tolist()
     )
 
 

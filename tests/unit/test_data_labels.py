@@ -12,9 +12,9 @@ import pytest
 from data_kit import encode, picture, write_shards
 from shards_kit import keys, run, tree
 
-from scaletrain.data import labels
 from scaletrain.data.errors import DataError
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.reader import Shards
 
 
 def long_tail(seed: int = 0) -> np.ndarray:
@@ -29,9 +29,9 @@ def counts(y: np.ndarray, chosen: np.ndarray) -> dict[int, int]:
 
 def test_a_choice_is_balanced() -> None:
     y = np.arange(1000) % 10
-    assert counts(y, labels.by_share(y, 0.1, 3)) == dict.fromkeys(range(10), 10)
-    assert sorted(counts(y, labels.choose(y, 47, 3)).values()) == [4] * 3 + [5] * 7
-    assert counts(y, labels.per_class(y, 3, 3)) == dict.fromkeys(range(10), 3)
+    assert counts(y, subset.by_share(y, 0.1, 3)) == dict.fromkeys(range(10), 10)
+    assert sorted(counts(y, subset.choose(y, 47, 3)).values()) == [4] * 3 + [5] * 7
+    assert counts(y, subset.per_class(y, 3, 3)) == dict.fromkeys(range(10), 3)
 
 
 def test_simclrs_sizes() -> None:
@@ -40,7 +40,7 @@ def test_simclrs_sizes() -> None:
     sizes[:167] += 1
     y = np.repeat(np.arange(1000), sizes)
     assert len(y) == 1_281_167
-    one, ten = labels.by_share(y, 0.01, 0), labels.by_share(y, 0.1, 0)
+    one, ten = subset.by_share(y, 0.01, 0), subset.by_share(y, 0.1, 0)
     assert (len(one), len(ten)) == (12_811, 128_116)
     assert set(counts(y, one).values()) == {12, 13}
     assert set(counts(y, ten).values()) == {128, 129}
@@ -49,18 +49,18 @@ def test_simclrs_sizes() -> None:
 
 def test_classes_that_are_too_small_give_all_and_the_others_more() -> None:
     y = long_tail()
-    found = counts(y, labels.choose(y, 200, 0))
+    found = counts(y, subset.choose(y, 200, 0))
     assert found.pop(11) == 4
     assert found.pop(9) == 20
     assert sorted(found.values()) == [35, 35, 35, 35, 36]
-    assert counts(y, labels.choose(y, 944, 0)) == {c: n for c, n in Counter(y.tolist()).items() if c >= 0}
+    assert counts(y, subset.choose(y, 944, 0)) == {c: n for c, n in Counter(y.tolist()).items() if c >= 0}
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_smaller_choices_lie_inside_larger_ones(seed: int) -> None:
     y = long_tail(seed)
     totals = [*range(7, 60), *range(60, 930, 17), 944]
-    nested = [set(labels.choose(y, total, seed).tolist()) for total in totals]
+    nested = [set(subset.choose(y, total, seed).tolist()) for total in totals]
     assert [len(chosen) for chosen in nested] == totals
     assert all(a < b for a, b in pairwise(nested))
     assert all((y[list(chosen)] >= 0).all() for chosen in nested)
@@ -68,9 +68,9 @@ def test_smaller_choices_lie_inside_larger_ones(seed: int) -> None:
 
 def test_a_choice_depends_on_the_seed_only() -> None:
     y = long_tail()
-    assert np.array_equal(labels.choose(y, 100, 1), labels.choose(y, 100, 1))
-    assert not np.array_equal(labels.choose(y, 100, 1), labels.choose(y, 100, 2))
-    chosen = labels.choose(np.zeros(10_000, np.int64), 1000, 0)
+    assert np.array_equal(subset.choose(y, 100, 1), subset.choose(y, 100, 1))
+    assert not np.array_equal(subset.choose(y, 100, 1), subset.choose(y, 100, 2))
+    chosen = subset.choose(np.zeros(10_000, np.int64), 1000, 0)
     assert abs(chosen.mean() - 5000) < 300  # from everywhere
     assert (np.diff(chosen) > 0).all()
 
@@ -80,17 +80,17 @@ def test_files_are_shared_and_refused_for_other_shards(tmp_path: Path) -> None:
     said = run("subset", folder, tmp_path / "ten.json", "--per-class", 2)
     assert "14 of 70 samples, 7 classes of 2 to 2" in said
     shards = Shards(folder)
-    found = labels.load(tmp_path / "ten.json", shards)
+    found = subset.load(tmp_path / "ten.json", shards)
     assert found.labels.tolist() == [shards.read(i).label for i in found.index]
     assert found.rule == "2 of each class, seed 0"
     assert json.loads((tmp_path / "ten.json").read_text())["key"] == [keys(folder)[i] for i in found.index]
     folder.rename(tmp_path / "moved")
-    assert np.array_equal(labels.load(tmp_path / "ten.json", Shards(tmp_path / "moved")).index, found.index)
+    assert np.array_equal(subset.load(tmp_path / "ten.json", Shards(tmp_path / "moved")).index, found.index)
     others = Shards(write_shards(tmp_path / "other", (40, 30)))
     with pytest.raises(
         DataError, match=r"ten.json was made for other shards \('train' with 70 samples\) than .*/other with 70"
     ):
-        labels.load(tmp_path / "ten.json", others)
+        subset.load(tmp_path / "ten.json", others)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_files_are_shared_and_refused_for_other_shards(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(tmp_path: Path, field: str, value: object, fault: str) -> None:
     shards = Shards(write_shards(tmp_path / "train", (20,)))
     path = tmp_path / "two.json"
-    labels.save(path, shards, np.array([3, 8]), "two")
-    assert labels.load(path, shards).labels.tolist() == [3, 1]
+    subset.save(path, shards, np.array([3, 8]), "two")
+    assert subset.load(path, shards).labels.tolist() == [3, 1]
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(DataError, match=fault):
-        labels.load(path, shards)
+        subset.load(path, shards)
     path.write_text("[1")
     with pytest.raises(DataError, match="is no file of labels"):
-        labels.load(path, shards)
+        subset.load(path, shards)
 
 
 def test_published_lists_of_names(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_published_lists_of_names(tmp_path: Path) -> None:
     names.write_text("n01443537_36.JPEG\nn01440764_18.JPEG\n")
     run("subset", tmp_path / "train", tmp_path / "out.json", "--names", names)
     shards = Shards(tmp_path / "train")
-    found = labels.load(tmp_path / "out.json", shards)
+    found = subset.load(tmp_path / "out.json", shards)
     assert {keys(tmp_path / "train")[i].partition("-")[2] for i in found.index} == {
         "n01440764_n01440764_18",
         "n01443537_n01443537_36",

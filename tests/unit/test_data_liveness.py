@@ -19,11 +19,13 @@ from data_kit import children, write_shards
 from remote_kit import serving
 from workers_kit import acting, at_step, failure, signalled, stream
 
-from scaletrain.config import Cache
+from scaletrain.config.schema import Cache
 from scaletrain.core import Batch
-from scaletrain.data import heartbeat, index, remote, staged
-from scaletrain.data.bad import Replaced
-from scaletrain.data.stream import Raw
+from scaletrain.data.format import index
+from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.reading.replacement import Replaced
+from scaletrain.data.storage import prefetch, remote
+from scaletrain.runtime import heartbeat
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 40])
@@ -51,8 +53,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks more often, and waits less."""
-    monkeypatch.setattr("scaletrain.data.watch.CHECK", 0.05)
-    monkeypatch.setattr("scaletrain.data.watch.STOPPED", 0.2)
+    monkeypatch.setattr("scaletrain.data.loading.watchdog.CHECK", 0.05)
+    monkeypatch.setattr("scaletrain.data.loading.watchdog.STOPPED", 0.2)
 
 
 # --- killed and stopped -----------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_other_ends_are_named(folder: Path, act: Callable[[], object], words: st
 @pytest.mark.usefixtures("soon")
 def test_storage_that_hangs_does_not_hide_the_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the sample lies is asked of the same storage."""
-    monkeypatch.setattr("scaletrain.data.watch.NAMING", 0.2)
+    monkeypatch.setattr("scaletrain.data.loading.watchdog.NAMING", 0.2)
     s = acting(folder, before=at_step(3, signalled(signal.SIGKILL)))
     release = threading.Event()
     monkeypatch.setattr(s.dataset.shards, "name", lambda sample: release.wait(60))
@@ -196,7 +198,7 @@ def test_bytes_of_a_slow_folder_are_signs_of_life(tmp_path: Path, monkeypatch: p
             yield part
 
     monkeypatch.setattr(remote.Folder, "parts", slow)
-    monkeypatch.setattr(staged.Staged, "expect", lambda *_: None)  # nobody else fetches
+    monkeypatch.setattr(prefetch.Staged, "expect", lambda *_: None)  # nobody else fetches
 
     def batches(place: str, liveness: float) -> Iterator[Batch]:
         cache = Cache(path=str(tmp_path / place), stage=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from data_kit import write_shards
 
-from scaletrain.data import index, manifest, table
 from scaletrain.data.errors import DataError
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index, manifest, offsets
+from scaletrain.data.reading.reader import Shards
 
 SHARDS = [{"name": f"s-{n:0{1 + n % 4}d}}},é.tar", "samples": n, "bytes": 512 * n, "sha256": f"{n:064x}"} for n in range(50)]
 
@@ -73,13 +73,13 @@ def test_tables_are_read_when_first_used_and_few_are_held(tmp_path: Path, monkey
     folder = write_shards(tmp_path / "d", (3,) * 10)
     index.build(folder)
     loaded: list[str] = []
-    right = table.load
+    right = offsets.load
 
-    def counted(path: Path, *facts: int, **options: bool) -> table.Rows:
+    def counted(path: Path, *facts: int, **options: bool) -> offsets.Rows:
         loaded.append(path.name)
         return right(path, *facts, **options)
 
-    monkeypatch.setattr(table, "load", counted)
+    monkeypatch.setattr(offsets, "load", counted)
     shards = Shards(folder, keep=4)
     shards.check()
     assert (len(shards), loaded) == (30, [])

@@ -12,12 +12,12 @@ import torch
 from data_kit import write_shards
 
 from scaletrain import dist
-from scaletrain.config import ConfigError, Data, View, build
+from scaletrain.config.schema import ConfigError, Data, View, build
 from scaletrain.data.errors import DataError
-from scaletrain.data.joined import Joined
-from scaletrain.data.loader import Stream
-from scaletrain.data.mixture import Mixture, Source
-from scaletrain.data.plan import Order
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.reading.concat import Joined
+from scaletrain.data.sampling.mixture import Mixture, Source
+from scaletrain.data.sampling.plan import Order
 
 A, B = np.array([13, 1, 40, 7, 0, 22]), np.array([30, 31, 9])  # 83 and 70 samples
 

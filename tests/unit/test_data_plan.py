@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from scaletrain.data import plan as plan_module
 from scaletrain.data.errors import DataError
-from scaletrain.data.plan import ROUNDS, Plan, bijection, divisor
+from scaletrain.data.sampling import plan as plan_module
+from scaletrain.data.sampling.plan import ROUNDS, Plan, bijection, divisor
 
 RAGGED = np.array([13, 1, 40, 7, 0, 22, 17, 31, 9, 60])
 

@@ -15,12 +15,13 @@ import torch
 from data_kit import picture, write_shards
 from remote_kit import Server, serving
 
-from scaletrain.config import Cache, Data, View
+from scaletrain.config.schema import Cache, Data, View
 from scaletrain.core import Batch
-from scaletrain.data import fetch, index, remote, staged
 from scaletrain.data.errors import DataError
-from scaletrain.data.loader import Stream, plain
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index
+from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.storage import http, prefetch, remote
 
 CPU = torch.device("cpu")
 VIEWS = (View(size=16, count=2), View(size=8))
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def web(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)  # between the tries
+    monkeypatch.setattr(http, "sleep", lambda seconds: None)  # between the tries
     with serving(folder) as server:
         yield server
 
@@ -109,7 +110,7 @@ def test_the_next_shards_of_a_rank_come_before_they_are_read(
 ) -> None:
     folder = write_shards(tmp_path / "d", (4,) * 24)
     shards = index.build(folder)
-    monkeypatch.setattr(staged, "SHARE", 0.5)
+    monkeypatch.setattr(prefetch, "SHARE", 0.5)
     room = 7.5 * max(shard["bytes"] for shard in shards)
     with serving(folder) as web:
         small = {"lanes": 4, "window": 1, "views": (View(size=8),)}
@@ -284,7 +285,7 @@ def test_staging_a_local_folder(folder: Path, tmp_path: Path) -> None:
 
 
 def test_staging_checks_what_it_copies(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http, "sleep", lambda seconds: None)
     copy = write_shards(tmp_path / "d", COUNTS)
     index.build(copy)
     data = bytearray((copy / "s-000.tar").read_bytes())
@@ -308,13 +309,13 @@ def test_more_in_use_than_the_cache_holds_is_refused(folder: Path, web: Server, 
 
 def test_waits_double_with_jitter_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(fetch, "sleep", waits.append)
+    monkeypatch.setattr(http, "sleep", waits.append)
 
     def work() -> None:
-        raise fetch.Passing("no")
+        raise http.Passing("no")
 
     with pytest.raises(DataError, match=r"^no \(tried 8 times\)$"):
-        fetch.again(work, 8)
+        http.again(work, 8)
     assert all(top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 8, 16, 30, 30), strict=True))
     assert len({wait / top for wait, top in zip(waits, (1, 2, 4, 8, 16, 30, 30), strict=True)}) == 7
 
@@ -336,7 +337,7 @@ def test_a_killed_loader_process_leaves_nothing_wrong(folder: Path, web: Server,
 
 
 def test_pictures_are_the_right_ones(web: Server, tmp_path: Path) -> None:
-    from scaletrain.data import image
+    from scaletrain.data.transforms import image
 
     shards = shards_of(web.url, tmp_path)
     for number in (0, 12, 40):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from data_kit import write_shards
 
-from scaletrain.config import Cache, Data, View
-from scaletrain.data import fetch, index, remote
-from scaletrain.data.loader import Stream
-from scaletrain.data.reader import Shards
+from scaletrain.config.schema import Cache, Data, View
+from scaletrain.data.format import index
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.storage import http, remote
 
 boto3 = pytest.importorskip("boto3", reason="S3 IS NOT TESTED: pip install 's3fs' 'moto[server]'")
 pytest.importorskip("s3fs", reason="S3 IS NOT TESTED: pip install 's3fs'")
@@ -53,7 +54,7 @@ def s3(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)
+    monkeypatch.setattr(http, "sleep", lambda seconds: None)
     client = boto3.client("s3")
     client.create_bucket(Bucket="shards")
     for path in folder.iterdir():

@@ -13,13 +13,14 @@ from data_kit import encode, picture, write_shards
 from remote_kit import serving
 from shards_kit import run
 
-from scaletrain import config
-from scaletrain.config import Cache, Data, View
-from scaletrain.data import index, labels, selection
+from scaletrain.config import schema
+from scaletrain.config.schema import Cache, Data, View
 from scaletrain.data.errors import DataError
-from scaletrain.data.joined import Joined, shards_of
-from scaletrain.data.loader import Stream, plain
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index, selection
+from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.concat import Joined, shards_of
+from scaletrain.data.reading.reader import Shards
 
 CPU = torch.device("cpu")
 
@@ -155,27 +156,27 @@ def test_lists_of_one_folder_and_of_several(both: Path, tmp_path: Path) -> None:
 
 def test_recipes_take_patterns_and_lists(both: Path, tmp_path: Path) -> None:
     def path(*overrides: str) -> str:
-        return config.load(Path("configs/byol_r50_in1k.yaml"), overrides).data.path
+        return schema.load(Path("configs/byol_r50_in1k.yaml"), overrides).data.path
 
     assert path(f"data.path={both}/train-*.tar") == f"{both}/train-*.tar"
     assert path("data=/x/t-{00..12}.tar") == "/x/t-{00..12}.tar"
     assert path("data.path=[/a/b, '/c/t-{0,1}.tar']") == path("data.path='[/a/b, /c/t-{0,1}.tar]'") == "[/a/b, /c/t-{0,1}.tar]"
-    with pytest.raises(config.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"):
+    with pytest.raises(schema.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"):
         path("data.path=['a,b', c]")
-    field = config.schema()["$defs"]["Data"]["properties"]["path"]
+    field = schema.schema()["$defs"]["Data"]["properties"]["path"]
     assert [kind["type"] for kind in field["anyOf"]] == ["string", "array"]
     saved = tmp_path / "config.yaml"
-    before = config.load(Path("configs/byol_r50_in1k.yaml"), [f"data.path=[{both}, 'x,{{1,2}}.tar']".replace("x,", "x")])
-    saved.write_text(config.dump(before))
-    assert config.load(saved) == before
+    before = schema.load(Path("configs/byol_r50_in1k.yaml"), [f"data.path=[{both}, 'x,{{1,2}}.tar']".replace("x,", "x")])
+    saved.write_text(schema.dump(before))
+    assert schema.load(saved) == before
 
 
 def test_paths_are_made_absolute_part_by_part(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(both.parent)
-    assert config.absolute("both/train-{000000..000002}.tar") == f"{both}/train-{{000000..000002}}.tar"
-    assert config.absolute("[both/train-*.tar, http://h/a/x-{0,1}.tar]") == f"[{both}/train-*.tar, http://h/a/x-{{0,1}}.tar]"
+    assert schema.absolute("both/train-{000000..000002}.tar") == f"{both}/train-{{000000..000002}}.tar"
+    assert schema.absolute("[both/train-*.tar, http://h/a/x-{0,1}.tar]") == f"[{both}/train-*.tar, http://h/a/x-{{0,1}}.tar]"
     for as_it_is in ("synthetic", "http://h/a", "s3://b/c/"):
-        assert config.absolute(as_it_is) == as_it_is
+        assert schema.absolute(as_it_is) == as_it_is
 
 
 def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
@@ -208,9 +209,9 @@ def test_the_commands_take_them_too(both: Path, tmp_path: Path) -> None:
     assert "2 shards, 5 samples" in run("verify", *sorted(both.glob("test-*.tar")))  # as a shell expands it
     run("verify", "http://host/train", fails="shards are verified where they lie on a disk")
     run("subset", f"{both}/train-*.tar", tmp_path / "few.json", "--per-class", 1)
-    assert len(labels.load(tmp_path / "few.json", Shards(f"{both}/train-*.tar")).index) == 7
+    assert len(subset.load(tmp_path / "few.json", Shards(f"{both}/train-*.tar")).index) == 7
     with pytest.raises(DataError, match="made for other shards"):
-        labels.load(tmp_path / "few.json", Shards(f"{both}/*.tar"))
+        subset.load(tmp_path / "few.json", Shards(f"{both}/*.tar"))
     assert json.loads((tmp_path / "few.json").read_text())["shards"]["samples"] == 11
 
 

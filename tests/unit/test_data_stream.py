@@ -15,11 +15,11 @@ import torch
 from data_kit import add, children, encode, joined, picture, write_shards
 
 from scaletrain import dist
-from scaletrain.config import Data, View
+from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.loader import Stream, plain
-from scaletrain.data.stream import Images
+from scaletrain.data.loading.dataset import Images
+from scaletrain.data.loading.loader import Stream, plain
 
 CPU = torch.device("cpu")
 VIEWS = (View(size=16, count=2, solarize=0.2), View(size=8, area=(0.05, 0.14)))
@@ -270,7 +270,7 @@ class _Dying(Images):
     ],
 )
 def test_dead_and_stopped_workers_are_named(folder: Path, how: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaletrain.data.watch.CHECK", 0.3)
+    monkeypatch.setattr("scaletrain.data.loading.watchdog.CHECK", 0.3)
     s = stream(folder, workers=2)
     s.dataset.__class__ = type("Dying", (_Dying,), {"how": how})
     with pytest.raises(DataError, match=words) as error:

@@ -12,14 +12,14 @@ import pytest
 import torch
 from data_kit import joined, write_shards
 
-from scaletrain.config import Data, Support, View
+from scaletrain.config.schema import Data, Support, View
 from scaletrain.core import Batch
-from scaletrain.data import labels
-from scaletrain.data.bad import Replaced
 from scaletrain.data.errors import DataError
-from scaletrain.data.loader import Stream
-from scaletrain.data.reader import Shards
-from scaletrain.data.support import Balanced, Supported, stream
+from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.support import Balanced, Supported, stream
+from scaletrain.data.reading import subset as labels
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.replacement import Replaced
 
 CPU = torch.device("cpu")
 LABELS = np.repeat([3, 0, 7, 8, 5], [2, 7, 4, 9, 6])  # [28]

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from data_kit import add, encode, picture, write_shards
 
-from scaletrain.data import image, index, table
 from scaletrain.data.errors import DataError, ImageError, ShardError
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index, offsets
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.transforms import image
 
 PNG = encode(picture(0))
 
@@ -30,7 +31,7 @@ def tar_of(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.U
 
 def refused(path: Path, words: str) -> ShardError:
     with pytest.raises(ShardError, match=words) as caught:
-        table.scan(path)
+        offsets.scan(path)
     assert str(path) in str(caught.value)
     assert f"at byte {caught.value.offset}" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -50,7 +51,7 @@ def test_rows_equal_what_tarfile_reads(tmp_path: Path, format: int) -> None:
         (f"{long}.cls", b" 3\n"),
     ]
     path = tar_of(tmp_path / "s.tar", members, format)
-    rows, size, sha = table.scan(path)
+    rows, size, sha = offsets.scan(path)
     with tarfile.open(path) as tar:
         true = {m.name: (m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in tar.getmembers()}
     assert [tuple(r)[:3] for r in rows.tolist()] == [true["a.png"], true["x/b.JPEG"], true[f"{long}.png"]]
@@ -69,7 +70,7 @@ def test_directories_are_skipped_and_unicode_names_read(tmp_path: Path) -> None:
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
         add(tar, "./tier/größe.png", PNG)
-    assert len(table.scan(tmp_path / "s.tar")[0]) == 1
+    assert len(offsets.scan(tmp_path / "s.tar")[0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_long_name_bombs_and_sparse_records_are_refused(tmp_path: Path) -> None:
 
 
 def test_members_above_the_cap_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaletrain.data.tar.MEMBER_BYTES", 100)
+    monkeypatch.setattr("scaletrain.data.format.tar.MEMBER_BYTES", 100)
     refused(tar_of(tmp_path / "s.tar", [("a.png", PNG)]), "at most 100")
 
 
@@ -215,7 +216,7 @@ def test_altered_shards_are_named(tmp_path: Path) -> None:
             use()
     assert shards.read(0).label == 0
     flipped = bytearray(whole)
-    rows, _, _ = (path.write_bytes(whole), *table.scan(path))[1:]
+    rows, _, _ = (path.write_bytes(whole), *offsets.scan(path))[1:]
     at = int(rows[1]["image"])
     flipped[at + 40] ^= 4
     path.write_bytes(flipped)

@@ -11,10 +11,10 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from scaletrain.config import View
-from scaletrain.data import colour, crop
-from scaletrain.data.stream import render, sample_keys
-from scaletrain.data.views import DRAWS, ORDERS, draw, expand, random_box, uniforms
+from scaletrain.config.schema import View
+from scaletrain.data.loading.dataset import render, sample_keys
+from scaletrain.data.transforms import color, crop
+from scaletrain.data.transforms.params import DRAWS, ORDERS, draw, expand, random_box, uniforms
 
 
 def off(a: object, b: object) -> float:
@@ -100,7 +100,7 @@ def test_mask_follows_its_view() -> None:
     for flip in (False, True):
         cut = crop.crop_mask(mask, (5, 10, 50, 55), 32, flip)
         out = np.zeros((32, 32, 3), np.uint8)
-        render(painted, View(size=32), colour.PLAIN._replace(box=(5, 10, 50, 55), flip=flip), out)
+        render(painted, View(size=32), color.PLAIN._replace(box=(5, 10, 50, 55), flip=flip), out)
         assert set(np.unique(cut)) == {0, 1}
         assert ((out[..., 0] > 127) == cut).mean() > 0.97
 

@@ -14,7 +14,7 @@ import torch
 from data_kit import children, write_shards
 from workers_kit import acting, failure, stream
 
-from scaletrain.config import View
+from scaletrain.config.schema import View
 from scaletrain.data.errors import DataError, LoaderError
 
 

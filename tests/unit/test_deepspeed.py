@@ -18,8 +18,9 @@ import small
 import torch
 from toys import Toy
 
-from scaletrain import checkpoint, dist
-from scaletrain.config import Config, ConfigError
+from scaletrain import dist
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.config.schema import Config, ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines import deepspeed
 from scaletrain.engines.base import Engine

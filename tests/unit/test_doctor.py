@@ -15,11 +15,13 @@ import pytest
 import torch
 from data_kit import write_shards
 
-from scaletrain import dist, doctor, rehearsal
-from scaletrain.data.reader import Shards
+from scaletrain import dist
+from scaletrain.data.reading.reader import Shards
 from scaletrain.doctor import disk, feed, machine, network, parity, software
+from scaletrain.doctor import run as doctor
 from scaletrain.doctor.page import Finding, discreet, guarded, lines, measured, merged, spans
-from scaletrain.slurm import queue
+from scaletrain.launch.slurm import queue
+from scaletrain.train import rehearsal
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from scaletrain.board import Board
-from scaletrain.durable import Records, drop_records
+from scaletrain.runtime.durable import Records, drop_records
+from scaletrain.train.tensorboard_writer import Board
 
 
 def steps(path: Path) -> list[int]:

@@ -13,8 +13,9 @@ import torch
 from torch._dynamo.utils import counters
 from toys import Toy, toy_engine
 
-from scaletrain import checkpoint, dist
-from scaletrain.config import ConfigError
+from scaletrain import dist
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.config.schema import ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine, TrainingError
 

@@ -14,11 +14,12 @@ from data_kit import add
 from evals_kit import run_folder, shards, spoil
 from typer.testing import CliRunner
 
-from scaletrain import evals
 from scaletrain.cli import app
-from scaletrain.data import index, labels
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.reader import Shards
+from scaletrain.evals import run as evals
 from scaletrain.evals.features import Config, Scene
 from scaletrain.evals.targets import EvalError, find
 
@@ -119,7 +120,7 @@ def test_with_a_label_subset_nothing_else_is_read(run: Path) -> None:
     train = run.parent / "data" / "train"
     chosen = [n for n in range(48) if n % 4 or n == 0]
     few = run.parent / "few.json"
-    labels.save(few, Shards(train), np.array(chosen), "by hand")
+    subset.save(few, Shards(train), np.array(chosen), "by hand")
     for sample in range(48):
         if sample not in (*chosen, *BAD):
             spoil(train, sample)

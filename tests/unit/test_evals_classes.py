@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from evals_kit import run_folder, shards
 
-from scaletrain import evals
 from scaletrain.data.errors import DataError
+from scaletrain.evals import run as evals
 from scaletrain.evals.classes import Classes, Part, match
 from scaletrain.evals.targets import EvalError
 

@@ -15,13 +15,13 @@ from data_kit import add
 from evals_kit import run_folder, shards, spoil
 from typer.testing import CliRunner
 
-from scaletrain import evals
 from scaletrain.cli import app
-from scaletrain.data import labels
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading import subset as labels
+from scaletrain.data.reading.reader import Shards
+from scaletrain.evals import run as evals
+from scaletrain.evals.benchmarks.linear import held_out
 from scaletrain.evals.features import Config, Scene, mask
-from scaletrain.evals.linear import held_out
 from scaletrain.evals.targets import EvalError, find
 
 QUICK = ("features.batch=8", "features.workers=0")

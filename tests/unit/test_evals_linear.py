@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from scaletrain.evals.benchmarks.linear import Config, carve, held_out, measure, shuffled
 from scaletrain.evals.features import Features
-from scaletrain.evals.linear import Config, carve, held_out, measure, shuffled
 from scaletrain.evals.targets import EvalError
 
 CLASSES, WIDTH = 4, 6

@@ -9,8 +9,8 @@ import torch
 from evals_kit import run_folder, shards
 from torch import Tensor
 
-from scaletrain import evals
-from scaletrain.evals.knn import knn
+from scaletrain.evals import run
+from scaletrain.evals.benchmarks.knn import knn
 from scaletrain.evals.scores import accuracy, ranks
 
 CLASSES = 7
@@ -60,7 +60,7 @@ def test_every_benchmark_from_the_shards_on(tmp_path: Path, changes: tuple[str, 
         place = tmp_path / str(trial)
         train = shards(place / "train", [new[n] for n in numbers], colours=[n % 3 for n in numbers])
         test = shards(place / "test", [new[n] for n in queries], colours=[n % 3 for n in queries])
-        results = evals.run(run_folder(place, train), evals.names(), test=test, overrides=(*quick, *changes))
+        results = run.run(run_folder(place, train), run.names(), test=test, overrides=(*quick, *changes))
         found.append({name: value for result in results for name, value in result["metrics"].items()})
     assert found[0] == found[1] == found[2]
     assert {"knn_20_per_class", "linear_per_class", "linear_top5", "linear_held_out"} <= set(found[0])

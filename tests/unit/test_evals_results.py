@@ -13,10 +13,13 @@ import pytest
 from evals_kit import backbone, run_folder, save, settings, shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scaletrain import checkpoint, config, evals, exit_codes
-from scaletrain.data import labels
-from scaletrain.data.reader import Shards
+from scaletrain import exit_codes
+from scaletrain.checkpoint import writer
+from scaletrain.config import schema
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import results, targets
+from scaletrain.evals import run as evals
 from scaletrain.evals.targets import EvalError
 
 QUICK = ("features.workers=0", "features.batch=32")
@@ -51,7 +54,7 @@ def test_whatever_defines_a_result_has_a_file_of_its_own(run: Path) -> None:
         shards(root / "bank", [i % 6 for i in range(24)], seed=3),
     )
     few = root / "few.json"
-    labels.save(few, Shards(root / "data" / "train"), np.arange(12), "by hand")
+    subset.save(few, Shards(root / "data" / "train"), np.arange(12), "by hand")
     save(run, 9, backbone(settings("x"), seed=12))
     old = run / "checkpoints" / "step-00000007"
     found = [
@@ -102,7 +105,7 @@ def test_a_result_that_is_there_is_read(run: Path, monkeypatch: pytest.MonkeyPat
     written = Path(first["file"]).stat()
     (run.parent / "data").rename(run.parent / "moved")
     with monkeypatch.context() as patch:
-        patch.setattr("scaletrain.evals.knn.knn", lambda *_: pytest.fail("it measured again"))
+        patch.setattr("scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured again"))
         again = knn(run, "features.workers=1", notice=said.append, train=run.parent / "moved" / "train")
     assert again == first
     assert said == [f"knn: measured before and read from {first['file']}; delete this file to measure again"]
@@ -168,7 +171,7 @@ def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.Monke
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scaletrain.durable.replacing", full)
+    monkeypatch.setattr("scaletrain.runtime.durable.replacing", full)
     with pytest.raises(
         EvalError, match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": '
     ) as error:
@@ -226,8 +229,8 @@ def test_runs_that_normalise_differently_have_one_protocol(run: Path) -> None:
     """How its images are normalised belongs to an encoder; the size that they are scaled to does not."""
     first = knn(run)
     cfg = settings(run.parent / "data" / "train")
-    for changes, alike in (({"mean": (0.5, 0.5, 0.5)}, True), ({"views": (config.View(size=32),)}, False)):
-        (run / "config.yaml").write_text(config.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)})))
+    for changes, alike in (({"mean": (0.5, 0.5, 0.5)}, True), ({"views": (schema.View(size=32),)}, False)):
+        (run / "config.yaml").write_text(schema.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)})))
         second = knn(run)
         assert second["file"] != first["file"]
         assert (second["protocol"]["digest"] == first["protocol"]["digest"]) == alike
@@ -238,7 +241,7 @@ def test_exported_files_of_one_folder(run: Path) -> None:
     found = []
     for name, seed in (("a", 11), ("b", 11), ("c", 12)):
         file = run.parent / "out" / f"{name}.safetensors"
-        checkpoint.export(backbone(cfg, seed), file, targets.describe(cfg, 7))
+        writer.export(backbone(cfg, seed), file, targets.describe(cfg, 7))
         found.append(Path(knn(file)["file"]))
     digests = [path.stem.rpartition("-")[2] for path in found]
     assert [path.name for path in found] == [f"{n}-knn-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)]

@@ -14,9 +14,10 @@ from evals_kit import backbone, run_folder, save, settings, shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from scaletrain import checkpoint, evals
+from scaletrain.checkpoint import writer
 from scaletrain.cli import app
 from scaletrain.data.errors import DataError
+from scaletrain.evals import run as evals
 from scaletrain.evals import targets
 from scaletrain.evals.features import Config, Scene
 from scaletrain.evals.targets import EvalError, find
@@ -103,7 +104,7 @@ def test_baselines_get_results_of_their_own(run: Path, encoder: Any) -> None:
 
 def test_an_exported_file_evaluates_like_its_run(run: Path, tmp_path: Path) -> None:
     cfg, file = settings(run.parent / "data" / "train"), tmp_path / "out" / "small.safetensors"
-    checkpoint.export(backbone(cfg), file, targets.describe(cfg, 7))
+    writer.export(backbone(cfg), file, targets.describe(cfg, 7))
     (from_file,) = evals.run(file, ["knn"], overrides=QUICK[3:])
     (from_run,) = evals.run(run, ["knn"], overrides=QUICK[3:])
     assert from_file["metrics"] == from_run["metrics"]
@@ -246,7 +247,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Path) -> None:
 
 def test_unwritable_results(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the work is done."""
-    monkeypatch.setattr("scaletrain.evals.knn.knn", lambda *_: pytest.fail("it measured first"))
+    monkeypatch.setattr("scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured first"))
     (run / "evals").write_text("a file in the way")
     with pytest.raises(EvalError, match=r"cannot write .*evals"):
         evals.run(run, ["knn"], overrides=QUICK[3:])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from evals_kit import backbone, run_folder, save, settings
 
-from scaletrain import checkpoint, config
+from scaletrain.checkpoint import writer
+from scaletrain.config import schema
 from scaletrain.evals import targets
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.nn import resnet
@@ -40,7 +41,7 @@ def test_the_newest_step_or_the_one_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_exported_file_needs_no_run(tmp_path: Path) -> None:
     cfg = settings("somewhere")
     state = backbone(cfg)
-    checkpoint.export(state, tmp_path / "a.safetensors", targets.describe(cfg, 42))
+    writer.export(state, tmp_path / "a.safetensors", targets.describe(cfg, 42))
     subject = find(tmp_path / "a.safetensors")
     assert same(subject.module, state)
     assert (subject.step, subject.size, subject.run, subject.home) == (42, 16, None, tmp_path)
@@ -50,19 +51,19 @@ def test_an_exported_file_needs_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("views", [((16, 2), (32, 2)), ((32, 2), (16, 2)), ((64, 0), (16, 4), (32, 1))])
 def test_the_size_is_that_of_the_largest_view_in_use(tmp_path: Path, views: tuple[tuple[int, int], ...]) -> None:
     """In the order of the recipe, of a run and of a file; a file keeps the size that it was exported with."""
-    listed = tuple(config.View(size=size, count=count) for size, count in views)
+    listed = tuple(schema.View(size=size, count=count) for size, count in views)
     run = run_folder(tmp_path, "train", views=listed, max_pixels=1234, on_bad="skip")
     assert find(run).size == find(run, "untrained").size == find(run, "pixels").size == 32
-    cfg = config.load(run / "config.yaml")
-    checkpoint.export(backbone(cfg), tmp_path / "new.safetensors", targets.describe(cfg, 1))
+    cfg = schema.load(run / "config.yaml")
+    writer.export(backbone(cfg), tmp_path / "new.safetensors", targets.describe(cfg, 1))
     new = find(tmp_path / "new.safetensors")
     assert (new.size, new.data.max_pixels, new.data.on_bad) == (32, 1234, "skip")
     facts = {"size": 48, "mean": cfg.data.mean, "std": cfg.data.std, "path": "x"}  # as all files had them once
     old = targets.describe(cfg, 1) | {"data": json.dumps(facts)}
-    checkpoint.export(backbone(cfg), tmp_path / "old.safetensors", old)
+    writer.export(backbone(cfg), tmp_path / "old.safetensors", old)
     assert (find(tmp_path / "old.safetensors").size, find(tmp_path / "old.safetensors").data.on_bad) == (48, "raise")
     for size in (7, 10**9, "large"):
-        checkpoint.export(backbone(cfg), tmp_path / "odd.safetensors", old | {"data": json.dumps(facts | {"size": size})})
+        writer.export(backbone(cfg), tmp_path / "odd.safetensors", old | {"data": json.dumps(facts | {"size": size})})
         with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not tell"):
             find(tmp_path / "odd.safetensors")
 
@@ -101,7 +102,7 @@ def test_pixels_are_the_flat_image(tmp_path: Path) -> None:
 
 
 def test_baselines_need_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(config.dump(settings("train")))
+    (tmp_path / "config.yaml").write_text(schema.dump(settings("train")))
     assert find(tmp_path, "untrained").step == find(tmp_path, "pixels").step == 0
     with pytest.raises(EvalError, match="no good checkpoint yet"):
         find(tmp_path)
@@ -124,7 +125,7 @@ def test_another_model_is_refused_by_name(
     target = run_folder(tmp_path, "train")
     if exported:
         target = tmp_path / "a.safetensors"
-        checkpoint.export(state, target, targets.describe(cfg, 1))
+        writer.export(state, target, targets.describe(cfg, 1))
     else:
         save(target, 8, state)
     with pytest.raises(EvalError, match=text) as error:
@@ -133,7 +134,7 @@ def test_another_model_is_refused_by_name(
 
 
 def test_a_file_that_does_not_tell_its_model(tmp_path: Path) -> None:
-    checkpoint.export(backbone(settings("train")), tmp_path / "a.safetensors", {})
+    writer.export(backbone(settings("train")), tmp_path / "a.safetensors", {})
     with pytest.raises(EvalError, match=r"a\.safetensors: its metadata .*scaletrain export"):
         find(tmp_path / "a.safetensors")
 

@@ -10,10 +10,11 @@ import small
 import torch
 from toys import ADVERSARY, toy_engine
 
-from scaletrain import dist, versions
-from scaletrain.config import Config, ConfigError
+from scaletrain import dist
+from scaletrain.config.schema import Config, ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine
+from scaletrain.runtime import versions
 
 STEPS = (1, 2)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, changes of its configuration)

@@ -13,7 +13,7 @@ from placement_kit import Written
 from toys import ADVERSARY, Toy, toy_engine
 
 from scaletrain import dist
-from scaletrain.config import Config, ConfigError
+from scaletrain.config.schema import Config, ConfigError
 from scaletrain.engines import fsdp2
 from scaletrain.engines.base import Engine
 

@@ -12,7 +12,7 @@ import small
 import torch
 from torch import Tensor
 
-from scaletrain.config import Config, ConfigError
+from scaletrain.config.schema import Config, ConfigError
 from scaletrain.core import Batch, Clock, Method
 
 METHODS = ("simclr", "relicv2")

@@ -9,7 +9,7 @@ from evals_kit import write_result
 
 from launchers import slurm
 from scaletrain.evals import results
-from scaletrain.slurm import grid
+from scaletrain.report import grid
 
 
 def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> None:

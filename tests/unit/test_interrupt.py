@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from scaletrain import interrupt
-from scaletrain.interrupt import Interrupt, ending_at_once
+from scaletrain.runtime import signals as interrupt
+from scaletrain.runtime.signals import Interrupt, ending_at_once
 
 
 @pytest.mark.parametrize("number", interrupt.SIGNALS)

@@ -15,10 +15,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor
 
-import scaletrain.progress
-from scaletrain import config, dist, monitor
+import scaletrain.train.progress
+from scaletrain import dist
+from scaletrain.config import schema
 from scaletrain.core import Batch, Clock, Result
-from scaletrain.resume import Start
+from scaletrain.train import monitor
+from scaletrain.train.resume import Start
 
 TOTAL, PER_EPOCH = 20, 5
 
@@ -38,12 +40,12 @@ class Unread:
 
 def settings(every: int = 4, images_every: int = 10) -> Any:
     """As much of a Config as the monitor uses, without a method to import."""
-    return SimpleNamespace(batch=32, monitor=config.Monitor(every=every, images_every=images_every))
+    return SimpleNamespace(batch=32, monitor=schema.Monitor(every=every, images_every=images_every))
 
 
 @pytest.fixture(autouse=True)
 def plain_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "dump", lambda _: "seed: 7\n")
+    monkeypatch.setattr(schema, "dump", lambda _: "seed: 7\n")
 
 
 def batch() -> Batch:
@@ -229,7 +231,7 @@ def test_collapse_signals_at_the_extremes() -> None:
 def test_pace_measures_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 110.0, 112.0, 114.0, 116.0])  # begin, a slow first step, then 2 s a step
     monkeypatch.setattr(time, "perf_counter", lambda: next(times))
-    pace = scaletrain.progress.Pace(batch=64)
+    pace = scaletrain.train.progress.Pace(batch=64)
     pace.add(waited=9.0, skipped=False)
     assert pace.seconds_per_step == 10
     first = {"speed/images_per_second": 6.4, "speed/data_wait_share": 0.9, "steps/skipped": 0.0}
@@ -244,7 +246,7 @@ def test_pace_measures_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pace_leaves_the_first_step_out_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 110.0, 112.0, 115.0, 125.0, 127.0])  # begin, steps of 10, 2, 3, 10 and 2 s
     monkeypatch.setattr(time, "perf_counter", lambda: next(times))
-    pace = scaletrain.progress.Pace(batch=64)
+    pace = scaletrain.train.progress.Pace(batch=64)
     for steps, seconds in ((3, 2.5), (2, 6.0)):
         for _ in range(steps):
             pace.add(waited=0.0, skipped=False)
@@ -252,9 +254,9 @@ def test_pace_leaves_the_first_step_out_and_nothing_else(monkeypatch: pytest.Mon
 
 
 def test_plain_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaletrain.progress.Pace, "seconds_per_step", 4000.0)
+    monkeypatch.setattr(scaletrain.train.progress.Pace, "seconds_per_step", 4000.0)
     fixed = {"speed/images_per_second": 812.3, "speed/data_wait_share": 0.03}
-    monkeypatch.setattr(scaletrain.progress.Pace, "read", lambda self: fixed)
+    monkeypatch.setattr(scaletrain.train.progress.Pace, "read", lambda self: fixed)
     watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(12, 12, 32 * 12))
     watch.step(Clock(12, TOTAL, 2, PER_EPOCH), result(12), {"all": 0.12345}, batch(), 0.0)
     watch.note("checkpoint [step 12] saved")

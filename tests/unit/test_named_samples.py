@@ -9,13 +9,13 @@ import pytest
 import torch
 from data_kit import add, encode, picture
 
-from scaletrain import config as configuration
-from scaletrain.config import Config
+from scaletrain.config import schema as configuration
+from scaletrain.config.schema import Config
 from scaletrain.core import Batch
-from scaletrain.data.device import ToDevice
-from scaletrain.data.stream import Raw
+from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.engines.base import TrainingError
-from scaletrain.train import train
+from scaletrain.train.loop import train
 
 SHARDS = {"birds.tar": ["north/crow", "north/jay", "owl", "wren"], "fish.tar": ["carp", "deep/" * 24 + "eel", "pike", "ray"]}
 KEYS = [f"{shard}/{key}" for shard, keys in SHARDS.items() for key in keys]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config import Model
+from scaletrain.config.schema import Model
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm, per_view, pooled, views
 

@@ -10,17 +10,17 @@ import torch
 from data_kit import write_shards
 from torch import Tensor
 
-from scaletrain import config
+from scaletrain.config import schema
 from scaletrain.core import Batch
-from scaletrain.data import support
-from scaletrain.data.loader import Stream
-from scaletrain.train import _whole, train
+from scaletrain.data.loading import support
+from scaletrain.data.loading.loader import Stream
+from scaletrain.train.loop import _whole, train
 
 VIEWS = [{"size": 16, "count": 2, "area": [0.1, 0.3], "grayscale": 1.0, "solarize": 1.0, "interpolation": "bilinear"}]
 
 
-def recipe(folder: Path, method: dict[str, object]) -> config.Config:
-    return config.build(
+def recipe(folder: Path, method: dict[str, object]) -> schema.Config:
+    return schema.build(
         {
             "batch": 12,
             "epochs": 2,
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("passes") / "shards", (30, 18))
 
 
-def first(data: config.Data) -> tuple[Stream, Batch]:
+def first(data: schema.Data) -> tuple[Stream, Batch]:
     stream = support.stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
     batch = next(iter(stream.batches(0, 1)))
     stream.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from placement_kit import Written
 
-from scaletrain.placement import Shard, fill, pieces, replica, whole
+from scaletrain.engines.placement import Shard, fill, pieces, replica, whole
 
 
 def test_elements_keep_their_place_whatever_holds_them() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from scaletrain import cli, config, recipe
-from scaletrain.recipe import ConfigError
-from scaletrain.slurm import grid
+from scaletrain import cli
+from scaletrain.config import recipe, schema
+from scaletrain.config.recipe import ConfigError
+from scaletrain.report import grid
 
 ROOT = Path(__file__).parents[2]
 TENS = [f"&a{i + 1} [{', '.join([f'*a{i}'] * 10)}]" for i in range(9)]
@@ -155,4 +156,4 @@ def test_real_recipes_are_far_from_the_bounds() -> None:
     assert len(sizes) > 50
     assert max(sizes) < recipe.BYTES / 100
     many = ", ".join(f"{{path: /data/part-{number}, weight: 1}}" for number in range(300))
-    assert len(config.load(ROOT / "configs" / "byol_r50_in1k.yaml", [f"data.mixture=[{many}]"]).data.mixture) == 300
+    assert len(schema.load(ROOT / "configs" / "byol_r50_in1k.yaml", [f"data.mixture=[{many}]"]).data.mixture) == 300

@@ -14,9 +14,11 @@ import pytest
 import torch
 from data_kit import write_shards
 
-from scaletrain import config, marks, monitor, rehearsal
-from scaletrain.marks import BACKWARD, COPY, FORWARD, UPDATE, WAIT, mark
-from scaletrain.rehearsal import PARTS, REST, Timer, rehearse
+from scaletrain.config import schema
+from scaletrain.runtime import timing
+from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT, mark
+from scaletrain.train import monitor, rehearsal
+from scaletrain.train.rehearsal import PARTS, REST, Timer, rehearse
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -53,7 +55,7 @@ def test_parts_tile_the_step_and_nested_ones_are_taken_out() -> None:
                 clock.now += 16
         timer.step()
 
-    with marks.listening(timer.mark):
+    with timing.listening(timer.mark):
         one(1000)  # warm-up
         one(1)
         clock.now += 0.5  # between the steps: part of the next
@@ -101,7 +103,7 @@ def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         {"median": 100.0, "p95": 120.0, "parts": {**zero, WAIT: 5.0, FORWARD: 95.0}, "memory": {"memory/rss_peak_mb": 7.0}},
         {"median": 100.0, "p95": 130.0, "parts": {**zero, WAIT: 15.0, FORWARD: 85.0}, "memory": {"memory/rss_peak_mb": 9.0}},
     ]
-    cfg = config.build({"batch": 32, "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]}})
+    cfg = schema.build({"batch": 32, "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]}})
     found = rehearsal.report(cfg, ranks, 40)
     assert found["images_per_second"] == pytest.approx(320)
     assert found["views_per_second"] == pytest.approx(320 * 8)
@@ -112,7 +114,7 @@ def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_marks_cost_nothing_when_nobody_listens(tmp_path: Path) -> None:
     assert mark(FORWARD) is mark(BACKWARD)
-    cfg = config.build({"data": {"path": "elsewhere"}})
+    cfg = schema.build({"data": {"path": "elsewhere"}})
     with rehearse(cfg, tmp_path, 5, torch.device("cpu")) as watch:
         watch.step()
         assert isinstance(watch, monitor.Unwatched)

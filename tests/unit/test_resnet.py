@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from scaletrain import checkpoint
-from scaletrain.config import ConfigError, Model
+from scaletrain.checkpoint import writer
+from scaletrain.config.schema import ConfigError, Model
 from scaletrain.core import Staged
 from scaletrain.nn import backbone, resnet
 
@@ -59,8 +59,8 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(name: str, tmp
     ours = resnet.ResNet(Model(name=name))
     ours(torch.randn(8, 3, 32, 32))  # move the running statistics off their start
     commit(ours)
-    checkpoint.export(ours.state_dict(), tmp_path / "encoder.safetensors", {"model": name})
-    tensors, _ = checkpoint.load_file(tmp_path / "encoder.safetensors")
+    writer.export(ours.state_dict(), tmp_path / "encoder.safetensors", {"model": name})
+    tensors, _ = writer.load_file(tmp_path / "encoder.safetensors")
     theirs = getattr(torchvision.models, name)()
     theirs.fc = nn.Identity()
     third = timm.create_model(name, num_classes=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaletrain.config import Model
+from scaletrain.config.schema import Model
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm, per_view
 

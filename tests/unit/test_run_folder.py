@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain import run_folder
-from scaletrain.recipe import ConfigError
-from scaletrain.run_folder import BusyError, Lease
+from scaletrain.config.recipe import ConfigError
+from scaletrain.train import run_folder
+from scaletrain.train.run_folder import BusyError, Lease
 
 
 @pytest.fixture(autouse=True)

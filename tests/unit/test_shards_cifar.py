@@ -13,8 +13,9 @@ import pytest
 from data_kit import picture
 from shards_kit import contents, run
 
-from scaletrain.data import arraypickle, image
 from scaletrain.data.errors import DataError
+from scaletrain.data.transforms import image
+from scaletrain.importers import numpy_pickle
 
 
 def text(value: str) -> bytes:
@@ -94,8 +95,8 @@ def test_cifar100_in_both_releases_and_with_both_labels(tmp_path: Path) -> None:
 def test_numpys_own_pickles_are_read(tmp_path: Path, protocol: int) -> None:
     path, pixels = tmp_path / "batch", planes(range(3))
     path.write_bytes(pickle.dumps({"data": pixels, "labels": [1, 2, 300], "more": (None, True, [])}, protocol))
-    content = arraypickle.load(path)
-    assert np.array_equal(arraypickle.array(content["data"], path), pixels)
+    content = numpy_pickle.load(path)
+    assert np.array_equal(numpy_pickle.array(content["data"], path), pixels)
     assert content["labels"] == [1, 2, 300]
     assert content["more"] == (None, True, [])
 
@@ -171,7 +172,7 @@ DAMAGED = (
 def test_damaged_pickles_are_one_clear_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "batch").write_bytes(data)
     with pytest.raises(DataError, match="batch"):
-        arraypickle.load(tmp_path / "batch")
+        numpy_pickle.load(tmp_path / "batch")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_only_arrays_of_bytes_are_taken(tmp_path: Path, array: np.ndarray) -> No
     path = tmp_path / "batch"
     path.write_bytes(pickle.dumps({"data": array}, 4))
     with pytest.raises(DataError, match="no array of bytes"):
-        arraypickle.array(arraypickle.load(path)["data"], path)
+        numpy_pickle.array(numpy_pickle.load(path)["data"], path)
 
 
 def test_a_shape_that_the_bytes_do_not_fill_is_refused(tmp_path: Path) -> None:
@@ -189,4 +190,4 @@ def test_a_shape_that_the_bytes_do_not_fill_is_refused(tmp_path: Path) -> None:
     whole = python2({"data": planes(range(2))})
     path.write_bytes(whole.replace(b"M\x02\x00", b"M\xff\x00"))
     with pytest.raises(DataError, match="no array of bytes"):
-        arraypickle.array(arraypickle.load(path)["data"], path)
+        numpy_pickle.array(numpy_pickle.load(path)["data"], path)

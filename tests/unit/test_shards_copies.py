@@ -18,7 +18,7 @@ from data_kit import encode, picture
 from remote_kit import Page, Server, serving
 from shards_kit import ROOT, contents, files, run
 
-from scaletrain.data.copies import Copies, digest
+from scaletrain.importers.dedup import Copies, digest
 
 WHICH = [0, 1, 2, 0, 3, 4, 1, 0, 5, 6, 7, 3]  # the picture of each row: four copies
 

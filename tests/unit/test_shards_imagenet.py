@@ -13,7 +13,7 @@ from data_kit import add, encode, picture
 from PIL import Image
 from shards_kit import contents, files, keys, run
 
-from scaletrain.data import image
+from scaletrain.data.transforms import image
 
 WNIDS = ("n01440764", "n02105855", "n01751748")  # not in their order
 

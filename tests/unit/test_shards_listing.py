@@ -16,12 +16,13 @@ import pytest
 from data_kit import encode, picture
 from shards_kit import contents, files, keys, run
 
-from scaletrain.config import Data
-from scaletrain.data import fetch, table
+from scaletrain.config.schema import Data
 from scaletrain.data.errors import DataError
-from scaletrain.data.reader import Shards
-from scaletrain.data.stream import Images
-from scaletrain.data.tar import Reader
+from scaletrain.data.format import offsets
+from scaletrain.data.format.tar import Reader
+from scaletrain.data.loading.dataset import Images
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.storage import http
 
 
 def photos(root: Path, count: int) -> list[bytes]:
@@ -63,7 +64,7 @@ def test_none_one_and_many_labels(tmp_path: Path) -> None:
 
 
 def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
-    from scaletrain.data.plan import Plan
+    from scaletrain.data.sampling.plan import Plan
 
     photos(tmp_path, 4)
     listing = write_csv(tmp_path / "list.csv", [["file", "labels"], *([f"{i}.png", "1;2" if i % 2 else "3"] for i in range(4))])
@@ -82,12 +83,12 @@ def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
     ],
 )
 def test_json_members_of_others(text: str, label: int) -> None:
-    assert table._single(json.loads(text)) == label
+    assert offsets._single(json.loads(text)) == label
 
 
 @pytest.mark.parametrize("text", ['{"labels": 3}', '{"labels": ["dog"]}', '{"labels": [true]}', '{"labels": [-2, 1]}'])
 def test_malformed_json_labels_are_refused(text: str) -> None:
-    assert table._single(json.loads(text)) is None
+    assert offsets._single(json.loads(text)) is None
 
 
 def test_names_as_labels(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ class Page(BaseHTTPRequestHandler):
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fetch, "sleep", lambda seconds: None)  # between the tries
+    monkeypatch.setattr(http, "sleep", lambda seconds: None)  # between the tries
     server = Web()
     server.handle_error = lambda *_: None  # a client that hangs up
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -247,11 +248,11 @@ def test_addresses_are_fetched_and_dead_ones_quarantined(tmp_path: Path, web: We
 
 
 def test_failures_that_may_pass_are_tried_again(web: Web) -> None:
-    assert fetch.fetch(f"{web.url}/flaky", 5, 3) == encode(picture(8))
+    assert http.fetch(f"{web.url}/flaky", 5, 3) == encode(picture(8))
     assert web.asked == ["/flaky"] * 3
     web.asked.clear()
     with pytest.raises(DataError, match=r"HTTP 503 .* \(tried 2 times\)"):
-        fetch.fetch(f"{web.url}/flaky", 5, 2)
+        http.fetch(f"{web.url}/flaky", 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -268,9 +269,9 @@ def test_failures_that_may_pass_are_tried_again(web: Web) -> None:
     ],
 )
 def test_what_is_not_fetched(web: Web, monkeypatch: pytest.MonkeyPatch, path: str, fault: str) -> None:
-    monkeypatch.setattr(fetch, "MEMBER_BYTES", 4000)
+    monkeypatch.setattr(http, "MEMBER_BYTES", 4000)
     with pytest.raises(DataError, match=fault):
-        fetch.fetch(web.url + path, 0.2, 1)
+        http.fetch(web.url + path, 0.2, 1)
     if path in ("/file", "/ftp", "/inside"):
         assert len(web.asked) == 1
 
@@ -280,7 +281,7 @@ def test_what_is_not_fetched(web: Web, monkeypatch: pytest.MonkeyPatch, path: st
 )
 def test_only_the_web(url: str) -> None:
     with pytest.raises(DataError, match=r"only http:// and https://|no valid address"):
-        fetch.fetch(url, 1, 1)
+        http.fetch(url, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +296,11 @@ def test_only_the_web(url: str) -> None:
     ],
 )
 def test_redirects_stay_out_of_private_networks(monkeypatch: pytest.MonkeyPatch, address: str, allowed: bool) -> None:
-    monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (address, 80))])
-    start = fetch.request.Request("http://images.example/a.jpg")
+    monkeypatch.setattr(http.socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (address, 80))])
+    start = http.request.Request("http://images.example/a.jpg")
 
     def redirect() -> object:
-        return fetch._Redirects().redirect_request(start, io.BytesIO(), 302, "Found", {}, "http://other.example/b.jpg")
+        return http._Redirects().redirect_request(start, io.BytesIO(), 302, "Found", {}, "http://other.example/b.jpg")
 
     if allowed:
         assert redirect().full_url == "http://other.example/b.jpg"

@@ -19,9 +19,10 @@ from data_kit import add, encode, picture
 from shards_kit import contents, files, keys, run, script, tree
 from typer.testing import CliRunner
 
-from scaletrain.data import index, partial
 from scaletrain.data.errors import DataError
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index
+from scaletrain.data.reading.reader import Shards
+from scaletrain.importers import journal as partial
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import pytest
 from data_kit import encode, picture, write_shards
 from shards_kit import ROOT, contents, run, tree
 
-from scaletrain.data import image, index
-from scaletrain.data.reader import Shards
+from scaletrain.data.format import index
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.transforms import image
 
 # --- folder -----------------------------------------------------------------------------------------------------------
 

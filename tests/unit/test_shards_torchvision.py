@@ -13,7 +13,7 @@ from PIL import Image
 from shards_kit import contents, run, script, tree
 from torchvision import datasets
 
-from scaletrain.data import image
+from scaletrain.data.transforms import image
 
 
 def test_files_are_taken_as_they_are(tmp_path: Path) -> None:

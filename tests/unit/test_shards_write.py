@@ -18,8 +18,8 @@ from data_kit import encode, picture
 from PIL import Image
 from shards_kit import ROOT, contents, files, keys, run, tree
 
-from scaletrain.data import image
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.transforms import image
 
 
 def source(folder: Path, count: int = 20) -> Path:
@@ -228,7 +228,7 @@ def test_a_sideways_photo_is_upright_after_resize(tmp_path: Path) -> None:
 
 
 def test_failures_of_the_disk_are_not_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scaletrain.data import index
+    from scaletrain.data.format import index
 
     def full(path: Path) -> object:
         raise OSError(28, "No space left on device", str(path))

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from scaletrain import config
+from scaletrain.config import schema
+from scaletrain.config.recipe import ConfigError
 from scaletrain.core import Clock
 from scaletrain.nn.clusters import Assignments
-from scaletrain.ops.contrast import similarities
-from scaletrain.recipe import ConfigError
+from scaletrain.ops.contrastive import similarities
 
 CLOCK = Clock(0, 20, 0, small.STEPS_PER_EPOCH)
 
@@ -80,12 +80,12 @@ def test_clusters_are_described_alike_by_any_number_of_ranks(tmp_path: Path) -> 
 )
 def test_studies_of_masks_without_masks_are_refused(overrides: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        config.load(Path(__file__).parents[2] / "configs" / "byol_r50_in1k.yaml", overrides)
+        schema.load(Path(__file__).parents[2] / "configs" / "byol_r50_in1k.yaml", overrides)
 
 
 def test_every_objective_shows_more_than_its_loss() -> None:
     """Signals of its own beside the parts of the loss, all finite numbers."""
-    for name in (*config.leaves("methods"), *small.JOINED):
+    for name in (*schema.leaves("methods"), *small.JOINED):
         cfg = small.config(name)
         engine = small.engine(cfg)
         small.run(engine, cfg, 0, 1)

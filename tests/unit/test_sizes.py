@@ -14,10 +14,11 @@ import torchvision
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
-from scaletrain import cli, sizes
-from scaletrain.config import Config, leaves
+from scaletrain import cli
+from scaletrain.config.schema import Config, leaves
 from scaletrain.core import Batch, Clock
-from scaletrain.train import build
+from scaletrain.estimate import model
+from scaletrain.train.loop import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,7 +34,7 @@ def test_multiply_adds_of_a_view_are_torchvisions(depth: int, weights: str) -> N
     published = torchvision.models.get_model_weights(f"resnet{depth}")[weights].meta["_ops"]
     view = {"size": 224, "count": 2}
     cfg = recipe("simclr", model={"name": f"resnet{depth}", "width": 1, "stem": "imagenet"}, data={"views": [view]})
-    (found,) = sizes.measure(cfg)["views"]
+    (found,) = model.measure(cfg)["views"]
     classifier = 1000 * (512 if depth == 18 else 2048)
     assert (found["size"], found["count"]) == (224, 2)
     assert (found["flops"] / 2 + classifier) / 1e9 == pytest.approx(published, abs=6e-4)
@@ -42,7 +43,7 @@ def test_multiply_adds_of_a_view_are_torchvisions(depth: int, weights: str) -> N
 def test_parameters_and_flops_of_a_step_by_hand() -> None:
     """BYOL's two heads of one hidden layer, and forward passes: two views, each through both networks."""
     cfg = recipe("byol")
-    found = sizes.measure(cfg)
+    found = model.measure(cfg)
     encoder, (view,) = found["parameters"]["backbone"], found["views"]
     width, hidden, dim = 32, 24, 8
     projector = width * hidden + hidden + 2 * hidden + hidden * dim  # bias and norm in the middle, none at the end
@@ -84,7 +85,7 @@ def test_activations_are_what_a_step_allocates(method: str, precision: str) -> N
     """
     network = {"name": "resnet50", "sk": True, "width": 0.125} if precision == "bf16" else {"width": 0.25}
     cfg = recipe(method, precision, model=network, data={"masks": True})
-    found = sizes.measure(cfg)
+    found = model.measure(cfg)
     assert found["precision"] == precision
     assert found["step"]["activations"] * cfg.batch == pytest.approx(real(cfg), rel=0.015)
 

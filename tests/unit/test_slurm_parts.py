@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.recipe import ConfigError
-from scaletrain.slurm import grid, queue, task
+from scaletrain.config.recipe import ConfigError
+from scaletrain.launch.slurm import queue, task
+from scaletrain.report import grid
 
 
 def test_torchrun_variables_of_the_last_task_of_an_uneven_job() -> None:

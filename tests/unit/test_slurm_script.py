@@ -17,10 +17,10 @@ import typer
 from typer.testing import CliRunner
 
 from launchers import slurm as launcher
-from scaletrain import interrupt
-from scaletrain.slurm import submit, task
-from scaletrain.slurm.queue import Partition, SlurmError, seconds
-from scaletrain.slurm.submit import Resources
+from scaletrain.launch.slurm import submit, task
+from scaletrain.launch.slurm.queue import Partition, SlurmError, seconds
+from scaletrain.launch.slurm.submit import Resources
+from scaletrain.runtime import signals
 
 NEVER = float("inf")
 LISTS = ("tuple[str, ...]",)
@@ -79,7 +79,7 @@ def test_what_stands_in_the_script_is_not_run(text: str, tmp_path: Path, monkeyp
     assert (done.returncode, done.stderr) == (0, "")
     assert look[-3:] == ["test", "-d", str(folder)]
     assert step[step.index("--output") + 1] == f"{folder}/%A_%a_%t_log.out"
-    assert step[-5:] == [f"/bin/{text}", "-u", "-m", "scaletrain.slurm.task", str(folder)]
+    assert step[-5:] == [f"/bin/{text}", "-u", "-m", "scaletrain.launch.slurm.task", str(folder)]
     assert not list(tmp_path.rglob("planted"))
 
 
@@ -97,7 +97,11 @@ def bash(
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run a batch script; also the arguments of each srun in it. Python ends with `code`, and a requeue ends the script."""
     note = f'printf "%s\\x1f" "$@" >> {place}/calls; echo >> {place}/calls'
-    tools = {"srun": f'{note}\ncase "$*" in *scaletrain.slurm.task*) exit {code};; esac', "scontrol": "kill $PPID", "sleep": ""}
+    tools = {
+        "srun": f'{note}\ncase "$*" in *scaletrain.launch.slurm.task*) exit {code};; esac',
+        "scontrol": "kill $PPID",
+        "sleep": "",
+    }
     for name, body in tools.items():
         (place / name).write_text(f"#!/bin/bash\n{body}\n")
         (place / name).chmod(0o755)
@@ -245,14 +249,14 @@ def test_dry_run_needs_neither_slurm_nor_data(tmp_path: Path, monkeypatch: pytes
 
 
 def test_progress_is_noted_for_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(interrupt.PROGRESS_FILE, raising=False)
-    interrupt.note_progress("step 1")
+    monkeypatch.delenv(signals.PROGRESS_FILE, raising=False)
+    signals.note_progress("step 1")
     slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     slurm |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.7"}
     monkeypatch.setenv("SCALETRAIN_PROGRESS_FILE", task.environment(slurm, str(tmp_path))["SCALETRAIN_PROGRESS_FILE"])
     for step in (2, 10):
-        interrupt.note_progress(f"step {step}")
+        signals.note_progress(f"step {step}")
         assert (tmp_path / "7.progress").read_text() == f"step {step}\n"
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.setenv("SCALETRAIN_PROGRESS_FILE", str(tmp_path / "gone" / "7.progress"))
-    interrupt.note_progress("step 11")  # a note that cannot be written ends no run
+    signals.note_progress("step 11")  # a note that cannot be written ends no run

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain import tables
 from scaletrain.doctor.page import Finding, lines
-from scaletrain.tables import plural, render, wrap
+from scaletrain.runtime import tables
+from scaletrain.runtime.tables import plural, render, wrap
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("engine", "MB", "share", "note")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from data_kit import children
 
-from scaletrain.config import Data, View
+from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import LoaderError
-from scaletrain.data.loader import Stream
-from scaletrain.data.stream import Failure, Images, Raw
+from scaletrain.data.loading.dataset import Failure, Images, Raw
+from scaletrain.data.loading.loader import Stream
 
 CPU = torch.device("cpu")
 

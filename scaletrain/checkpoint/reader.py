@@ -1,0 +1,269 @@
+"""Steps on disk, and reading them: the manifest, its checks, and tensors by ranges from any number of files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scaletrain import dist, exit_codes
+from scaletrain.checkpoint import files
+from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.config.schema import Frozen, Natural
+from scaletrain.runtime import durable
+
+log = logging.getLogger("scaletrain")
+MANIFEST = "manifest.json"
+PAUSES = (1.0, 5.0)  # seconds before each further attempt to read where storage fails
+T = TypeVar("T")
+
+# a plain name: it never leads out of the folder
+FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,}-of-[0-9]{5,}\.[0-9a-f]{16}\.safetensors$")]
+Code = Literal["BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"]
+
+
+class Part(Frozen):
+    """[start, stop) of a flattened tensor, stored in `file` under the tensor's name."""
+
+    file: FileName
+    start: Natural
+    stop: Natural
+
+
+class Entry(Frozen):
+    """One tensor: its type, whole shape, and where its ranges are."""
+
+    dtype: Code
+    shape: tuple[Natural, ...]
+    pieces: tuple[Part, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+
+class File(Frozen):
+    bytes: Natural
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(Frozen):
+    """What a step holds. A rank's done file is the manifest of what that rank wrote."""
+
+    format: Literal[1] = 1
+    step: Natural
+    meta: dict[str, Any]
+    tensors: dict[str, Entry]
+    files: dict[FileName, File]
+
+
+def read_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate_json(files.unseal(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise CheckpointError(f"{path} cannot be used: {where}: {first['msg']}; was it written by another version?") from None
+
+
+def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifest:
+    """The whole step from what each rank wrote."""
+    first: dict[str, Entry] = {}
+    pieces: dict[str, list[Part]] = {}
+    listed: dict[str, File] = {}
+    for part in parts:
+        listed |= part.files
+        for name, new in part.tensors.items():
+            old = first.setdefault(name, new)
+            if (old.dtype, old.shape) != (new.dtype, new.shape):
+                raise CheckpointError(f"ranks disagree on {name}: {old.dtype} {old.shape} and {new.dtype} {new.shape}")
+            pieces.setdefault(name, []).extend(new.pieces)
+    whole = ((name, entry.model_copy(update={"pieces": tuple(pieces[name])})) for name, entry in first.items())
+    return Manifest(step=step, meta=meta, tensors=dict(map(_tiled, whole)), files=listed)
+
+
+def _tiled(item: tuple[str, Entry]) -> tuple[str, Entry]:
+    """The entry with its pieces in order and empty ones gone; CheckpointError unless they cover the tensor exactly once."""
+    name, entry = item
+    pieces = sorted((piece for piece in entry.pieces if piece.start != piece.stop), key=lambda piece: piece.start)
+    end = 0
+    for piece in pieces:
+        if piece.start != end or piece.stop < piece.start:
+            fault = "lie over each other" if piece.start < end else "leave a gap"
+            raise CheckpointError(f"pieces of {name} {fault} at {end}: {piece.file} holds [{piece.start}, {piece.stop})")
+        end = piece.stop
+    if end != entry.numel:
+        raise CheckpointError(f"pieces of {name} end at {end}, but shape {entry.shape} has {entry.numel} elements")
+    return name, entry.model_copy(update={"pieces": tuple(pieces)})
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def steps(root: Path) -> dict[int, bool]:
+    """Step numbers with a folder, ascending -> whether the step is committed, that is, has a manifest."""
+    try:
+        matches = [(re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,})", path.name), path) for path in root.iterdir()]
+        found = {int(match[1]): (path / MANIFEST).is_file() for match, path in matches if match}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:  # never taken for "nothing there", which would start a run anew
+        text = f"cannot list checkpoints: {error}. Check the path and its permissions"
+        raise CheckpointError(text, exit_codes.of(error)) from None
+    return dict(sorted(found.items()))
+
+
+def delete(folder: Path) -> None:
+    """The manifest goes first, so that a half-deleted step does not exist."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    durable.sync(folder)
+    shutil.rmtree(folder)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class Saved:
+    """A verified step, read by ranges of flattened tensors: the reader's world size and engine are its own affair."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self._manifest = path, manifest
+        self._open: dict[str, Any] = {}
+
+    @property
+    def step(self) -> int:
+        return self._manifest.step
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return self._manifest.meta
+
+    def names(self) -> list[str]:
+        return sorted(self._manifest.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return files.DTYPES[self._entry(name).dtype]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """[stop - start] CPU tensor of its own memory: a range of the flattened tensor, from as many files as hold it."""
+        entry = self._entry(name)
+        stop = entry.numel if stop is None else stop
+        if not 0 <= start <= stop <= entry.numel:
+            raise CheckpointError(f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is no range of it")
+        out = torch.empty(stop - start, dtype=self.dtype(name))
+        for piece in entry.pieces:
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                out[low - start : high - start] = self._slice(piece.file, name, low - piece.start, high - piece.start)
+        return out
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self._manifest.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} holds no tensor {name}; it is of another model or method") from None
+
+    def _slice(self, file: str, name: str, start: int, stop: int) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.path / file, "pt", device="cpu")
+            part: Tensor = self._open[file].get_slice(name)[start:stop]
+        except (OSError, SafetensorError) as error:
+            text = f"{self.path / file}: cannot read {name}: {error}. Was the step pruned meanwhile?"
+            raise CheckpointError(text, exit_codes.of(error)) from None
+        if (len(part), part.dtype) != (stop - start, self.dtype(name)):
+            raise CheckpointError(f"{self.path / file}: {name} is not what the manifest says")
+        return part
+
+
+def _verify(folder: Path) -> Manifest:
+    """The manifest of a step of which every byte is as written, else CheckpointError."""
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error.strerror}", exit_codes.of(error)) from None
+    for name, entry in map(_tiled, manifest.tensors.items()):
+        if strange := {piece.file for piece in entry.pieces} - manifest.files.keys():
+            raise CheckpointError(f"{folder / MANIFEST} places {name} in {min(strange)}, which it does not list")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda item: files.compare(folder / item[0], item[1].bytes, item[1].sha256), manifest.files.items()))
+    return manifest
+
+
+def _patiently(folder: Path) -> Manifest:
+    """As _verify. A failure of storage that may pass is not damage: going on from an older step would lose work."""
+    for pause in PAUSES:
+        try:
+            return _verify(folder)
+        except CheckpointError as error:
+            if error.exit_code != exit_codes.RETRY:
+                raise
+            log.warning("%s; the next attempt is in %g s", error, pause)
+            time.sleep(pause)
+    return _verify(folder)
+
+
+def _newest(root: Path) -> tuple[Path, Manifest] | None:
+    known, refused = steps(root), ""
+    for step in reversed(known):
+        folder = folder_of(root, step)
+        if not known[step]:
+            log.warning("%s was never committed and is ignored", folder)
+            continue
+        try:
+            manifest = _patiently(folder)
+            if manifest.step != step:
+                raise CheckpointError(f"{folder} holds step {manifest.step}: the folder was renamed")
+            return folder, manifest
+        except CheckpointError as error:
+            log.warning("step %d is refused: %s", step, error)
+            refused = str(error)
+    if refused:
+        raise CheckpointError(f"no step in {root} is whole ({refused}). Restore one from a copy, or move the folder away")
+    return None
+
+
+def _agreed(decide: Callable[[], T]) -> T:
+    """Rank 0's result or CheckpointError, on every rank: no two ranks go on from different steps, and files are hashed once."""
+    answer: tuple[T | None, CheckpointError | None] = (None, None)
+    if dist.main():
+        try:
+            answer = (decide(), None)
+        except CheckpointError as error:
+            answer = (None, error)
+    value, fault = dist.broadcast_object(answer)
+    if fault is not None:
+        raise fault
+    return value  # type: ignore[no-any-return]
+
+
+def latest(root: Path) -> Saved | None:
+    """The newest committed step of which every byte is as written; None if nothing was ever committed. Call on every rank.
+
+    A damaged step is named in the log and the one before it is taken; CheckpointError if all are damaged.
+    """
+    found = _agreed(lambda: _newest(root))
+    return None if found is None else Saved(*found)
+
+
+def open_step(path: Path) -> Saved:
+    """One step's folder, verified; CheckpointError says what is wrong with it. Call on every rank."""
+    return Saved(path, _agreed(lambda: _verify(path)))

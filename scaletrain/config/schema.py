@@ -1,0 +1,365 @@
+"""Configuration as frozen data: the typed schema, nearest-name errors, exact save and reload. recipe.py reads the text.
+
+Leaves (methods, engines) keep their own `Config` in their own file; it is found by the leaf's file name in a second pass, so
+this module imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pkgutil
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+
+from scaletrain.config.recipe import ERRORS, apply, brief, flat, listed, long, nearest, read, shards, yaml
+from scaletrain.config.recipe import ConfigError as ConfigError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+PATHS = ("path", "labels")  # the keys that name a file or folder
+_SHARED = ("base", "gradient_cache", "placement")  # files beside methods, auxiliaries and engines that are none of them
+
+
+def absolute(path: str) -> str:
+    """Of a file or folder: what a run saves must mean the same from any folder. An address stays as it is."""
+    if len(parts := listed(path)) > 1:
+        return str(shards([absolute(part) for part in parts]))
+    return path if path in ("", "synthetic") or "://" in path else str(Path(parts[0]).expanduser().absolute())
+
+
+Place = Annotated[str, AfterValidator(absolute)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class Leaf(Frozen):
+    """Base of the `Config` that a method or engine file defines."""
+
+    name: str
+
+    def fits(self, run: Config) -> None:
+        """Raise ValueError where this leaf cannot go with the rest of the recipe, which is read by then."""
+
+
+LeafT = TypeVar("LeafT", bound=Leaf)
+
+
+class View(Frozen):
+    """One kind of random view. Colour parameters mean what torchvision's ColorJitter means by them."""
+
+    size: Annotated[int, Field(ge=8, le=4096)] = 224  # pixels of the square view
+    count: Natural = 1  # 0 leaves it out, for studies of views
+    area: Range = (0.08, 1.0)  # share of the image that a crop covers
+    ratio: Range = (3 / 4, 4 / 3)
+    crop: Share = 1.0  # probability of cropping at all; otherwise the whole image is resized
+    interpolation: Literal["bilinear", "bicubic", "keys"] = "bicubic"  # keys: TensorFlow's bicubic, never antialiased
+    antialias: bool = True  # widen the filter with the reduction, as Pillow does
+    flip: Share = 0.5
+    jitter: Share = 0.8
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    grayscale: Share = 0.2
+    blur: Share = 0.5
+    sigma: Range = (0.1, 2.0)  # of the blur, in pixels at size 224; scaled with the view's size
+    solarize: Share = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> View:
+        for name in ("area", "ratio", "sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is a range (low, high) with 0 < low <= high, got ({low}, {high})")
+        if self.area[1] > 1:
+            raise ValueError(f"area is a share of the image, at most 1, got {self.area[1]}")
+        if self.interpolation == "keys" and self.antialias:
+            raise ValueError("interpolation keys is TensorFlow's bicubic without antialiasing: add antialias: false")
+        return self
+
+
+class Part(Frozen):
+    """One of the data sets of a mixture."""
+
+    path: Annotated[Place, Field(min_length=1)]  # folder of tar shards
+    weight: Positive  # share of the draws, relative to the other parts
+
+
+class Cache(Frozen):
+    """Whole shards on this node's disk, shared by its ranks: those of http://, https:// and s3:// addresses."""
+
+    path: Place = ""  # folder of this node; "": the one for temporary files
+    bytes: Count = 100_000_000_000  # oldest shards are deleted beyond; want twice the shards in use, which the run prints
+    stage: bool = False  # copy the shards of local folders too: for parallel file systems, which random reads hurt
+
+
+class Support(Frozen):
+    """Labelled samples beside every batch, as many of each class, for the auxiliaries that want them (suncet)."""
+
+    path: Place = ""  # folder of shards; "": data.path
+    labels: Place = ""  # file of shards/subset.py, the samples whose labels may be used; "": all of a `path` of their own
+    classes: Count = 10  # of a step; the classes take turns
+    per_class: Annotated[int, Field(ge=2)] = 2  # samples of each of them
+    epochs: Positive = 100.0  # from the start; the steps of later ones have none
+
+
+class Data(Frozen):
+    # folder of tar shards, local, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER; FOLDER/*.tar; a list of these; or `synthetic`
+    path: Annotated[Place, BeforeValidator(shards, json_schema_input_type=str | list[str])] = ""
+    cache: Cache = Cache()
+    mixture: tuple[Part, ...] = ()  # in place of path: folders that every batch draws from
+    epoch_samples: Natural = 0  # samples that count as an epoch; 0: as many as the data has
+    lanes: Count = 64  # equal parts of the epoch's line of samples that feed every batch
+    window: Count = 16  # shards among which a lane shuffles
+    workers: Natural = 4  # loader processes per rank; 0 loads in the training process
+    prefetch: Annotated[int, Field(ge=1, le=100)] = 2  # batches held ready by each worker
+    timeout: Positive = 300.0  # seconds without a batch before the run ends, with exit code 75
+    liveness: Positive = 60.0  # likewise, seconds in which a worker that owes a batch begins no image and receives no bytes
+    masks: bool = False  # read `key.mask.png` members and crop them with the large views
+    good_crops: Share = 0.0  # of the samples: large crops are drawn again until they hold foreground, a study that needs masks
+    good_cover: Share = 0.25  # of the foreground that such a crop holds
+    mask_study: Literal["", "points", "rectangle", "centred", "add", "remove", "box"] = ""  # worse masks, as altered.py says
+    mask_share: Share = 0.5  # size of what mask_study puts in, takes out or adds
+    on_bad: Literal["raise", "skip"] = "raise"  # a sample that cannot be used: stop, or replace it by another and count it
+    max_bad: Share = 0.001  # share of the samples that may be replaced before the run stops
+    max_pixels: Count = 50_000_000  # images above this are refused before decoding
+    synthetic_samples: Count = 1_281_167
+    mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)  # of pixels in [0, 1]; 0 and std 1 leave them so
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    augment: Literal["worker", "device"] = "worker"  # where colours, blur and flips are computed; crops always in the worker
+    views: tuple[View, ...] = (View(count=2),)
+    support: Support | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return long("data", value)
+
+    @model_validator(mode="after")
+    def _some_views(self) -> Data:
+        if not any(view.count for view in self.views):
+            raise ValueError("views is empty; a method needs at least one view")
+        return self
+
+    @model_validator(mode="after")
+    def _foreground(self) -> Data:
+        for field in ("good_crops", "mask_study"):
+            if getattr(self, field) and not self.masks:
+                raise ValueError(f"{field} needs the foreground; add data.masks=true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Data:
+        if self.path and self.mixture:
+            raise ValueError("path and mixture exclude each other; clear one with data.path='' or data.mixture=[]")
+        return self
+
+
+class Model(Frozen):
+    name: str = "resnet50"  # resnet18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library
+    width: Positive = 1.0  # multiplies every stage and the stem
+    sk: bool = False  # SimCLRv2's selective kernels, with ResNet-D's stem and shortcuts
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
+    sobel: bool = False  # the network sees the image's two gradients in place of its colours (DeepCluster)
+    zero_init: bool = False  # gamma of each residual branch's last norm starts at zero
+    norm_group: Natural = 0  # samples of the global batch that share batch-norm statistics; 0: all of it
+
+
+class Optim(Frozen):
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    lr: Positive = 0.3  # per `lr_batch` samples of the global batch
+    rule: Literal["linear", "sqrt", "none"] = "linear"
+    lr_batch: Count = 256
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 10.0
+    warmup_start: Share = 0.0  # share of the base learning rate at step 0
+    schedule: Literal["cosine", "constant", "steps"] = "cosine"
+    final: Share = 0.0  # share of the base learning rate at the end of the cosine
+    milestones: tuple[Positive, ...] = ()  # steps only: epochs, each of which multiplies the learning rate by gamma
+    gamma: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 1.5e-6
+    momentum: Share = 0.9
+    nesterov: bool = False  # sgd only
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw only
+    trust: Positive = 1e-3  # LARS eta
+    trust_clip: bool = False  # LARS: never above the plain learning rate (solo-learn's clip_lr)
+    lars_momentum: Literal["outside", "inside"] = "outside"  # learning rate outside (BYOL) or inside (SimCLR) the buffer
+    lars_norm: Literal["sum", "parts"] = "sum"  # |g + wd p| (BYOL, SimCLR) or |g| + wd |p| (LARC)
+    exclude: Literal["norm_bias", "ndim1", "none"] = "norm_bias"  # from weight decay and adaptation
+
+
+class Checkpoint(Frozen):
+    every_steps: Natural = 0  # 0: at the end of each epoch
+    keep_last: Count = 2
+    keep_every: Natural = 0  # steps; multiples of it are never pruned
+
+
+class Monitor(Frozen):
+    every: Count = 20  # steps between scalars
+    images_every: Natural = 1000  # steps between grids of the views; 0: never
+
+
+class Config(Frozen):
+    """A whole run. `batch` is global: the number of samples per optimizer step over all ranks."""
+
+    seed: Natural = 0
+    batch: Count = 4096
+    epochs: Positive = 100.0
+    steps: Natural = 0  # stop (and decay) after so many steps instead of `epochs`; 0: by epochs
+    threads: Natural = 0  # CPU threads per rank; 0: cores divided by local ranks
+    data: Data = Data()
+    model: Model = Model()
+    method: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("methods", v))]] = cast(Leaf, {"name": "relicv2"})
+    auxiliaries: tuple[SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("auxiliaries", v))]], ...] = ()
+    optim: Optim = Optim()
+    engine: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("engines", v))]] = cast(Leaf, {"name": "ddp"})
+    checkpoint: Checkpoint = Checkpoint()
+    monitor: Monitor = Monitor()
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Config:
+        names = [leaf.name for leaf in self.auxiliaries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"auxiliaries: each at most once, got {', '.join(names)}")
+        self.method.fits(self)
+        self.engine.fits(self)
+        return self
+
+
+def leaves(kind: str) -> tuple[str, ...]:
+    """Names of the leaf files in `scaletrain/<kind>/` that define a Config."""
+    package = importlib.import_module(f"scaletrain.{kind}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _SHARED))
+
+
+def leaf_config(kind: str, name: str) -> type[Leaf]:
+    known = leaves(kind)
+    if name not in known:
+        raise ValueError(f"there is no '{brief(name)}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
+    return cast(type[Leaf], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
+
+
+def _leaf(kind: str, value: Any) -> Leaf:
+    if isinstance(value, Leaf):
+        return value
+    raw = {"name": value} if isinstance(value, str) else value
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
+        raise ValueError(f"needs a `name`; known: {', '.join(leaves(kind))}")
+    return leaf_config(kind, raw["name"]).model_validate(raw)
+
+
+def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
+    found, lines = error.errors(include_url=False), []
+    for item in found[:ERRORS]:
+        where = brief(".".join(str(part) for part in item["loc"]))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
+        else:
+            text = brief(item["msg"].removeprefix("Value error, "), 1000)
+            shown = "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
+            choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
+            lines.append(f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}")
+    more = f"; and {len(found) - ERRORS:,} more" if len(found) > ERRORS else ""
+    return ConfigError(f"{source}: {'; '.join(lines)}{more}")
+
+
+def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
+    """The same name in another section, else the nearest valid name beside an unknown key; as a dotted key."""
+    beside, name = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+    for section, field in Config.model_fields.items():
+        inner = _inner(field.annotation)
+        if inner and section != beside and name in inner.model_fields and name != "name":
+            return f"; did you mean '{section}.{name}'?"
+    return nearest(name, _siblings(loc, raw)).replace("'", f"'{beside}." if beside else "'", 1)
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """The first model within an annotation: `View` in `tuple[View, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _inner(part))), None)
+
+
+def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
+    """The valid names beside an unknown key."""
+    model: type[BaseModel] = Config
+    for depth, part in enumerate(loc[:-1]):
+        if part in ("method", "engine") and depth == 0:
+            model = leaf_config(f"{part}s", raw[part]["name"])
+        elif depth and loc[0] == "auxiliaries" and isinstance(part, int):
+            model = leaf_config("auxiliaries", raw["auxiliaries"][part]["name"])
+        elif isinstance(part, str) and part in model.model_fields:
+            model = _inner(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate a mapping; a `method` or `engine` section without a name sets keys of the default one."""
+    for key in ("method", "engine"):
+        section = long(key, raw.get(key, {}))
+        if isinstance(section, Mapping):
+            raw = {**raw, key: {**Config.model_fields[key].default, **section}}
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, raw, source) from None
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises ConfigError."""
+    raw, changes = read(Path(path)), tuple(overrides)
+    apply({}, changes)  # what cannot be read is refused before methods are imported, which takes time and memory
+    recipe = build(raw, str(path))  # validated alone: its errors are not blamed on the command line
+    return build(apply(recipe.model_dump(mode="json"), changes), "command line") if changes else recipe
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` turns into an equal Config."""
+    text = io.StringIO()
+    yaml().dump(config.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def diff(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
+    """The dotted keys whose values differ, with both values; a key that one side lacks has None there."""
+    a, b = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
+    return [(key, a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)]
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe for editors: every leaf's own keys included."""
+    result = Config.model_json_schema()
+    definitions = result["$defs"]
+    for section, room in (("method", "methods"), ("engine", "engines"), ("auxiliaries", "auxiliaries")):
+        names = leaves(room)
+        for name in names:
+            # Two leaves may each have a model named Head, so their definitions live under the leaf's own name.
+            place = f"#/$defs/{section}.{name}"
+            option = leaf_config(room, name).model_json_schema(ref_template=place + ".{model}")
+            definitions.update({f"{section}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()})
+            option["properties"]["name"] = {"const": name}
+            definitions[f"{section}.{name}"] = option | {"title": name}
+        options = [{"$ref": f"#/$defs/{section}.{name}"} for name in names]
+        choice = {"anyOf": [*options, {"enum": list(names)}]}
+        result["properties"][section] = choice if section != room else {"type": "array", "items": choice}
+    result["properties"]["data"] = {"anyOf": [result["properties"]["data"], {"type": "string"}]}
+    result["properties"]["base"] = {"type": "string", "description": "recipe that this one extends"}
+    return result

@@ -1,0 +1,123 @@
+"""The samples of several folders under one numbering, folder after folder, and the names of their classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaletrain.config.schema import Cache
+from scaletrain.data.errors import DataError, ShardError
+from scaletrain.data.format import selection
+from scaletrain.data.reading.reader import NODE, OPEN_SHARDS, Sample, Shards
+from scaletrain.data.storage import remote
+from scaletrain.data.storage.prefetch import Course, Within
+from scaletrain.importers.journal import CLASSES
+from scaletrain.runtime import local_files
+
+CLASSES_BYTES = 16 << 20
+OTHER_BYTES = 1 << 20  # of what is no list of names
+_NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')  # a flat list of texts
+
+
+class Joined:
+    """As Shards, of several folders.
+
+    Labels are passed on where all folders have the same classes.json and are -1 otherwise: class 3 of one folder is not class
+    3 of another.
+    """
+
+    def __init__(self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = NODE) -> None:
+        # the limit of open files is the process's
+        self.parts = [Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache) for folder in folders]
+        self._first = np.cumsum([0, *map(len, self.parts)])
+        first, *others = map(classes, folders)
+        self.labelled = first is not None and all(other == first for other in others)
+        self.counts = np.concatenate([part.counts for part in self.parts])
+        self.losses = tuple(loss for part in self.parts for loss in part.losses)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def shard_bytes(self) -> float:
+        shards = [len(part.counts) for part in self.parts]
+        return float(np.average([part.shard_bytes for part in self.parts], weights=shards))
+
+    def check(self) -> None:
+        for part in self.parts:
+            part.check()
+
+    def fits(self, shards: int) -> None:
+        for part in self.parts:
+            part.fits(shards)
+
+    def expect(self, step: int, course: Course) -> None:
+        for number, part in enumerate(self.parts):
+            part.expect(step, Within(course, int(self._first[number]), int(self._first[number + 1])))
+
+    def read(self, sample: int, mask: bool = False) -> Sample:
+        part, number = self._find(sample)
+        found = part.read(number, mask)
+        return found if self.labelled else found._replace(label=-1)
+
+    def labels(self) -> NDArray[np.int64]:
+        """Of all samples [N], -1 where unknown or not passed on."""
+        labels = np.concatenate([part.labels() for part in self.parts])
+        return labels if self.labelled else np.full_like(labels, -1)
+
+    def unlabelled(self) -> str:
+        """As of Shards."""
+        if not self.labelled:
+            what = f"that counts, since the folders differ in {CLASSES} or lack it"
+            return f"{len(self):,} of {len(self):,} samples have no label {what}"
+        return next((f"{part.folder}: {text}" for part in self.parts if (text := part.unlabelled())), "")
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """The samples [lo, hi) of the folder that holds it."""
+        part = int(self._first.searchsorted(sample, "right")) - 1
+        return int(self._first[part]), int(self._first[part + 1])
+
+    def fault(self, sample: int, text: object) -> ShardError:
+        part, number = self._find(sample)
+        return part.fault(number, text)
+
+    def name(self, sample: int) -> str:
+        """As FOLDER/SHARD.tar/KEY: shards of different folders may have one name."""
+        part, number = self._find(sample)
+        return f"{part.folder}/{part.name(number)}"
+
+    def _find(self, sample: int) -> tuple[Shards, int]:
+        part = int(self._first.searchsorted(sample, "right")) - 1
+        return self.parts[part], sample - int(self._first[part])
+
+
+def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) -> Shards | Joined:
+    """The shards of one folder, or of all folders of a list. Raises DataError."""
+    places = selection.places(shards)
+    if len(places) == 1:
+        return Shards(shards, skip=skip, cache=cache)
+    return Joined([place.paths for place in places], skip, cache)
+
+
+def classes(shards: selection.Paths) -> bytes | None:
+    """The classes.json of their folder, which lists the names of the classes by label; None where there is none.
+
+    Raises DataError where it cannot be read, or may take many times its size in memory.
+    """
+    folder = selection.place(shards).folder
+    try:
+        if remote.is_remote(folder):
+            data = remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
+        else:
+            data = local_files.read(Path(folder, CLASSES), CLASSES_BYTES)
+    except (FileNotFoundError, remote.LostError):
+        return None
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if len(data) > OTHER_BYTES and not _NAMES.fullmatch(data):
+        raise DataError(f"{folder}/{CLASSES} is no JSON list of names; restore it, or delete it if it is not of these shards")
+    return data

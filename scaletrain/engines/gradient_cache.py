@@ -1,0 +1,109 @@
+"""Gradient caching (Gao et al., 2021, arXiv 2101.06983): the exact gradient of a loss over the whole batch in the memory of a
+micro-batch.
+
+1. Every micro-batch is embedded without gradient.
+2. The loss of all embeddings, over all ranks, gives the gradient of each embedding.
+3. Every micro-batch is embedded once more, and these gradients go on to the parameters.
+
+It costs a second forward. Exact where a micro-batch is normalised by itself, as `model.norm_group` must see to.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scaletrain.config.schema import Config, ConfigError
+from scaletrain.core import Batch, Clock, Method, Out
+from scaletrain.runtime.timing import BACKWARD, FORWARD, mark
+
+if TYPE_CHECKING:
+    from scaletrain.engines.base import Engine
+
+
+def check(run: Config, parts: int, cache: bool) -> None:
+    """Raise ConfigError where a step of `parts` micro-batches would not compute what a step of the whole batch does."""
+    if parts == 1 and cache:
+        raise ConfigError("engine.cache=true works on micro-batches: set engine.accumulate above 1, or engine.cache=false")
+    if parts == 1:
+        return
+    name, group = run.method.name, run.model.norm_group
+    method: type[Method] = importlib.import_module(f"scaletrain.methods.{name}").Model
+    possible = method.embed is not Method.embed and not method.separate_losses
+    if cache and not method.global_loss:
+        raise ConfigError(f"engine.accumulate is exact for {name}, whose loss is a mean over samples: set engine.cache=false")
+    if cache and run.auxiliaries:
+        raise ConfigError("engine.cache=true computes the method's own loss only: remove the auxiliaries, or engine.cache")
+    if method.global_loss and not (cache and possible):
+        hint = "set engine.cache=true (gradient caching), or " if possible else ""
+        if cache:
+            hint = f"engine.cache=true needs a method that separates embeddings and loss, which {name} does not: "
+        raise _coupled(name, parts, hint)
+    if not group or run.batch % (parts * group):
+        raise ConfigError(
+            f"engine.accumulate={parts} with model.norm_group={group} would change the batch norm: set model.norm_group to a "
+            f"divisor of the samples per rank and micro-batch ({run.batch / parts:g} / ranks), or engine.accumulate=1"
+        )
+
+
+def check_built(method: Method, parts: int, cache: bool) -> None:
+    """As check() for what couples samples only as it is configured: a shuffled batch norm, an auxiliary."""
+    if parts > 1 and method.global_loss and not cache:
+        raise _coupled(type(method).__module__.rpartition(".")[2], parts, "")
+
+
+def _coupled(name: str, parts: int, hint: str) -> ConfigError:
+    return ConfigError(
+        f"engine.accumulate={parts}: the loss of {name} couples all samples of the global batch and changes when it is "
+        f"split; {hint}set engine.accumulate=1 and save memory by engine.recompute=true, more ranks or a smaller batch"
+    )
+
+
+def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> Out:
+    """Forward and backward of `batch`, this rank's, by its micro-batches -> its losses. Running statistics are staged once."""
+    method, first = engine.method, list[tuple[Tensor, ...]]()
+
+    def keep(part: Batch, clock: Clock) -> Out:
+        first.append(method.embed(part, clock))
+        return Out({"all": first[-1][0].new_zeros(())})
+
+    with _as_forward(method, keep), torch.no_grad(), engine.autocast(), mark(FORWARD):
+        for part in parts:
+            engine.forward(part, clock)
+    for module in engine.staged:
+        module.discard()
+    whole = tuple(torch.cat(pieces, 1).requires_grad_(pieces[0].is_floating_point()) for pieces in zip(*first, strict=True))
+    with engine.autocast(), mark(FORWARD):
+        out = method.loss(whole, batch, clock)
+    with mark(BACKWARD):
+        torch.stack(list(out.losses.values())).sum().backward()
+    cached = zip(*(_cut(x.grad, len(parts)) for x in whole), strict=True)
+
+    def pull(part: Batch, clock: Clock) -> Out:
+        """A loss whose gradient with respect to the embeddings is what was cached."""
+        pairs = zip(method.embed(part, clock), next(cached), strict=True)
+        return Out({"all": torch.stack([(x * g).sum() for x, g in pairs if g is not None and x.requires_grad]).sum()})
+
+    with _as_forward(method, pull):
+        engine.accumulate(parts, clock, 1.0)
+    return out
+
+
+def _cut(gradient: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
+    """Along the samples; None for what the loss does not pull at."""
+    return (None,) * parts if gradient is None else gradient.chunk(parts, 1)
+
+
+@contextmanager
+def _as_forward(method: Method, function: Any) -> Iterator[None]:
+    """Inside, `function` is the method's forward, so that whatever library wraps the method runs it as a forward pass."""
+    method.forward = function  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del method.forward

@@ -1,0 +1,294 @@
+"""What the ranks send each other in a step: every collective with its kind, its bytes and what asked for it.
+
+A process group notes each call and hands it on to gloo. The prediction for any number of ranks runs the same engine on one of
+them, and the group answers as if the others held what this one holds. Samples, views, channels and parameters decide what is
+sent, so the images are tiny and all else is the recipe's; images that are sent themselves (ShuffleBN) count in their full size.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+from torch._C._distributed_c10d import FakeStore, _create_work_from_future
+from torch.futures import Future
+
+from scaletrain import dist
+from scaletrain.config.schema import Config, ConfigError
+from scaletrain.core import Batch, Clock, Facts
+from scaletrain.estimate import model
+from scaletrain.nn.backbone import TIMM
+from scaletrain.runtime import tables
+from scaletrain.train.loop import build
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective as one rank sees it."""
+
+    kind: str  # all_reduce, all_gather, all_to_all, reduce_scatter, broadcast, reduce, barrier
+    reason: str  # what asked for it, see _WHO
+    bytes: int  # of the whole tensor that is reduced, scattered, gathered or spread; for all_to_all of a rank's part
+    ranks: int  # of its group
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave this rank if the group passes them on in a ring."""
+        rounds = {"all_reduce": 2, "barrier": 0}.get(self.kind, 1)
+        return rounds * self.bytes * (self.ranks - 1) / self.ranks
+
+
+WARM = 2  # first steps of a process that have messages of their own: DDP orders its buckets, ZeRO 3 agrees on the order of use
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+_WHO = {  # the innermost of these modules that is on the stack; "": gradients are reduced, parameters are gathered or spread
+    "torch.distributed.fsdp": "",
+    "deepspeed": "",
+    "fairscale": "",
+    "scaletrain.nn.norm": "batch norm",
+    "scaletrain.nn.bank": "memories",
+    "scaletrain.optim": "norms",
+    "scaletrain.methods": "loss",
+    "scaletrain.auxiliaries": "loss",
+    "scaletrain.ops": "loss",
+    "scaletrain.engines": "",
+}
+_FUNCTIONS = {  # of engines and their libraries
+    "_agree": "agreement",
+    "assert_ints_same_as_other_ranks": "agreement",
+    "total": "norms",
+    "get_grad_norm_direct": "norms",
+}
+
+
+class Group(c10d.ProcessGroup):
+    """Notes every collective in `calls`, then leaves it to `inner`, or without one mirrors this rank to all others."""
+
+    calls: ClassVar[list[Call]] = []  # of all groups of this process, in their order
+    pixels: ClassVar[dict[int, int]] = {}  # width of a tiny image -> that of the recipe's
+
+    def __init__(self, rank: int, size: int, inner: Any = None) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self.place, self.count, self.inner = rank, size, inner
+
+    def size(self) -> int:
+        return self.count
+
+    def getBackendName(self) -> str:
+        return "noted"
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        return c10d.distributed_c10d._get_process_group_name(self)
+
+    def collective(self, name: str, kind: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        tensors = [list(_flat(a)) for a in args if isinstance(a, (Tensor, list))] or [[]]
+        message = tensors[kind == "reduce_scatter"]
+        self.calls.append(Call(kind, _reason(kind), sum(map(self.bytes, message)), self.count))
+        if self.inner is not None:
+            return getattr(self.inner, name)(*args, **options)
+        ops = [o.reduceOp for o in (*args, *options.values()) if hasattr(o, "reduceOp")]
+        with torch.no_grad():
+            self.mirror(kind, tensors, self.count if c10d.ReduceOp.SUM in ops else 1)
+        done: Future[Any] = Future()
+        done.set_result(args[0] if args else None)  # DDP looks for its bucket there
+        return _create_work_from_future(done)
+
+    def bytes(self, x: Tensor) -> int:
+        """Of images those of the recipe's."""
+        if x.dim() < 5:  # [B, V, 3, H, W]
+            return x.nbytes
+        tiny = x.shape[-1]
+        return x.nbytes * self.pixels.get(tiny, tiny) ** 2 // tiny**2
+
+    def mirror(self, kind: str, tensors: list[list[Tensor]], times: int) -> None:
+        """Write what the collective would give if every rank held the same: a sum is `times` as large.
+
+        Whole numbers stay: they are of samples that other ranks do not own.
+        """
+        if kind in ("all_reduce", "reduce"):
+            for tensor in tensors[0]:
+                tensor.mul_(times if tensor.is_floating_point() else 1)
+        elif kind == "all_to_all":
+            tensors[0][0].copy_(tensors[1][0])
+        elif kind == "all_gather":
+            for tensor in tensors[0]:
+                tensor.view(-1, tensors[1][0].numel()).copy_(tensors[1][0].clone().view(1, -1))  # it may lie inside
+        elif kind == "reduce_scatter":
+            (out,), parts = tensors
+            own = parts[self.place] if len(parts) > 1 else parts[0].view(self.count, -1)[self.place]
+            out.copy_(own.view_as(out)).mul_(times)
+
+
+for _name, _kind in {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "_allgather_base": "all_gather",
+    "all_gather_single": "all_gather",  # torch 2.14 renamed the one above
+    "alltoall_base": "all_to_all",
+    "all_to_all_single": "all_to_all",  # its name since torch 2.14
+    "reduce_scatter": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "barrier": "barrier",
+}.items():
+    setattr(Group, _name, lambda self, *a, _name=_name, _kind=_kind, **o: self.collective(_name, _kind, a, o))
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+
+
+def _reason(kind: str) -> str:
+    frame, found = sys._getframe(1), None
+    while frame.f_back:
+        frame = frame.f_back
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if found is None and module == "scaletrain.dist" and function == "backward":
+            return "loss"  # of a gather or sum that carries gradients: normalisation has its own
+        if found is None:
+            found = next((who for prefix, who in _WHO.items() if f"{module}.".startswith(f"{prefix}.")), None)
+        if found or (found == "" and function in _FUNCTIONS):
+            return found or _FUNCTIONS[function]
+    return "gradients" if "reduce" in kind else "parameters"
+
+
+def _create(store: Any, rank: int, size: int, timeout: Any) -> Group:
+    return Group(rank, size, None if _faked(store) else c10d.ProcessGroupGloo(store, rank, size, timeout))
+
+
+def _faked(store: Any) -> bool:
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return isinstance(store, FakeStore)
+
+
+c10d.Backend.register_backend("noted", _create, devices=["cpu"])
+
+
+def divided(config: Config, ranks: int) -> int:
+    """Samples of each rank."""
+    if config.batch % ranks:
+        raise ConfigError(f"batch={config.batch} does not divide over {ranks} ranks: choose another --ranks or batch")
+    return config.batch // ranks
+
+
+@contextmanager
+def mirrored(ranks: int, rank: int = 0) -> Iterator[None]:
+    """Inside, this process is one of `ranks` that all hold what it holds. Nothing is sent."""
+    c10d.init_process_group("noted", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.shutdown()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group, whose messages are noted."""
+    c10d.init_process_group("noted")
+    try:
+        yield
+    finally:
+        dist.shutdown()
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def measure(config: Config, ranks: int) -> dict[str, Any]:
+    """The messages of one optimizer step in the middle of a run, as plain numbers. Raises ConfigError.
+
+    Predicted for `ranks`; on several processes of torchrun, whose number then counts, they are those of a real step.
+    """
+    real = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with joined() if real else mirrored(ranks):
+        ranks, found = dist.world(), summary(count(config))
+    return {"engine": config.engine.name, "batch": config.batch, "ranks": ranks, "counted": real, "messages": found}
+
+
+def count(config: Config) -> list[Call]:
+    """The collectives of one step in their order, as this rank sees them inside joined() or mirrored()."""
+    config = _tiny(config)
+    facts = model.facts(config)
+    steps = facts.steps_per_epoch
+    engine = build(config, facts.samples, steps, torch.device("cpu"))
+    batch = _batch(config, facts)
+    middle = Clock(50 * steps, 100 * steps, 50, steps)  # queues are in use, nothing is frozen
+    for _ in range(WARM + 1):
+        Group.calls.clear()
+        if engine.step(batch, middle, 1e-3, 1e-3).skipped:
+            raise RuntimeError("the step was not finite: its collectives are not those of training")
+    return list(Group.calls)
+
+
+def _tiny(config: Config) -> Config:
+    """The recipe with views of 8, 16, ... pixels, uncompiled."""
+    views = config.data.views
+    small = {size: 8 * (1 + i) for i, size in enumerate(sorted({v.size for v in views}))}
+    if not config.model.name.startswith(TIMM):  # some of those are built for one size
+        views = tuple(v.model_copy(update={"size": small[v.size]}) for v in views)
+        Group.pixels.update((tiny, size) for size, tiny in small.items())
+    data = config.data.model_copy(update={"views": views})
+    return config.model_copy(update={"data": data, "engine": config.engine.model_copy(update={"compile": False})})
+
+
+def _batch(config: Config, facts: Facts) -> Batch:
+    rows = divided(config, dist.world())
+    index = torch.arange(rows) * (facts.samples // rows)
+    images = tuple(torch.randn(count, rows, 3, size, size) for size, count in facts.views)
+    masks = torch.ones_like(images[0][:, :, :1]) if config.data.masks else None
+    pixels = torch.tensor([[-2.0] * 3, [2.0] * 3])
+    support = None
+    if facts.support:
+        some = torch.arange(facts.support // dist.world())
+        support = Batch(
+            (torch.randn(1, len(some), *images[0].shape[2:]),), some, dist.hash64(0, some), pixels, labels=some // 2
+        )
+    return Batch(images, index, dist.hash64(0, index), pixels, labels=index, masks=masks, support=support)
+
+
+def summary(calls: list[Call]) -> list[dict[str, Any]]:
+    """Collectives alike in kind, reason and group, the most bytes first."""
+    alike: dict[tuple[str, str, int], list[Call]] = {}
+    for call in calls:
+        alike.setdefault((call.reason, call.kind, call.ranks), []).append(call)
+    rows = [
+        {
+            "reason": reason,
+            "kind": kind,
+            "ranks": ranks,
+            "calls": len(found),
+            "bytes": sum(c.bytes for c in found),
+            "sent": round(sum(c.sent for c in found)),
+        }
+        for (reason, kind, ranks), found in alike.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what measure() found as a table."""
+    how = "counted" if found["counted"] else "predicted"
+    title = f"a step of {found['engine']} on {tables.plural(found['ranks'], 'rank')}, batch {found['batch']}, {how}"
+    rows: list[tuple[Any, ...]] = [
+        (row["reason"], row["kind"], row["ranks"], row["calls"], *(f"{row[key] / 1e6:,.3f}" for key in ("bytes", "sent")))
+        for row in found["messages"]
+    ]
+    calls, size, sent = (sum(row[key] for row in found["messages"]) for key in ("calls", "bytes", "sent"))
+    rows += [(), ("all", "", "", calls, f"{size / 1e6:,.3f}", f"{sent / 1e6:,.3f}")]
+    tables.show(("for", "collective", "ranks", "calls", "MB", "MB sent"), rows, title=title)

@@ -1,0 +1,207 @@
+"""Evaluation of frozen encoders: `run` measures one target by any of the files in benchmarks/ and writes results.
+
+A benchmark is a file there with a frozen `Config` and `measure(config, scene) -> (metrics, protocol)`, named by its
+file name. Metrics are per cent. The protocol says how was measured, alike for every encoder; what came out besides is under
+its key `found`, which the result has beside the protocol.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from scaletrain import dist
+from scaletrain.config import recipe, schema
+from scaletrain.data.errors import ShardError
+from scaletrain.data.format import selection
+from scaletrain.data.storage.remote import is_remote
+from scaletrain.evals import benchmarks as package
+from scaletrain.evals import results, targets
+from scaletrain.evals.features import Config as FeaturesConfig
+from scaletrain.evals.features import Scene
+from scaletrain.evals.targets import Encoder, EvalError, Subject
+from scaletrain.runtime import tables
+from scaletrain.runtime.tables import plural
+from scaletrain.runtime.versions import installed
+from scaletrain.train import run_folder
+
+
+def names() -> tuple[str, ...]:
+    """All benchmarks."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
+
+
+def run(
+    target: Path,
+    benchmarks: Sequence[str],
+    *,
+    train: str | Path | None = None,
+    test: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    encoder: Encoder = "trained",
+    labels: Path | None = None,
+    same_numbers: bool = False,
+    notice: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Evaluate RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one result per benchmark.
+
+    `train` and `test` are folders or addresses of shards with labels; by default the run's own data and the folder `test` or
+    `val` beside it. `overrides` such as `linear.epochs=20` or `features.size=224` name a benchmark's or the features' settings.
+    `encoder` puts a baseline in the place of the trained one. `labels` is a label subset of the training shards: no other
+    sample of them is used. `same_numbers`: both sets number their classes alike, whatever their classes.json say.
+    Results go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals. A result that is there already is read and not
+    measured again. Each result is the content of its file, with the path as `file`.
+    Raises EvalError and other ValueErrors whose text says what to do.
+    """
+    dist.keep_freed_memory()
+    settings = _settings(benchmarks, overrides)
+    subject = targets.find(target, encoder)
+    features = settings.pop("features")
+    assert isinstance(features, FeaturesConfig)
+    folders = _folders(subject, train, test)
+    for place in (subject.source, *(Path(selection.place(folder).folder) for folder in folders)):
+        run_folder.warn_if_open(place)
+    scene = Scene(subject, features, *folders, labels, same_numbers)
+    return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
+
+
+def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines for people on the results of one run(): the accuracies, on what they were measured, and the files."""
+    first = found[0]
+    metrics = {name: value for result in found for name, value in result["metrics"].items()}
+    # every accuracy comes with its mean over classes; the bare name is the top-1
+    parts = [(name, [metrics.get(name + part) for part in ("", "_top5", "_per_class")]) for name in metrics]
+    rows = [(name, *("-" if x is None else f"{x:.2f}" for x in values)) for name, values in parts if values[-1] is not None]
+    text = [f"{first['encoder']} encoder, step {first['step']}, per cent", ""]
+    text += tables.render(("", "top-1", "top-5", "per class"), rows, width=tables.width()).splitlines()
+    text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]
+    if subset := first["data"].get("labels"):
+        text.append(f"of which labels: {subset['samples']:,} of {subset['file']}")
+    text.append(f"classes: {first['data']['classes']['count']:,}, matched {first['data']['classes']['matched']}")
+    return [*text, *(f"result: {result['file']}" for result in found)]
+
+
+def _set(data: Mapping[str, Any]) -> str:
+    lost = len(data.get("left_out", ()))
+    left = f", {lost:,} of them left out because they cannot be read" if lost else ""
+    return f"{plural(data['samples'], 'sample')} of {data['path']}{left}"
+
+
+def _leaf(name: str) -> Any:
+    return importlib.import_module(f"{package.__name__}.{name}")
+
+
+def _settings(benchmarks: Sequence[str], overrides: Iterable[str]) -> dict[str, schema.Frozen]:
+    """Validated settings of "features" and of each benchmark, in the order asked."""
+    if not benchmarks:
+        raise EvalError(f"no benchmark given; known: {', '.join(names())}")
+    for name in benchmarks:
+        if name not in names():
+            raise EvalError(f"there is no benchmark '{name}'{recipe.nearest(name, names())}; known: {', '.join(names())}")
+    models: dict[str, type[schema.Frozen]] = {"features": FeaturesConfig, **{name: _leaf(name).Config for name in benchmarks}}
+    raw = recipe.apply({}, overrides)
+    for section in raw:
+        if section not in models:
+            hint = recipe.nearest(section, models) or f"; this evaluation has: {', '.join(models)}"
+            raise EvalError(f"override of '{section}', which is not evaluated{hint}")
+    return {name: _validate(model, raw.get(name, {}), name) for name, model in models.items()}
+
+
+def _validate(model: type[schema.Frozen], raw: Any, name: str) -> schema.Frozen:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False):
+            key = ".".join(map(str, item["loc"]))
+            known = recipe.nearest(key, model.model_fields) or f"; known: {', '.join(model.model_fields)}"
+            problem = item["msg"].removeprefix("Value error, ")
+            text = f"unknown key{known}" if item["type"] == "extra_forbidden" else f"{problem} (got {item['input']!r})"
+            lines.append(f"{name}.{key}: {text}")
+        raise EvalError("; ".join(lines)) from None
+
+
+def _folders(subject: Subject, train: str | Path | None, test: str | Path | None) -> tuple[str, str]:
+    """Training and test set: as given, else the run's own data and the folder beside it."""
+    source = schema.absolute(str(train or subject.data.path))
+    if source in ("", "synthetic"):
+        raise EvalError(f"{subject.source}: its data.path '{source}' has no labels to judge by; give --train and --test")
+    if test is not None:
+        return source, schema.absolute(str(test))
+    if is_remote(source):
+        raise EvalError(f"no test set: {source} is remote; give its labelled test shards with --test")
+    beside = [Path(selection.places(source)[0].folder).parent / name for name in ("test", "val")]
+    for folder in beside:
+        if folder.is_dir():
+            return source, str(folder)
+    raise EvalError(f"no test set: neither {beside[0]} nor {beside[1]} is a folder; give one with --test")
+
+
+def _result(name: str, chosen: schema.Frozen, scene: Scene, notice: Callable[[str], None]) -> dict[str, Any]:
+    """The result of one benchmark, read where it is there already, else measured and written; also in TensorBoard."""
+    subject, data = scene.subject, scene.subject.data
+    defined = {
+        "format": results.FORMAT,
+        "scaletrain": installed("scaletrain"),
+        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **scene.identity},
+        "encoder": subject.identity,
+        "order": {"lanes": data.lanes, "window": data.window},  # of the augmented images
+        "max_bad": scene.max_bad if scene.skip else None,
+    }
+    prefix = "" if subject.run else f"{subject.source.stem}-"  # several exported files may share a folder
+    baseline = "" if subject.encoder == "trained" else f"-{subject.encoder}"
+    digest = results.digest(defined)
+    path = subject.home / f"{prefix}{name}-step-{subject.step}{baseline}-{digest}.json"
+    if path.exists():
+        content = results.parse(path)[1]
+        if content["digest"] != digest:
+            raise EvalError(f"{path} holds another result than its name says; move it away, or delete it to measure again")
+        notice(f"{name}: measured before and read from {path}; delete this file to measure again")
+    else:
+        results.prepare(path)
+        content = results.write(path, {**_measure(name, chosen, scene), "digest": digest, "identity": defined})
+    if subject.run is not None:
+        results.plot(subject.run, path)
+    return {**content, "file": str(path)}
+
+
+def _measure(name: str, chosen: schema.Frozen, scene: Scene) -> dict[str, Any]:
+    subject, begun = scene.subject, time.monotonic()
+    try:
+        metrics, protocol = _leaf(name).measure(chosen, scene)
+    except ShardError as fault:
+        text = f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
+        raise ShardError(fault.shard, fault.offset, text) from None
+    found = protocol.pop("found", {})
+    return {
+        "format": results.FORMAT,
+        "benchmark": name,
+        "encoder": subject.encoder,
+        "about": subject.about,
+        "source": str(subject.source),
+        "step": subject.step,
+        "trained": {"samples": subject.samples, "epochs": subject.epochs},
+        "measured": datetime.now(UTC).isoformat(),
+        "metrics": metrics,
+        "unit": "per cent",
+        "protocol": {"test_transform": scene.transform, **protocol},
+        "found": found,
+        "data": scene.provenance(),
+        "versions": _versions(),
+        "seconds": round(time.monotonic() - begun, 2),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: installed(name) or "not installed" for name in ("scaletrain", "torch", "numpy")},
+    }

@@ -1,1 +1,0 @@
-"""Jobs on a SLURM cluster: what runs inside a task, what the cluster says, submission, grids, following."""
