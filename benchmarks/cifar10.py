@@ -16,7 +16,7 @@ from pathlib import Path
 
 import typer
 
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals.benchmarks.knn import knn
 from scaletrain.evals.features import Config as Features
@@ -34,7 +34,7 @@ def main(images: Path, work: Path, recipe: Path = HERE / "simclr_cifar10.yaml", 
         subprocess.run([sys.executable, str(HERE.parent / "shards" / "cifar10.py"), str(images), str(shards)], check=True)
     settings = [f"data.path={shards / 'train'}", *(overrides or [])]
     samples = len(Shards(shards / "train"))
-    recipe_config = schema.load(recipe, settings)
+    recipe_config = load.load(recipe, settings)
     per_epoch = samples // recipe_config.batch
     settings += [f"checkpoint.keep_every={per_epoch}"]
     command = [sys.executable, "-m", "scaletrain", "train", str(recipe), *settings, "--run", str(run)]
@@ -72,7 +72,7 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
     rates: dict[int, list[float]] = {}
     for line in metrics(run):
         rates.setdefault(int(line["epoch"]), []).append(1 / line["speed/images_per_second"])
-    settings = schema.load(run / "config.yaml")
+    settings = load.load(run / "config.yaml")
     samples = len(Shards(settings.data.path))
     return {epoch: samples * sum(values) / len(values) for epoch, values in rates.items()}
 

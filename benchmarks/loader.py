@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.rows import Row, spread
 from scaletrain import dist
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.config.schema import Data, View
 from scaletrain.data.loading.dataset import sample_keys
 from scaletrain.data.loading.loader import Stream
@@ -62,7 +62,7 @@ def rows(shards: Path, lightly: str, albumentations: str, pairs: int, batches: i
 
 
 def views(antialias: bool) -> Data:
-    recipe = schema.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
+    recipe = load.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
     match = {"interpolation": "bilinear", "antialias": antialias}
     return recipe.model_copy(update={"views": tuple(view.model_copy(update=match) for view in recipe.views)})
 

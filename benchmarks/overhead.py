@@ -24,7 +24,7 @@ import typer
 from torch import nn
 
 import scaletrain.methods
-from scaletrain.config import schema as configuration
+from scaletrain.config import load
 from scaletrain.config.schema import Leaf
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.runtime import timing
@@ -87,7 +87,7 @@ class Constant:
 
 def trainer(steps: int, **changes: Any) -> float:
     """CPU seconds per step, checkpoints left out."""
-    cfg = configuration.build(RECIPE | {"steps": steps, "threads": 1, "checkpoint": {"every_steps": 10**9}} | changes)
+    cfg = load.build(RECIPE | {"steps": steps, "threads": 1, "checkpoint": {"every_steps": 10**9}} | changes)
     with tempfile.TemporaryDirectory() as folder, patch.object(loop, "Stream", Constant), redirect_stdout(StringIO()):
         loop.train(cfg, Path(folder) / "run")
     return Constant.seconds

@@ -18,10 +18,10 @@ from statistics import median
 import torch
 
 from scaletrain.checkpoint.writer import Writer
-from scaletrain.config import schema as configuration
+from scaletrain.config import load
 from scaletrain.core import Batch, Clock
 from scaletrain.engines.base import Engine
-from scaletrain.train.loop import build
+from scaletrain.train.build import build
 
 REPEATS, ROWS, PIXELS = 7, 4, 64
 RECIPE = Path(__file__).parents[1] / "configs" / "byol_r50_in1k.yaml"
@@ -29,7 +29,7 @@ RECIPE = Path(__file__).parents[1] / "configs" / "byol_r50_in1k.yaml"
 
 def trained() -> Engine:
     """An engine after one step, when the optimizer has its state too."""
-    config = configuration.load(RECIPE, [f"batch={ROWS}", "data.path=synthetic"])
+    config = load.load(RECIPE, [f"batch={ROWS}", "data.path=synthetic"])
     engine = build(config, ROWS, 1, torch.device("cpu"))
     views, index = torch.randn(2, ROWS, 3, PIXELS, PIXELS), torch.arange(ROWS)
     engine.step(Batch((views,), index, index, torch.tensor([[-2.0] * 3, [2.0] * 3])), Clock(0, 10, 0, 1), 0.1, 0.1)

@@ -121,10 +121,10 @@ def train(changes: Sequence[str]) -> None:
 def evaluate() -> dict[str, dict[str, float]]:
     """Metrics in per cent by encoder."""
     _headline(5, "evaluation on frozen features: nearest neighbours and a linear probe")
-    from scaletrain.checkpoint import writer
+    from scaletrain.checkpoint import reader
     from scaletrain.evals import run
 
-    if writer.latest(RUN / "checkpoints") is None:
+    if reader.latest(RUN / "checkpoints") is None:
         raise DemoError(f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again")
     metrics: dict[str, dict[str, float]] = {}
     for encoder, label in ENCODERS.items():
@@ -231,12 +231,12 @@ def _trained(settings: Sequence[str]) -> bool:
     if not (RUN / "checkpoints").is_dir():
         return False
     from scaletrain.checkpoint import reader
-    from scaletrain.config import schema
+    from scaletrain.config import load
 
     saved = reader.latest(RUN / "checkpoints")
     if saved is None or saved.step < saved.meta["clock"]["total"]:
         return False
-    return not schema.diff(schema.load(RUN / "config.yaml"), schema.load(RECIPE, settings))
+    return not load.diff(load.load(RUN / "config.yaml"), load.load(RECIPE, settings))
 
 
 def _headline(number: int, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from scaletrain.config import schema as configuration
+from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.data.loading.loader import opened, planned
 from scaletrain.importers import command as script
@@ -23,7 +23,7 @@ from scaletrain.report import grid as grids
 from scaletrain.runtime import tables
 from scaletrain.runtime.tables import plural
 from scaletrain.train import run_folder
-from scaletrain.train.loop import total_steps
+from scaletrain.train.build import total_steps
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs" / "relicv2_r50_in1k.yaml"
 
@@ -168,7 +168,7 @@ class Launch:
         self.recipe, self.run, self.elements, self.options = recipe.absolute(), run, elements, options
         self.several = elements != [()]
         self.runs = [grids.folder(run, element) if self.several else run for element in elements]
-        data = configuration.load(recipe, overrides).data
+        data = load.load(recipe, overrides).data
         self.overrides = overrides
         # absolute paths, so that the nodes find the data whatever folder they start in
         if data.mixture:
@@ -185,7 +185,7 @@ class Launch:
     def configurations(self) -> Iterator[Config]:
         """Of each run. Raises ConfigError."""
         for element in self.elements:
-            yield configuration.load(self.recipe, [*self.overrides, *element])
+            yield load.load(self.recipe, [*self.overrides, *element])
 
     def check(self, resources: Resources) -> None:
         """Refuse here what every rank would refuse after hours in the queue."""

@@ -100,15 +100,15 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Short for steps=STEPS; a rehearsal has no warm-up.")] = None,
 ) -> None:
     """Train by a recipe, or resume; launchers/local.py starts it on several processes."""
-    from scaletrain.config import schema as configuration
+    from scaletrain.config import load
 
     short = [f"{key}={value}" for key, value in (("data.path", data), ("steps", steps)) if value is not None]
     # a rehearsal is shorter than the warm-up of any recipe
     first = ["optim.warmup_epochs=0"] if data == "synthetic" and steps is not None else []
-    config = configuration.load(recipe, [*first, *(overrides or ()), *short])
+    config = load.load(recipe, [*first, *(overrides or ()), *short])
     run = run or Path("runs") / recipe.stem
     if os.environ.get("RANK", "0") == "0":
-        _print_changes(recipe, configuration.load(recipe), config)
+        _print_changes(recipe, load.load(recipe), config)
     from scaletrain.runtime.signals import Stopped
     from scaletrain.train.loop import train as start
 
@@ -138,6 +138,7 @@ def evaluate(
 ) -> None:
     """Evaluate a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
     from scaletrain.evals import run as evals
+    from scaletrain.report import cards
 
     results = evals.run(
         target,
@@ -149,7 +150,7 @@ def evaluate(
         labels=labels,
         same_numbers=same_numbers,
     )
-    typer.echo("\n".join(evals.report(results)))
+    typer.echo("\n".join(cards.report(results)))
 
 
 @app.command("compare")
@@ -176,17 +177,17 @@ def export(
     step: Annotated[int | None, typer.Option(help="Checkpoint to take; default: the newest good one.")] = None,
 ) -> None:
     """Write the trained backbone to one file that torchvision, timm and `train --init` load."""
-    from scaletrain.checkpoint import reader, writer
-    from scaletrain.config import schema as config
+    from scaletrain.checkpoint import files, reader
+    from scaletrain.config import load
     from scaletrain.evals import targets
 
     root = run / "checkpoints"
-    source = writer.latest(root) if step is None else writer.open_step(reader.folder_of(root, step))
+    source = reader.latest(root) if step is None else reader.open_step(reader.folder_of(root, step))
     if source is None:
-        raise writer.CheckpointError(f"{root}: no checkpoint to export; is {run} a run folder?")
+        raise files.CheckpointError(f"{root}: no checkpoint to export; is {run} a run folder?")
     names = [name for name in source.names() if name.startswith(targets.BACKBONE)]
     tensors = {name.removeprefix(targets.BACKBONE): source.read(name).view(source.shape(name)) for name in names}
-    writer.export(tensors, file, targets.describe(config.load(run / "config.yaml"), source.step))
+    files.export(tensors, file, targets.describe(load.load(run / "config.yaml"), source.step))
     typer.echo(f"{file}: backbone of step {source.step}, {len(tensors)} tensors")
 
 
@@ -206,9 +207,10 @@ def doctor(
 @show.command("config")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """The resolved configuration, as a run saves it."""
-    from scaletrain.config import schema as config
 
-    typer.echo(config.dump(config.load(recipe, overrides or ())), nl=False)
+    from scaletrain.config import load
+
+    typer.echo(load.dump(load.load(recipe, overrides or ())), nl=False)
 
 
 @show.command("model")
@@ -218,10 +220,10 @@ def show_model(
     as_json: AsJson = False,
 ) -> None:
     """Parameters, FLOPs per view and step, and activation memory of a recipe; nothing is computed."""
-    from scaletrain.config import schema as config
+    from scaletrain.config import load
     from scaletrain.estimate import model
 
-    found = model.measure(config.load(recipe, overrides or ()))
+    found = model.measure(load.load(recipe, overrides or ()))
     typer.echo(json.dumps(found, indent=1)) if as_json else model.show(found)
 
 
@@ -233,10 +235,10 @@ def show_memory(
     as_json: AsJson = False,
 ) -> None:
     """Bytes that each rank holds under each engine, of parameters, gradients, optimizer, target, buffers and activations."""
-    from scaletrain.config import schema as config
+    from scaletrain.config import load
     from scaletrain.estimate import memory
 
-    found = memory.measure(config.load(recipe, overrides or ()), ranks)
+    found = memory.measure(load.load(recipe, overrides or ()), ranks)
     typer.echo(json.dumps(found, indent=1)) if as_json else memory.show(found)
 
 
@@ -251,10 +253,10 @@ def show_comm(
 
     torchrun --nproc-per-node 2 -m scaletrain show comm ... counts them in a real step instead.
     """
-    from scaletrain.config import schema as config
+    from scaletrain.config import load
     from scaletrain.estimate import comm
 
-    found = comm.measure(config.load(recipe, overrides or ()), ranks)
+    found = comm.measure(load.load(recipe, overrides or ()), ranks)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(json.dumps(found, indent=1)) if as_json else comm.show(found)
 
@@ -262,9 +264,10 @@ def show_comm(
 @show.command("schema")
 def show_schema() -> None:
     """JSON schema of recipes, for editors."""
-    from scaletrain.config import schema as config
 
-    typer.echo(json.dumps(config.schema(), indent=1))
+    from scaletrain.config import load
+
+    typer.echo(json.dumps(load.schema(), indent=1))
 
 
 @show.command("methods")
@@ -279,10 +282,10 @@ def show_methods() -> None:
 
 
 def _print_changes(recipe: Path, before: Config, after: Config) -> None:
-    from scaletrain.config import schema as config
+    from scaletrain.config import load
     from scaletrain.runtime import tables
 
-    changes = config.diff(before, after)
+    changes = load.diff(before, after)
     if not changes:
         typer.echo(f"configuration: {recipe} as it is")
         return

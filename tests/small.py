@@ -9,13 +9,12 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from scaletrain import dist
-from scaletrain.config import recipe
-from scaletrain.config import schema as configuration
+from scaletrain import dist, rng
+from scaletrain.config import load, recipe
 from scaletrain.config.schema import Config, Data
 from scaletrain.core import Batch, Clock, Features
 from scaletrain.engines.base import Engine
-from scaletrain.train.loop import build
+from scaletrain.train.build import build
 
 SAMPLES, BATCH, STEPS_PER_EPOCH, CLASSES = 48, 12, 4, 5
 
@@ -81,7 +80,7 @@ def config(name: str, **changes: Any) -> Config:
         "optim": {"lr": 0.2, "rule": "none", "warmup_epochs": 0, "trust": 0.05, "weight_decay": 1e-3},
         "engine": {"name": "ddp", "precision": "fp64"},
     }
-    return configuration.build(recipe.merge(raw, changes))
+    return load.build(recipe.merge(raw, changes))
 
 
 def batch(cfg: Config, step: int) -> Batch:
@@ -95,7 +94,7 @@ def batch(cfg: Config, step: int) -> Batch:
     rows = cfg.batch // dist.world()
     own = slice(dist.rank() * rows, (dist.rank() + 1) * rows)
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3], dtype=torch.float64)
-    keys = dist.hash64(0, step, index)
+    keys = rng.hash64(0, step, index)
     shown, pixels = tuple(v[:, own].to(dtype) for v in views), pixels.to(dtype)
     found = Batch(shown, index[own], keys[own], pixels, index[own] % CLASSES, masks[:, own].to(dtype))
     return dataclasses.replace(found, support=_support(cfg.data, step, found)) if cfg.data.support else found

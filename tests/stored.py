@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
@@ -36,7 +36,7 @@ def save(root: Path, *steps: int, **settings: int) -> None:
     writer.close()
 
 
-def holds(saved: checkpoint.Saved, step: int) -> None:
+def holds(saved: reader.Saved, step: int) -> None:
     want = tensors(step)
     assert (saved.step, saved.meta, saved.names()) == (step, {"clock": {"step": step}}, sorted(want))
     for name, tensor in want.items():

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from scaletrain.config.schema import ConfigError, Leaf
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Leaf
 from scaletrain.core import Auxiliary, Batch, Clock, Facts, Group, Method, Out
 
 

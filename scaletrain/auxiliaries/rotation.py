@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Auxiliary, Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
@@ -35,7 +35,7 @@ class Model(Auxiliary):
 
     def forward(self, method: Method, batch: Batch, clock: Clock) -> Out:
         x = batch.views[0][: self.config.views]  # [M, B, 3, H, W]
-        turns = (4 * dist.uniform(batch.keys, "rotation", len(x))).long().T  # [M, B]: quarter turns, t_k
+        turns = (4 * rng.uniform(batch.keys, "rotation", len(x))).long().T  # [M, B]: quarter turns, t_k
         logits = pooled(self.head, pooled(method.backbone, turned(x, turns), method.encode))  # [M, B, 4]
         accuracy = (logits.detach().argmax(-1) == turns).float().mean()
         # The poster's 1/(2B) sum over both views. differs: the authors' code adds the views up; their lambda .1 is .2 here.

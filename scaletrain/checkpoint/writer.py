@@ -30,19 +30,16 @@ from torch import Tensor
 
 from scaletrain import dist, exit_codes
 from scaletrain.checkpoint import files
-from scaletrain.checkpoint.files import CheckpointError, export, load_file
+from scaletrain.checkpoint.files import CheckpointError
 from scaletrain.checkpoint.reader import (
     MANIFEST,
     Entry,
     File,
     Manifest,
     Part,
-    Saved,
     delete,
     folder_of,
-    latest,
     merge,
-    open_step,
     read_manifest,
     steps,
 )

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from scaletrain.config import schema as configuration
+from scaletrain.config import load
 from scaletrain.config.schema import Data
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
@@ -56,7 +56,7 @@ def _measure(folder: Path, run: Path) -> dict[str, float]:
     if not (index.home(Path(selection.place(folder).folder)) / index.MANIFEST).exists():
         raise DataError(f"{folder} has no index, and making it is not the doctor's work")
     recipe = run / "config.yaml"
-    data = configuration.load(recipe).data if recipe.exists() else Data()
+    data = load.load(recipe).data if recipe.exists() else Data()
     shards = Shards(folder)
     lanes = min(data.lanes, len(shards))
     plan = Plan(shards.counts, seed=0, batch=lanes, lanes=lanes, window=data.window)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.core import Batch
 from scaletrain.data.loading.dataset import Raw
 from scaletrain.data.loading.to_device import ToDevice
@@ -89,7 +89,7 @@ def pixels(device: torch.device) -> list[Tensor]:
 def keys(device: torch.device) -> list[Tensor]:
     """The samples' random keys and what is drawn from them, which must be the same numbers everywhere."""
     batch = _batch(device)
-    return [batch.keys, dist.uniform(batch.keys, "doctor", 5), dist.permutation(97, "doctor", device=device)]
+    return [batch.keys, rng.uniform(batch.keys, "doctor", 5), rng.permutation(97, "doctor", device=device)]
 
 
 def _batch(device: torch.device) -> Batch:

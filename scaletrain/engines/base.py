@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Config, ConfigError, Count, Leaf, Optim
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config, Count, Leaf, Optim
 from scaletrain.core import Batch, Clock, Method, Out, Piece, Result, Staged
 from scaletrain.engines import gradient_cache
 from scaletrain.engines.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole

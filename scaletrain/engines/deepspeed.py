@@ -22,9 +22,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.recipe import nearest
+from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.config.schema import Config as Run
-from scaletrain.config.schema import ConfigError, Optim, Positive
+from scaletrain.config.schema import Optim, Positive
 from scaletrain.core import Batch, Clock, Method, Out
 from scaletrain.engines import base
 from scaletrain.engines.placement import Saved, Shard, replica

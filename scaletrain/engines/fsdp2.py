@@ -23,7 +23,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from scaletrain import dist
-from scaletrain.config.schema import ConfigError, Natural
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Natural
 from scaletrain.core import Out
 from scaletrain.engines import base
 from scaletrain.engines.placement import Shard

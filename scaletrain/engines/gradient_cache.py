@@ -11,19 +11,30 @@ It costs a second forward. Exact where a micro-batch is normalised by itself, as
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from scaletrain.config.schema import Config, ConfigError
-from scaletrain.core import Batch, Clock, Method, Out
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
+from scaletrain.core import Batch, Clock, Method, Out, Staged
 from scaletrain.runtime.timing import BACKWARD, FORWARD, mark
 
-if TYPE_CHECKING:
-    from scaletrain.engines.base import Engine
+
+class Engine(Protocol):
+    """What gradient caching needs of an engine."""
+
+    method: Method
+    staged: list[Staged]
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+    def forward(self, batch: Batch, clock: Clock) -> Out: ...
+
+    def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> object: ...
 
 
 def check(run: Config, parts: int, cache: bool) -> None:

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import FakeStore, _create_work_from_future
 from torch.futures import Future
 
-from scaletrain import dist
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain import dist, rng
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, Facts
 from scaletrain.estimate import model
 from scaletrain.nn.backbone import TIMM
 from scaletrain.runtime import tables
-from scaletrain.train.loop import build
+from scaletrain.train.build import build
 
 
 @dataclass(frozen=True)
@@ -256,10 +257,8 @@ def _batch(config: Config, facts: Facts) -> Batch:
     support = None
     if facts.support:
         some = torch.arange(facts.support // dist.world())
-        support = Batch(
-            (torch.randn(1, len(some), *images[0].shape[2:]),), some, dist.hash64(0, some), pixels, labels=some // 2
-        )
-    return Batch(images, index, dist.hash64(0, index), pixels, labels=index, masks=masks, support=support)
+        support = Batch((torch.randn(1, len(some), *images[0].shape[2:]),), some, rng.hash64(0, some), pixels, labels=some // 2)
+    return Batch(images, index, rng.hash64(0, index), pixels, labels=index, masks=masks, support=support)
 
 
 def summary(calls: list[Call]) -> list[dict[str, Any]]:

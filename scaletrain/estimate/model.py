@@ -23,7 +23,7 @@ from scaletrain.core import Batch, Clock, Facts, Method
 from scaletrain.engines.base import EngineConfig
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
-from scaletrain.train.loop import build_method, facts_of
+from scaletrain.train.build import build_method, facts_of
 
 
 class _Decide(TorchDispatchMode):

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.concat import classes as read_names
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.targets import EvalError
-from scaletrain.importers.journal import CLASSES
 
 _SHOWN = 5  # classes that an error names
 

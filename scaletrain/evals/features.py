@@ -21,9 +21,10 @@ from scaletrain.config import schema
 from scaletrain.core import Batch
 from scaletrain.data.loading import loader
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Replaced, admit
+from scaletrain.data.reading.replacement import admit
 from scaletrain.data.reading.subset import load as load_subset
 from scaletrain.data.sampling.plan import Ints
+from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.classes import Part, match
 from scaletrain.evals.targets import EvalError, Subject
 

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,12 @@ from scaletrain import dist
 from scaletrain.config import recipe, schema
 from scaletrain.data.errors import ShardError
 from scaletrain.data.format import selection
-from scaletrain.data.storage.remote import is_remote
+from scaletrain.data.format.names import is_remote
 from scaletrain.evals import benchmarks as package
 from scaletrain.evals import results, targets
 from scaletrain.evals.features import Config as FeaturesConfig
 from scaletrain.evals.features import Scene
 from scaletrain.evals.targets import Encoder, EvalError, Subject
-from scaletrain.runtime import tables
-from scaletrain.runtime.tables import plural
 from scaletrain.runtime.versions import installed
 from scaletrain.train import run_folder
 
@@ -71,28 +69,6 @@ def run(
         run_folder.warn_if_open(place)
     scene = Scene(subject, features, *folders, labels, same_numbers)
     return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
-
-
-def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for people on the results of one run(): the accuracies, on what they were measured, and the files."""
-    first = found[0]
-    metrics = {name: value for result in found for name, value in result["metrics"].items()}
-    # every accuracy comes with its mean over classes; the bare name is the top-1
-    parts = [(name, [metrics.get(name + part) for part in ("", "_top5", "_per_class")]) for name in metrics]
-    rows = [(name, *("-" if x is None else f"{x:.2f}" for x in values)) for name, values in parts if values[-1] is not None]
-    text = [f"{first['encoder']} encoder, step {first['step']}, per cent", ""]
-    text += tables.render(("", "top-1", "top-5", "per class"), rows, width=tables.width()).splitlines()
-    text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]
-    if subset := first["data"].get("labels"):
-        text.append(f"of which labels: {subset['samples']:,} of {subset['file']}")
-    text.append(f"classes: {first['data']['classes']['count']:,}, matched {first['data']['classes']['matched']}")
-    return [*text, *(f"result: {result['file']}" for result in found)]
-
-
-def _set(data: Mapping[str, Any]) -> str:
-    lost = len(data.get("left_out", ()))
-    left = f", {lost:,} of them left out because they cannot be read" if lost else ""
-    return f"{plural(data['samples'], 'sample')} of {data['path']}{left}"
 
 
 def _leaf(name: str) -> Any:

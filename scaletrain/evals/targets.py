@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scaletrain.checkpoint import files, writer
-from scaletrain.config import schema
+from scaletrain.checkpoint import files, reader
+from scaletrain.config import load, schema
 from scaletrain.nn import backbone
 
 Encoder = Literal["trained", "untrained", "pixels"]
@@ -97,13 +97,13 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
     run = target.parents[1] if target.parent.name == "checkpoints" else target
     if not (run / "config.yaml").is_file():
         raise EvalError(f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported .safetensors file")
-    settings = schema.load(run / "config.yaml")
+    settings = load.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
     subject = Subject("trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model)
     if not trained:
         return subject, None
-    saved = writer.latest(run / "checkpoints") if run == target else writer.open_step(target)
+    saved = reader.latest(run / "checkpoints") if run == target else reader.open_step(target)
     if saved is None:
         raise EvalError(f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the untrained encoder")
     names = {name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)}

@@ -19,8 +19,8 @@ from typing import Any
 
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, manifest, offsets
+from scaletrain.data.format.names import CLASSES
 
-CLASSES = "classes.json"
 QUARANTINE = "quarantine.jsonl"
 COPIES = "copies.jsonl"
 HEAD = ".import.json"

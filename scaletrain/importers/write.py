@@ -21,11 +21,12 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.data.errors import DataError, ImageError
+from scaletrain.data.format.names import CLASSES, slug
 from scaletrain.data.transforms import image
 from scaletrain.importers.dedup import Copies, digest
-from scaletrain.importers.journal import CLASSES, QUARANTINE, Bad, Journal
+from scaletrain.importers.journal import QUARANTINE, Bad, Journal
 
 __all__ = ["CLASSES", "MAX_PIXELS", "QUARANTINE", "Entry", "How", "Source", "head", "slug", "write"]
 PER_SHARD = 1000
@@ -137,7 +138,7 @@ def write(
     os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: it then neither unpickles nor runs shells
     total = len(source)
     limit = how.allowed(total)
-    order: NDArray[np.int64] = dist.permutation(total, how.seed, "write").numpy()
+    order: NDArray[np.int64] = rng.permutation(total, how.seed, "write").numpy()
     workers = how.workers or len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(workers)  # not processes: decoders let go of the interpreter's lock, about 9/10 of the work
     copies: Copies | None = None
@@ -169,11 +170,6 @@ def write(
             copies.close()
     journal.finish(source.classes)
     return journal
-
-
-def slug(name: str) -> str:
-    """The readable part of a key."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[-60:]
 
 
 def _ahead(pool: Executor, work: Callable[[int], Sample], numbers: Iterator[int], most: int) -> Iterator[Sample]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.config.schema import Count, Leaf
 from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out, Write
 from scaletrain.nn.bank import Bank
@@ -57,12 +57,12 @@ class Model(Method):
         bank = Bank(self.facts.samples, self.width).to(self.sizes)
         for index, h in features(lambda batch: self.backbone(batch.views[0][0])):
             bank.write(index, h)
-        key = int(dist.hash64(self.facts.seed, clock.epoch, "deepcluster"))
+        key = int(rng.hash64(self.facts.seed, clock.epoch, "deepcluster"))
         rows = _whitened(bank.rows, self.config.whiten)
         _, new = kmeans(rows, bank.start, self.config.classes, self.config.iterations, key, split=True)
         self.sizes.copy_(self.assignments.renew(0, new))
         # The clusters have other numbers than the last epoch's: a new classifier, which every rank draws alike, from a key.
-        draw = torch.Generator().manual_seed(int(dist.hash64(self.facts.seed, clock.epoch, "classifier")))
+        draw = torch.Generator().manual_seed(int(rng.hash64(self.facts.seed, clock.epoch, "classifier")))
         weight = torch.empty(self.config.classes, self.width)
         write("classifier.weight", nn.init.normal_(weight, std=0.01, generator=draw))
         write("classifier.bias", torch.zeros(self.config.classes))

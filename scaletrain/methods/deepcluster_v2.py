@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.config.schema import Count, Leaf, Positive
 from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank
@@ -63,7 +63,7 @@ class Model(Method):
         for head, clusters in enumerate(self.config.clusters):
             bank: Bank = self.banks[head % self.banked]  # type: ignore[assignment]
             # differs: seeds are drawn from the whole data set by a hash, not from rank 0's shard, so ranks do not matter.
-            key = int(dist.hash64(self.seed, clock.epoch, head))
+            key = int(rng.hash64(self.seed, clock.epoch, head))
             centroids, assigned = spherical_kmeans(bank.rows, bank.start, clusters, self.config.iterations, key)
             self.prototypes()[head].copy_(centroids)
             self.assignments.renew(head, assigned)

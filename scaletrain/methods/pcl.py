@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
 from scaletrain.nn.bank import Bank, Queue
@@ -77,7 +77,7 @@ class Model(Method):
         self.target_backbone.train()
         for m, clusters in enumerate(self.config.clusters):
             # differs: one start in place of the best of five, and an empty cluster stays where it is.
-            key = int(dist.hash64(self.seed, "pcl", m))
+            key = int(rng.hash64(self.seed, "pcl", m))
             centroids, assigned = kmeans(memory.rows, memory.start, clusters, self.config.iterations, key)
             self.get_buffer(f"prototypes{m}").copy_(F.normalize(centroids, dim=1))
             self.get_buffer(f"concentration{m}").copy_(self._concentration(memory.rows, centroids, assigned))
@@ -130,7 +130,7 @@ class Model(Method):
         every = dist.gather_nograd(own)  # [B]
         taken = torch.zeros(len(phi) + 1, dtype=torch.bool, device=q.device)
         taken[every.where(every >= 0, len(phi))] = True
-        chance = dist.hash64(self.seed, "prototypes", step, m, torch.arange(len(phi), device=q.device))
+        chance = rng.hash64(self.seed, "prototypes", step, m, torch.arange(len(phi), device=q.device))
         drawn = chance.masked_fill(taken[:-1], torch.iinfo(torch.int64).max).argsort()[: self.config.negatives]
         columns = torch.cat([every.clamp_min(0), drawn])
         absent = torch.cat([every < 0, taken[drawn]])

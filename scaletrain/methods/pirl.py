@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.bank import Bank, Once
@@ -65,7 +65,7 @@ class Model(Method):
         source, image = (view for views in batch.views for view in views)  # [B, 3, S, S] each
         h = per_view(self.backbone, image[None])[0]
         parts = self.patch_projector(pooled(self.backbone, self._patches(source, batch.keys))).transpose(0, 1)  # [B, 9, dim]
-        order = dist.uniform(batch.keys, "jigsaw", PATCHES).argsort(dim=1, stable=True)
+        order = rng.uniform(batch.keys, "jigsaw", PATCHES).argsort(dim=1, stable=True)
         shuffled = parts.gather(1, order[..., None].expand_as(parts))  # no label: the embedding must not depend on the order
         memory, negatives = self.bank.read(batch.index), self.bank.read_same(self._drawn(clock, batch.index))
         loss, shown = self._loss(self.projector(h), self.join(shuffled.flatten(1)), memory, negatives, batch.index)
@@ -77,7 +77,7 @@ class Model(Method):
         differs: vissl distorts the colours of each patch by itself, here they are the view's.
         """
         cell, corner = torch.arange(PATCHES, device=x.device), self.cell - self.config.patch + 1
-        y, z = (dist.uniform(keys, "patches", 2 * PATCHES) * corner).long().view(-1, 2, PATCHES).unbind(1)  # [B, 9] each
+        y, z = (rng.uniform(keys, "patches", 2 * PATCHES) * corner).long().view(-1, 2, PATCHES).unbind(1)  # [B, 9] each
         along = torch.arange(self.config.patch, device=x.device)
         rows = (y + cell // 3 * self.cell)[..., None, None] + along[:, None]  # [B, 9, patch, 1]
         columns = (z + cell % 3 * self.cell)[..., None, None] + along
@@ -87,7 +87,7 @@ class Model(Method):
     def _drawn(self, clock: Clock, index: Tensor) -> Tensor:
         """[n] samples of the data set. differs: once for all of a step, since rows for each sample cannot be sent."""
         draws = torch.arange(self.config.negatives, device=index.device)
-        return dist.hash64(self.seed, "negatives", clock.step, draws) % self.samples  # torch's remainder is not negative
+        return rng.hash64(self.seed, "negatives", clock.step, draws) % self.samples  # torch's remainder is not negative
 
     @full_precision
     def _loss(self, v: Tensor, t: Tensor, m: Tensor, negatives: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

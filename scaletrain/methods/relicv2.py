@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.config.schema import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
@@ -110,6 +110,6 @@ class Model(Method):
         """[b, n] positions in the global batch, uniform over the other samples, each at most once."""
         own = dist.rank() * len(keys) + torch.arange(len(keys), device=keys.device)
         others = len(keys) * dist.world() - 1
-        order = dist.uniform(keys, "negatives", others).argsort(dim=1, stable=True)
+        order = rng.uniform(keys, "negatives", others).argsort(dim=1, stable=True)
         drawn: Tensor = (own[:, None] + 1 + order[:, : self.config.negatives]) % (others + 1)
         return drawn

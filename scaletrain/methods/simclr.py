@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Count, Leaf, Positive, Share
 from scaletrain.core import Batch, Clock, Facts, Method, Out
 from scaletrain.nn.heads import mlp
@@ -55,5 +55,5 @@ class Model(Method):
         if not self.config.known_labels:
             return None
         assert batch.labels is not None
-        draw = dist.uniform(dist.hash64(self.seed, batch.index), "known label", 1)[:, 0]
+        draw = rng.uniform(rng.hash64(self.seed, batch.index), "known label", 1)[:, 0]
         return batch.labels.where(draw < self.config.known_labels, -1)

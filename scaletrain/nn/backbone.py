@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scaletrain.config.recipe import nearest
-from scaletrain.config.schema import ConfigError, Model
+from scaletrain.config.recipe import ConfigError, nearest
+from scaletrain.config.schema import Model
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
 

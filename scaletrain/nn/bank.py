@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.core import Staged
 
 
@@ -100,7 +100,7 @@ class Bank(Staged):
         rows = torch.full((stop - self.start, dim), fill, dtype=dtype)
         if noise is not None:
             for part in torch.arange(len(rows)).split(16384):  # the hashes of all rows at once would take much memory
-                rows[part] = F.normalize(dist.uniform(dist.hash64(noise, self.start + part), "bank", dim) * 2 - 1, dim=1)
+                rows[part] = F.normalize(rng.uniform(rng.hash64(noise, self.start + part), "bank", dim) * 2 - 1, dim=1)
         self.register_buffer("rows", rows)
         self.staged: list[tuple[Tensor, Tensor]] = []
 

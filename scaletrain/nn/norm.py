@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.core import Staged
 
 _views, _rows = 1, 1
@@ -94,7 +94,7 @@ def shuffled(module: nn.Module, x: Tensor, *key: int | str) -> Tensor:
     The groups of batch norm then hold other samples than in the other network: MoCo's ShuffleBN (section 3.3), which keeps
     statistics from telling a query which keys belong to its group.
     """
-    order = dist.permutation(x.shape[1] * dist.world(), "shuffle", *key)
+    order = rng.permutation(x.shape[1] * dist.world(), "shuffle", *key)
     y = per_view(module, dist.permute_nograd(x.transpose(0, 1), order).transpose(0, 1))
     return dist.permute_nograd(y.transpose(0, 1), order.argsort()).transpose(0, 1)
 

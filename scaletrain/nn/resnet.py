@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config.schema import ConfigError, Model
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Model
 from scaletrain.nn.blocks import Basic, Bottleneck, conv, deep_stem
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.ops.precision import full_precision

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scaletrain.config.schema import ConfigError
+from scaletrain.config.recipe import ConfigError
 from scaletrain.nn.norm import replayed
 from scaletrain.nn.resnet import ResNet
 

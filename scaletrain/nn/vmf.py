@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import rng
 
 _POINTS, _REACH = 8193, 30.0  # of the table: its size, and how many standard deviations it spans to each side
 
@@ -46,7 +46,7 @@ class VonMisesFisher(nn.Module):
 
     def sample(self, mean: Tensor, keys: Tensor, purpose: str) -> Tensor:
         """mean [b, dim], unit vectors; keys [b] -> [b, dim]: one sample for each, whose gradient flows into the mean."""
-        draws = dist.uniform(keys, purpose, mean.shape[1] + 1).double() + 2.0**-25  # inside (0, 1), where quantiles are finite
+        draws = rng.uniform(keys, purpose, mean.shape[1] + 1).double() + 2.0**-25  # inside (0, 1), where quantiles are finite
         s = self._quantile(draws[:, 0])[:, None].to(mean)
         noise = torch.special.ndtri(draws[:, 1:]).to(mean)
         across = nn.functional.normalize(noise - (noise * mean).sum(1, keepdim=True) * mean, dim=1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import dist, rng
 
 _CHUNK = 16384  # rows per block: bounds the [rows, K] similarity matrix
 
@@ -71,7 +71,7 @@ def group_sums(rows: Tensor, assigned: Tensor, clusters: int) -> tuple[Tensor, T
 def _seeds(rows: Tensor, present: Tensor, start: int, clusters: int, key: int) -> Tensor:
     """The rows with the smallest hashes, in the order of their hashes."""
     absent = torch.iinfo(torch.int64).max
-    hashes = dist.hash64(key, "kmeans", start + torch.arange(len(rows), device=rows.device)).where(present, absent)
+    hashes = rng.hash64(key, "kmeans", start + torch.arange(len(rows), device=rows.device)).where(present, absent)
     local = hashes.sort().values[:clusters]
     local = F.pad(local, (0, clusters - len(local)), value=absent)
     chosen = dist.gather_nograd(local).sort().values[:clusters]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.core import Batch
 
 
@@ -18,7 +18,7 @@ def on_grey(batch: Batch, probability: float, minimum: float) -> tuple[Tensor, T
     x = batch.views[0]
     if batch.masks is None or not probability:
         return x, x.new_zeros(x.shape[:2])
-    draws = dist.uniform(batch.keys, "saliency", 2 * len(x)).T.view(2, len(x), len(batch), 1, 1, 1).to(x)
+    draws = rng.uniform(batch.keys, "saliency", 2 * len(x)).T.view(2, len(x), len(batch), 1, 1, 1).to(x)
     # differs: in the paper the foreground must cover so much of the image.
     apply = (draws[0] < probability) & (batch.masks.mean((2, 3, 4), keepdim=True) >= minimum)
     black, white = batch.pixel_range.to(x).view(2, 3, 1, 1)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaletrain.config.schema import ConfigError, Optim
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Optim
 from scaletrain.core import Group, Method
 from scaletrain.optim.lars import LARS
 

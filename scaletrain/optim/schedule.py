@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 
-from scaletrain.config.schema import ConfigError, Optim
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Optim
 
 
 def base_lr(optim: Optim, batch: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.evals import results
 from scaletrain.evals.results import Result
@@ -165,7 +165,7 @@ def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
 
 
 def _points(run: Path, cards: Sequence[Result], metric: str) -> list[Point]:
-    settings, records = schema.load(run / "config.yaml"), _records(run / "metrics.jsonl")
+    settings, records = load.load(run / "config.yaml"), _records(run / "metrics.jsonl")
     per_epoch = records[-1].steps_per_epoch if records else None
     points = []
     for c, spent in zip(cards, _hours(records, [card.step for card in cards], settings.monitor.every), strict=True):

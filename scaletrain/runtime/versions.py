@@ -6,7 +6,7 @@ import importlib.metadata
 import subprocess
 from pathlib import Path
 
-from scaletrain.config.schema import ConfigError
+from scaletrain.config.recipe import ConfigError
 
 
 def installed(package: str) -> str:

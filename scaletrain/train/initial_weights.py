@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import files
 from scaletrain.engines.base import Engine
 from scaletrain.engines.placement import TrainingError
 
@@ -24,7 +24,7 @@ def start_from(engine: Engine, path: Path) -> str:
     The names may stand behind one prefix, such as `module.` or `backbone.`, and batch norms may lack their counters.
     Raises TrainingError for a file of another network.
     """
-    tensors, _ = writer.load_file(path)
+    tensors, _ = files.load_file(path)
     mine = {name.removeprefix(OURS): at.shape for name, at in engine.placed().items() if name.startswith(OURS)}
     prefix = _prefix(tensors, mine, path)
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import platform
 import sys
@@ -18,22 +17,23 @@ import torch
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.auxiliaries import base as auxiliaries
+from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
-from scaletrain.config.schema import Config, ConfigError, Data
-from scaletrain.core import Batch, Clock, Facts, Method
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config, Data
+from scaletrain.core import Batch, Clock
 from scaletrain.data.format import selection
 from scaletrain.data.loading import support
 from scaletrain.data.loading.loader import Stream
-from scaletrain.data.reading.replacement import Account, Replaced, count_of
-from scaletrain.engines.base import Engine
-from scaletrain.nn import backbone
+from scaletrain.data.reading.replacement import Account, count_of
+from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt, Stopped, announce
 from scaletrain.runtime.timing import WAIT, mark
 from scaletrain.runtime.versions import commit
 from scaletrain.train import run_folder
+from scaletrain.train.build import build, total_steps
 from scaletrain.train.initial_weights import start_from
 from scaletrain.train.monitor import Monitor, profile
 from scaletrain.train.rehearsal import rehearse
@@ -84,7 +84,7 @@ def _loop(
     for source in sources if dist.main() else ():
         run_folder.warn_if_open(Path(selection.place(source["path"]).folder))
 
-    saved = checkpoint.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     total = total_steps(config, stream.steps_per_epoch)
     start, notes = _start(saved, config, stream, data, total, change)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
@@ -166,11 +166,11 @@ def _loop(
                 if stop:
                     raise Stopped(stop, done, saved=True)
         writer.close()
-        monitor.finish(run, checkpoint.folder_of(run / "checkpoints", start.offset + total))
+        monitor.finish(run, reader.folder_of(run / "checkpoints", start.offset + total))
 
 
 def _start(
-    saved: checkpoint.Saved | None, config: Config, stream: Stream, data: Mapping[str, Any], total: int, change: bool
+    saved: reader.Saved | None, config: Config, stream: Stream, data: Mapping[str, Any], total: int, change: bool
 ) -> tuple[Start, list[str]]:
     """Where to start, and what --change has accepted for it. Raises ConfigError for other data without --change."""
     if saved is None:
@@ -215,40 +215,6 @@ def _check_labels(stream: Stream, classes: int | None) -> None:
         raise ConfigError(
             f"method.classes={classes}, but the labels are of {there} classes with numbers up to {largest}: {fix}"
         )
-
-
-def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:
-    """What the method is told of a run."""
-    sizes: dict[int, int] = {}
-    for view in config.data.views:
-        sizes[view.size] = sizes.get(view.size, 0) + view.count
-    views = tuple((size, count) for size, count in sorted(sizes.items(), reverse=True) if count)
-    beside = config.data.support
-    rows = 0 if beside is None else beside.classes * beside.per_class
-    return Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed, rows)
-
-
-def build_method(config: Config, facts: Facts) -> Method:
-    """The method of a configuration with its auxiliaries, drawn from its seed alone."""
-    torch.manual_seed(config.seed)
-    leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
-    return auxiliaries.attach(leaf.Model(config.method, lambda: backbone.build(config.model), facts), config.auxiliaries, facts)
-
-
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run. Raises ConfigError for what does not fit them."""
-    total = config.steps or round(config.epochs * steps_per_epoch)
-    if total < 1:
-        raise ConfigError(f"epochs={config.epochs:g} is less than one step of the {steps_per_epoch} per epoch")
-    schedule.lr(config.optim, config.batch, 0, steps_per_epoch, total)  # raises when the warm-up is longer
-    return total
-
-
-def build(config: Config, samples: int, steps_per_epoch: int, device: torch.device) -> Engine:
-    """The method of a configuration inside its engine."""
-    method = build_method(config, facts_of(config, samples, steps_per_epoch))
-    engine = importlib.import_module(f"scaletrain.engines.{config.engine.name}")
-    return engine.Engine(method, config.engine, config.optim, device)  # type: ignore[no-any-return]
 
 
 def _threads() -> int:

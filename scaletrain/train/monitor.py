@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from scaletrain import dist
+from scaletrain.config import load
 from scaletrain.config import schema as cfg
 from scaletrain.core import Batch, Clock, Result
 from scaletrain.runtime import durable
@@ -53,7 +54,7 @@ class Monitor:
         durable.drop_records(run / "metrics.jsonl", start.updates)
         self._metrics = durable.Records(run / "metrics.jsonl")
         self._board = Board(run / "tensorboard", start.updates)
-        self._board.text("config", f"```yaml\n{cfg.dump(config)}```", start.updates)
+        self._board.text("config", f"```yaml\n{load.dump(config)}```", start.updates)
         self._board.flush()
         self._pace = Pace(config.batch)
         self._screen = Screen(total_steps, math.ceil(total_steps / max(1, steps_per_epoch)), start.step)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TextIO
 
 from scaletrain import dist, exit_codes
-from scaletrain.config import recipe
+from scaletrain.config import load, recipe
 from scaletrain.config import schema as configuration
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.runtime import durable
 
 CONFIG, LOCK, LEASE, CHANGES = "config.yaml", ".lock", ".lease", "changes.jsonl"
@@ -129,7 +130,7 @@ def differences(run: Path, config: Config) -> list[tuple[str, object, object]]:
     # without a checkpoint there is nothing to protect: a start that was refused leaves only its configuration
     if not path.exists() or not any((run / "checkpoints").glob("step-*")):
         return []
-    return [item for item in configuration.diff(configuration.load(path), config) if not _one_place(*item)]
+    return [item for item in load.diff(load.load(path), config) if not _one_place(*item)]
 
 
 def _one_place(key: str, old: object, new: object) -> bool:
@@ -141,7 +142,7 @@ def _one_place(key: str, old: object, new: object) -> bool:
 
 def write_config(run: Path, config: Config) -> None:
     with durable.replacing(run / CONFIG, str(os.getpid())) as file:
-        file.write(configuration.dump(config).encode())
+        file.write(load.dump(config).encode())
 
 
 def log_change(run: Path, step: int, what: list[str]) -> None:

@@ -16,6 +16,7 @@ import small
 import torch
 from torch import Tensor
 
+from scaletrain.config import load, recipe
 from scaletrain.config import schema as configuration
 from scaletrain.config.schema import Leaf, leaf_config, leaves
 from scaletrain.core import Batch, Clock, Out, Piece, Staged
@@ -103,9 +104,9 @@ def test_the_defaults_are_valid_and_say_their_name(method: str) -> None:
     leaf = leaf_config("methods", method)
     assert issubclass(leaf, Leaf)
     assert leaf.__module__ == f"scaletrain.methods.{method}"
-    assert leaf(name=method) == configuration.build({"method": method}).method
-    with pytest.raises(configuration.ConfigError, match="nonsense"):
-        configuration.build({"method": {"name": method, "nonsense": 1}})
+    assert leaf(name=method) == load.build({"method": method}).method
+    with pytest.raises(recipe.ConfigError, match="nonsense"):
+        load.build({"method": {"name": method, "nonsense": 1}})
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

@@ -12,13 +12,16 @@ import pytest
 import torch
 from published import ACCURACY, PUBLISHED, RECALLED
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
+from scaletrain.config import load
 from scaletrain.config import schema as configuration
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.loader import planned
 from scaletrain.optim import schedule
-from scaletrain.train.loop import build, total_steps, train
+from scaletrain.train.build import build, total_steps
+from scaletrain.train.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -43,7 +46,7 @@ BOTTLENECKS = (
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    return configuration.load(CONFIGS / f"{name}.yaml", overrides)
+    return load.load(CONFIGS / f"{name}.yaml", overrides)
 
 
 def shrunken(name: str) -> Config:
@@ -271,7 +274,7 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(math.isfinite(line["train/loss"]) and not line["steps/skipped"] for line in lines)
-    saved = writer.latest(tmp_path / "run" / "checkpoints")
+    saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == 2
     fresh = build(config, SAMPLES, SAMPLES // BATCH, torch.device("cpu")).method.state_dict()
@@ -284,4 +287,4 @@ def test_a_recipe_without_data_says_how_to_name_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.path is empty: add data\.path=FOLDER"):
         train(recipe(name), tmp_path / "run")
     train(shrunken(name), tmp_path / "run")  # the refused start does not stand in the way
-    assert writer.latest(tmp_path / "run" / "checkpoints") is not None
+    assert reader.latest(tmp_path / "run" / "checkpoints") is not None

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.report import grid
-from scaletrain.train.loop import build_method, facts_of
+from scaletrain.train.build import build_method, facts_of
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -32,7 +32,7 @@ def test_a_study_runs(path: Path) -> None:
     listed = re.search(r"Published[^.]*?: ((?:\d\d\.\d+, )+\d\d\.\d+) %", head)
     assert path.stem == "relicv2_box_masks" or (listed and len(listed[1].split(", ")) == len(elements)), "a figure for each run"
     for overrides in elements:
-        chosen = schema.load(ROOT / command[1], (*small, *overrides))
+        chosen = load.load(ROOT / command[1], (*small, *overrides))
         build_method(chosen, facts_of(chosen, 5000, 1))
         assert len(grid.folder(Path(), overrides).name) < 255
 
@@ -41,7 +41,7 @@ def studied(name: str, *keys: str) -> list[tuple[object, ...]]:
     """What the runs of a study have in `keys` of the method and the data."""
     found = []
     for overrides in grid.combinations([str(ROOT / "configs" / "studies" / f"{name}.yaml")], 1):
-        chosen = schema.load(ROOT / "configs" / "relicv2_r50_in1k_100ep.yaml", ("data.masks=true", *overrides))
+        chosen = load.load(ROOT / "configs" / "relicv2_r50_in1k_100ep.yaml", ("data.masks=true", *overrides))
         values = {**chosen.data.model_dump(), **chosen.method.model_dump()}
         found.append(tuple(values[key] for key in keys))
     return found
@@ -65,7 +65,7 @@ def test_studies_of_masks_mask_as_many_views_in_every_run(kind: str) -> None:
 def test_views_of_the_study() -> None:
     recipe = ROOT / "configs" / "relicv2_r50_in1k.yaml"
     found = [
-        facts_of(schema.load(recipe, overrides), 5000, 1).views
+        facts_of(load.load(recipe, overrides), 5000, 1).views
         for overrides in grid.combinations([str(ROOT / "configs/studies/relicv2_views.yaml")], 1)
     ]
     pairs = [(2, 0), (2, 2), (2, 6), (4, 0), (4, 2), (6, 2), (8, 2)]

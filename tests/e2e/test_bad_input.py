@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from scaletrain import cli
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import files, reader
 from scaletrain.config.schema import Model
 from scaletrain.nn import resnet
 
@@ -131,7 +131,7 @@ def test_run_folder(shards: Path, recipe: Path, tmp_path: Path) -> None:
     assert train(recipe, tmp_path / "run", data, "steps=6").exit_code == 2
     changed = train(recipe, tmp_path / "run", data, "steps=6", "--change")
     assert changed.exit_code == 0
-    saved = writer.latest(tmp_path / "run" / "checkpoints")
+    saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == 6
     losses = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -164,14 +164,14 @@ def test_init_takes_a_backbone_and_refuses_another(shards: Path, recipe: Path, t
     fitting = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
     fitting.bn1.running_mean.fill_(0.25)
     foreign = fitting.state_dict() | {"fc.weight": torch.zeros(10, fitting.features), "fc.bias": torch.zeros(10)}
-    writer.export(foreign, tmp_path / "fits.safetensors", {})
-    writer.export(resnet.ResNet(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {})
+    files.export(foreign, tmp_path / "fits.safetensors", {})
+    files.export(resnet.ResNet(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {})
     arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "checkpoint.every_steps=1")
     refused(
         train(recipe, tmp_path / "a", *arguments, "--init", tmp_path / "wide.safetensors"), "wide.safetensors", "conv1.weight"
     )
     assert train(recipe, tmp_path / "b", *arguments, "--init", tmp_path / "fits.safetensors").exit_code == 0
-    saved = writer.latest(tmp_path / "b" / "checkpoints")
+    saved = reader.latest(tmp_path / "b" / "checkpoints")
     assert saved is not None
     for prefix in ("backbone", "target_backbone"):
         weight = saved.read(f"method.{prefix}.conv1.weight").view_as(fitting.conv1.weight)
@@ -193,17 +193,17 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
     network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
     tensors = {prefix + name: value for name, value in network.state_dict().items() if not name.endswith(dropped or "none")}
     tensors |= {f"{prefix}fc.weight": torch.zeros(10, network.features), "queue": torch.zeros(3)}
-    writer.export(tensors, tmp_path / "file.safetensors", {})
+    files.export(tensors, tmp_path / "file.safetensors", {})
     arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "--init", tmp_path / "file.safetensors")
     if not prefix:  # a queue among the backbone's own names cannot be told from a part of another network
         refused(train(recipe, tmp_path / "run", *arguments), "queue is (3,) in the file and absent in the model")
         del tensors["queue"]
-        writer.export(tensors, tmp_path / "file.safetensors", {})
+        files.export(tensors, tmp_path / "file.safetensors", {})
     begun = train(recipe, tmp_path / "run", *arguments)
     assert begun.exit_code == 0, begun.stderr
     assert note in begun.stdout
     assert f"not of the backbone and were left out: {prefix}fc.weight{', queue' if prefix else ''}" in begun.stdout
-    saved = writer.latest(tmp_path / "run" / "checkpoints")
+    saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     weight = saved.read("method.target_backbone.conv1.weight").view_as(network.conv1.weight)
     torch.testing.assert_close(weight, network.conv1.weight.detach(), rtol=0, atol=1e-6)
@@ -212,7 +212,7 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
 def test_init_refuses_a_file_of_several_networks_that_fit(shards: Path, recipe: Path, tmp_path: Path) -> None:
     network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar")).state_dict()
     both = {f"module.encoder_{which}.{name}": value for which in "qk" for name, value in network.items()}
-    writer.export(both, tmp_path / "moco.safetensors", {})
+    files.export(both, tmp_path / "moco.safetensors", {})
     result = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1", "--init", tmp_path / "moco.safetensors")
     refused(result, "several networks that fit this model, behind 'module.encoder_k.', 'module.encoder_q.'")
 
@@ -241,6 +241,6 @@ def test_disk_full_while_saving_keeps_the_last_good_checkpoint(shards: Path, rec
     command = [sys.executable, "-m", "scaletrain", "train", str(recipe), f"data.path={shards}", "--run", str(run), "--change"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=limit)
     refused(done, "step-00000004", "step 2")
-    saved = writer.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     assert saved is not None
     assert saved.step == 2

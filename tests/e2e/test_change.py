@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from scaletrain import cli
-from scaletrain.checkpoint import files, writer
-from scaletrain.config import schema
+from scaletrain.checkpoint import files, reader
+from scaletrain.config import load
 from scaletrain.runtime import durable
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_other_shards_under_the_same_path_are_refused_until_accepted(run: Path, 
     logged = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged] == [3, 6]
     assert any("40 samples" in line for line in logged[1]["changes"])
-    saved = writer.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     assert saved is not None
     assert saved.meta["data"]["sources"][0]["samples"] == 40
 
@@ -128,7 +128,7 @@ def test_spellings_of_one_folder_are_one_data_set(
     resumed = train(run, f"data.path={spell(shards, tmp_path)}")
     assert resumed.exit_code == 0, resumed.stderr
     assert "resumed from step 3" in resumed.stdout
-    assert Path(schema.load(run / "config.yaml").data.path).is_absolute()
+    assert Path(load.load(run / "config.yaml").data.path).is_absolute()
     os.chdir(tmp_path)
     assert "nothing left to train" in train(run, f"data.path={shards}").stdout
 
@@ -150,7 +150,7 @@ def test_a_changed_batch_keeps_the_place_in_samples(run: Path, shards: Path) -> 
         (4, 56, 1.5),
         (5, 72, 2.0),
     ]
-    saved = writer.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     assert saved is not None
     assert (saved.step, saved.meta["clock"]["step"], saved.meta["samples"]) == (6, 4, 72)
 

@@ -12,7 +12,7 @@ import torch
 from unit.data_kit import write_shards
 from unit.remote_kit import serving
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
 from scaletrain.data.format import index
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_training_and_evaluation_from_a_web_server(tmp_path: Path) -> None:
             (result,) = (out / "evals").glob("*.json")
             results.append(json.loads(result.read_text()))
         assert server.asked["train/s-001.tar"] == 1  # by two ranks and the evaluation
-    here, there = (writer.latest(tmp_path / kind / "checkpoints") for kind in ("folder", "web"))
+    here, there = (reader.latest(tmp_path / kind / "checkpoints") for kind in ("folder", "web"))
     assert here is not None
     assert there is not None
     assert there.step == 6

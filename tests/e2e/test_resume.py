@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def losses(run: Path) -> list[float]:
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    saved = writer.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     assert saved is not None
     assert saved.step == 24
     return {name: saved.read(name) for name in saved.names()}

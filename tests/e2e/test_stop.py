@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -100,7 +100,7 @@ def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path: Path) -> None:
 
 
 def result(run: Path) -> dict[str, torch.Tensor]:
-    saved = writer.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     assert saved is not None
     assert saved.step == STEPS
     return {name: saved.read(name) for name in saved.names()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -46,7 +46,7 @@ def test_two_nodes_train_what_the_local_launcher_trains(tmp_path: Path) -> None:
         str(tmp_path / "local"),
     ]
     subprocess.run(local, env=environment, check=True, capture_output=True, timeout=200)
-    here, there = (writer.latest(tmp_path / run / "checkpoints") for run in ("local", "nodes"))
+    here, there = (reader.latest(tmp_path / run / "checkpoints") for run in ("local", "nodes"))
     assert here is not None
     assert there is not None
     assert there.step == 4

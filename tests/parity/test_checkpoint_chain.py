@@ -17,8 +17,9 @@ import ranks
 import small
 import torch
 
-from scaletrain.checkpoint.reader import folder_of
-from scaletrain.checkpoint.writer import Saved, Writer, export, open_step
+from scaletrain.checkpoint.files import export
+from scaletrain.checkpoint.reader import Saved, folder_of, open_step
+from scaletrain.checkpoint.writer import Writer
 from scaletrain.config.schema import Config, leaves
 from scaletrain.engines.base import Engine
 

@@ -17,7 +17,7 @@ from toys import ADVERSARY, MOMENT
 
 from scaletrain.checkpoint.files import export
 from scaletrain.engines import placement
-from scaletrain.train.loop import start_from
+from scaletrain.train.initial_weights import start_from
 
 SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks; two losses
     "ddp": ("byol",),

@@ -13,10 +13,11 @@ import torch
 from tiny import CLOCK, MULTI, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.auxiliaries import base as auxiliaries
 from scaletrain.auxiliaries.rotation import turned
-from scaletrain.config.schema import ConfigError, leaf_config
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import leaf_config
 from scaletrain.core import Batch, Facts
 
 HEADS: dict[str, dict[str, Any]] = {"byol": {"hidden": 4, "dim": 3}, "simclr": {"dim": 4}, "swav": {"hidden": 4, "dim": 3}}
@@ -43,7 +44,7 @@ def plainly_turned(image: Tensor, turns: int) -> Tensor:
 
 def plain_rotation(model: Any, batch: Batch, weight: float, used: int) -> Tensor:
     """lambda / (V B) times the sum of the cross entropies (the poster's equation, V = 2)."""
-    turns = [[int(4 * u) for u in row] for row in dist.uniform(batch.keys, "rotation", used).T.tolist()]
+    turns = [[int(4 * u) for u in row] for row in rng.uniform(batch.keys, "rotation", used).T.tolist()]
     views = [
         [plainly_turned(x, k) for x, k in zip(view, ks, strict=True)] for view, ks in zip(batch.views[0], turns, strict=False)
     ]
@@ -69,8 +70,8 @@ def test_rotation_of_one_image_repeated() -> None:
 
 
 def test_four_turns_are_all_equally_likely_and_views_turn_independently() -> None:
-    keys = dist.hash64(1, torch.arange(4000))
-    turns = (4 * dist.uniform(keys, "rotation", 2)).long()
+    keys = rng.hash64(1, torch.arange(4000))
+    turns = (4 * rng.uniform(keys, "rotation", 2)).long()
     pairs = torch.bincount(4 * turns[:, 0] + turns[:, 1], minlength=16)
     assert (pairs - 250).abs().max() < 70  # 4.5 standard deviations
     x = torch.randn(2, 4, 3, 5, 5)
@@ -83,7 +84,7 @@ def test_rotation_knows_its_accuracy_and_reduces_in_float32() -> None:
     with torch.no_grad():
         model.auxiliaries["rotation"].head[-1].weight.zero_()
         model.auxiliaries["rotation"].head[-1].bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
-    turns = (4 * dist.uniform(batch.keys, "rotation", 2)).long()
+    turns = (4 * rng.uniform(batch.keys, "rotation", 2)).long()
     out = model(batch, CLOCK)
     assert out.scalars["rotation_accuracy"].item() == pytest.approx((turns == 2).double().mean().item())
     with torch.autocast("cpu", torch.bfloat16):

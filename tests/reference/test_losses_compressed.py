@@ -13,7 +13,7 @@ import torch
 from tiny import CLOCK, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.core import Batch
 from scaletrain.nn.vmf import VonMisesFisher
 
@@ -73,7 +73,7 @@ def log_density(mean: Tensor, z: Tensor, kappa: float) -> Tensor:
 
 def code(mean: Tensor, cosine: Tensor, key: Tensor, purpose: str) -> Tensor:
     """The sample at this cosine to the mean, across it in the direction of a Gaussian that is drawn by the key."""
-    draws = dist.uniform(key, purpose, len(mean) + 1)[1:].tolist()
+    draws = rng.uniform(key, purpose, len(mean) + 1)[1:].tolist()
     noise = torch.tensor([NormalDist().inv_cdf(u + 2.0**-25) for u in draws], dtype=torch.float64)
     across = noise - (noise * mean).sum() * mean
     return cosine * mean + (1 - cosine * cosine).sqrt() * plain.unit(across)

@@ -16,7 +16,7 @@ from test_losses_keys import in_bfloat16, nce
 from tiny import CLOCK, agrees, commit, encode, make, make_batch, repeated
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.core import Batch, Clock
 from scaletrain.ops.kmeans import kmeans
 
@@ -50,7 +50,7 @@ def embeddings(model: Any, batch: Batch) -> tuple[Rows, Rows]:
     """Of the image and of the patches that the encoder has just seen, in the order that the keys give."""
     image = plain.head(model.projector, encode(model.backbone, batch.views[1:])[0])
     patches = model.backbone.seen[-1].unflatten(0, (9, len(batch)))
-    order = dist.uniform(batch.keys, "jigsaw", 9).argsort(dim=1).tolist()
+    order = rng.uniform(batch.keys, "jigsaw", 9).argsort(dim=1).tolist()
     joined = []
     for n, places in enumerate(order):
         assert sorted(places) == list(range(9))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaletrain.config.schema import ConfigError, Optim
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Optim
 from scaletrain.core import Group, Method
 from scaletrain.optim import groups as grouping
 from scaletrain.optim.groups import drop_frozen, parameter_groups, set_rates

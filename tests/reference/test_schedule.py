@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from scaletrain.config.schema import ConfigError, Optim
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Optim
 from scaletrain.optim.schedule import base_lr, lr
 
 

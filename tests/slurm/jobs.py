@@ -13,7 +13,7 @@ import pytest
 import torch
 from slurm.cluster import Cluster, missing
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -34,7 +34,7 @@ unavailable = pytest.mark.skipif(bool(missing()), reason=f"SLURM IS NOT TESTED: 
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    saved = writer.latest(run / "checkpoints")
+    saved = reader.latest(run / "checkpoints")
     assert saved is not None
     assert saved.step == STEPS
     return {name: saved.read(name) for name in saved.names()}

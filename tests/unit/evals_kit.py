@@ -13,7 +13,7 @@ from data_kit import add, encode
 from torch import Tensor
 
 from scaletrain.checkpoint import writer as checkpoint
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.core import Piece
 from scaletrain.data.reading.reader import Shards
@@ -55,7 +55,7 @@ def spoil(folder: Path, sample: int) -> None:
 
 
 def settings(train: Path | str, **model: object) -> Config:
-    return schema.build(
+    return load.build(
         {
             "seed": 3,
             "batch": 8,
@@ -91,7 +91,7 @@ def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> 
     cfg = settings(train)
     run = root / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(schema.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)})))
+    (run / "config.yaml").write_text(load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)})))
     save(run, step, backbone(cfg))
     return run
 

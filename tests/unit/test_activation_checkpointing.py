@@ -12,7 +12,7 @@ import torch
 from toys import toy_engine
 
 from scaletrain import dist
-from scaletrain.config.schema import ConfigError
+from scaletrain.config.recipe import ConfigError
 from scaletrain.engines.base import Engine
 
 STEPS = 2

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from data_kit import write_shards
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import reader
+from scaletrain.config import load
 from scaletrain.config import schema as config
-from scaletrain.config.schema import ConfigError
+from scaletrain.config.recipe import ConfigError
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.report import catalogue
@@ -20,18 +21,18 @@ from scaletrain.train.loop import train
 
 
 def built(**raw: Any) -> config.Config:
-    return config.build({"method": "byol", **raw})
+    return load.build({"method": "byol", **raw})
 
 
 def test_a_word_and_a_mapping_mean_the_same_and_are_saved_whole(tmp_path: Path) -> None:
     short, long = built(auxiliaries=["rotation"]), built(auxiliaries=[{"name": "rotation", "weight": 0.2}])
     assert short == long
-    (tmp_path / "run.yaml").write_text(config.dump(short))
-    assert config.load(tmp_path / "run.yaml") == short
-    changed = config.load(tmp_path / "run.yaml", ["auxiliaries.0.weight=0.5"])
-    assert config.diff(short, changed) == [("auxiliaries.0.weight", 0.2, 0.5)]
-    assert config.load(tmp_path / "run.yaml", ["auxiliaries=[]"]) == built()
-    assert config.load(tmp_path / "run.yaml", ["auxiliaries=[suncet]"]) == built(auxiliaries=["suncet"])
+    (tmp_path / "run.yaml").write_text(load.dump(short))
+    assert load.load(tmp_path / "run.yaml") == short
+    changed = load.load(tmp_path / "run.yaml", ["auxiliaries.0.weight=0.5"])
+    assert load.diff(short, changed) == [("auxiliaries.0.weight", 0.2, 0.5)]
+    assert load.load(tmp_path / "run.yaml", ["auxiliaries=[]"]) == built()
+    assert load.load(tmp_path / "run.yaml", ["auxiliaries=[suncet]"]) == built(auxiliaries=["suncet"])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_wrong_one_is_refused(auxiliaries: list[Any], text: str) -> None:
 
 
 def test_the_schema_has_them() -> None:
-    schema = config.schema()
+    schema = load.schema()
     assert {"auxiliaries.rotation", "auxiliaries.suncet"} <= set(schema["$defs"])
     assert schema["properties"]["auxiliaries"]["items"]["anyOf"][-1] == {"enum": ["rotation", "suncet"]}
 
@@ -78,14 +79,14 @@ def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
         "checkpoint": {"every_steps": 3, "keep_last": 5},
     }
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(config.build(raw), whole)
-    train(config.build(raw), parts)
+    train(load.build(raw), whole)
+    train(load.build(raw), parts)
     for path in sorted((parts / "checkpoints").glob("step-*"))[1:]:  # as if it had been stopped after step 3
         shutil.rmtree(path)
-    saved = writer.latest(parts / "checkpoints")
+    saved = reader.latest(parts / "checkpoints")
     assert saved is not None
     assert saved.step == 3
-    train(config.build(raw), parts)
+    train(load.build(raw), parts)
 
     def losses(run: Path) -> list[dict[str, float]]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -110,11 +111,11 @@ def test_labels_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> N
     with pytest.raises(
         ConfigError, match=r"method\.classes=5, but the labels are of 7 classes with numbers up to 6: set it to 7"
     ):
-        train(config.build(raw), tmp_path / "run")
+        train(load.build(raw), tmp_path / "run")
     mixture = [{"path": str(folder), "weight": 1.0}, {"path": str(write_shards(tmp_path / "more", (24,))), "weight": 1.0}]
     mixed = {**raw, "data": {**raw["data"], "path": "", "mixture": mixture}}  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="48 of 48 samples have no label"):
-        train(config.build(mixed), tmp_path / "run")
+        train(load.build(mixed), tmp_path / "run")
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------

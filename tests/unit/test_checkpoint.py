@@ -16,7 +16,9 @@ from safetensors.torch import load_file as official_load
 from stored import as_rank, flip, holds, listing, save, tensors, whole
 
 from scaletrain.checkpoint import files
-from scaletrain.checkpoint.writer import CheckpointError, Writer, latest, open_step
+from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.checkpoint.reader import latest, open_step
+from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
 # --- what is written comes back ---------------------------------------------------------------------------------------

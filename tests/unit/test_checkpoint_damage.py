@@ -20,7 +20,9 @@ from stored import as_rank, flip, holds, listing, save, tensors, whole
 from scaletrain.checkpoint import files
 from scaletrain.checkpoint import reader as saved_steps
 from scaletrain.checkpoint import writer as checkpoint
-from scaletrain.checkpoint.writer import CheckpointError, Writer, latest, open_step
+from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.checkpoint.reader import latest, open_step
+from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 from scaletrain.runtime import durable
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file as official_load
 from safetensors.torch import save_file as official_save
 from torch import nn
 
-from scaletrain.checkpoint.writer import CheckpointError, export, load_file
+from scaletrain.checkpoint.files import CheckpointError, export, load_file
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from scaletrain import dist
-from scaletrain.checkpoint.writer import CheckpointError, Writer, latest, open_step
+from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.checkpoint.reader import latest, open_step
+from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
 SIZE = 101

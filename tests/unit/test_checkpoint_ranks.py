@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as c10d
 
-from scaletrain.checkpoint.writer import CheckpointError, Saved, Writer, latest
+from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.checkpoint.reader import Saved, latest
+from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
 SIZE = 101

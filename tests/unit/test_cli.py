@@ -16,7 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from scaletrain import cli, exit_codes
+from scaletrain.checkpoint import files
 from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.config import load
 from scaletrain.config import schema as config
 from scaletrain.core import Batch, Piece
 from scaletrain.data.errors import DataError, LoaderError
@@ -64,7 +66,7 @@ def test_show_config_prints_what_loads_equal(recipe: Path, tmp_path: Path) -> No
     result = call("show", "config", recipe, "optim.lr=1e-3", "data=synthetic")
     assert result.exit_code == 0
     (tmp_path / "again.yaml").write_text(result.stdout)
-    assert config.load(tmp_path / "again.yaml") == config.load(recipe, ["optim.lr=1e-3", "data=synthetic"])
+    assert load.load(tmp_path / "again.yaml") == load.load(recipe, ["optim.lr=1e-3", "data=synthetic"])
 
 
 def test_show_methods_lists_every_file() -> None:
@@ -88,7 +90,7 @@ def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> N
     training(lambda *args, **kwargs: seen.append((*args, kwargs)))
     result = call("train", recipe, "optim.lr=0.5", "--run", "out", "data.lanes=4", "--init", "x.st", "--profile", "--change")
     assert result.exit_code == 0, result.output
-    expected = config.load(recipe, ["optim.lr=0.5", "data.lanes=4"])
+    expected = load.load(recipe, ["optim.lr=0.5", "data.lanes=4"])
     assert seen == [(expected, Path("out"), {"init": Path("x.st"), "trace": True, "change": True, "umask": None})]
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["optim.lr", "0.3", "0.5"] in rows
@@ -102,7 +104,7 @@ def test_train_defaults(recipe: Path, training: Any) -> None:
     training(lambda *args, **kwargs: seen.append((*args, kwargs)))
     assert call("train", recipe).stdout == f"configuration: {recipe} as it is\n"
     plain = {"init": None, "trace": False, "change": False, "umask": None}
-    assert seen == [(config.load(recipe), Path("runs/toy"), plain)]
+    assert seen == [(load.load(recipe), Path("runs/toy"), plain)]
     assert call("train", recipe, "optim.lr=0.5", RANK="1").stdout == ""
 
 
@@ -119,10 +121,10 @@ def test_eval_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Path) -> None:
-    settings = config.load(recipe)
+    settings = load.load(recipe)
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(config.dump(settings))
+    (run / "config.yaml").write_text(load.dump(settings))
     backbone = resnet.ResNet(settings.model)
     writer = checkpoint.Writer(run / "checkpoints", keep_last=5)
     for step in (3, 7):
@@ -134,7 +136,7 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
         result = call("export", run, tmp_path / "out.safetensors", *arguments)
         assert result.exit_code == 0, result.output
         assert f"backbone of step {step}" in result.stdout
-        tensors, meta = checkpoint.load_file(tmp_path / "out.safetensors")
+        tensors, meta = files.load_file(tmp_path / "out.safetensors")
         assert tensors.keys() == backbone.state_dict().keys()
         torch.testing.assert_close(tensors["conv1.weight"], backbone.state_dict()["conv1.weight"] + step)
         assert (meta["step"], json.loads(meta["model"])["name"]) == (str(step), "resnet18")
@@ -181,8 +183,8 @@ def test_expected_failures_are_one_line(recipe: Path, training: Any, fault: Call
         (MemoryError("4 GiB"), 75),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 75),
         (LoaderError("worker 1 was killed"), 75),
-        (checkpoint.CheckpointError("step 3 was not saved", 75), 75),
-        (checkpoint.CheckpointError("step 3 is damaged"), 2),
+        (files.CheckpointError("step 3 was not saved", 75), 75),
+        (files.CheckpointError("step 3 is damaged"), 2),
         (OSError(errno.EACCES, "Permission denied"), 2),
         (OSError(errno.ENOENT, "No such file or directory"), 2),
     ],

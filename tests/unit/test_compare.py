@@ -14,7 +14,7 @@ from evals_kit import backbone, run_folder, save, settings, shards, write_result
 from typer.testing import CliRunner
 
 from scaletrain.cli import app
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.core import Batch, Clock, Result
 from scaletrain.evals import run as evals
@@ -31,7 +31,7 @@ def make(root: Path, name: str, scores: dict[int, float], *, batch: int, steps: 
     run = root / name
     (run / "evals").mkdir(parents=True)
     recipe = {"batch": batch, "data": {"lanes": 1}, "method": "byol", "monitor": {"every": EVERY}}
-    (run / "config.yaml").write_text(schema.dump(schema.build(recipe)))
+    (run / "config.yaml").write_text(load.dump(load.build(recipe)))
     records = [
         {"step": s, "epoch": s // PER_EPOCH, "steps_per_epoch": PER_EPOCH, "speed/images_per_second": 1.0, "train/loss": None}
         | ({"speed/seconds_per_step": seconds} if s else {})
@@ -119,7 +119,7 @@ def test_a_resume_adds_neither_its_start_up_nor_what_it_repeats(
     (slow / "metrics.jsonl").unlink()
     images = Batch((torch.zeros(1, 1, 3, 2, 2),), torch.zeros(1), torch.zeros(1), torch.zeros(2, 3))
     for start, stop in ((0, 64), (59, 129), (126, 200)):
-        recipe = schema.load(slow / "config.yaml")
+        recipe = load.load(slow / "config.yaml")
         watch = Monitor(
             slow, recipe, total_steps=200, steps_per_epoch=PER_EPOCH, start=Start(start, start, recipe.batch * start)
         )

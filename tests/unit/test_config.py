@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 import scaletrain.engines
 import scaletrain.methods
+from scaletrain.config import load
 from scaletrain.config import schema as config
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 
 ALPHA = """
 from typing import Literal
@@ -72,7 +74,7 @@ def recipe(write: Write) -> Path:
 
 
 def test_defaults_are_frozen_tuples(recipe: Path) -> None:
-    loaded = config.load(recipe)
+    loaded = load.load(recipe)
     assert loaded.data.views == (config.View(count=2),)
     assert (loaded.method.name, loaded.engine.name) == ("toyalpha", "toyengine")
     assert loaded.method.sizes == (10, 20)  # type: ignore[attr-defined]
@@ -103,21 +105,21 @@ def test_defaults_are_frozen_tuples(recipe: Path) -> None:
     ],
 )
 def test_override_changes_one_key(recipe: Path, override: str, key: str, value: Any) -> None:
-    before, after = config.load(recipe), config.load(recipe, [override])
-    assert [(k, new) for k, _, new in config.diff(before, after)] == [(key, value)]
+    before, after = load.load(recipe), load.load(recipe, [override])
+    assert [(k, new) for k, _, new in load.diff(before, after)] == [(key, value)]
 
 
 def test_later_override_wins_and_all_apply(recipe: Path) -> None:
-    loaded = config.load(recipe, iter(["seed=1", "optim.lr=2", "seed=3", "optim.momentum=0.5"]))
+    loaded = load.load(recipe, iter(["seed=1", "optim.lr=2", "seed=3", "optim.momentum=0.5"]))
     assert (loaded.seed, loaded.optim.lr, loaded.optim.momentum) == (3, 2.0, 0.5)
 
 
 def test_list_override_names_the_items(write: Write) -> None:
     path = write(TOY + "data: {views: [{size: 32}, {size: 16, count: 4}]}")
-    loaded = config.load(path, ["data.views.1.count=2"])
+    loaded = load.load(path, ["data.views.1.count=2"])
     assert [(v.size, v.count) for v in loaded.data.views] == [(32, 1), (16, 2)]
     with pytest.raises(ConfigError, match=r"'views' is a list; its items are 0, 1, not '2'"):
-        config.load(path, ["data.views.2.count=2"])
+        load.load(path, ["data.views.2.count=2"])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_list_override_names_the_items(write: Write) -> None:
 )
 def test_bad_override_is_refused_with_the_cure(recipe: Path, override: str, text: str) -> None:
     with pytest.raises(ConfigError) as error:
-        config.load(recipe, [override])
+        load.load(recipe, [override])
     assert text in str(error.value)
     assert "\n" not in str(error.value)
     assert "pydantic" not in str(error.value)
@@ -178,7 +180,7 @@ def test_bad_override_is_refused_with_the_cure(recipe: Path, override: str, text
 def test_bad_file_is_named(write: Write, body: str, text: str) -> None:
     path = write(body)
     with pytest.raises(ConfigError) as error:
-        config.load(path)
+        load.load(path)
     assert text in str(error.value)
     assert str(path.parent) in str(error.value)
     assert "\n" not in str(error.value)
@@ -186,23 +188,23 @@ def test_bad_file_is_named(write: Write, body: str, text: str) -> None:
 
 def test_missing_recipe_suggests_a_neighbour(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such recipe; did you mean 'recipe.yaml'\?"):
-        config.load(recipe.with_name("recip.yaml"))
+        load.load(recipe.with_name("recip.yaml"))
     with pytest.raises(ConfigError, match="no such recipe"):
-        config.load(recipe.parent / "nowhere" / "recipe.yaml")
+        load.load(recipe.parent / "nowhere" / "recipe.yaml")
 
 
 def test_error_in_file_is_not_blamed_on_the_command_line(write: Write) -> None:
     with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key 'sed'; did you mean 'seed'\?"):
-        config.load(write(TOY + "sed: 1"), ["seed=3"])
+        load.load(write(TOY + "sed: 1"), ["seed=3"])
     with pytest.raises(ConfigError, match=r"^command line: "):
-        config.load(write(TOY), ["sed=3"])
+        load.load(write(TOY), ["sed=3"])
 
 
 def test_bases_merge_deeply_through_folders(write: Write, tmp_path: Path) -> None:
     (tmp_path / "common").mkdir()
     write(TOY + "seed: 1\noptim: {lr: 0.1, momentum: 0.8}\ndata: {views: [{size: 32}, {size: 16}]}", "common/root.yaml")
     write("base: root.yaml\nseed: 2\noptim: {lr: 0.2}\nmethod: {tau: 0.5}", "common/middle.yaml")
-    loaded = config.load(write("base: common/middle.yaml\ndata: {views: [{size: 64}], lanes: 8}\nengine: {amp: true}"))
+    loaded = load.load(write("base: common/middle.yaml\ndata: {views: [{size: 64}], lanes: 8}\nengine: {amp: true}"))
     assert (loaded.seed, loaded.optim.lr, loaded.optim.momentum) == (2, 0.2, 0.8)
     assert [view.size for view in loaded.data.views] == [64]  # a list replaces a list
     assert loaded.method.model_dump() == {"name": "toyalpha", "tau": 0.5, "head": {"hidden": 64}, "sizes": (10, 20)}
@@ -213,39 +215,39 @@ def test_long_cycle_of_bases_is_refused(write: Write) -> None:
     write("base: b.yaml", "a.yaml")
     write("base: c.yaml", "b.yaml")
     with pytest.raises(ConfigError, match="leads back to itself"):
-        config.load(write("base: a.yaml", "c.yaml"))
+        load.load(write("base: a.yaml", "c.yaml"))
 
 
 @pytest.mark.parametrize("change", [["method.name=toybeta"], ["method=toybeta"]])
 def test_new_name_replaces_the_leaf(write: Write, change: list[str]) -> None:
     path = write("engine: toyengine\nmethod: {name: toyalpha, tau: 0.1, head: {hidden: 3}}")
-    loaded = config.load(path, change)
+    loaded = load.load(path, change)
     assert loaded.method.model_dump() == {"name": "toybeta", "tau": 0.99, "head": {"layers": 64}, "sizes": (10, 20)}
-    both = config.load(path, ["method.tau=0.7", *change, "method.head.layers=2"])  # no order loses a change
+    both = load.load(path, ["method.tau=0.7", *change, "method.head.layers=2"])  # no order loses a change
     assert both.method.model_dump() == {"name": "toybeta", "tau": 0.7, "head": {"layers": 2}, "sizes": (10, 20)}
 
 
 def test_same_name_keeps_the_leaf(write: Write) -> None:
     path = write("engine: toyengine\nmethod: {name: toyalpha, tau: 0.1}")
-    assert config.load(path, ["method=toyalpha"]) == config.load(path)
+    assert load.load(path, ["method=toyalpha"]) == load.load(path)
 
 
 def test_synthetic_shorthand_keeps_the_views(write: Write) -> None:
-    loaded = config.load(write(TOY + "data: {path: /x, lanes: 4, views: [{size: 32}]}"), ["data=synthetic"])
+    loaded = load.load(write(TOY + "data: {path: /x, lanes: 4, views: [{size: 32}]}"), ["data=synthetic"])
     assert (loaded.data.path, loaded.data.lanes, loaded.data.views[0].size) == ("synthetic", 4, 32)
-    child = config.load(write("base: recipe.yaml\ndata: synthetic", "child.yaml"))
+    child = load.load(write("base: recipe.yaml\ndata: synthetic", "child.yaml"))
     assert child == loaded
-    grandchild = config.load(write("base: child.yaml\ndata: {lanes: 2}", "grandchild.yaml"))
+    grandchild = load.load(write("base: child.yaml\ndata: {lanes: 2}", "grandchild.yaml"))
     assert (grandchild.data.path, grandchild.data.lanes) == ("synthetic", 2)
-    assert config.load(write(TOY + "data: synthetic", "plain.yaml")).data.path == "synthetic"
+    assert load.load(write(TOY + "data: synthetic", "plain.yaml")).data.path == "synthetic"
 
 
 def test_section_without_name_means_the_default_leaf(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     fields = Config.model_fields
     monkeypatch.setattr(fields["method"], "default", {"name": "toyalpha"})
     monkeypatch.setattr(fields["engine"], "default", {"name": "toyengine"})
-    loaded = config.load(write("method: {tau: 0.5}\nengine: {amp: true}"))
-    assert loaded == config.load(write("method: {name: toyalpha, tau: 0.5}\nengine: {name: toyengine, amp: true}"))
+    loaded = load.load(write("method: {tau: 0.5}\nengine: {amp: true}"))
+    assert loaded == load.load(write("method: {name: toyalpha, tau: 0.5}\nengine: {name: toyengine, amp: true}"))
 
 
 AWKWARD = ["on", "null", "1e-6", "0123", "a: b # c", "it's", "ünï", "2024-01-01", "", " lead", "~", "yes\tno", "x" * 300]
@@ -260,24 +262,24 @@ def test_dump_reloads_equal(write: Write, path: str) -> None:
         "engine": "toyengine",
         "optim": {"lr": 1e-300, "weight_decay": 1.5e-6},
     }
-    built = config.build(raw)
-    again = config.load(write(config.dump(built), "saved.yaml"))
+    built = load.build(raw)
+    again = load.load(write(load.dump(built), "saved.yaml"))
     assert again == built
-    assert config.diff(built, again) == []
-    assert config.dump(again) == config.dump(built)
+    assert load.diff(built, again) == []
+    assert load.dump(again) == load.dump(built)
     assert type(again.method) is type(built.method)
 
 
 def test_diff_reports_both_sides(recipe: Path) -> None:
-    before = config.load(recipe)
-    after = config.load(recipe, ["data.views=[{size: 224, count: 2}, {size: 96}]", "method=toybeta", "optim.lr=0.5"])
-    changes = {key: (old, new) for key, old, new in config.diff(before, after)}
+    before = load.load(recipe)
+    after = load.load(recipe, ["data.views=[{size: 224, count: 2}, {size: 96}]", "method=toybeta", "optim.lr=0.5"])
+    changes = {key: (old, new) for key, old, new in load.diff(before, after)}
     assert changes["optim.lr"] == (0.3, 0.5)
     assert changes["data.views.1.size"] == (None, 96)
     assert changes["method.name"] == ("toyalpha", "toybeta")
     assert changes["method.head.hidden"] == (64, None)
     assert "data.views.0.size" not in changes
-    assert config.diff(before, before) == []
+    assert load.diff(before, before) == []
 
 
 def _accepts(rule: dict[str, Any], value: Any, definitions: dict[str, Any]) -> bool:
@@ -308,12 +310,12 @@ def _accepts(rule: dict[str, Any], value: Any, definitions: dict[str, Any]) -> b
 
 
 def test_schema_knows_every_leaf_and_shorthand(recipe: Path) -> None:
-    schema = config.schema()
+    schema = load.schema()
 
     def ok(raw: Any) -> bool:
         return _accepts(schema, raw, schema["$defs"])
 
-    assert ok(config.load(recipe).model_dump(mode="json"))
+    assert ok(load.load(recipe).model_dump(mode="json"))
     assert ok({"base": "x.yaml", "data": "synthetic", "method": "toybeta", "engine": {"name": "toyengine", "amp": True}})
     assert ok({"method": {"name": "toyalpha", "head": {"hidden": 3}}})
     assert ok({"method": {"name": "toybeta", "head": {"layers": 3}}})  # two models named Head stay apart

@@ -14,7 +14,7 @@ from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch, Clock
 from scaletrain.data.loading.loader import Stream
 from scaletrain.doctor import parity
-from scaletrain.train.loop import build
+from scaletrain.train.build import build
 
 GPU = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: the CUDA paths were NOT tested")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_kit import write_shards
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.loading.loader import Stream
@@ -27,7 +27,7 @@ def test_a_box_holds_what_is_asked_or_the_most_of_all() -> None:
     mask = np.zeros((24, 30), np.uint8)
     mask[2:8, 20:28] = 1
     corner = (20, 0, 4, 4)
-    for rows in foreground_crops.draws(dist.hash64(0, torch.arange(50)), 1, 1.0):
+    for rows in foreground_crops.draws(rng.hash64(0, torch.arange(50)), 1, 1.0):
         boxes = [foreground_crops.random_box(SPEC, u[:20], u[20], u[21], 24, 30) for u in rows[0]]
         found = foreground_crops.box(SPEC, corner, rows[0], mask, 0.25)
         enough = [box for box in boxes if held(box, mask) >= 0.25]
@@ -37,7 +37,7 @@ def test_a_box_holds_what_is_asked_or_the_most_of_all() -> None:
 
 
 def test_the_share_is_that_of_the_samples() -> None:
-    keys = dist.hash64(3, torch.arange(4000))
+    keys = rng.hash64(3, torch.arange(4000))
     few, more = ([bool(d) for d in foreground_crops.draws(keys, 2, share)] for share in (0.25, 0.5))
     assert abs(np.mean(few) - 0.25) < 0.03
     assert all(b for a, b in zip(few, more, strict=True) if a)
@@ -57,7 +57,7 @@ def batch(folder: Path, share: float) -> Batch:
 
 def test_only_the_chosen_samples_and_their_large_crops_change(folder: Path) -> None:
     plain, half, every = (batch(folder, share) for share in (0.0, 0.5, 1.0))
-    chosen = dist.uniform(plain.keys, "good", 1)[:, 0] < 0.5
+    chosen = rng.uniform(plain.keys, "good", 1)[:, 0] < 0.5
     assert torch.equal(half.views[0][:, ~chosen], plain.views[0][:, ~chosen])
     assert torch.equal(half.views[0][:, chosen], every.views[0][:, chosen])
     assert torch.equal(every.views[1], plain.views[1])

@@ -22,7 +22,8 @@ from scaletrain.data.format.verify import verify
 from scaletrain.data.loading.loader import Stream, plain
 from scaletrain.data.reading import concat
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Account, Replaced
+from scaletrain.data.reading.replacement import Account
+from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.data.storage import http
 
 FOREIGN = {  # of litdata, of streaming, and of no tool in particular

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_kit import add, encode, picture, write_shards
 
-from scaletrain import dist, exit_codes
+from scaletrain import exit_codes, rng
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, LoaderError, ShardError, unreadable
@@ -21,7 +21,8 @@ from scaletrain.data.format import index, offsets
 from scaletrain.data.format.verify import verify
 from scaletrain.data.loading.loader import Stream, plain
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Account, Replaced, substitutes
+from scaletrain.data.reading.replacement import Account
+from scaletrain.data.sampling.substitutes import Replaced, substitutes
 
 COUNTS = (8, 8, 8, 8, 8)
 SHARD, FIRST = "s-002.tar", 16  # the damaged one and its first sample
@@ -192,7 +193,7 @@ def test_a_replaced_draw_keeps_its_own_randomness(folder: Path) -> None:
     (folder / SHARD).write_bytes(damaged(folder, "cut at a header"))
     batches, lost = run(folder, 3)
     planned = torch.from_numpy(stream(folder, on_bad="skip").plan.batch(0, lost[0][0]))
-    assert torch.equal(batches[lost[0][0]].keys, dist.hash64(3, 0, planned, 0))
+    assert torch.equal(batches[lost[0][0]].keys, rng.hash64(3, 0, planned, 0))
     assert not torch.equal(planned, batches[lost[0][0]].index)
 
 

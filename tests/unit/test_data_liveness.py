@@ -23,7 +23,7 @@ from scaletrain.config.schema import Cache
 from scaletrain.core import Batch
 from scaletrain.data.format import index
 from scaletrain.data.loading.dataset import Raw
-from scaletrain.data.reading.replacement import Replaced
+from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.data.storage import prefetch, remote
 from scaletrain.runtime import heartbeat
 

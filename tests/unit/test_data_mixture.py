@@ -11,8 +11,10 @@ import pytest
 import torch
 from data_kit import write_shards
 
-from scaletrain import dist
-from scaletrain.config.schema import ConfigError, Data, View, build
+from scaletrain import rng
+from scaletrain.config.load import build
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.loader import Stream
 from scaletrain.data.reading.concat import Joined
@@ -156,7 +158,7 @@ def test_sample_numbers_run_through_the_folders(tmp_path: Path) -> None:
     epochs, samples, repeats = run(s.plan, 12)
     for step, b in enumerate(batches):
         assert b.index.tolist() == samples[step].tolist()
-        assert torch.equal(b.keys, dist.hash64(5, int(epochs[step, 0]), b.index, torch.from_numpy(repeats[step])))
+        assert torch.equal(b.keys, rng.hash64(5, int(epochs[step, 0]), b.index, torch.from_numpy(repeats[step])))
     assert s.name(35) == f"{folders[1]}/s-000.tar/00001"
     assert "0.75 of the draws" in s.mixing()
     assert "labels" not in s.mixing()

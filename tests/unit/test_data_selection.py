@@ -13,7 +13,7 @@ from data_kit import encode, picture, write_shards
 from remote_kit import serving
 from shards_kit import run
 
-from scaletrain.config import schema
+from scaletrain.config import load, recipe, schema
 from scaletrain.config.schema import Cache, Data, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
@@ -156,19 +156,19 @@ def test_lists_of_one_folder_and_of_several(both: Path, tmp_path: Path) -> None:
 
 def test_recipes_take_patterns_and_lists(both: Path, tmp_path: Path) -> None:
     def path(*overrides: str) -> str:
-        return schema.load(Path("configs/byol_r50_in1k.yaml"), overrides).data.path
+        return load.load(Path("configs/byol_r50_in1k.yaml"), overrides).data.path
 
     assert path(f"data.path={both}/train-*.tar") == f"{both}/train-*.tar"
     assert path("data=/x/t-{00..12}.tar") == "/x/t-{00..12}.tar"
     assert path("data.path=[/a/b, '/c/t-{0,1}.tar']") == path("data.path='[/a/b, /c/t-{0,1}.tar]'") == "[/a/b, /c/t-{0,1}.tar]"
-    with pytest.raises(schema.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"):
+    with pytest.raises(recipe.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"):
         path("data.path=['a,b', c]")
-    field = schema.schema()["$defs"]["Data"]["properties"]["path"]
+    field = load.schema()["$defs"]["Data"]["properties"]["path"]
     assert [kind["type"] for kind in field["anyOf"]] == ["string", "array"]
     saved = tmp_path / "config.yaml"
-    before = schema.load(Path("configs/byol_r50_in1k.yaml"), [f"data.path=[{both}, 'x,{{1,2}}.tar']".replace("x,", "x")])
-    saved.write_text(schema.dump(before))
-    assert schema.load(saved) == before
+    before = load.load(Path("configs/byol_r50_in1k.yaml"), [f"data.path=[{both}, 'x,{{1,2}}.tar']".replace("x,", "x")])
+    saved.write_text(load.dump(before))
+    assert load.load(saved) == before
 
 
 def test_paths_are_made_absolute_part_by_part(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:

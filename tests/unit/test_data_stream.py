@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_kit import add, children, encode, joined, picture, write_shards
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, ShardError
@@ -61,7 +61,7 @@ def test_shapes_and_meaning(folder: Path) -> None:
     assert b.masks.shape == (2, 12, 1, 16, 16)
     assert set(b.masks.unique().tolist()) <= {0.0, 1.0}
     assert b.labels.tolist() == [i % 7 for i in b.index.tolist()]
-    assert torch.equal(b.keys, dist.hash64(5, 1, b.index, 0))
+    assert torch.equal(b.keys, rng.hash64(5, 1, b.index, 0))
     for v in b.views:
         assert v.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert v.dtype == torch.float32

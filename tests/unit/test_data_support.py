@@ -16,10 +16,11 @@ from scaletrain.config.schema import Data, Support, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.loader import Stream
-from scaletrain.data.loading.support import Balanced, Supported, stream
+from scaletrain.data.loading.support import Supported, stream
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Replaced
+from scaletrain.data.sampling.balanced import Balanced
+from scaletrain.data.sampling.substitutes import Replaced
 
 CPU = torch.device("cpu")
 LABELS = np.repeat([3, 0, 7, 8, 5], [2, 7, 4, 9, 6])  # [28]

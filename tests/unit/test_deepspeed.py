@@ -19,8 +19,10 @@ import torch
 from toys import Toy
 
 from scaletrain import dist
+from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.core import Clock
 from scaletrain.engines import deepspeed
 from scaletrain.engines.base import Engine
@@ -58,7 +60,7 @@ def save(engine: Engine, folder: Path) -> None:
 
 def restored(cfg: Config, folder: Path) -> Engine:
     engine = small.engine(cfg, perturb=False)
-    saved = checkpoint.latest(folder)
+    saved = reader.latest(folder)
     assert saved is not None
     engine.restore(saved)
     return engine

@@ -14,8 +14,9 @@ from torch._dynamo.utils import counters
 from toys import Toy, toy_engine
 
 from scaletrain import dist
+from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
-from scaletrain.config.schema import ConfigError
+from scaletrain.config.recipe import ConfigError
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine, TrainingError
 
@@ -207,7 +208,7 @@ def test_every_optimizer_goes_on_bit_for_bit_from_a_checkpoint(optim: dict[str, 
     writer = checkpoint.Writer(tmp_path)
     writer.save(2, first.state(), {})
     writer.close()
-    saved = checkpoint.latest(tmp_path)
+    saved = reader.latest(tmp_path)
     assert saved is not None
     second.restore(saved)
     assert small.run(straight, cfg, 0, 4)[2:] == small.run(second, cfg, 2, 4)

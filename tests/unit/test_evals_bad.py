@@ -22,6 +22,7 @@ from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
 from scaletrain.evals.features import Config, Scene
 from scaletrain.evals.targets import EvalError, find
+from scaletrain.report import cards
 
 QUICK = ("features.workers=0", "features.batch=8", "linear.epochs=3", "linear.batch=16", "linear.rates=[10]")
 LABELS = [i % 6 for i in range(48)]
@@ -72,7 +73,7 @@ def test_the_result_counts_and_names_them(run: Path) -> None:
         assert (test["samples"], [one["sample"] for one in test["left_out"]]) == (24, [5])
         assert "s-0.tar at byte" in test["left_out"][0]["fault"]
         assert "00005" in test["left_out"][0]["fault"]
-        text = evals.report([result])
+        text = cards.report([result])
         assert f"train: 48 samples of {train['path']}, 10 of them left out because they cannot be read" in text
         assert any(line.startswith("test: 24 samples of ") and ", 1 of them left out" in line for line in text)
     assert found[1]["protocol"]["trained_on"] == 38 - 3

@@ -14,6 +14,7 @@ from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
 from scaletrain.evals.classes import Classes, Part, match
 from scaletrain.evals.targets import EvalError
+from scaletrain.report import cards
 
 
 def part(place: Path, labels: list[int], names: Any = None) -> Part:
@@ -127,4 +128,4 @@ def test_the_result_says_how_classes_were_matched(tmp_path: Path) -> None:
         )
     ]
     assert len({r["file"] for r in (bare, named, renumbered, stated)}) == 4
-    assert "classes: 6, matched by name: the test set numbers them differently" in evals.report([renumbered])
+    assert "classes: 6, matched by name: the test set numbers them differently" in cards.report([renumbered])

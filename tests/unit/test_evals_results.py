@@ -14,8 +14,8 @@ from evals_kit import backbone, run_folder, save, settings, shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scaletrain import exit_codes
-from scaletrain.checkpoint import writer
-from scaletrain.config import schema
+from scaletrain.checkpoint import files
+from scaletrain.config import load, schema
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import results, targets
@@ -230,7 +230,7 @@ def test_runs_that_normalise_differently_have_one_protocol(run: Path) -> None:
     first = knn(run)
     cfg = settings(run.parent / "data" / "train")
     for changes, alike in (({"mean": (0.5, 0.5, 0.5)}, True), ({"views": (schema.View(size=32),)}, False)):
-        (run / "config.yaml").write_text(schema.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)})))
+        (run / "config.yaml").write_text(load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)})))
         second = knn(run)
         assert second["file"] != first["file"]
         assert (second["protocol"]["digest"] == first["protocol"]["digest"]) == alike
@@ -241,7 +241,7 @@ def test_exported_files_of_one_folder(run: Path) -> None:
     found = []
     for name, seed in (("a", 11), ("b", 11), ("c", 12)):
         file = run.parent / "out" / f"{name}.safetensors"
-        writer.export(backbone(cfg, seed), file, targets.describe(cfg, 7))
+        files.export(backbone(cfg, seed), file, targets.describe(cfg, 7))
         found.append(Path(knn(file)["file"]))
     digests = [path.stem.rpartition("-")[2] for path in found]
     assert [path.name for path in found] == [f"{n}-knn-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)]

@@ -14,13 +14,14 @@ from evals_kit import backbone, run_folder, save, settings, shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from scaletrain.checkpoint import writer
+from scaletrain.checkpoint import files
 from scaletrain.cli import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
 from scaletrain.evals import targets
 from scaletrain.evals.features import Config, Scene
 from scaletrain.evals.targets import EvalError, find
+from scaletrain.report import cards
 
 QUICK = ("linear.epochs=12", "linear.batch=16", "linear.rates=[30,10,3]", "features.batch=32", "features.workers=0")
 BOTH = ("knn", "linear")
@@ -62,7 +63,7 @@ def test_results_and_report(run: Path) -> None:
     board.Reload()
     (event,) = board.Scalars("eval/linear_held_out")
     assert (event.step, event.value) == (7, pytest.approx(linear["metrics"]["linear_held_out"]))
-    lines = evals.report(found)
+    lines = cards.report(found)
     assert lines[0] == "trained encoder, step 7, per cent"
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("knn", "linear"))}
     assert rows == {
@@ -104,7 +105,7 @@ def test_baselines_get_results_of_their_own(run: Path, encoder: Any) -> None:
 
 def test_an_exported_file_evaluates_like_its_run(run: Path, tmp_path: Path) -> None:
     cfg, file = settings(run.parent / "data" / "train"), tmp_path / "out" / "small.safetensors"
-    writer.export(backbone(cfg), file, targets.describe(cfg, 7))
+    files.export(backbone(cfg), file, targets.describe(cfg, 7))
     (from_file,) = evals.run(file, ["knn"], overrides=QUICK[3:])
     (from_run,) = evals.run(run, ["knn"], overrides=QUICK[3:])
     assert from_file["metrics"] == from_run["metrics"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from evals_kit import backbone, run_folder, save, settings
 
-from scaletrain.checkpoint import writer
-from scaletrain.config import schema
+from scaletrain.checkpoint import files
+from scaletrain.config import load, schema
 from scaletrain.evals import targets
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.nn import resnet
@@ -41,7 +41,7 @@ def test_the_newest_step_or_the_one_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_exported_file_needs_no_run(tmp_path: Path) -> None:
     cfg = settings("somewhere")
     state = backbone(cfg)
-    writer.export(state, tmp_path / "a.safetensors", targets.describe(cfg, 42))
+    files.export(state, tmp_path / "a.safetensors", targets.describe(cfg, 42))
     subject = find(tmp_path / "a.safetensors")
     assert same(subject.module, state)
     assert (subject.step, subject.size, subject.run, subject.home) == (42, 16, None, tmp_path)
@@ -54,16 +54,16 @@ def test_the_size_is_that_of_the_largest_view_in_use(tmp_path: Path, views: tupl
     listed = tuple(schema.View(size=size, count=count) for size, count in views)
     run = run_folder(tmp_path, "train", views=listed, max_pixels=1234, on_bad="skip")
     assert find(run).size == find(run, "untrained").size == find(run, "pixels").size == 32
-    cfg = schema.load(run / "config.yaml")
-    writer.export(backbone(cfg), tmp_path / "new.safetensors", targets.describe(cfg, 1))
+    cfg = load.load(run / "config.yaml")
+    files.export(backbone(cfg), tmp_path / "new.safetensors", targets.describe(cfg, 1))
     new = find(tmp_path / "new.safetensors")
     assert (new.size, new.data.max_pixels, new.data.on_bad) == (32, 1234, "skip")
     facts = {"size": 48, "mean": cfg.data.mean, "std": cfg.data.std, "path": "x"}  # as all files had them once
     old = targets.describe(cfg, 1) | {"data": json.dumps(facts)}
-    writer.export(backbone(cfg), tmp_path / "old.safetensors", old)
+    files.export(backbone(cfg), tmp_path / "old.safetensors", old)
     assert (find(tmp_path / "old.safetensors").size, find(tmp_path / "old.safetensors").data.on_bad) == (48, "raise")
     for size in (7, 10**9, "large"):
-        writer.export(backbone(cfg), tmp_path / "odd.safetensors", old | {"data": json.dumps(facts | {"size": size})})
+        files.export(backbone(cfg), tmp_path / "odd.safetensors", old | {"data": json.dumps(facts | {"size": size})})
         with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not tell"):
             find(tmp_path / "odd.safetensors")
 
@@ -102,7 +102,7 @@ def test_pixels_are_the_flat_image(tmp_path: Path) -> None:
 
 
 def test_baselines_need_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(schema.dump(settings("train")))
+    (tmp_path / "config.yaml").write_text(load.dump(settings("train")))
     assert find(tmp_path, "untrained").step == find(tmp_path, "pixels").step == 0
     with pytest.raises(EvalError, match="no good checkpoint yet"):
         find(tmp_path)
@@ -125,7 +125,7 @@ def test_another_model_is_refused_by_name(
     target = run_folder(tmp_path, "train")
     if exported:
         target = tmp_path / "a.safetensors"
-        writer.export(state, target, targets.describe(cfg, 1))
+        files.export(state, target, targets.describe(cfg, 1))
     else:
         save(target, 8, state)
     with pytest.raises(EvalError, match=text) as error:
@@ -134,7 +134,7 @@ def test_another_model_is_refused_by_name(
 
 
 def test_a_file_that_does_not_tell_its_model(tmp_path: Path) -> None:
-    writer.export(backbone(settings("train")), tmp_path / "a.safetensors", {})
+    files.export(backbone(settings("train")), tmp_path / "a.safetensors", {})
     with pytest.raises(EvalError, match=r"a\.safetensors: its metadata .*scaletrain export"):
         find(tmp_path / "a.safetensors")
 

@@ -11,7 +11,8 @@ import torch
 from toys import ADVERSARY, toy_engine
 
 from scaletrain import dist
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.core import Clock
 from scaletrain.engines.base import Engine
 from scaletrain.runtime import versions

@@ -13,7 +13,8 @@ from placement_kit import Written
 from toys import ADVERSARY, Toy, toy_engine
 
 from scaletrain import dist
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.engines import fsdp2
 from scaletrain.engines.base import Engine
 

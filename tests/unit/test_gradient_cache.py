@@ -12,7 +12,8 @@ import small
 import torch
 from torch import Tensor
 
-from scaletrain.config.schema import Config, ConfigError
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, Method
 
 METHODS = ("simclr", "relicv2")

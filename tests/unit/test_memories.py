@@ -7,7 +7,7 @@ import ranks
 import torch
 from torch import Tensor, nn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.nn.bank import Bank, Once, Queue
 from scaletrain.nn.norm import BatchNorm, shuffled
 
@@ -42,7 +42,7 @@ def memories(parts: int) -> dict[str, Tensor]:
 
 def permuted() -> dict[str, Tensor]:
     x = torch.arange(B * 2.0).view(B, 2)
-    order = dist.permutation(B, 5)
+    order = rng.permutation(B, 5)
     there = dist.permute_nograd(dist.mine(x), order)
     return {"there": dist.gather_nograd(there), "back": dist.gather_nograd(dist.permute_nograd(there, order.argsort()))}
 
@@ -86,7 +86,7 @@ def test_ranks_leave_what_one_process_leaves(parts: int, spread: list[dict[str, 
 def test_a_permutation_over_ranks_goes_there_and_back(spread: list[dict[str, Tensor]]) -> None:
     x = torch.arange(B * 2.0).view(B, 2)
     for result in (*spread, permuted()):
-        assert torch.equal(result["there"], x[dist.permutation(B, 5)])
+        assert torch.equal(result["there"], x[rng.permutation(B, 5)])
         assert torch.equal(result["back"], x)
 
 
@@ -117,14 +117,14 @@ def test_shuffled_groups_are_those_of_the_permutation() -> None:
     x = torch.randn(2, B, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     norm = BatchNorm(D, group=6).double()
     got = shuffled(norm, x, 7, 2)
-    order = dist.permutation(B, "shuffle", 7, 2)
+    order = rng.permutation(B, "shuffle", 7, 2)
     assert sorted(order.tolist()) == list(range(B))
     want = torch.empty_like(x)
     for view in range(2):
         for group in order.split(6):
             want[view, group] = nn.functional.batch_norm(x[view, group], None, None, training=True)
     torch.testing.assert_close(got, want)
-    assert not torch.equal(order, dist.permutation(B, "shuffle", 7, 3))
+    assert not torch.equal(order, rng.permutation(B, "shuffle", 7, 3))
     assert not torch.allclose(shuffled(norm, x, 7, 3), want)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_kit import add, encode, picture
 
-from scaletrain.config import schema as configuration
+from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.core import Batch
 from scaletrain.data.loading.dataset import Raw
@@ -33,7 +33,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(path: Path | str, **changes: object) -> Config:
-    return configuration.build(
+    return load.build(
         {
             "batch": 4,
             "steps": 4,

@@ -10,7 +10,7 @@ import torch
 from data_kit import write_shards
 from torch import Tensor
 
-from scaletrain.config import schema
+from scaletrain.config import load, schema
 from scaletrain.core import Batch
 from scaletrain.data.loading import support
 from scaletrain.data.loading.loader import Stream
@@ -20,7 +20,7 @@ VIEWS = [{"size": 16, "count": 2, "area": [0.1, 0.3], "grayscale": 1.0, "solariz
 
 
 def recipe(folder: Path, method: dict[str, object]) -> schema.Config:
-    return schema.build(
+    return load.build(
         {
             "batch": 12,
             "epochs": 2,

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from scaletrain import cli
-from scaletrain.config import recipe, schema
+from scaletrain.config import load, recipe
 from scaletrain.config.recipe import ConfigError
 from scaletrain.report import grid
 
@@ -156,4 +156,4 @@ def test_real_recipes_are_far_from_the_bounds() -> None:
     assert len(sizes) > 50
     assert max(sizes) < recipe.BYTES / 100
     many = ", ".join(f"{{path: /data/part-{number}, weight: 1}}" for number in range(300))
-    assert len(schema.load(ROOT / "configs" / "byol_r50_in1k.yaml", [f"data.mixture=[{many}]"]).data.mixture) == 300
+    assert len(load.load(ROOT / "configs" / "byol_r50_in1k.yaml", [f"data.mixture=[{many}]"]).data.mixture) == 300

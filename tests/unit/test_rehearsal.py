@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_kit import write_shards
 
-from scaletrain.config import schema
+from scaletrain.config import load
 from scaletrain.runtime import timing
 from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT, mark
 from scaletrain.train import monitor, rehearsal
@@ -103,7 +103,7 @@ def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         {"median": 100.0, "p95": 120.0, "parts": {**zero, WAIT: 5.0, FORWARD: 95.0}, "memory": {"memory/rss_peak_mb": 7.0}},
         {"median": 100.0, "p95": 130.0, "parts": {**zero, WAIT: 15.0, FORWARD: 85.0}, "memory": {"memory/rss_peak_mb": 9.0}},
     ]
-    cfg = schema.build({"batch": 32, "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]}})
+    cfg = load.build({"batch": 32, "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]}})
     found = rehearsal.report(cfg, ranks, 40)
     assert found["images_per_second"] == pytest.approx(320)
     assert found["views_per_second"] == pytest.approx(320 * 8)
@@ -114,7 +114,7 @@ def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_marks_cost_nothing_when_nobody_listens(tmp_path: Path) -> None:
     assert mark(FORWARD) is mark(BACKWARD)
-    cfg = schema.build({"data": {"path": "elsewhere"}})
+    cfg = load.build({"data": {"path": "elsewhere"}})
     with rehearse(cfg, tmp_path, 5, torch.device("cpu")) as watch:
         watch.step()
         assert isinstance(watch, monitor.Unwatched)

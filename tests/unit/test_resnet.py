@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from scaletrain.checkpoint import writer
-from scaletrain.config.schema import ConfigError, Model
+from scaletrain.checkpoint import files
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Model
 from scaletrain.core import Staged
 from scaletrain.nn import backbone, resnet
 
@@ -59,8 +60,8 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(name: str, tmp
     ours = resnet.ResNet(Model(name=name))
     ours(torch.randn(8, 3, 32, 32))  # move the running statistics off their start
     commit(ours)
-    writer.export(ours.state_dict(), tmp_path / "encoder.safetensors", {"model": name})
-    tensors, _ = writer.load_file(tmp_path / "encoder.safetensors")
+    files.export(ours.state_dict(), tmp_path / "encoder.safetensors", {"model": name})
+    tensors, _ = files.load_file(tmp_path / "encoder.safetensors")
     theirs = getattr(torchvision.models, name)()
     theirs.fc = nn.Identity()
     third = timm.create_model(name, num_classes=0)

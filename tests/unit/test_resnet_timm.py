@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from scaletrain import cli
-from scaletrain.checkpoint import writer
-from scaletrain.config import schema
-from scaletrain.config.schema import Config, ConfigError, Model
+from scaletrain.checkpoint import files
+from scaletrain.config import load
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config, Model
 from scaletrain.core import Staged
 from scaletrain.evals import targets
 from scaletrain.nn import backbone
@@ -113,14 +114,14 @@ def test_its_export_loads_into_timm_and_is_judged(tmp_path: Path) -> None:
     cfg = evals_kit.settings("data", **{**OURS, "name": "timm/resnet10t"})
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(schema.dump(cfg))
+    (run / "config.yaml").write_text(load.dump(cfg))
     torch.manual_seed(1)
     trained = backbone.build(cfg.model).eval()
     evals_kit.save(run, 7, trained.state_dict())
     file = tmp_path / "encoder.safetensors"
     done = CliRunner().invoke(cli.app, ["export", str(run), str(file)])
     assert done.exit_code == 0, done.output
-    tensors, meta = writer.load_file(file)
+    tensors, meta = files.load_file(file)
     assert json.loads(meta["model"])["name"] == "timm/resnet10t"
     theirs = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
     theirs.load_state_dict(tensors, strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from scaletrain.config import schema
+from scaletrain.config import load, schema
 from scaletrain.config.recipe import ConfigError
 from scaletrain.core import Clock
 from scaletrain.nn.clusters import Assignments
@@ -80,7 +80,7 @@ def test_clusters_are_described_alike_by_any_number_of_ranks(tmp_path: Path) -> 
 )
 def test_studies_of_masks_without_masks_are_refused(overrides: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        schema.load(Path(__file__).parents[2] / "configs" / "byol_r50_in1k.yaml", overrides)
+        load.load(Path(__file__).parents[2] / "configs" / "byol_r50_in1k.yaml", overrides)
 
 
 def test_every_objective_shows_more_than_its_loss() -> None:

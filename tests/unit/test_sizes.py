@@ -18,7 +18,7 @@ from scaletrain import cli
 from scaletrain.config.schema import Config, leaves
 from scaletrain.core import Batch, Clock
 from scaletrain.estimate import model
-from scaletrain.train.loop import build
+from scaletrain.train.build import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

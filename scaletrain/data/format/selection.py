@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scaletrain.config.recipe import listed
 from scaletrain.data.errors import DataError
-from scaletrain.data.storage.remote import is_remote
+from scaletrain.data.format.names import is_remote
 
 Paths = str | Path | Sequence[str]
 MOST = 1_000_000  # names that braces may stand for

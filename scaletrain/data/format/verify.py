@@ -11,7 +11,7 @@ import numpy as np
 
 from scaletrain.data.errors import DataError, ImageError, ShardError, unreadable
 from scaletrain.data.format import index, offsets, selection
-from scaletrain.data.storage.remote import is_remote
+from scaletrain.data.format.names import is_remote
 from scaletrain.data.transforms import image
 from scaletrain.runtime import local_files
 

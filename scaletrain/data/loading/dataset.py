@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError, ImageError, ShardError
 from scaletrain.data.reading.concat import Joined
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import TRIES, Replaced, substitutes
 from scaletrain.data.sampling.plan import Batches, Ints
+from scaletrain.data.sampling.substitutes import TRIES, Replaced, substitutes
 from scaletrain.data.storage.prefetch import Epochs, Sweep
 from scaletrain.data.transforms import color, crop, foreground_crops, image, mask_ablations
 from scaletrain.data.transforms.image import Pixels
@@ -37,7 +37,7 @@ New = Callable[..., Tensor]  # as torch.empty
 
 def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor | int = 0) -> Tensor:
     """[B] int64, what core.Batch.keys holds; `repeats` [B] as in plan.Draws."""
-    return dist.hash64(seed, epoch, samples, repeats)
+    return rng.hash64(seed, epoch, samples, repeats)
 
 
 class Raw(NamedTuple):

@@ -20,9 +20,10 @@ from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.loading.workers import Pool, Sampler
 from scaletrain.data.reading.concat import Joined, shards_of
 from scaletrain.data.reading.reader import NODE, Shards
-from scaletrain.data.reading.replacement import Replaced, admit, left_out
+from scaletrain.data.reading.replacement import admit, left_out
 from scaletrain.data.sampling.mixture import Mixture, Source
 from scaletrain.data.sampling.plan import Batches, Ints, Plan
+from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.runtime.timing import COPY, mark
 
 T = TypeVar("T")

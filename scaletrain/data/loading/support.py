@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Data, Support
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
@@ -27,62 +27,15 @@ from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.concat import Joined
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Replaced
-from scaletrain.data.sampling.plan import Batches, Draws, Ints, bijection, keyed
+from scaletrain.data.sampling.balanced import Balanced
+from scaletrain.data.sampling.plan import Ints
+from scaletrain.data.sampling.substitutes import Replaced
 
 
 def stream(data: Data, *, seed: int, batch: int, rank: int, world: int, device: torch.device) -> Stream:
     """The training data of one rank, with the labelled samples that the recipe asks for. Raises DataError."""
     kind = Stream if data.support is None else Supported
     return kind(data, seed=seed, batch=batch, rank=rank, world=world, device=device)
-
-
-class Balanced(Batches):
-    """Batches of `classes` classes with `per_class` samples each; neighbours are of different classes.
-
-    `index`, `labels` [N]: numbers of the labelled samples and their classes.
-    """
-
-    whole = False
-
-    def __init__(self, index: Ints, labels: Ints, *, seed: int, classes: int, per_class: int, steps_per_epoch: int) -> None:
-        super().__init__(seed=seed, size=classes * per_class)
-        order = np.argsort(labels, kind="stable")
-        _, self.starts, self.counts = np.unique(labels[order], return_index=True, return_counts=True)
-        self.index, self.classes, self.per_class = index[order], classes, per_class
-        self.samples, self.steps_per_epoch = len(index), steps_per_epoch
-        if classes > len(self.counts):
-            raise DataError(f"data.support.classes={classes}, but the labelled samples are of {len(self.counts)}; lower it")
-
-    def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
-        self._inside(step)
-        row = np.arange(lo, self.size if hi is None else hi, dtype=np.int64)
-        turn = (epoch * self.steps_per_epoch + step) * self.classes + row % self.classes
-        rounds, place = np.divmod(turn, len(self.counts))
-        chosen = np.empty_like(place)
-        for n in np.unique(rounds):  # two where a round ends within the batch
-            order = dist.permutation(len(self.counts), self.seed, "support classes", int(n)).numpy()
-            chosen[rounds == n] = order[place[rounds == n]]
-        passes, at = np.divmod(rounds * self.per_class + row // self.classes, self.counts[chosen])
-        at = bijection(at, self.counts[chosen], keyed(self.seed, "support samples", chosen, passes))
-        return Draws(self.index[self.starts[chosen] + at], passes)
-
-    def part(self, rank: int, world: int) -> tuple[int, int]:
-        if self.size % world:
-            raise DataError(
-                f"{world} processes do not divide the {self.size} labelled samples of a step; change data.support.classes or "
-                "data.support.per_class"
-            )
-        return rank * self.size // world, (rank + 1) * self.size // world
-
-    def in_use(self) -> tuple[int, int]:
-        return self.size, self.samples  # shards, at most: a labelled sample may be in any
-
-    def mixing(self, shard_bytes: float = 0.0) -> str:
-        return self._about()
-
-    def _about(self) -> str:
-        return f"{self.size:,} of {self.samples:,} labelled samples, {self.classes} of {len(self.counts):,} classes"
 
 
 class Labelled(Images):
@@ -121,7 +74,7 @@ class Supported(Stream):
         index, labels = _allowed(own, asked, shards)
         listed = {"labels": hashlib.sha256(Path(asked.labels).read_bytes()).hexdigest()} if asked.labels else {}
         self._sources = [] if shards is None else [{**source(own.path, shards), "samples": len(index), **listed}]
-        seed = int(dist.hash64(seed, "support"))  # or a sample would be cropped alike in both
+        seed = int(rng.hash64(seed, "support"))  # or a sample would be cropped alike in both
         steps = self.steps_per_epoch
         self.beside = Balanced(
             index, labels, seed=seed, classes=asked.classes, per_class=asked.per_class, steps_per_epoch=steps

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from scaletrain.config.schema import Cache
 from scaletrain.data.errors import DataError, ShardError
-from scaletrain.data.format import selection
+from scaletrain.data.format import names, selection
+from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.reader import NODE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.prefetch import Course, Within
-from scaletrain.importers.journal import CLASSES
 from scaletrain.runtime import local_files
 
 CLASSES_BYTES = 16 << 20
@@ -110,7 +110,7 @@ def classes(shards: selection.Paths) -> bytes | None:
     """
     folder = selection.place(shards).folder
     try:
-        if remote.is_remote(folder):
+        if names.is_remote(folder):
             data = remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
         else:
             data = local_files.read(Path(folder, CLASSES), CLASSES_BYTES)

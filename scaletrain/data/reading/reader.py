@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from scaletrain.config.schema import Cache
 from scaletrain.data.errors import ShardError, unreadable
 from scaletrain.data.format import index, offsets, selection
+from scaletrain.data.format.names import is_remote
 from scaletrain.data.format.tar import BLOCK, MEMBER_BYTES, header_fault, name_in
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.data.storage import prefetch
-from scaletrain.data.storage.remote import LostError, is_remote
+from scaletrain.data.storage.remote import LostError
 from scaletrain.runtime import local_files
 
 NODE = Cache()

@@ -7,38 +7,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from scaletrain import dist
-from scaletrain.config.schema import ConfigError, Data
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Data
 from scaletrain.data.errors import DataError, printable
 from scaletrain.data.format import index
 from scaletrain.data.format.manifest import Loss
+from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.runtime import durable
 
 log = logging.getLogger("scaletrain")
-TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
 SAID = 10  # bad samples that a rank names on its console
 FOLDER = "skipped"
-
-
-class Replaced(NamedTuple):
-    """A draw of the plan that was served by another sample."""
-
-    planned: int
-    used: int
-    fault: str  # with shard and byte offset
-
-
-def substitutes(seed: int, epoch: int, sample: int, repeat: int, span: tuple[int, int]) -> Iterator[int]:
-    """Samples in [lo, hi) to try in place of one: a function of the arguments, so it is the same on any rank and worker."""
-    lo, hi = span
-    bits = dist.hash64(seed, "substitute", epoch, sample, repeat, torch.arange(TRIES)) & ((1 << 62) - 1)
-    yield from (lo + bits % (hi - lo)).tolist()
 
 
 def left_out(losses: Sequence[Loss]) -> float:

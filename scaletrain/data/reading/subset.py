@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
+from scaletrain.data.format.names import slug
 from scaletrain.data.reading.reader import Shards
-from scaletrain.importers.write import slug
 from scaletrain.runtime import local_files
 
 VERSION = 1
@@ -43,10 +43,10 @@ def choose(labels: Ints, total: int, seed: int) -> Ints:
     A smaller choice with the same seed lies inside a larger one.
     """
     groups = _by_class(labels)
-    order = dist.permutation(len(groups), seed, "subset classes").tolist()  # who has one more
+    order = rng.permutation(len(groups), seed, "subset classes").tolist()  # who has one more
     quota = _quotas(np.array([len(groups[i]) for i in order]), total)
     parts = [
-        groups[i][dist.permutation(len(groups[i]), seed, "subset", int(labels[groups[i][0]])).numpy()[:n]]
+        groups[i][rng.permutation(len(groups[i]), seed, "subset", int(labels[groups[i][0]])).numpy()[:n]]
         for i, n in zip(order, quota, strict=True)
     ]
     return np.sort(np.concatenate(parts))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.data.errors import DataError
 from scaletrain.runtime.tables import plural
 
@@ -133,7 +133,7 @@ class Order:
     def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's shards in their order on the line, and where each ends there; the last epoch asked for is kept."""
         if self._line is None or self._line[0] != epoch:
-            order = dist.permutation(len(self.counts), self.seed, "shards", epoch).numpy()
+            order = rng.permutation(len(self.counts), self.seed, "shards", epoch).numpy()
             self._line = epoch, order, np.cumsum(self.counts[order])
         return self._line[1:]
 
@@ -198,7 +198,7 @@ _POSITIVE = (1 << 62) - 1  # leaves room for the addition
 
 
 def keyed(*parts: int | str | Ints) -> Ints:
-    return dist.hash64(*(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)).numpy()
+    return rng.hash64(*(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)).numpy()
 
 
 def divisor(number: int, at_most: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from scaletrain.data.errors import PERMANENT, DataError
+from scaletrain.data.format.names import is_remote
 from scaletrain.data.storage import http
 from scaletrain.data.storage.http import Differs, Passing
 from scaletrain.runtime import heartbeat, local_files
@@ -43,10 +44,6 @@ class Origin(Protocol):
     def parts(self, name: str, limit: int) -> Iterator[bytes]:
         """Of one file, at most `limit` bytes. Raises fetch.Passing, or DataError for what cannot pass."""
         ...
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
 
 
 def origin(path: str) -> Origin:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import View
 from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.params import TRIES, Box, random_box
@@ -21,8 +21,8 @@ def draws(keys: Tensor, views: int, share: float) -> list[Draws]:
     """[B], numbers for the samples whose crops are to be good, nothing for the others; a function of core.Batch's keys."""
     if not share:
         return [[]] * len(keys)
-    chosen = (dist.uniform(keys, "good", 1)[:, 0] < share).tolist()
-    numbers = dist.uniform(keys, "good crops", views * CANDIDATES * NUMBERS).view(len(keys), views, CANDIDATES, NUMBERS)
+    chosen = (rng.uniform(keys, "good", 1)[:, 0] < share).tolist()
+    numbers = rng.uniform(keys, "good crops", views * CANDIDATES * NUMBERS).view(len(keys), views, CANDIDATES, NUMBERS)
     return [rows.tolist() if good else [] for rows, good in zip(numbers, chosen, strict=True)]
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.data.transforms.image import Pixels
 
 
@@ -15,7 +15,7 @@ def draws(keys: Tensor, kind: str) -> list[list[float]]:
     """[B, 2] numbers from core.Batch's keys; without a study none."""
     if not kind:
         return [[]] * len(keys)
-    return dist.uniform(keys, "altered mask", 2).tolist()
+    return rng.uniform(keys, "altered mask", 2).tolist()
 
 
 def alter(mask: Pixels, kind: str, share: float, u: list[float]) -> Pixels:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import View
 
 TRIES = 10  # of a crop box, as in torchvision
@@ -50,7 +50,7 @@ def expand(specs: Sequence[View]) -> list[list[View]]:
 
 def uniforms(keys: Tensor, views: int) -> list[list[list[float]]]:
     """[B, views, DRAWS] numbers in [0, 1) from core.Batch's keys [B], so that a device could draw the same parameters."""
-    return dist.uniform(keys, "views", views * DRAWS).view(len(keys), views, DRAWS).tolist()
+    return rng.uniform(keys, "views", views * DRAWS).view(len(keys), views, DRAWS).tolist()
 
 
 def draw(spec: View, u: Sequence[float], height: int, width: int) -> Params:

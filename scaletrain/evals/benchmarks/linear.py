@@ -16,7 +16,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from scaletrain import dist
+from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
 from scaletrain.evals.features import Scene, mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
@@ -86,7 +86,7 @@ def held_out(samples: int, labels: Tensor | None = None) -> Tensor:
     """
     if samples < 2:
         raise EvalError(f"{samples} training image(s) cannot be split into a training and a held-out part")
-    order = dist.hash64("linear held-out", torch.arange(samples)).argsort(stable=True)
+    order = rng.hash64("linear held-out", torch.arange(samples)).argsort(stable=True)
     if labels is not None:
         order = order[_occurs_later(labels[order])]
         if not len(order):
@@ -120,7 +120,7 @@ def shuffled(x: Tensor, labels: Tensor, rows: Tensor, batch: int, seed: int) -> 
     def epochs() -> Iterator[tuple[Tensor]]:
         epoch = 0
         while True:
-            yield (rows[dist.permutation(len(rows), seed, "linear", epoch)],)
+            yield (rows[rng.permutation(len(rows), seed, "linear", epoch)],)
             epoch += 1
 
     for (picked,) in carve(epochs(), batch):

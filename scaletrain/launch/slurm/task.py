@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from scaletrain import dist
+from scaletrain import dist, rng
 from scaletrain.runtime.durable import replacing
 from scaletrain.runtime.signals import PROGRESS_FILE, SIGNALS, STOPPED_FILE
 
@@ -78,7 +78,7 @@ def environment(slurm: Mapping[str, str], folder: str) -> dict[str, str]:
 
 def port(job: str, restart: int) -> int:
     """Of a job's start. It changes with every restart: what has taken the last one may still be there."""
-    return PORTS[int(dist.hash64(job, restart)) % len(PORTS)]
+    return PORTS[int(rng.hash64(job, restart)) % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -1,0 +1,27 @@
+"""Samples that take the place of those that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from scaletrain import rng
+
+TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
+
+
+class Replaced(NamedTuple):
+    """A draw of the plan that was served by another sample."""
+
+    planned: int
+    used: int
+    fault: str  # with shard and byte offset
+
+
+def substitutes(seed: int, epoch: int, sample: int, repeat: int, span: tuple[int, int]) -> Iterator[int]:
+    """Samples in [lo, hi) to try in place of one: a function of the arguments, so it is the same on any rank and worker."""
+    lo, hi = span
+    bits = rng.hash64(seed, "substitute", epoch, sample, repeat, torch.arange(TRIES)) & ((1 << 62) - 1)
+    yield from (lo + bits % (hi - lo)).tolist()

@@ -1,0 +1,49 @@
+"""From a configuration to a method and the engine that trains it."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from scaletrain.auxiliaries import base as auxiliaries
+from scaletrain.config.recipe import ConfigError
+from scaletrain.config.schema import Config
+from scaletrain.core import Facts, Method
+from scaletrain.engines.base import Engine
+from scaletrain.nn import backbone
+from scaletrain.optim import schedule
+
+
+def facts_of(config: Config, samples: int, steps_per_epoch: int) -> Facts:
+    """What the method is told of a run."""
+    sizes: dict[int, int] = {}
+    for view in config.data.views:
+        sizes[view.size] = sizes.get(view.size, 0) + view.count
+    views = tuple((size, count) for size, count in sorted(sizes.items(), reverse=True) if count)
+    beside = config.data.support
+    rows = 0 if beside is None else beside.classes * beside.per_class
+    return Facts(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed, rows)
+
+
+def build_method(config: Config, facts: Facts) -> Method:
+    """The method of a configuration with its auxiliaries, drawn from its seed alone."""
+    torch.manual_seed(config.seed)
+    leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
+    return auxiliaries.attach(leaf.Model(config.method, lambda: backbone.build(config.model), facts), config.auxiliaries, facts)
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run. Raises ConfigError for what does not fit them."""
+    total = config.steps or round(config.epochs * steps_per_epoch)
+    if total < 1:
+        raise ConfigError(f"epochs={config.epochs:g} is less than one step of the {steps_per_epoch} per epoch")
+    schedule.lr(config.optim, config.batch, 0, steps_per_epoch, total)  # raises when the warm-up is longer
+    return total
+
+
+def build(config: Config, samples: int, steps_per_epoch: int, device: torch.device) -> Engine:
+    """The method of a configuration inside its engine."""
+    method = build_method(config, facts_of(config, samples, steps_per_epoch))
+    engine = importlib.import_module(f"scaletrain.engines.{config.engine.name}")
+    return engine.Engine(method, config.engine, config.optim, device)  # type: ignore[no-any-return]
