@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Here a message is matched as it stands, from its beginning.
 os.environ["PYTHONWARNINGS"] = "error,ignore:This process:DeprecationWarning"
+
+# A shell that runs this in the background, or nohup, has processes ignore these, and children inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 LONG = ("slurm", "parity", "e2e", "contract")  # folders whose files take minutes
 

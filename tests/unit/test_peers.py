@@ -19,6 +19,7 @@ from scaletrain import dist, peers
 peers.GRACE = 1.0
 dist.init()
 dist.barrier()
+dist.barrier()  # with the first one the ranks connect, for which rank 0 must still be there
 rank, how = dist.rank(), sys.argv[1]
 if how == "killed" and rank == 1:
     if os.fork() == 0:  # as a loader worker, which outlives it
