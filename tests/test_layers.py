@@ -66,7 +66,7 @@ def package(module: str) -> str:
 
 
 def plugin(module: str) -> tuple[str, str]:
-    """The package of plugins and the file in it: `scaletrain.methods.byol` -> ("methods", "byol"); ("", "") for other modules."""
+    """The package of plugins and the file in it: `scaletrain.methods.byol` -> ("methods", "byol"), else two empty texts."""
     for kind, shared in PLUGINS.items():
         name = f"{module}.".removeprefix(f"scaletrain.{kind}.").partition(".")[0]
         if f"{module}.".startswith(f"scaletrain.{kind}.") and name and name not in shared:

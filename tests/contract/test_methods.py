@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small
 import torch
+from kit import small
 from torch import Tensor
 
 from scaletrain.config import load, recipe

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from unit.data_kit import write_shards
-from unit.remote_kit import serving
+from kit.data import write_shards
+from kit.remote import serving
 
 from scaletrain.checkpoint import reader
 from scaletrain.data.format import index

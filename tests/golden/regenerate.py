@@ -15,8 +15,8 @@ STEPS = 6
 if __name__ == "__main__":
     sys.path[:0] = [str(FILE.parents[2]), str(FILE.parents[1])]
 
-import small  # noqa: E402
 import torch  # noqa: E402
+from kit import small  # noqa: E402
 
 from scaletrain.config.schema import leaves  # noqa: E402
 

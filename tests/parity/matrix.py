@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ranks
-from parity.cells import ENGINES, EXACT, SINGLE, STEPS, Case, alone, deviation, of, tolerance, train, under, whole
+from kit import ranks
+from kit.parity import ENGINES, EXACT, SINGLE, STEPS, Case, alone, deviation, of, tolerance, train, under, whole
 
 from scaletrain.config.schema import leaves
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import ranks
-import small
 import torch
+from kit import ranks, small
 
 from scaletrain.checkpoint.files import export
 from scaletrain.checkpoint.reader import Saved, folder_of, open_step

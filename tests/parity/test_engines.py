@@ -9,11 +9,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import ranks
-import small
 import torch
-from parity.cells import ENGINES, Case, Run, alone, configuration, deviation, of, tolerance, train, under, whole
-from toys import ADVERSARY, MOMENT
+from kit import ranks, small
+from kit.parity import ENGINES, Case, Run, alone, configuration, deviation, of, tolerance, train, under, whole
+from kit.toys import ADVERSARY, MOMENT
 
 from scaletrain.checkpoint.files import export
 from scaletrain.engines import placement

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
-import small
-from parity.bugs import BUGS
-from parity.cells import EXACT, Case, Run, deviation, of, train, whole
-from toys import ADVERSARY
+from kit import ranks, small
+from kit.parity import EXACT, Case, Run, deviation, of, train, whole
+from kit.planted_bugs import BUGS
+from kit.toys import ADVERSARY
 
 from scaletrain.config.schema import leaves
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import plain_losses as plain
 import pytest
 import torch
-from tiny import CLOCK, LARGE, MULTI, agrees, commit, encode, make, make_batch, repeated, shared
+from kit import plain_losses as plain
+from kit.tiny import CLOCK, LARGE, MULTI, agrees, commit, encode, make, make_batch, repeated, shared
 from torch import Tensor, nn
 
 from scaletrain.core import Batch, Clock

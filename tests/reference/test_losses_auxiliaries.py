@@ -6,11 +6,11 @@ import dataclasses
 import math
 from typing import Any
 
-import plain_losses as plain
 import pytest
-import small
 import torch
-from tiny import CLOCK, MULTI, agrees, encode, make, make_batch, repeated, shared
+from kit import plain_losses as plain
+from kit import small
+from kit.tiny import CLOCK, MULTI, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
 
 from scaletrain import rng

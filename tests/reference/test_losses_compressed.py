@@ -7,10 +7,10 @@ import math
 from statistics import NormalDist
 from typing import Any
 
-import plain_losses as plain
 import pytest
 import torch
-from tiny import CLOCK, agrees, encode, make, make_batch, repeated, shared
+from kit import plain_losses as plain
+from kit.tiny import CLOCK, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
 
 from scaletrain import rng

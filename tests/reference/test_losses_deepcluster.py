@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import plain_losses as plain
 import pytest
 import torch
-from tiny import CLOCK, LARGE, MULTI, agrees, encode, make, make_batch
+from kit import plain_losses as plain
+from kit.tiny import CLOCK, LARGE, MULTI, agrees, encode, make, make_batch
 from torch import Tensor
 
 from scaletrain.core import Batch, Clock

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import plain_losses as plain
 import pytest
-import tiny
 import torch
-from plain_losses import Rows
-from tiny import CLOCK, agrees, commit, encode, make, make_batch, repeated
+from kit import plain_losses as plain
+from kit import tiny
+from kit.plain_losses import Rows
+from kit.tiny import CLOCK, agrees, commit, encode, make, make_batch, repeated
 from torch import Tensor, nn
 
 from scaletrain.core import Batch

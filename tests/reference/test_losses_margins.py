@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import plain_losses as plain
 import pytest
 import torch
-from tiny import CLOCK, agrees, encode, make, make_batch, repeated, shared
+from kit import plain_losses as plain
+from kit.tiny import CLOCK, agrees, encode, make, make_batch, repeated, shared
 from torch import Tensor
 
 from scaletrain.core import Batch

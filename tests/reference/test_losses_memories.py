@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import plain_losses as plain
 import pytest
 import torch
-from plain_losses import Rows
+from kit import plain_losses as plain
+from kit.plain_losses import Rows
+from kit.tiny import CLOCK, agrees, commit, encode, make, make_batch, repeated
 from test_losses_keys import in_bfloat16, nce
-from tiny import CLOCK, agrees, commit, encode, make, make_batch, repeated
 from torch import Tensor
 
 from scaletrain import rng

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import plain_losses as plain
 import pytest
 import torch
+from kit import plain_losses as plain
+from kit.tiny import CLOCK, agrees, encode, make, make_batch, repeated
 from test_losses import describe
-from tiny import CLOCK, agrees, encode, make, make_batch, repeated
 from torch import Tensor
 
 from scaletrain.core import Batch

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-import plain_losses as plain
 import pytest
 import torch
-from tiny import CLOCK, LARGE, MULTI, agrees, encode, make, make_batch, repeated
+from kit import plain_losses as plain
+from kit.tiny import CLOCK, LARGE, MULTI, agrees, encode, make, make_batch, repeated
 from torch import Tensor
 
 from scaletrain.core import Batch

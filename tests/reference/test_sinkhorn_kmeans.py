@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import plain_losses as plain
 import pytest
 import torch
+from kit import plain_losses as plain
 from torch import Tensor
 
 from scaletrain.ops.kmeans import spherical_kmeans

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from slurm.cluster import Cluster
-from slurm.jobs import RECIPE, ROOT, tensors
+from kit.slurm_cluster import Cluster
+from kit.slurm_jobs import RECIPE, ROOT, tensors
 
 
 @pytest.fixture(scope="session")

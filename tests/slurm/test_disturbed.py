@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm.cluster import Cluster
-from slurm.jobs import CRASHED, STEPS, launch, log, start, steps, tensors, unavailable, wait_for
+from kit.slurm_cluster import Cluster
+from kit.slurm_jobs import CRASHED, STEPS, launch, log, start, steps, tensors, unavailable, wait_for
 
 pytestmark = [unavailable, pytest.mark.timeout(300)]
 

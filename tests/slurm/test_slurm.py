@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm.cluster import Cluster
-from slurm.jobs import ROOT, SHORT, launch, log, start, unavailable, wait_for
+from kit.slurm_cluster import Cluster
+from kit.slurm_jobs import ROOT, SHORT, launch, log, start, unavailable, wait_for
 
 from launchers import slurm as launcher
 from scaletrain.importers import command as script

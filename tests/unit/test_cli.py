@@ -45,7 +45,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]],
     """Puts a function in the place of scaletrain.train.loop.train."""
 
     def replace(function: Callable[..., None]) -> None:
-        monkeypatch.setitem(sys.modules, "scaletrain.train", SimpleNamespace(train=function))  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, "scaletrain.train.loop", SimpleNamespace(train=function))  # type: ignore[arg-type]
 
     return replace
 

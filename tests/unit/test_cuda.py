@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import small
 import torch
-from data_kit import write_shards
+from kit import small
+from kit.data import write_shards
 
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch, Clock

@@ -1,0 +1,129 @@
+"""A run folder and labelled shards in miniature, for the evaluation tests."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kit.data import add, encode
+from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.config import load
+from scaletrain.config.schema import Config
+from scaletrain.core import Piece
+from scaletrain.data.reading.reader import Shards
+from scaletrain.evals import results
+from scaletrain.nn import resnet
+
+COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220], [220, 220, 30], [30, 220, 220], [220, 30, 220]])
+
+
+def shards(folder: Path, labels: Sequence[int | None], seed: int = 0, colours: Sequence[int] | None = None) -> Path:
+    """One 16 px image per label, in two shards: the label's colour and noise. None: no label is written.
+
+    With `colours`, plain images of these.
+    """
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    half = len(labels) // 2
+    painted, noise = ([label or 0 for label in labels], 25) if colours is None else (colours, 0)
+    for shard, numbers in enumerate((range(half), range(half, len(labels)))):
+        with tarfile.open(folder / f"s-{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in numbers:
+                label = labels[number]
+                pixels = np.clip(COLOURS[painted[number] % len(COLOURS)] + random.normal(0, noise, (16, 16, 3)), 0, 255).astype(
+                    np.uint8
+                )
+                if label is not None:
+                    add(tar, f"{number:05d}.cls", str(label).encode())
+                add(tar, f"{number:05d}.png", encode(pixels))
+    return folder
+
+
+def spoil(folder: Path, sample: int) -> None:
+    """Alter a byte of a sample's image: whoever reads it notices."""
+    source = Shards(folder)
+    file, image = folder / source.name(sample).partition("/")[0], source.read(sample).image
+    raw = file.read_bytes()
+    at = raw.index(image) + 20
+    file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+
+
+def settings(train: Path | str, **model: object) -> Config:
+    return load.build(
+        {
+            "seed": 3,
+            "batch": 8,
+            "data": {"path": str(train), "views": [{"size": 16, "count": 2}], "workers": 0},
+            "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", **model},
+            "method": {"name": "simclr"},
+        }
+    )
+
+
+def backbone(cfg: Config, seed: int = 11) -> dict[str, Tensor]:
+    """Tensors of a trunk that is neither the fresh one nor at its initial batch-norm statistics."""
+    torch.manual_seed(seed)
+    state = resnet.ResNet(cfg.model).state_dict()
+    for name, tensor in state.items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+    return state
+
+
+def save(run: Path, step: int, state: dict[str, Tensor]) -> None:
+    """A checkpoint as an engine would write it, with tensors that are not the backbone's."""
+    pieces = {f"method.backbone.{name}": Piece(t.flatten(), 0, tuple(t.shape)) for name, t in state.items()}
+    pieces["method.head.weight"] = Piece(torch.zeros(6), 0, (2, 3))
+    writer = checkpoint.Writer(run / "checkpoints", keep_last=5, keep_every=0)
+    writer.save(step, pieces, {})
+    writer.close()
+
+
+def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> Path:
+    cfg = settings(train)
+    run = root / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)})))
+    save(run, step, backbone(cfg))
+    return run
+
+
+def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any) -> Path:
+    """A file of results of `linear` as an evaluation leaves it.
+
+    `changes` of its protocol, of `encoder`, `trained` and `left_out`.
+    """
+    kind, left_out = changes.pop("encoder", "trained"), changes.pop("left_out", [])
+    trained = changes.pop("trained", {})
+    protocol = {"benchmark": "linear", "linear": {"epochs": 5}, "train": "a" * 64, "test": "b" * 64, "labels": None} | changes
+    identity = {"format": results.FORMAT, "protocol": protocol, "encoder": {"kind": kind, "step": step, "run": str(run)}}
+    sets = {
+        name: {"path": f"/data/{name}", "samples": 9, "sha256": protocol[name], "left_out": left_out}
+        for name in ("train", "test")
+    }
+    labels = {"labels": {"file": "few.json", "sha256": protocol["labels"]}} if protocol["labels"] else {}
+    content = {
+        "format": results.FORMAT,
+        "digest": results.digest(identity),
+        "benchmark": protocol["benchmark"],
+        "encoder": kind,
+        "step": step,
+        "trained": trained,
+        "measured": "2026-01-01T00:00:00+00:00",
+        "metrics": metrics,
+        "protocol": {},
+        "data": sets | labels,
+        "identity": identity,
+    }
+    path = run / "evals" / f"{protocol['benchmark']}-step-{step}-{results.digest(identity)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results.write(path, content)
+    return path

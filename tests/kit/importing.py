@@ -1,0 +1,65 @@
+"""Runs the scripts of shards/ as commands, and reads back what they write."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import typer
+from typer.testing import CliRunner
+
+from kit.data import encode, picture
+from scaletrain.data.reading.reader import Shards
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"shards_{name}", ROOT / "shards" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *arguments: object, fails: str = "") -> str:
+    """Call a script's command in this process; with `fails`, expect one clear line that matches it."""
+    app = typer.Typer()
+    app.command()(script(name).main)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if fails:
+        assert isinstance(result.exception, ValueError | OSError), result.output
+        assert "\n" not in str(result.exception)
+        assert fails in str(result.exception)
+        return str(result.exception)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def tree(root: Path, classes: dict[str, int], suffix: str = ".png") -> Path:
+    number = 0
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            (root / name / f"im.{i}{suffix}").write_bytes(encode(picture(number), suffix.lower()))
+            number += 1
+    return root
+
+
+def contents(folder: Path) -> dict[bytes, int]:
+    shards = Shards(folder)
+    return {s.image: s.label for s in map(shards.read, range(len(shards)))}
+
+
+def keys(folder: Path) -> list[str]:
+    """Of all samples, in order."""
+    shards = Shards(folder)
+    return [shards.name(i).partition("/")[2] for i in range(len(shards))]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

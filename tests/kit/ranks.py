@@ -1,0 +1,41 @@
+"""Run a function on several gloo ranks; one set of processes serves every case of a module.
+
+They are forked from a server that has imported what is slow to import and has run nothing yet.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from scaletrain import dist
+
+
+def run(
+    world: int, function: Callable[..., dict[str, torch.Tensor]], folder: Path, *args: Any
+) -> list[dict[str, torch.Tensor]]:
+    """function(*args) on `world` ranks -> what each rank returned."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["scaletrain.train.build"])
+    mp.start_processes(_rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver")
+    return [torch.load(folder / f"rank{r}-of-{world}.pt", weights_only=True) for r in range(world)]
+
+
+def _rank(rank: int, world: int, port: int, function: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init(timeout_seconds=120)
+    try:
+        torch.save(function(*args), folder / f"rank{rank}-of-{world}.pt")
+    finally:
+        dist.shutdown()

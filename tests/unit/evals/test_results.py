@@ -1,0 +1,249 @@
+"""A file of results is of one encoder, protocol and data: named by them, written once, and never taken for another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from kit.evals import backbone, run_folder, save, settings, shards
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scaletrain import exit_codes
+from scaletrain.checkpoint import files
+from scaletrain.config import load, schema
+from scaletrain.data.reading import subset
+from scaletrain.data.reading.reader import Shards
+from scaletrain.evals import results, targets
+from scaletrain.evals import run as evals
+from scaletrain.evals.targets import EvalError
+
+QUICK = ("features.workers=0", "features.batch=32")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    train = shards(tmp_path / "data" / "train", [i % 6 for i in range(36)])
+    shards(tmp_path / "data" / "test", [i % 6 for i in range(12)], seed=1)
+    return run_folder(tmp_path, train)
+
+
+def knn(target: Path, *changes: str, **options: Any) -> dict[str, Any]:
+    (result,) = evals.run(target, ["knn"], overrides=(*QUICK, *changes), **options)
+    return result
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of knn_10, by folder below RUN/tensorboard/evals."""
+    found = {}
+    for folder in (run / "tensorboard" / "evals").iterdir():
+        board = EventAccumulator(str(folder))
+        board.Reload()
+        found[folder.name] = [(event.step, event.value) for event in board.Scalars("eval/knn_10")]
+    return found
+
+
+def test_whatever_defines_a_result_has_a_file_of_its_own(run: Path) -> None:
+    root = run.parent
+    other, bank = (
+        shards(root / "other", [i % 6 for i in range(12)], seed=2),
+        shards(root / "bank", [i % 6 for i in range(24)], seed=3),
+    )
+    few = root / "few.json"
+    subset.save(few, Shards(root / "data" / "train"), np.arange(12), "by hand")
+    save(run, 9, backbone(settings("x"), seed=12))
+    old = run / "checkpoints" / "step-00000007"
+    found = [
+        knn(old),
+        knn(run),  # step 9
+        knn(old, test=other),
+        knn(old, train=bank, test=root / "data" / "test"),
+        knn(old, labels=few),
+        knn(old, same_numbers=True),
+        knn(old, encoder="untrained"),
+        knn(old, encoder="pixels"),
+        *(
+            knn(old, change)
+            for change in (
+                "knn.temperature=0.2",
+                "knn.ks=[10]",
+                "features.size=32",
+                "features.resize=tv",
+                "features.bf16=true",
+                "features.batch=8",
+                "features.on_bad=skip",
+            )
+        ),
+    ]
+    assert len({result["file"] for result in found}) == len(found) == len(list((run / "evals").iterdir()))
+    assert all(json.loads(Path(r["file"]).read_text()) == {k: v for k, v in r.items() if k != "file"} for r in found)
+    board = curves(run)
+    assert len(board) == len(found) - 1  # a curve goes over steps; whatever else differs has one of its own
+    points = [(r["step"], pytest.approx(r["metrics"]["knn_10"])) for r in found[:2]]
+    assert board[f"knn-{found[0]['protocol']['digest']}"] == points
+    assert {f"knn-{r['protocol']['digest']}-{r['encoder']}" for r in found[6:8]} <= set(board)
+
+
+def test_weights_of_the_same_step_are_told_apart(run: Path) -> None:
+    first = knn(run)
+    shutil.rmtree(run / "checkpoints")
+    save(run, 7, backbone(settings("x"), seed=12))
+    second = knn(run)
+    assert first["file"] != second["file"]
+    assert first["protocol"] == second["protocol"]
+
+
+def test_a_result_that_is_there_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the data lies elsewhere by now, as it is known by its content; deleting the file measures again."""
+    said: list[str] = []
+    first = knn(run, notice=said.append)
+    assert not said
+    written = Path(first["file"]).stat()
+    (run.parent / "data").rename(run.parent / "moved")
+    with monkeypatch.context() as patch:
+        patch.setattr("scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured again"))
+        again = knn(run, "features.workers=1", notice=said.append, train=run.parent / "moved" / "train")
+    assert again == first
+    assert said == [f"knn: measured before and read from {first['file']}; delete this file to measure again"]
+    now = Path(first["file"]).stat()
+    assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert len(curves(run)[f"knn-{first['protocol']['digest']}"]) == 1
+    shutil.rmtree(run / "tensorboard")
+    Path(first["file"]).unlink()
+    third = knn(run, train=run.parent / "moved" / "train")
+    assert third["metrics"] == first["metrics"]
+    assert third["measured"] > first["measured"]
+    assert len(curves(run)) == 1
+
+
+def test_the_curve_says_what_it_stands_for(run: Path) -> None:
+    digest = knn(run, "knn.temperature=0.5")["protocol"]["digest"]
+    board = EventAccumulator(str(run / "tensorboard" / "evals" / f"knn-{digest}"))
+    board.Reload()
+    (event,) = board.Tensors("eval/protocol/text_summary")
+    text = event.tensor_proto.string_val[0].decode().splitlines()
+    assert "- knn.temperature: 0.5" in text
+    assert any(line.startswith("- test: test (") for line in text)
+
+
+def test_a_tensorboard_that_cannot_be_written_costs_no_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "evals").write_text("a file in the way")
+    result = knn(run)
+    assert Path(result["file"]).is_file()
+    assert f"no TensorBoard scalars of {result['file']}" in capsys.readouterr().err
+
+
+def test_a_damaged_result_is_neither_read_nor_overwritten(run: Path) -> None:
+    file = Path(knn(run)["file"])
+    for damage in (lambda text: text[: len(text) // 2], lambda text: text.replace('"size": 16', '"size": 17')):
+        whole = file.read_text()
+        file.write_text(damage(whole))
+        damaged = file.read_text()
+        with pytest.raises(EvalError, match=rf"{file} is no result of this version of `scaletrain eval` \("):
+            knn(run)
+        assert file.read_text() == damaged
+        file.write_text(whole)
+    assert knn(run)["file"] == str(file)
+
+
+def test_a_file_may_be_renamed_but_not_to_the_name_of_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (Path(knn(run, f"knn.ks=[{k}]")["file"]) for k in (1, 2))
+    shutil.copy(first, run / "evals" / "a copy of it.json")
+    assert len(results.read(run / "evals")) == 2
+    assert "a copy of it.json" in capsys.readouterr().err
+    first.replace(second)
+    with pytest.raises(EvalError, match=rf"{second} holds another result than its name says"):
+        knn(run, "knn.ks=[2]")
+
+
+def test_the_quicker_of_two_processes_stands(tmp_path: Path, run: Path) -> None:
+    file = Path(knn(run)["file"])
+    first = json.loads(file.read_text())
+    assert results.write(file, first | {"seconds": 1e9}) == first == json.loads(file.read_text())
+
+
+def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("scaletrain.runtime.durable.replacing", full)
+    with pytest.raises(
+        EvalError, match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": '
+    ) as error:
+        knn(run)
+    assert exit_codes.of(error.value) == exit_codes.RETRY
+
+
+def test_other_forms_are_passed_over_by_name(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An old card, foreign JSON, damage, a changed file, a folder."""
+    result = knn(run)
+    file, folder = Path(result["file"]), run / "evals"
+    whole = json.loads(file.read_text())
+
+    def altered(change: Callable[[dict[str, Any]], Any]) -> str:
+        content = json.loads(json.dumps(whole))
+        change(content)
+        return json.dumps(content)
+
+    strange = {
+        "knn-step-7.json": json.dumps({"encoder": "trained", "step": 7, "metrics": {"knn_10": 1.0}}),
+        "empty.json": "",
+        "list.json": "[]",
+        "nested.json": "[" * 100_000,
+        "bytes.json": "\udcff",
+        file.name.replace("knn", "nan"): altered(lambda c: c["metrics"].update(knn_10=float("nan"))),
+        file.name.replace("knn", "id"): altered(lambda c: c["identity"]["protocol"].update(train="0" * 64)),
+        file.name.replace("knn", "bare"): altered(lambda c: c["data"].pop("test")),
+        file.name.replace("knn", "new"): altered(lambda c: c.update(format=2)),
+        file.name.replace("knn", "up"): altered(lambda c: c.update(benchmark="../../up")),
+        file.name.replace("knn", "esc"): altered(lambda c: c["metrics"].update({"\x1b[2J\n": 1.0})),
+    }
+    for name, content in strange.items():
+        (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    (folder / "folder.json").mkdir()
+    (found,) = results.read(folder)
+    assert found.metrics == result["metrics"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(strange) + 1
+    assert all(
+        any(line.startswith(f"skipped: {folder / name} is no result") for line in lines) for name in (*strange, "folder.json")
+    )
+
+
+def test_of_two_results_of_one_step_the_newer_counts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older = Path(knn(run)["file"])
+    shutil.rmtree(run / "checkpoints")
+    save(run, 7, backbone(settings("x"), seed=12))
+    newer = Path(knn(run)["file"])
+    (found,) = results.read(run / "evals")
+    assert found.identity.encoder["weights"] == json.loads(newer.read_text())["identity"]["encoder"]["weights"]
+    assert capsys.readouterr().err == f"skipped: {older}: {newer.name} is of the same step and protocol, and not older\n"
+
+
+def test_runs_that_normalise_differently_have_one_protocol(run: Path) -> None:
+    """How its images are normalised belongs to an encoder; the size that they are scaled to does not."""
+    first = knn(run)
+    cfg = settings(run.parent / "data" / "train")
+    for changes, alike in (({"mean": (0.5, 0.5, 0.5)}, True), ({"views": (schema.View(size=32),)}, False)):
+        (run / "config.yaml").write_text(load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)})))
+        second = knn(run)
+        assert second["file"] != first["file"]
+        assert (second["protocol"]["digest"] == first["protocol"]["digest"]) == alike
+
+
+def test_exported_files_of_one_folder(run: Path) -> None:
+    cfg = settings(run.parent / "data" / "train")
+    found = []
+    for name, seed in (("a", 11), ("b", 11), ("c", 12)):
+        file = run.parent / "out" / f"{name}.safetensors"
+        files.export(backbone(cfg, seed), file, targets.describe(cfg, 7))
+        found.append(Path(knn(file)["file"]))
+    digests = [path.stem.rpartition("-")[2] for path in found]
+    assert [path.name for path in found] == [f"{n}-knn-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)]
+    assert digests[0] == digests[1] == Path(knn(run)["file"]).stem.rpartition("-")[2]  # the same encoder as the run's
+    assert digests[0] != digests[2]
