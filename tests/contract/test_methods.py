@@ -76,7 +76,7 @@ def test_the_file_reads_alone_like_the_papers_algorithm(method: str) -> None:
         "import torch.distributed as c10d",
         "from torch.distributed import all_reduce",
         "from scaletrain.engines import ddp",
-        "from scaletrain import dist, monitor",
+        "from scaletrain.train import monitor",
         "x = x.cuda()",
         "x = x.to('cuda:0')",
         "x = torch.zeros(3, device='meta')",

@@ -21,7 +21,7 @@ from scaletrain.config.schema import Config
 
 ALPHA = """
 from typing import Literal
-from scaletrain.config import Frozen, Leaf
+from scaletrain.config.schema import Frozen, Leaf
 class Head(Frozen):
     hidden: int = 64
 class Config(Leaf):
@@ -33,7 +33,7 @@ class Config(Leaf):
 BETA = ALPHA.replace("toyalpha", "toybeta").replace("hidden: int", "layers: int")
 ENGINE = """
 from typing import Literal
-from scaletrain.config import Leaf
+from scaletrain.config.schema import Leaf
 class Config(Leaf):
     name: Literal["toyengine"] = "toyengine"
     amp: bool = False

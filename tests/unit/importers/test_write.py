@@ -43,7 +43,7 @@ def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None
 
 HANG = """
 import runpy, sys, time
-from scaletrain.data import sources
+from scaletrain.importers import sources
 path, *sys.argv = sys.argv[1:]
 read = sources.read
 sources.read = lambda at: time.sleep(600) if str(at) == path else read(at)

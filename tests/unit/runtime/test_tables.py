@@ -61,7 +61,7 @@ def test_a_terminal_says_how_wide_it_is() -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 40))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
-    code = "from scaletrain import tables; print(tables.width())"
+    code = "from scaletrain.runtime import tables; print(tables.width())"
     subprocess.run([sys.executable, "-c", code], stdout=slave, env=environment, timeout=60, check=True)
     os.close(slave)
     assert os.read(master, 100).split() == [b"40"]

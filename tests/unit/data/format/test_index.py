@@ -271,15 +271,16 @@ def test_pipes_folders_and_loops_among_shards_are_named_at_once(tmp_path: Path) 
 LIMITS = """
 import resource, sys
 from pathlib import Path
-from scaletrain.data import joined, manifest
+from scaletrain.data.format import manifest
+from scaletrain.data.reading import concat
 from scaletrain.data.errors import DataError
-from scaletrain.data.reader import Shards
+from scaletrain.data.reading.reader import Shards
 manifest.MOST_BYTES, manifest.MOST_SAMPLES = 10 << 20, 1 << 20  # a twentieth, for the time that it takes
 Shards(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF)
 for folder in sys.argv[2:]:
     try:
-        joined.classes(folder)
+        concat.classes(folder)
         Shards(folder).read(0)
         print("no error", folder)
     except DataError as error:

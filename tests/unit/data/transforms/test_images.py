@@ -117,7 +117,7 @@ def png(width: int, height: int, *between: bytes, colour: int = 2) -> bytes:
 BOMBS = """
 import resource, sys, pathlib
 import numpy as np
-from scaletrain.data import crop, image
+from scaletrain.data.transforms import crop, image
 from scaletrain.data.errors import ImageError
 image.decode(pathlib.Path(sys.argv[1]).read_bytes(), 10**6)  # loads the decoders
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
