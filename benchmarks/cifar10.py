@@ -20,7 +20,7 @@ from scaletrain.config import load
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals.benchmarks.knn import knn
 from scaletrain.evals.features import Config as Features
-from scaletrain.evals.features import Scene
+from scaletrain.evals.features import EvalContext
 from scaletrain.evals.targets import Encoder, find
 
 HERE = Path(__file__).parent
@@ -78,7 +78,7 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
 
 
 def score(target: Path, shards: Path, encoder: Encoder) -> list[float]:
-    scene = Scene(find(target, encoder), Features(), shards / "train", shards / "test")
+    scene = EvalContext(find(target, encoder), Features(), shards / "train", shards / "test")
     bank, queries = scene.bank(), scene.queries()
     found = [knn(bank.x, bank.labels, queries.x, queries.labels, (k,), t)[f"knn_{k}"] for k, t in SETTINGS]
     return [float(value) for value in found]

@@ -42,7 +42,7 @@ class Timed:
 def rows(folder: str) -> Iterator[Row]:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    views = (View(size=224, count=4), View(size=96, count=2, area=(0.05, 0.14)))
+    views = (View(size=224, count=4), View(size=96, count=2, scale=(0.05, 0.14)))
     shards = Shards(folder)
     plan = Plan(shards.counts, seed=0, batch=ROWS, lanes=ROWS, window=16)
     dataset = Images(Data(path=folder, views=views), shards, plan, 0, ROWS)

@@ -111,7 +111,7 @@ def lightly(shards: Path, count: int, antialias: bool, _: bool) -> float:
             view.size, cj_prob=view.jitter, gaussian_blur=view.blur, solarization_prob=view.solarize, sigmas=sigma
         )
         parts = made.transform.transforms
-        parts[0] = T.RandomResizedCrop(view.size, scale=view.area, antialias=antialias)
+        parts[0] = T.RandomResizedCrop(view.size, scale=view.scale, antialias=antialias)
         parts[-2:] = [T.PILToTensor()]
         return made
 
@@ -125,7 +125,9 @@ def albumentations(shards: Path, count: int, antialias: bool, _: bool) -> float:
         around = {key: (1 - getattr(view, key), 1 + getattr(view, key)) for key in ("brightness", "contrast", "saturation")}
         sigma = tuple(s * view.size / 224 for s in view.sigma)
         parts = [
-            A.RandomResizedCrop(size=(view.size, view.size), scale=view.area, ratio=view.ratio, interpolation=cv2.INTER_LINEAR),
+            A.RandomResizedCrop(
+                size=(view.size, view.size), scale=view.scale, ratio=view.ratio, interpolation=cv2.INTER_LINEAR
+            ),
             A.HorizontalFlip(p=view.flip),
             A.ColorJitter(**around, hue=(-view.hue, view.hue), p=view.jitter),
             A.ToGray(p=view.grayscale),

@@ -34,7 +34,7 @@ MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class Subject:
+class EncoderUnderTest:
     """An optimizer over its own ResNet-50, with gradients that are new at each step."""
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
@@ -63,7 +63,7 @@ class Subject:
 
 def worst(name: str, exact: list[Tensor], steps: int) -> float:
     """Largest deviation of a parameter's momentum, relative to its norm."""
-    subject = Subject(name)
+    subject = EncoderUnderTest(name)
     for number in range(steps):
         subject.seconds(number)
     return max(float((a - b).norm() / b.norm()) for a, b in zip(subject.momentum(), exact, strict=True))
@@ -75,12 +75,12 @@ def main(
 ) -> None:
     """Print how far each is from float64 and the milliseconds of a step."""
     torch.set_num_threads(threads)
-    exact = Subject("lightly", torch.float64)
+    exact = EncoderUnderTest("lightly", torch.float64)
     for number in range(3):
         exact.seconds(number)
     for name in (OURS, "lightly", "timm"):
         print(f"{name}: momentum after 3 steps is apart from float64's by {worst(name, exact.momentum(), 3):.1e}")
-    subjects = {name: Subject(name) for name in MAKE}
+    subjects = {name: EncoderUnderTest(name) for name in MAKE}
     times: dict[str, list[float]] = {name: [] for name in MAKE}
     for number in range(steps + 3):
         for name, subject in subjects.items():

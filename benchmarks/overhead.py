@@ -25,8 +25,8 @@ from torch import nn
 
 import scaletrain.methods
 from scaletrain.config import load
-from scaletrain.config.schema import Leaf
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.runtime import timing
 from scaletrain.train import loop
 
@@ -40,20 +40,20 @@ RECIPE = {
 }
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     pass
 
 
 class Model(Method):
     """One parameter, whose square is the loss."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
         self.backbone = nn.Linear(1, 1, bias=False)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         weight: nn.Parameter = self.backbone.weight  # type: ignore[assignment]
-        return Out({"all": weight.square().sum()})
+        return MethodOutput({"all": weight.square().sum()})
 
 
 BATCH = Batch(
@@ -94,7 +94,7 @@ def trainer(steps: int, **changes: Any) -> float:
 
 
 def by_hand(steps: int) -> float:
-    model = Model(Config(name=LEAF), nn.Identity, Facts(1, 1, 1, ((8, 1),)))
+    model = Model(Config(name=LEAF), nn.Identity, RunInfo(1, 1, 1, ((8, 1),)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
     for step in range(steps):
         if step == WARM:

@@ -29,7 +29,7 @@ epochs: 10
 data:
   workers: 1
   views:
-  - &first {{size: 32, area: [0.08, 1], interpolation: bilinear, antialias: true, flip: 0.5, jitter: 0.8, brightness: 0.4,
+  - &first {{size: 32, scale: [0.08, 1], interpolation: bilinear, antialias: true, flip: 0.5, jitter: 0.8, brightness: 0.4,
      contrast: 0.4, saturation: 0.2, hue: 0.1, grayscale: 0.2, blur: 0, solarize: 0}}
   - {{<<: *first, solarize: 0.2}}
 model: {{name: resnet18, width: 0.25, stem: cifar}}

@@ -96,14 +96,16 @@ def train(
     umask: Annotated[
         str | None, typer.Option(help="Access to RUN, e.g. 027 for your group to read; default: yours alone (077).")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Short for data.path=DATA; `synthetic`: rehearse speed and memory.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Short for steps=STEPS; a rehearsal has no warm-up.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Short for data.path=DATA; `synthetic`: measure speed and memory without data.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Short for steps=STEPS; a throughput check has no warm-up.")] = None,
 ) -> None:
     """Train by a recipe, or resume; launchers/local.py starts it on several processes."""
     from scaletrain.config import load
 
     short = [f"{key}={value}" for key, value in (("data.path", data), ("steps", steps)) if value is not None]
-    # a rehearsal is shorter than the warm-up of any recipe
+    # a throughput check is shorter than the warm-up of any recipe
     first = ["optim.warmup_epochs=0"] if data == "synthetic" and steps is not None else []
     config = load.load(recipe, [*first, *(overrides or ()), *short])
     run = run or Path("runs") / recipe.stem
@@ -301,7 +303,7 @@ def _explained(error: Exception) -> tuple[str, int] | None:
         from scaletrain import dist
 
         if isinstance(error, torch.OutOfMemoryError):
-            text = f"out of memory on the GPU: lower batch, or set engine.recompute=true ({str(error).splitlines()[0]})"
+            text = f"out of memory on the GPU: lower batch, or set engine.activation_checkpointing=true ({str(error).splitlines()[0]})"
             return text, exit_codes.RETRY
         if text := dist.lost_contact(error):
             return text, exit_codes.RETRY

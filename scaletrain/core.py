@@ -1,4 +1,4 @@
-"""The nouns that every other module speaks: Batch, Clock, Out, Group, Staged, Method, Auxiliary.
+"""The nouns that every other module speaks: Batch, Clock, MethodOutput, Group, DeferredState, Method, Auxiliary.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such that the *mean over
 ranks of the local losses is the global loss*. Engines average gradients over ranks, which is then the global gradient.
@@ -82,7 +82,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Out:
+class MethodOutput:
     """What a forward pass hands to the engine."""
 
     losses: dict[str, Tensor]  # their sum drives everything; with Method.separate_losses, each drives the group of its name
@@ -91,11 +91,11 @@ class Out:
 
 
 @dataclass(frozen=True)
-class Result:
+class StepResult:
     """What one optimizer step did, for the monitor. Tensors are detached and still on the device."""
 
     loss: float  # of the global batch
-    scalars: dict[str, Tensor]  # Out.losses and Out.scalars, this rank's
+    scalars: dict[str, Tensor]  # MethodOutput.losses and MethodOutput.scalars, this rank's
     grad_norm: Tensor  # 0-d, of the whole gradient before clipping
     trust: dict[str, Tensor] = field(default_factory=dict)  # LARS trust ratios: "min", "median", "max"
     embedding: Tensor | None = None  # [B, D]
@@ -128,7 +128,7 @@ class Group:
     frozen_steps: int = 0  # drop the gradient during the first steps (SwAV's prototypes)
 
 
-class Staged(nn.Module):
+class DeferredState(nn.Module):
     """A module whose forward only *stages* what it would write; the engine commits after the step or discards it.
 
     So a skipped step and a pass for features leave no trace.
@@ -147,7 +147,7 @@ class Staged(nn.Module):
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunInfo:
     """What a method may know of the run when it is built."""
 
     samples: int  # in the data set
@@ -180,10 +180,10 @@ class Method(nn.Module):
     """One paper. `forward` is the whole mathematics of a step; everything else is declared.
 
     A method whose loss couples samples may define `embed` and `loss` in place of forward: engines can then embed one
-    micro-batch at a time (gradient caching). Parameters and Staged modules belong in embed only.
+    micro-batch at a time (gradient caching). Parameters and DeferredState modules belong in embed only.
 
-    A method file defines `Config` (a frozen `config.Leaf`) and one subclass named `Model`, built as
-    `Model(config, make_backbone, facts)`; `make_backbone()` returns a fresh encoder with a `features` width.
+    A method file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`, built as
+    `Model(config, make_backbone, run_info)`; `make_backbone()` returns a fresh encoder with a `features` width.
     """
 
     targets: ClassVar[Mapping[str, str]] = {}  # {target module: online module}; the engine moves targets by `ema`
@@ -210,14 +210,14 @@ class Method(nn.Module):
         h: Tensor = self.backbone(x)
         return h
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return self.loss(self.embed(batch, clock), batch, clock)
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
         """What the loss needs of each sample: tensors [any, B, ...], those without gradient included."""
         raise NotImplementedError(f"{type(self).__name__} defines neither forward nor embed and loss")
 
-    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
+    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> MethodOutput:
         raise NotImplementedError(f"{type(self).__name__} defines embed without loss")
 
     def after_step(self, clock: Clock, write: Write) -> None:
@@ -230,12 +230,12 @@ class Method(nn.Module):
 class Auxiliary(nn.Module):
     """An objective added to a method.
 
-    Its file defines `Config` (a frozen `config.Leaf`) and one subclass named `Model`, built as `Model(config, method, facts)`.
+    Its file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`, built as `Model(config, method, run_info)`.
     Parameters are in a group of the file's name, which is also that of the loss.
     """
 
     global_loss: bool = False  # as Method.global_loss
 
-    def forward(self, method: Method, batch: Batch, clock: Clock) -> Out:
+    def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         """`method`: the one it is added to, for its online networks."""
         raise NotImplementedError

@@ -80,8 +80,8 @@ class _Set:
         try:
             self.dataset = _class(name)(**given)
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
-            cure = "; fetch it with --download" if "download" in parameters and not download else ""
-            raise DataError(f"{self.text} in {root}: {' '.join(str(error).split())}{cure}") from None
+            fix = "; fetch it with --download" if "download" in parameters and not download else ""
+            raise DataError(f"{self.text} in {root}: {' '.join(str(error).split())}{fix}") from None
         self.classes = tuple(plain(str(name)) for name in getattr(self.dataset, "classes", ()))
         if odd := next((name for name in self.classes if clutter(name)), ""):
             raise DataError(

@@ -113,8 +113,8 @@ def truth(names: list[str], origin: Path, file: Path | None) -> list[str]:
     table = {Path(words[0]).stem: words[1] for words in lines}
     for number, wnid in enumerate(table.values(), 1):
         if not WNID.fullmatch(wnid):
-            cure = "the numbers of the development kit do not follow the sorted wnids; " if wnid.isdigit() else ""
-            raise DataError(f"{file}, entry {number}: {wnid!r} is no wnid; {cure}take {FORMS}")
+            fix = "the numbers of the development kit do not follow the sorted wnids; " if wnid.isdigit() else ""
+            raise DataError(f"{file}, entry {number}: {wnid!r} is no wnid; {fix}take {FORMS}")
     missing = next((stem for stem in stems if stem not in table), None)
     if missing:
         raise DataError(f"{file} does not say the class of {missing} in {origin}")

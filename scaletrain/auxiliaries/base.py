@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Leaf
-from scaletrain.core import Auxiliary, Batch, Clock, Facts, Group, Method, Out
+from scaletrain.config.schema import ComponentConfig
+from scaletrain.core import Auxiliary, Batch, Clock, Group, Method, MethodOutput, RunInfo
 
 
-def attach(method: Method, leaves: Sequence[Leaf], facts: Facts) -> Method:
+def attach(method: Method, leaves: Sequence[ComponentConfig], run_info: RunInfo) -> Method:
     """The same method, whose forward also computes the auxiliaries; its parameters keep their names. Raises ConfigError.
 
     Drawn after the method's own, the auxiliaries' parameters leave its initial values as they are.
@@ -28,7 +28,7 @@ def attach(method: Method, leaves: Sequence[Leaf], facts: Facts) -> Method:
     # A class and not a wrapper, so that the state's names do not depend on what is attached.
     method.__class__ = type(kind.__name__, (_Joint, kind), {"__module__": kind.__module__})
     parts = ((leaf, importlib.import_module(f"scaletrain.auxiliaries.{leaf.name}")) for leaf in leaves)
-    method.auxiliaries = nn.ModuleDict({leaf.name: room.Model(leaf, method, facts) for leaf, room in parts})
+    method.auxiliaries = nn.ModuleDict({leaf.name: room.Model(leaf, method, run_info) for leaf, room in parts})
     method.global_loss |= any(part.global_loss for part in method.auxiliaries.values())
     return method
 
@@ -41,15 +41,15 @@ class _Joint(Method):
         own = [name for name, part in self.auxiliaries.items() if any(True for _ in part.parameters())]
         return [*(_group(name) for name in own), *super().groups()]
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         out = super().forward(batch, clock)
         losses, scalars = dict(out.losses), dict(out.scalars)
         for part in self.auxiliaries.values():
             assert isinstance(part, Auxiliary)
-            more: Out = part(self, batch, clock)
+            more: MethodOutput = part(self, batch, clock)
             losses |= more.losses
             scalars |= more.scalars
-        return Out(losses, scalars, out.embedding)
+        return MethodOutput(losses, scalars, out.embedding)
 
 
 def _group(name: str) -> Group:

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaletrain import rng
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Auxiliary, Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     weight: Positive = 0.2  # lambda
     hidden: Count = 2048
     views: Count = 2  # so many of the large views are rotated, or all if there are fewer
@@ -27,20 +27,20 @@ class Model(Auxiliary):
     views stay upright, so that its invariances stay what they are.
     """
 
-    def __init__(self, config: Config, method: Method, facts: Facts) -> None:
+    def __init__(self, config: Config, method: Method, run_info: RunInfo) -> None:
         super().__init__()
         self.config = config
         width = int(method.backbone.features)  # type: ignore[arg-type]
-        self.head = mlp((width, config.hidden, 4), group=facts.norm_group)
+        self.head = mlp((width, config.hidden, 4), group=run_info.norm_group)
 
-    def forward(self, method: Method, batch: Batch, clock: Clock) -> Out:
+    def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0][: self.config.views]  # [M, B, 3, H, W]
         turns = (4 * rng.uniform(batch.keys, "rotation", len(x))).long().T  # [M, B]: quarter turns, t_k
         logits = pooled(self.head, pooled(method.backbone, turned(x, turns), method.encode))  # [M, B, 4]
         accuracy = (logits.detach().argmax(-1) == turns).float().mean()
         # The poster's 1/(2B) sum over both views. differs: the authors' code adds the views up; their lambda .1 is .2 here.
         loss = self.config.weight * cross_entropy(logits.flatten(0, 1), turns.flatten())
-        return Out({"rotation": loss}, {"rotation_accuracy": accuracy})
+        return MethodOutput({"rotation": loss}, {"rotation_accuracy": accuracy})
 
 
 def turned(x: Tensor, turns: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Leaf, Positive
-from scaletrain.core import Auxiliary, Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Positive
+from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     weight: Positive = 1.0  # lambda
     temperature: Positive = 0.1
 
@@ -26,9 +26,9 @@ class Model(Auxiliary):
 
     global_loss = True
 
-    def __init__(self, config: Config, method: Method, facts: Facts) -> None:
+    def __init__(self, config: Config, method: Method, run_info: RunInfo) -> None:
         super().__init__()
-        if not facts.support:
+        if not run_info.support:
             raise ValueError(
                 "suncet needs labelled samples: set data.support, e.g. data.support.labels=FILE of shards/subset.py"
             )
@@ -36,15 +36,15 @@ class Model(Auxiliary):
             raise ValueError("suncet needs a method with a projector, such as simclr or swav")
         self.config = config
 
-    def forward(self, method: Method, batch: Batch, clock: Clock) -> Out:
+    def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         if batch.support is None:
-            return Out({})
+            return MethodOutput({})
         assert batch.support.labels is not None
         # differs: the authors forward both views and the labelled images as one, so that these share their statistics.
         h = pooled(method.backbone, batch.support.views[0], method.encode)
         projector: nn.Module = method.projector  # type: ignore[assignment]
         loss, scalars = self._loss(pooled(projector, h)[0], batch.support.labels)
-        return Out({"suncet": self.config.weight * loss}, scalars)
+        return MethodOutput({"suncet": self.config.weight * loss}, scalars)
 
     @full_precision
     def _loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

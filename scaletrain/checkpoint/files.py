@@ -160,7 +160,7 @@ def export(tensors: Mapping[str, Tensor], path: Path, meta: Mapping[str, str]) -
         raise CheckpointError(text, exit_codes.of(error)) from None
 
 
-def _cure(path: Path) -> str:
+def _fix(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     # a sound container may begin with the same bytes (its header's length), so this is asked only of broken ones
@@ -190,7 +190,7 @@ def load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}. Check the path", exit_codes.of(error)) from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {_cure(path)}") from None
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}). {_fix(path)}") from None
     expected = meta.pop(_SUM, None)
     if expected is not None and expected != fingerprint(tensors, meta):
         raise CheckpointError(f"{path} is damaged: its contents do not match the sha256 that it carries. Export it again")

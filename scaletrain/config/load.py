@@ -15,7 +15,7 @@ from pydantic import (
 
 from scaletrain.config.recipe import ERRORS, apply, brief, flat, long, nearest, read, yaml
 from scaletrain.config.recipe import ConfigError as ConfigError
-from scaletrain.config.schema import Config, leaf_config, leaves
+from scaletrain.config.schema import Config, component_config, components
 
 
 def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
@@ -55,9 +55,9 @@ def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
     model: type[BaseModel] = Config
     for depth, part in enumerate(loc[:-1]):
         if part in ("method", "engine") and depth == 0:
-            model = leaf_config(f"{part}s", raw[part]["name"])
+            model = component_config(f"{part}s", raw[part]["name"])
         elif depth and loc[0] == "auxiliaries" and isinstance(part, int):
-            model = leaf_config("auxiliaries", raw["auxiliaries"][part]["name"])
+            model = component_config("auxiliaries", raw["auxiliaries"][part]["name"])
         elif isinstance(part, str) and part in model.model_fields:
             model = _inner(model.model_fields[part].annotation) or model
     return list(model.model_fields)
@@ -101,11 +101,11 @@ def schema() -> dict[str, Any]:
     result = Config.model_json_schema()
     definitions = result["$defs"]
     for section, room in (("method", "methods"), ("engine", "engines"), ("auxiliaries", "auxiliaries")):
-        names = leaves(room)
+        names = components(room)
         for name in names:
             # Two leaves may each have a model named Head, so their definitions live under the leaf's own name.
             place = f"#/$defs/{section}.{name}"
-            option = leaf_config(room, name).model_json_schema(ref_template=place + ".{model}")
+            option = component_config(room, name).model_json_schema(ref_template=place + ".{model}")
             definitions.update({f"{section}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()})
             option["properties"]["name"] = {"const": name}
             definitions[f"{section}.{name}"] = option | {"title": name}

@@ -37,7 +37,7 @@ KINDS = {
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the text says which key of which file, and the cure."""
+    """A recipe or an override that cannot be used; the text says which key of which file, and the fix."""
 
 
 _COMMA = re.compile(r",(?![^{]*\})")  # outside of braces

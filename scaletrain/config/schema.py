@@ -48,7 +48,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class Leaf(Frozen):
+class ComponentConfig(Frozen):
     """Base of the `Config` that a method or engine file defines."""
 
     name: str
@@ -57,7 +57,7 @@ class Leaf(Frozen):
         """Raise ValueError where this leaf cannot go with the rest of the recipe, which is read by then."""
 
 
-LeafT = TypeVar("LeafT", bound=Leaf)
+ComponentT = TypeVar("ComponentT", bound=ComponentConfig)
 
 
 class View(Frozen):
@@ -65,7 +65,7 @@ class View(Frozen):
 
     size: Annotated[int, Field(ge=8, le=4096)] = 224  # pixels of the square view
     count: Natural = 1  # 0 leaves it out, for studies of views
-    area: Range = (0.08, 1.0)  # share of the image that a crop covers
+    scale: Range = (0.08, 1.0)  # share of the image that a crop covers
     ratio: Range = (3 / 4, 4 / 3)
     crop: Share = 1.0  # probability of cropping at all; otherwise the whole image is resized
     interpolation: Literal["bilinear", "bicubic", "keys"] = "bicubic"  # keys: TensorFlow's bicubic, never antialiased
@@ -83,12 +83,12 @@ class View(Frozen):
 
     @model_validator(mode="after")
     def _ordered(self) -> View:
-        for name in ("area", "ratio", "sigma"):
+        for name in ("scale", "ratio", "sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is a range (low, high) with 0 < low <= high, got ({low}, {high})")
-        if self.area[1] > 1:
-            raise ValueError(f"area is a share of the image, at most 1, got {self.area[1]}")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale is a share of the image, at most 1, got {self.scale[1]}")
         if self.interpolation == "keys" and self.antialias:
             raise ValueError("interpolation keys is TensorFlow's bicubic without antialiasing: add antialias: false")
         return self
@@ -183,20 +183,20 @@ class Model(Frozen):
 
 class Optim(Frozen):
     name: Literal["lars", "sgd", "adamw"] = "lars"
-    lr: Positive = 0.3  # per `lr_batch` samples of the global batch
-    rule: Literal["linear", "sqrt", "none"] = "linear"
-    lr_batch: Count = 256
+    lr: Positive = 0.3  # per `lr_reference_batch` samples of the global batch
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    lr_reference_batch: Count = 256
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 10.0
     warmup_start: Share = 0.0  # share of the base learning rate at step 0
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
-    final: Share = 0.0  # share of the base learning rate at the end of the cosine
+    min_lr_ratio: Share = 0.0  # share of the base learning rate at the end of the cosine
     milestones: tuple[Positive, ...] = ()  # steps only: epochs, each of which multiplies the learning rate by gamma
     gamma: Share = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 1.5e-6
     momentum: Share = 0.9
     nesterov: bool = False  # sgd only
     betas: tuple[Share, Share] = (0.9, 0.999)  # adamw only
-    trust: Positive = 1e-3  # LARS eta
+    trust_coefficient: Positive = 1e-3  # LARS eta
     trust_clip: bool = False  # LARS: never above the plain learning rate (solo-learn's clip_lr)
     lars_momentum: Literal["outside", "inside"] = "outside"  # learning rate outside (BYOL) or inside (SimCLR) the buffer
     lars_norm: Literal["sum", "parts"] = "sum"  # |g + wd p| (BYOL, SimCLR) or |g| + wd |p| (LARC)
@@ -224,10 +224,16 @@ class Config(Frozen):
     threads: Natural = 0  # CPU threads per rank; 0: cores divided by local ranks
     data: Data = Data()
     model: Model = Model()
-    method: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("methods", v))]] = cast(Leaf, {"name": "relicv2"})
-    auxiliaries: tuple[SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("auxiliaries", v))]], ...] = ()
+    method: SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(lambda v: _component("methods", v))]] = cast(
+        ComponentConfig, {"name": "relicv2"}
+    )
+    auxiliaries: tuple[
+        SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(lambda v: _component("auxiliaries", v))]], ...
+    ] = ()
     optim: Optim = Optim()
-    engine: SerializeAsAny[Annotated[Leaf, BeforeValidator(lambda v: _leaf("engines", v))]] = cast(Leaf, {"name": "ddp"})
+    engine: SerializeAsAny[Annotated[ComponentConfig, BeforeValidator(lambda v: _component("engines", v))]] = cast(
+        ComponentConfig, {"name": "ddp"}
+    )
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
 
@@ -241,23 +247,23 @@ class Config(Frozen):
         return self
 
 
-def leaves(kind: str) -> tuple[str, ...]:
+def components(kind: str) -> tuple[str, ...]:
     """Names of the leaf files in `scaletrain/<kind>/` that define a Config."""
     package = importlib.import_module(f"scaletrain.{kind}")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _SHARED))
 
 
-def leaf_config(kind: str, name: str) -> type[Leaf]:
-    known = leaves(kind)
+def component_config(kind: str, name: str) -> type[ComponentConfig]:
+    known = components(kind)
     if name not in known:
         raise ValueError(f"there is no '{brief(name)}' in {kind}{nearest(name, known)}; known: {', '.join(known)}")
-    return cast(type[Leaf], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
+    return cast(type[ComponentConfig], importlib.import_module(f"scaletrain.{kind}.{name}").Config)
 
 
-def _leaf(kind: str, value: Any) -> Leaf:
-    if isinstance(value, Leaf):
+def _component(kind: str, value: Any) -> ComponentConfig:
+    if isinstance(value, ComponentConfig):
         return value
     raw = {"name": value} if isinstance(value, str) else value
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
-        raise ValueError(f"needs a `name`; known: {', '.join(leaves(kind))}")
-    return leaf_config(kind, raw["name"]).model_validate(raw)
+        raise ValueError(f"needs a `name`; known: {', '.join(components(kind))}")
+    return component_config(kind, raw["name"]).model_validate(raw)

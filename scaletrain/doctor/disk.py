@@ -36,9 +36,9 @@ def existing(folder: Path) -> Path:
 def run_folder(folder: Path) -> list[Finding]:
     """Write with fsync, as a checkpoint is written, and read back; one process per node does it. Every rank calls it."""
     place = existing(folder)
-    cure = "choose a folder that can be written with --run"
+    fix = "choose a folder that can be written with --run"
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    values, findings = measured("run folder", lambda: _write_and_read(place) if first else {}, cure)
+    values, findings = measured("run folder", lambda: _write_and_read(place) if first else {}, fix)
     if not values:
         return findings
     free, wrote, read, direct = (values[name] for name in ("free", "write", "read", "direct"))
@@ -68,8 +68,8 @@ def shared(folder: Path) -> list[Finding]:
         dist.gather_objects(seen)  # the file stays until all have looked
     if seen:
         return [Finding("ok", "run folder", "the same for all ranks")]
-    cure = "checkpoints and resume need one folder on a file system that all nodes share: choose it with --run"
-    return [] if name is None else [Finding("fail", "run folder", "not the folder that rank 0 sees", cure)]
+    fix = "checkpoints and resume need one folder on a file system that all nodes share: choose it with --run"
+    return [] if name is None else [Finding("fail", "run folder", "not the folder that rank 0 sees", fix)]
 
 
 def data_folder(folder: Path) -> list[Finding]:
@@ -81,8 +81,8 @@ def data_folder(folder: Path) -> list[Finding]:
     how = "past" if all(direct) else "partly from"
     text = f"{filesystem(folder)}; random reads of {READ // 1024} KiB {how} the page cache: "
     text += f"{spread(rate, 'reads/s')} per process, 95 % within {max(late):.3g} ms"
-    cure = "a loader worker would wait for the disk: copy the shards to a disk of the node, or raise data.workers"
-    return [*findings, limit(min(rate) < SLOW_READS, "data folder", text, cure)]
+    fix = "a loader worker would wait for the disk: copy the shards to a disk of the node, or raise data.workers"
+    return [*findings, limit(min(rate) < SLOW_READS, "data folder", text, fix)]
 
 
 def filesystem(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images per second that one core makes ready from the data folder, and the cores that feed a rehearsed run."""
+"""Images per second that one core makes ready from the data folder, and the cores that feed a run whose throughput was checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scaletrain.data.sampling.plan import Plan
 from scaletrain.doctor.machine import cores_per_process
 from scaletrain.doctor.page import Finding, guarded, limit, measured, spread
 from scaletrain.runtime.tables import plural
-from scaletrain.train import rehearsal
+from scaletrain.train import throughput_check
 from scaletrain.train.progress import number
 
 SECONDS = 3.0  # of the measurement, at most one batch more
@@ -39,16 +39,16 @@ def loader(data: Path, run: Path) -> list[Finding]:
 
 
 def needed(run: Path, rate: float, cores: float) -> list[Finding]:
-    """What the rehearsal in the run folder asks of the loader, where a process has `cores` of `rate` images/s each."""
-    path = run / rehearsal.FILE
+    """What the throughput check in the run folder asks of the loader, where a process has `cores` of `rate` images/s each."""
+    path = run / throughput_check.FILE
     if not path.exists():
         return []
     asked = json.loads(path.read_text())["loader_images_per_second"]
     process, node = float(asked["process"]), float(asked["node"])
-    text = f"the run as rehearsed needs {number(process)} images/s per process, {number(node)} per node: "
+    text = f"the run as measured needs {number(process)} images/s per process, {number(node)} per node: "
     text += f"{process / rate:.1f} cores per process, which has {cores:g}"
-    cure = "ask for more cores, store smaller images (the importers' resize option), or use fewer views"
-    return [limit(process > rate * cores, "loader", text, cure)]
+    fix = "ask for more cores, store smaller images (the importers' resize option), or use fewer views"
+    return [limit(process > rate * cores, "loader", text, fix)]
 
 
 def _measure(folder: Path, run: Path) -> dict[str, float]:

@@ -34,8 +34,8 @@ def cpus() -> list[Finding]:
     text += f"; {each:g} per process" if each != allowed else ""
     if quota and quota < allowed:
         return [Finding("warn", "CPU", text, "threads are throttled: bind no more cores than the quota, or raise it")]
-    cure = "one core trains and loads: ask for more (SLURM: --cpus-per-task), start fewer processes, or set data.workers=0"
-    return [limit(each < 2, "CPU", text, cure)]
+    fix = "one core trains and loads: ask for more (SLURM: --cpus-per-task), start fewer processes, or set data.workers=0"
+    return [limit(each < 2, "CPU", text, fix)]
 
 
 def cores_per_process() -> float:
@@ -62,8 +62,8 @@ def memory(local: int) -> Finding:
     text = f"{total:.1f} GiB in the machine" + (f", limit of {found:.1f} GiB (cgroup)" if found and found < total else "")
     need = MEMORY_NEED * local
     whose = plural(local, "process")
-    cure = f"{need:g} GiB are advised for {whose}: ask for more (SLURM: --mem), or lower batch and data.workers"
-    return limit(min(total, found or total) < need, "memory", text, cure)
+    fix = f"{need:g} GiB are advised for {whose}: ask for more (SLURM: --mem), or lower batch and data.workers"
+    return limit(min(total, found or total) < need, "memory", text, fix)
 
 
 def memory_limit() -> float | None:
@@ -102,9 +102,9 @@ def shared_memory(local: int) -> Finding:
     size, free = (blocks * facts.f_frsize / GIB for blocks in (facts.f_blocks, facts.f_bavail))
     if free >= need:
         return Finding("ok", str(SHM), f"{size:.1f} GiB")
-    cure = "docker: --shm-size or --ipc=host; remove what dead processes left there"
+    fix = "docker: --shm-size or --ipc=host; remove what dead processes left there"
     text = f"{free:.2f} of {size:.2f} GiB free, {need:g} needed by {plural(local, 'process')}"
-    return Finding("warn", str(SHM), text, cure)
+    return Finding("warn", str(SHM), text, fix)
 
 
 def open_files() -> Finding:

@@ -55,8 +55,8 @@ def clocks(run: Path) -> list[Finding]:
 def _skew(what: str, interval: Interval) -> Finding:
     low, high = interval
     text = f"{what}: {1000 * (low + high) / 2:+.2f} ms, give or take {1000 * (high - low) / 2:.2f} ms"
-    cure = "set the clocks by NTP (chrony): the age of files and the order of log lines are wrong between nodes"
-    return limit(distance(interval) > SKEW, "clocks", text, cure)
+    fix = "set the clocks by NTP (chrony): the age of files and the order of log lines are wrong between nodes"
+    return limit(distance(interval) > SKEW, "clocks", text, fix)
 
 
 def distance(interval: Interval) -> float:
@@ -113,9 +113,9 @@ def collectives(device: torch.device) -> list[Finding]:
             speeds = [size // share * share / t / 1e9 for (size, _), t in zip(SIZES, times, strict=True)]
             late = 1000 * times[0]
             text = f"{kind} {name}: {late:.3g} ms at 4 KiB; {speeds[1]:.3g} GB/s at 1 MiB, {speeds[2]:.3g} GB/s at 16 MiB"
-            cure = f"{'NCCL_DEBUG=INFO shows' if kind == 'NCCL' else 'GLOO_SOCKET_IFNAME chooses'} the network that is used"
-            cure += "; other work on the same cores slows it too"
-            found.append(limit(late > LATE[kind] or speeds[2] < SLOW[kind], "collectives", text, cure))
+            fix = f"{'NCCL_DEBUG=INFO shows' if kind == 'NCCL' else 'GLOO_SOCKET_IFNAME chooses'} the network that is used"
+            fix += "; other work on the same cores slows it too"
+            found.append(limit(late > LATE[kind] or speeds[2] < SLOW[kind], "collectives", text, fix))
     return [
         *found,
         Finding("ok", "collectives", "GB/s: size of the reduced or of the gathered buffer / time of the slowest rank"),

@@ -22,12 +22,12 @@ class Finding(NamedTuple):
     status: Literal["ok", "warn", "fail", "skip"]
     name: str
     text: str
-    cure: str = ""
+    fix: str = ""
 
 
-def limit(bad: bool, name: str, text: str, cure: str) -> Finding:
-    """A finding that is worth a warning, with its cure, only if `bad`."""
-    return Finding("warn", name, text, cure) if bad else Finding("ok", name, text)
+def limit(bad: bool, name: str, text: str, fix: str) -> Finding:
+    """A finding that is worth a warning, with its fix, only if `bad`."""
+    return Finding("warn", name, text, fix) if bad else Finding("ok", name, text)
 
 
 def guarded(name: str, check: Callable[[], Sequence[Finding]]) -> list[Finding]:
@@ -38,12 +38,12 @@ def guarded(name: str, check: Callable[[], Sequence[Finding]]) -> list[Finding]:
         return [_failure(name, error, REPORT)]
 
 
-def _failure(name: str, error: Exception, cure: str) -> Finding:
-    return Finding("fail", name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", cure)
+def _failure(name: str, error: Exception, fix: str) -> Finding:
+    return Finding("fail", name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", fix)
 
 
 def measured(
-    name: str, measure: Callable[[], Mapping[str, float]], cure: str = REPORT
+    name: str, measure: Callable[[], Mapping[str, float]], fix: str = REPORT
 ) -> tuple[dict[str, list[float]], list[Finding]]:
     """Numbers of all ranks, on every rank: {what: values of the ranks that have it}. Every rank calls it together.
 
@@ -54,7 +54,7 @@ def measured(
     try:
         own = dict(measure())
     except Exception as error:
-        failed = [_failure(name, error, cure)]
+        failed = [_failure(name, error, fix)]
     values: dict[str, list[float]] = {}
     for numbers in dist.gather_objects(own):
         for what, value in numbers.items():
@@ -98,10 +98,10 @@ def spans(ranks: Sequence[int]) -> str:
 def lines(findings: Sequence[Finding]) -> str:
     """The text of the page, without the user's name."""
     shown, width = [], tables.width()
-    for status, name, text, cure in findings:
+    for status, name, text, fix in findings:
         shown.append(tables.wrap(discreet(f"{status:4}  {name:11}  {text}"), width, 19))
-        if cure:
-            shown.append(tables.wrap(discreet(f"{'':19}cure: {cure}"), width, 19))
+        if fix:
+            shown.append(tables.wrap(discreet(f"{'':19}fix: {fix}"), width, 19))
     return "\n".join(shown)
 
 

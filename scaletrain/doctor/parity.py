@@ -32,8 +32,8 @@ def parity(device: torch.device) -> list[Finding]:
         if values:
             worst = max(values["worst"])
             text = f"{name}: differs by {worst:.1e} of the largest value from the CPU, {tolerance:.1e} allowed"
-            cure = "this GPU's driver, torch build or hardware computes wrong numbers: try another node, then report this page"
-            found.append(Finding("ok", "GPU parity", text) if worst <= tolerance else Finding("fail", "GPU parity", text, cure))
+            fix = "this GPU's driver, torch build or hardware computes wrong numbers: try another node, then report this page"
+            found.append(Finding("ok", "GPU parity", text) if worst <= tolerance else Finding("fail", "GPU parity", text, fix))
     return found
 
 

@@ -1,4 +1,4 @@
-"""`scaletrain doctor`: one page on this installation, machine, disk and network, with a cure beside everything that is wrong.
+"""`scaletrain doctor`: one page on this installation, machine, disk and network, with a fix beside everything that is wrong.
 
 Checks are functions that return findings. Local ones run on every rank and are merged; the others talk to the other ranks
 themselves, so every rank calls them in the same order. Nothing needs the internet, and all is removed that was written.
@@ -34,8 +34,8 @@ def examine(run: Path, data: Path | None, *, require_gpu: bool = False) -> int:
     try:
         _sections(run, data, require_gpu, tell)
     except (dist.LaunchError, RuntimeError) as error:  # what torch raises for a rank that does not answer
-        cure = f"all ranks must run this command and reach each other within {PATIENCE:.0f} s; the page ends here"
-        tell([Finding("fail", "ranks", " ".join(str(error).split())[:300], cure)])
+        fix = f"all ranks must run this command and reach each other within {PATIENCE:.0f} s; the page ends here"
+        tell([Finding("fail", "ranks", " ".join(str(error).split())[:300], fix)])
     counts = {status: sum(f.status == status for f in found) for status in ("warn", "fail")}
     if speaks:
         print(f"{plural(counts['warn'], 'warning')}, {plural(counts['fail'], 'failure')}")

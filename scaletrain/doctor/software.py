@@ -65,8 +65,8 @@ def devices(require: bool) -> list[Finding]:
     if not torch.cuda.is_available():
         if not require:
             return [Finding("ok", "devices", "no GPU: training runs on the CPU")]
-        cure = "ask the scheduler for one (--gres=gpu:1), and install torch built for CUDA where 'torch' above says it is not"
-        return [Finding("fail", "devices", "no GPU, and --require-gpu was given", cure)]
+        fix = "ask the scheduler for one (--gres=gpu:1), and install torch built for CUDA where 'torch' above says it is not"
+        return [Finding("fail", "devices", "no GPU, and --require-gpu was given", fix)]
     seen = Counter(_device(number) for number in range(torch.cuda.device_count()))
     return [
         limit(not bf16, "devices", f"{count} x {text}, {'bf16' if bf16 else 'no bf16'}", "set engine.precision=fp32")

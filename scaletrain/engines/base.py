@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Config, Count, Leaf, Optim
-from scaletrain.core import Batch, Clock, Method, Out, Piece, Result, Staged
+from scaletrain.config.schema import ComponentConfig, Config, Count, Optim
+from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput, Piece, StepResult
 from scaletrain.engines import gradient_cache
 from scaletrain.engines.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole
 from scaletrain.nn import stages
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
-from scaletrain.runtime.timing import BACKWARD, FORWARD, UPDATE, mark
+from scaletrain.runtime.timing import BACKWARD, FORWARD, UPDATE, span
 
 __all__ = ["Engine", "EngineConfig", "TrainingError"]
 
@@ -40,25 +40,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class EngineConfig(Leaf):
+class EngineConfig(ComponentConfig):
     """What every engine understands."""
 
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: autocast over fp32 parameters; fp64: for exactness checks
     channels_last: bool = True
     compile: bool = False  # torch.compile of the backbones and heads, never of Method.forward
-    clip: Annotated[float, Field(ge=0.0)] = 0.0  # largest norm of the whole gradient; 0: no clipping
-    accumulate: Count = 1  # micro-batches per step
-    cache: bool = False  # embed the micro-batches twice, so that a loss which couples samples stays exact (gradient caching)
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 0.0  # largest norm of the whole gradient; 0: no clipping
+    grad_accum_steps: Count = 1  # micro-batches per step
+    gradient_cache: bool = (
+        False  # embed the micro-batches twice, so that a loss which couples samples stays exact (gradient caching)
+    )
     max_skipped: Count = 3  # stop after so many non-finite steps in a row
-    recompute: bool | tuple[Count, ...] = False  # stages of the backbones (1 is the first) run again in backward: less memory
+    activation_checkpointing: bool | tuple[Count, ...] = (
+        False  # stages of the backbones (1 is the first) run again in backward: less memory
+    )
 
     def fits(self, run: Config) -> None:
-        gradient_cache.check(run, self.accumulate, self.cache)
+        gradient_cache.check(run, self.grad_accum_steps, self.gradient_cache)
 
     @model_validator(mode="after")
     def _recompute_is_eager(self) -> EngineConfig:
-        if self.recompute and self.compile:
-            raise ValueError("recompute and compile exclude each other; set compile=false or recompute=false")
+        if self.activation_checkpointing and self.compile:
+            raise ValueError(
+                "activation_checkpointing and compile exclude each other; set compile=false or activation_checkpointing=false"
+            )
         return self
 
 
@@ -69,33 +75,33 @@ class Engine:
     copies = 1  # ranks that hold each such part
 
     def __init__(self, method: Method, config: EngineConfig, optim: Optim, device: torch.device) -> None:
-        gradient_cache.check_built(method, config.accumulate, config.cache)
+        gradient_cache.check_built(method, config.grad_accum_steps, config.gradient_cache)
         self.config, self.device = config, device
         self.method = method.to(device, torch.float64 if config.precision == "fp64" else None)
         if config.channels_last:
             self.use_channels_last()
-        if config.recompute:
-            stages.recompute(method, config.recompute)
+        if config.activation_checkpointing:
+            stages.recompute(method, config.activation_checkpointing)
         for target in method.targets:
             method.get_submodule(target).requires_grad_(False)
         if config.compile:
             for child in method.children():
-                if not isinstance(child, (nn.ModuleList, Staged)):  # memories are not compiled
+                if not isinstance(child, (nn.ModuleList, DeferredState)):  # memories are not compiled
                     child.compile(dynamic=False)
         declared = groups.parameter_groups(method, optim)  # of whole parameters: a library may leave stubs of them
         self.wrap()
         self.shards = {name: self.shard(name, p) for name, p in method.named_parameters(remove_duplicate=False)}
         self.optimizer = self.build_optimizer(declared, optim)
-        self.staged = [m for m in method.modules() if isinstance(m, Staged)]
+        self.staged = [m for m in method.modules() if isinstance(m, DeferredState)]
         self.skipped = 0
         self.sample_name: Callable[[int], str] = str  # what the data calls the sample of a number, to name the bad ones
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> Result:
+    def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> StepResult:
         """One optimizer step on this rank's slice of the global batch; every rank calls it together."""
         parts = self.micro_batches(batch)
-        if self.config.cache:
+        if self.config.gradient_cache:
             outs = [_detached(gradient_cache.step(self, batch, parts, clock))]
         else:
             outs = self.accumulate(parts, clock, 1 / len(parts))
@@ -104,7 +110,7 @@ class Engine:
         norm = self.gradient_norm()
         loss, finite = self._agree(torch.stack([_total(o) for o in outs]).mean(), norm)
         if finite:
-            with mark(UPDATE):
+            with span(UPDATE):
                 self._apply(clock, norm, lr, base_lr)
         else:
             self._skip(batch, clock, outs)
@@ -112,15 +118,15 @@ class Engine:
         trust = self._trust() if finite else {}
         shown = [{**({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}), **o.scalars} for o in outs]
         scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
-        return Result(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
+        return StepResult(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
 
-    def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> list[Out]:
+    def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> list[MethodOutput]:
         """Forward and backward of each micro-batch, its losses times `scale`."""
         outs = []
         for i, part in enumerate(parts):
-            with self.synchronised(last=i == len(parts) - 1), self.autocast(), mark(FORWARD):
+            with self.synchronised(last=i == len(parts) - 1), self.autocast(), span(FORWARD):
                 out = self.forward(part, clock)
-            with self.synchronised(last=i == len(parts) - 1), mark(BACKWARD):
+            with self.synchronised(last=i == len(parts) - 1), span(BACKWARD):
                 self.backward(out, scale)
             outs.append(_detached(out))
         return outs
@@ -128,27 +134,27 @@ class Engine:
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """The parts that gradients are accumulated over. Raises ConfigError where that would change the normalisation."""
         batch = batch.double() if self.config.precision == "fp64" else batch
-        parts = batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]
+        parts = batch.split(self.config.grad_accum_steps) if self.config.grad_accum_steps > 1 else [batch]
         norms = [m.group for m in self.staged if isinstance(m, BatchNorm)]
         if len(parts) > 1 and any(not group or len(parts[0]) % group for group in norms):
             raise ConfigError(
-                f"engine.accumulate={len(parts)} leaves {len(parts[0])} samples per rank and micro-batch, which would change "
-                "the batch norm: set model.norm_group to a divisor of that, or engine.accumulate=1"
+                f"engine.grad_accum_steps={len(parts)} leaves {len(parts[0])} samples per rank and micro-batch, which would change "
+                "the batch norm: set model.norm_group to a divisor of that, or engine.grad_accum_steps=1"
             )
         return parts
 
     def _apply(self, clock: Clock, norm: Tensor, lr: float, base_lr: float) -> None:
-        if self.config.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.trained(), self.config.clip, norm)
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.trained(), self.config.max_grad_norm, norm)
         groups.set_rates(self.optimizer.param_groups, lr, base_lr)
         self.optimizer.step()
         self.move_targets(clock)
         for module in self.staged:
-            module.commit(self.config.accumulate)
+            module.commit(self.config.grad_accum_steps)
         self.method.after_step(clock, self.write)
         self.skipped = 0
 
-    def _skip(self, batch: Batch, clock: Clock, outs: Sequence[Out]) -> None:
+    def _skip(self, batch: Batch, clock: Clock, outs: Sequence[MethodOutput]) -> None:
         for module in self.staged:
             module.discard()
         self.skipped += 1
@@ -166,7 +172,7 @@ class Engine:
                 "samples named above; the last checkpoint is unharmed"
             )
 
-    def _suspects(self, batch: Batch, outs: Sequence[Out]) -> str:
+    def _suspects(self, batch: Batch, outs: Sequence[MethodOutput]) -> str:
         """The samples whose pixels, or else whose embeddings, are not finite; all of them if that tells none apart.
 
         A bad sample spreads through batch norm to the embeddings of all, so pixels are asked first.
@@ -226,10 +232,10 @@ class Engine:
         """Gradients are summed over ranks only inside the last micro-batch."""
         return nullcontext()
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return self.inside(self.method, batch, clock)  # type: ignore[no-any-return]
 
-    def backward(self, out: Out, scale: float) -> None:
+    def backward(self, out: MethodOutput, scale: float) -> None:
         if not self.method.separate_losses:
             (_total(out) * scale).backward()
             return
@@ -329,7 +335,7 @@ class Engine:
 
     def placed(self) -> dict[str, Shard]:
         """Where everything lies that is saved, by its name in a checkpoint; every rank knows every name."""
-        modules = ((n, m) for n, m in self.method.named_modules() if isinstance(m, Staged))
+        modules = ((n, m) for n, m in self.method.named_modules() if isinstance(m, DeferredState))
         rows = {f"{n}.{buffer}": where for n, m in modules for buffer, where in m.sharded().items()}
         placed = {}
         for name, tensor in self.method.state_dict(keep_vars=True).items():
@@ -343,10 +349,10 @@ class Engine:
         return placed
 
 
-def _total(out: Out) -> Tensor:
+def _total(out: MethodOutput) -> Tensor:
     return torch.stack(list(out.losses.values())).sum()
 
 
-def _detached(out: Out) -> Out:
+def _detached(out: MethodOutput) -> MethodOutput:
     losses, scalars = ({name: value.detach() for name, value in values.items()} for values in (out.losses, out.scalars))
-    return Out(losses, scalars, out.embedding)
+    return MethodOutput(losses, scalars, out.embedding)

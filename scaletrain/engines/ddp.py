@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import dist
 from scaletrain.config.schema import Optim, Positive
-from scaletrain.core import Batch, Clock, Method, Out, Result
+from scaletrain.core import Batch, Clock, Method, MethodOutput, StepResult
 from scaletrain.engines import base
 
 
@@ -29,14 +29,14 @@ class Engine(base.Engine):
                 method, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
             )
 
-        self.rehearsed = self.wrapped is None
+        self.warmed_up = self.wrapped is None
 
-    def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> Result:
-        if not self.rehearsed:
-            self.rehearse(batch, clock)
+    def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> StepResult:
+        if not self.warmed_up:
+            self.warm_up(batch, clock)
         return super().step(batch, clock, lr, base_lr)
 
-    def rehearse(self, batch: Batch, clock: Clock) -> None:
+    def warm_up(self, batch: Batch, clock: Clock) -> None:
         """One backward pass without a trace, before the first step of this process.
 
         DDP lays out its buckets anew after its first backward pass, and the layout decides in which order three or more
@@ -48,15 +48,15 @@ class Engine(base.Engine):
         for module in self.staged:
             module.discard()
         self.optimizer.zero_grad(set_to_none=True)
-        self.rehearsed = True
+        self.warmed_up = True
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if self.wrapped is None or last else self.wrapped.no_sync()
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return super().forward(batch, clock) if self.wrapped is None else self.wrapped(batch, clock)
 
-    def backward(self, out: Out, scale: float) -> None:
+    def backward(self, out: MethodOutput, scale: float) -> None:
         super().backward(out, scale)
         if dist.world() > 1 and self.method.separate_losses:  # several backward passes: DDP's hooks expect one
             for parameter in self.trained():

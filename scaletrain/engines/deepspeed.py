@@ -25,7 +25,7 @@ from scaletrain import dist
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.config.schema import Config as Run
 from scaletrain.config.schema import Optim, Positive
-from scaletrain.core import Batch, Clock, Method, Out
+from scaletrain.core import Batch, Clock, Method, MethodOutput
 from scaletrain.engines import base
 from scaletrain.engines.placement import Saved, Shard, replica
 from scaletrain.nn.stages import channels_last_inputs
@@ -39,8 +39,8 @@ ZERO = "zero_optimization"
 OURS = {  # what a DeepSpeed JSON says that a recipe says elsewhere
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
-    "gradient_accumulation_steps": "engine.accumulate",
-    "gradient_clipping": "engine.clip",
+    "gradient_accumulation_steps": "engine.grad_accum_steps",
+    "gradient_clipping": "engine.max_grad_norm",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
     "fp16": "engine.precision",
@@ -94,7 +94,11 @@ class Config(base.EngineConfig):
 
     def _agree(self) -> None:
         """Refuse what contradicts the recipe, and what is known neither to be exact nor to be misspelt."""
-        same = {"gradient_accumulation_steps": self.accumulate, "gradient_clipping": self.clip, f"{ZERO}.stage": self.stage}
+        same = {
+            "gradient_accumulation_steps": self.grad_accum_steps,
+            "gradient_clipping": self.max_grad_norm,
+            f"{ZERO}.stage": self.stage,
+        }
         for key, value in _flat(self.deepspeed):
             if key in same and value == same[key]:
                 continue
@@ -192,10 +196,10 @@ class Engine(base.Engine):
         self.library.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return self.library(batch, clock)[1]  # type: ignore[no-any-return]
 
-    def backward(self, out: Out, scale: float) -> None:
+    def backward(self, out: MethodOutput, scale: float) -> None:
         self.library.backward(torch.stack(list(out.losses.values())).sum() * scale, scale_wrt_gas=False)
 
     def collect(self) -> None:
@@ -217,7 +221,7 @@ class Engine(base.Engine):
         with self._gathering():  # for Method.after_step
             super()._apply(clock, norm, lr, base_lr)
 
-    def _skip(self, batch: Batch, clock: Clock, outs: Sequence[Out]) -> None:
+    def _skip(self, batch: Batch, clock: Clock, outs: Sequence[MethodOutput]) -> None:
         self.publish()  # nothing has changed: it only drops the gradients
         super()._skip(batch, clock, outs)
 
@@ -323,6 +327,6 @@ def _gathered(parameter: nn.Parameter) -> bool:
     return bool(parameter.ds_status.name == "AVAILABLE")  # type: ignore[attr-defined]
 
 
-def _with_losses(module: nn.Module, args: Any, out: Out) -> list[Any]:
+def _with_losses(module: nn.Module, args: Any, out: MethodOutput) -> list[Any]:
     """DeepSpeed finds what leads to a backward pass in lists and dicts; it changes them in place, so also within `out`."""
     return [out.losses, out]

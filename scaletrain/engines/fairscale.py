@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scaletrain import dist
 from scaletrain.config.schema import Optim
-from scaletrain.core import Batch, Clock, Out
+from scaletrain.core import Batch, Clock, MethodOutput
 from scaletrain.engines import base
 from scaletrain.engines.placement import Shard
 from scaletrain.nn.stages import channels_last_inputs
@@ -73,7 +73,7 @@ class Engine(base.Engine):
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if self.wrapped is None or last else self.wrapped.no_sync()
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return super().forward(batch, clock) if self.wrapped is None else self.wrapped(batch, clock)
 
     def collect(self) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from scaletrain import dist
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Natural
-from scaletrain.core import Out
+from scaletrain.core import MethodOutput
 from scaletrain.engines import base
 from scaletrain.engines.placement import Shard
 from scaletrain.nn.stages import channels_last_inputs, networks
@@ -56,7 +56,7 @@ class Root(nn.Module):
     def forward(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, list[Tensor]]:
         """The result, and in plain sight what backward starts from: not every torch looks for it in dataclasses."""
         result = function(*args, **kwargs)
-        return result, list(result.losses.values()) if isinstance(result, Out) else []
+        return result, list(result.losses.values()) if isinstance(result, MethodOutput) else []
 
 
 class Engine(base.Engine):
@@ -103,14 +103,14 @@ class Engine(base.Engine):
         self.last = last
         yield
 
-    def backward(self, out: Out, scale: float) -> None:
+    def backward(self, out: MethodOutput, scale: float) -> None:
         if not self.method.separate_losses:
             super().backward(out, scale)
             return
         last = self.last
         for i, (name, loss) in enumerate(out.losses.items(), 1):
             with self.synchronised(last=last and i == len(out.losses)):
-                super().backward(Out({name: loss}), scale)
+                super().backward(MethodOutput({name: loss}), scale)
 
     @torch.no_grad()
     def collect(self) -> None:

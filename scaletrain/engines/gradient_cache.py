@@ -20,19 +20,19 @@ from torch import Tensor
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
-from scaletrain.core import Batch, Clock, Method, Out, Staged
-from scaletrain.runtime.timing import BACKWARD, FORWARD, mark
+from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput
+from scaletrain.runtime.timing import BACKWARD, FORWARD, span
 
 
 class Engine(Protocol):
     """What gradient caching needs of an engine."""
 
     method: Method
-    staged: list[Staged]
+    staged: list[DeferredState]
 
     def autocast(self) -> AbstractContextManager[Any]: ...
 
-    def forward(self, batch: Batch, clock: Clock) -> Out: ...
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput: ...
 
     def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> object: ...
 
@@ -40,25 +40,31 @@ class Engine(Protocol):
 def check(run: Config, parts: int, cache: bool) -> None:
     """Raise ConfigError where a step of `parts` micro-batches would not compute what a step of the whole batch does."""
     if parts == 1 and cache:
-        raise ConfigError("engine.cache=true works on micro-batches: set engine.accumulate above 1, or engine.cache=false")
+        raise ConfigError(
+            "engine.gradient_cache=true works on micro-batches: set engine.grad_accum_steps above 1, or engine.gradient_cache=false"
+        )
     if parts == 1:
         return
     name, group = run.method.name, run.model.norm_group
     method: type[Method] = importlib.import_module(f"scaletrain.methods.{name}").Model
     possible = method.embed is not Method.embed and not method.separate_losses
     if cache and not method.global_loss:
-        raise ConfigError(f"engine.accumulate is exact for {name}, whose loss is a mean over samples: set engine.cache=false")
+        raise ConfigError(
+            f"engine.grad_accum_steps is exact for {name}, whose loss is a mean over samples: set engine.gradient_cache=false"
+        )
     if cache and run.auxiliaries:
-        raise ConfigError("engine.cache=true computes the method's own loss only: remove the auxiliaries, or engine.cache")
+        raise ConfigError(
+            "engine.gradient_cache=true computes the method's own loss only: remove the auxiliaries, or engine.gradient_cache"
+        )
     if method.global_loss and not (cache and possible):
-        hint = "set engine.cache=true (gradient caching), or " if possible else ""
+        hint = "set engine.gradient_cache=true (gradient caching), or " if possible else ""
         if cache:
-            hint = f"engine.cache=true needs a method that separates embeddings and loss, which {name} does not: "
+            hint = f"engine.gradient_cache=true needs a method that separates embeddings and loss, which {name} does not: "
         raise _coupled(name, parts, hint)
     if not group or run.batch % (parts * group):
         raise ConfigError(
-            f"engine.accumulate={parts} with model.norm_group={group} would change the batch norm: set model.norm_group to a "
-            f"divisor of the samples per rank and micro-batch ({run.batch / parts:g} / ranks), or engine.accumulate=1"
+            f"engine.grad_accum_steps={parts} with model.norm_group={group} would change the batch norm: set model.norm_group to a "
+            f"divisor of the samples per rank and micro-batch ({run.batch / parts:g} / ranks), or engine.grad_accum_steps=1"
         )
 
 
@@ -70,35 +76,35 @@ def check_built(method: Method, parts: int, cache: bool) -> None:
 
 def _coupled(name: str, parts: int, hint: str) -> ConfigError:
     return ConfigError(
-        f"engine.accumulate={parts}: the loss of {name} couples all samples of the global batch and changes when it is "
-        f"split; {hint}set engine.accumulate=1 and save memory by engine.recompute=true, more ranks or a smaller batch"
+        f"engine.grad_accum_steps={parts}: the loss of {name} couples all samples of the global batch and changes when it is "
+        f"split; {hint}set engine.grad_accum_steps=1 and save memory by engine.activation_checkpointing=true, more ranks or a smaller batch"
     )
 
 
-def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> Out:
+def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> MethodOutput:
     """Forward and backward of `batch`, this rank's, by its micro-batches -> its losses. Running statistics are staged once."""
     method, first = engine.method, list[tuple[Tensor, ...]]()
 
-    def keep(part: Batch, clock: Clock) -> Out:
+    def keep(part: Batch, clock: Clock) -> MethodOutput:
         first.append(method.embed(part, clock))
-        return Out({"all": first[-1][0].new_zeros(())})
+        return MethodOutput({"all": first[-1][0].new_zeros(())})
 
-    with _as_forward(method, keep), torch.no_grad(), engine.autocast(), mark(FORWARD):
+    with _as_forward(method, keep), torch.no_grad(), engine.autocast(), span(FORWARD):
         for part in parts:
             engine.forward(part, clock)
     for module in engine.staged:
         module.discard()
     whole = tuple(torch.cat(pieces, 1).requires_grad_(pieces[0].is_floating_point()) for pieces in zip(*first, strict=True))
-    with engine.autocast(), mark(FORWARD):
+    with engine.autocast(), span(FORWARD):
         out = method.loss(whole, batch, clock)
-    with mark(BACKWARD):
+    with span(BACKWARD):
         torch.stack(list(out.losses.values())).sum().backward()
     cached = zip(*(_cut(x.grad, len(parts)) for x in whole), strict=True)
 
-    def pull(part: Batch, clock: Clock) -> Out:
+    def pull(part: Batch, clock: Clock) -> MethodOutput:
         """A loss whose gradient with respect to the embeddings is what was cached."""
         pairs = zip(method.embed(part, clock), next(cached), strict=True)
-        return Out({"all": torch.stack([(x * g).sum() for x, g in pairs if g is not None and x.requires_grad]).sum()})
+        return MethodOutput({"all": torch.stack([(x * g).sum() for x, g in pairs if g is not None and x.requires_grad]).sum()})
 
     with _as_forward(method, pull):
         engine.accumulate(parts, clock, 1.0)

@@ -23,7 +23,7 @@ from torch.futures import Future
 from scaletrain import dist, rng
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
-from scaletrain.core import Batch, Clock, Facts
+from scaletrain.core import Batch, Clock, RunInfo
 from scaletrain.estimate import model
 from scaletrain.nn.backbone import TIMM
 from scaletrain.runtime import tables
@@ -225,10 +225,10 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
 def count(config: Config) -> list[Call]:
     """The collectives of one step in their order, as this rank sees them inside joined() or mirrored()."""
     config = _tiny(config)
-    facts = model.facts(config)
-    steps = facts.steps_per_epoch
-    engine = build(config, facts.samples, steps, torch.device("cpu"))
-    batch = _batch(config, facts)
+    run_info = model.run_info(config)
+    steps = run_info.steps_per_epoch
+    engine = build(config, run_info.samples, steps, torch.device("cpu"))
+    batch = _batch(config, run_info)
     middle = Clock(50 * steps, 100 * steps, 50, steps)  # queues are in use, nothing is frozen
     for _ in range(WARM + 1):
         Group.calls.clear()
@@ -248,15 +248,15 @@ def _tiny(config: Config) -> Config:
     return config.model_copy(update={"data": data, "engine": config.engine.model_copy(update={"compile": False})})
 
 
-def _batch(config: Config, facts: Facts) -> Batch:
+def _batch(config: Config, run_info: RunInfo) -> Batch:
     rows = divided(config, dist.world())
-    index = torch.arange(rows) * (facts.samples // rows)
-    images = tuple(torch.randn(count, rows, 3, size, size) for size, count in facts.views)
+    index = torch.arange(rows) * (run_info.samples // rows)
+    images = tuple(torch.randn(count, rows, 3, size, size) for size, count in run_info.views)
     masks = torch.ones_like(images[0][:, :, :1]) if config.data.masks else None
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3])
     support = None
-    if facts.support:
-        some = torch.arange(facts.support // dist.world())
+    if run_info.support:
+        some = torch.arange(run_info.support // dist.world())
         support = Batch((torch.randn(1, len(some), *images[0].shape[2:]),), some, rng.hash64(0, some), pixels, labels=some // 2)
     return Batch(images, index, rng.hash64(0, index), pixels, labels=index, masks=masks, support=support)
 

@@ -136,7 +136,7 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
     engine = config.engine
     assert isinstance(engine, EngineConfig)
     with comm.mirrored(ranks, ranks - 1), model.fake(config) as method:  # of unequal parts of a memory the last is largest
-        _, activations = model.forward(method, model.fake_batch(config, rows // engine.accumulate), engine)
+        _, activations = model.forward(method, model.fake_batch(config, rows // engine.grad_accum_steps), engine)
         buffers = sum(b.nbytes for b in method.buffers())
         p = _Parameters(method, config.optim)
         found = {name: _bytes(held, config, len(p.trained)) for name, held in _engines(p, config, ranks)}

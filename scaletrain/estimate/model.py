@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaletrain.config.schema import Config
-from scaletrain.core import Batch, Clock, Facts, Method
+from scaletrain.core import Batch, Clock, Method, RunInfo
 from scaletrain.engines.base import EngineConfig
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
-from scaletrain.train.build import build_method, facts_of
+from scaletrain.train.build import build_method, run_info_of
 
 
 class _Decide(TorchDispatchMode):
@@ -59,7 +59,7 @@ def measure(config: Config) -> dict[str, Any]:
     assert isinstance(engine, EngineConfig)
     with fake(config) as method:
         batch, views = fake_batch(config, config.batch), []
-        for size, count in facts(config).views:
+        for size, count in run_info(config).views:
             views.append({"size": size, "count": count, "flops": _flops(partial(_encode, method, size))})
         found: list[tuple[Tensor, int]] = []
         ahead = _flops(lambda: found.append(forward(method, batch, engine)))
@@ -76,9 +76,9 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def facts(config: Config) -> Facts:
+def run_info(config: Config) -> RunInfo:
     samples = max(config.batch, config.data.synthetic_samples)
-    return facts_of(config, samples, max(1, samples // config.batch))
+    return run_info_of(config, samples, max(1, samples // config.batch))
 
 
 @contextmanager
@@ -90,9 +90,9 @@ def fake(config: Config) -> Iterator[Method]:
     torch.set_default_dtype(torch.float64 if engine.precision == "fp64" else torch.float32)
     try:
         with FakeTensorMode(), _Decide():  # type: ignore[no-untyped-call]
-            method = build_method(config, facts(config))
-            if engine.recompute:
-                stages.recompute(method, engine.recompute)
+            method = build_method(config, run_info(config))
+            if engine.activation_checkpointing:
+                stages.recompute(method, engine.activation_checkpointing)
             for target in method.targets:
                 method.get_submodule(target).requires_grad_(False)
             yield method
@@ -102,7 +102,7 @@ def fake(config: Config) -> Iterator[Method]:
 
 def fake_batch(config: Config, rows: int) -> Batch:
     """A batch of so many samples, and as large a share of the labelled ones; call it inside fake()."""
-    about = facts(config)
+    about = run_info(config)
     images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
     masks = torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
     index = torch.empty(rows, dtype=torch.int64)

@@ -26,7 +26,7 @@ from scaletrain.data.reading.subset import load as load_subset
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.classes import Part, match
-from scaletrain.evals.targets import EvalError, Subject
+from scaletrain.evals.targets import EncoderUnderTest, EvalError
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", int, float)
@@ -65,7 +65,7 @@ class Features:
     labels: Tensor  # [N] int64, numbered as in classes.py
 
 
-class Scene:
+class EvalContext:
     """One encoder, one training and one test set. What a benchmark has encoded the next one finds ready.
 
     With a label subset the training set is its samples, numbered 0, 1, ... in their order, and no other image is read. Samples
@@ -74,7 +74,7 @@ class Scene:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: EncoderUnderTest,
         settings: Config,
         train: str | Path,
         test: str | Path,
@@ -207,7 +207,7 @@ class Scene:
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        kept = ("size", "area", "ratio", "interpolation", "antialias", "flip")
+        kept = ("size", "scale", "ratio", "interpolation", "antialias", "flip")
         return {"name": "random resized crop and flip", **self.view.model_dump(mode="json", include=set(kept))}
 
     @property

@@ -26,8 +26,8 @@ from scaletrain.data.format.names import is_remote
 from scaletrain.evals import benchmarks as package
 from scaletrain.evals import results, targets
 from scaletrain.evals.features import Config as FeaturesConfig
-from scaletrain.evals.features import Scene
-from scaletrain.evals.targets import Encoder, EvalError, Subject
+from scaletrain.evals.features import EvalContext
+from scaletrain.evals.targets import Encoder, EncoderUnderTest, EvalError
 from scaletrain.runtime.versions import installed
 from scaletrain.train import run_folder
 
@@ -67,7 +67,7 @@ def run(
     folders = _folders(subject, train, test)
     for place in (subject.source, *(Path(selection.place(folder).folder) for folder in folders)):
         run_folder.warn_if_open(place)
-    scene = Scene(subject, features, *folders, labels, same_numbers)
+    scene = EvalContext(subject, features, *folders, labels, same_numbers)
     return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
 
 
@@ -105,7 +105,7 @@ def _validate(model: type[schema.Frozen], raw: Any, name: str) -> schema.Frozen:
         raise EvalError("; ".join(lines)) from None
 
 
-def _folders(subject: Subject, train: str | Path | None, test: str | Path | None) -> tuple[str, str]:
+def _folders(subject: EncoderUnderTest, train: str | Path | None, test: str | Path | None) -> tuple[str, str]:
     """Training and test set: as given, else the run's own data and the folder beside it."""
     source = schema.absolute(str(train or subject.data.path))
     if source in ("", "synthetic"):
@@ -121,7 +121,7 @@ def _folders(subject: Subject, train: str | Path | None, test: str | Path | None
     raise EvalError(f"no test set: neither {beside[0]} nor {beside[1]} is a folder; give one with --test")
 
 
-def _result(name: str, chosen: schema.Frozen, scene: Scene, notice: Callable[[str], None]) -> dict[str, Any]:
+def _result(name: str, chosen: schema.Frozen, scene: EvalContext, notice: Callable[[str], None]) -> dict[str, Any]:
     """The result of one benchmark, read where it is there already, else measured and written; also in TensorBoard."""
     subject, data = scene.subject, scene.subject.data
     defined = {
@@ -149,7 +149,7 @@ def _result(name: str, chosen: schema.Frozen, scene: Scene, notice: Callable[[st
     return {**content, "file": str(path)}
 
 
-def _measure(name: str, chosen: schema.Frozen, scene: Scene) -> dict[str, Any]:
+def _measure(name: str, chosen: schema.Frozen, scene: EvalContext) -> dict[str, Any]:
     subject, begun = scene.subject, time.monotonic()
     try:
         metrics, protocol = _leaf(name).measure(chosen, scene)

@@ -22,11 +22,11 @@ PIXELS = 32  # side of the image whose values are the raw-pixel features, or the
 
 
 class EvalError(ValueError):
-    """An evaluation that cannot be done; the text names the file or field and the cure."""
+    """An evaluation that cannot be done; the text names the file or field and the fix."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class EncoderUnderTest:
     """An encoder and what its images must look like."""
 
     encoder: Encoder
@@ -79,7 +79,7 @@ def describe(settings: schema.Config, step: int) -> dict[str, str]:
 Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]  # shapes by name, and a reader
 
 
-def find(target: Path, encoder: Encoder = "trained") -> Subject:
+def find(target: Path, encoder: Encoder = "trained") -> EncoderUnderTest:
     """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError or CheckpointError."""
     target = target.absolute()  # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
     subject, weights = _from_file(target) if target.is_file() else _from_run(target, encoder == "trained")
@@ -93,14 +93,14 @@ def find(target: Path, encoder: Encoder = "trained") -> Subject:
     return replace(subject, weights=files.fingerprint(subject.module.state_dict(), {}))
 
 
-def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
+def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | None]:
     run = target.parents[1] if target.parent.name == "checkpoints" else target
     if not (run / "config.yaml").is_file():
         raise EvalError(f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported .safetensors file")
     settings = load.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
-    subject = Subject("trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model)
+    subject = EncoderUnderTest("trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model)
     if not trained:
         return subject, None
     saved = reader.latest(run / "checkpoints") if run == target else reader.open_step(target)
@@ -114,7 +114,7 @@ def _from_run(target: Path, trained: bool) -> tuple[Subject, Weights | None]:
     return subject, weights
 
 
-def _from_file(path: Path) -> tuple[Subject, Weights]:
+def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     tensors, meta = files.load_file(path)
     try:
         model = schema.Model.model_validate_json(meta["model"])
@@ -127,7 +127,7 @@ def _from_file(path: Path) -> tuple[Subject, Weights]:
             f"{path}: its metadata does not tell the model and the images ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); make the file with `scaletrain export RUN FILE`"
         ) from None
-    subject = Subject("trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None, model)
+    subject = EncoderUnderTest("trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None, model)
     return subject, ({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 

@@ -90,15 +90,15 @@ class Labels:
     def numbered(self) -> tuple[tuple[str, ...], array[int]]:
         """The names of the classes, and the class of each of `seen`, without gaps. Raises DataError for odd rows."""
         if self.first_empty and self.seen:
-            cure = "fill it, write -1, or give --no-label '' where an empty cell means that there is none"
-            raise DataError(f"{self.first_empty}: no label, where other rows have one; {cure}")
+            fix = "fill it, write -1, or give --no-label '' where an empty cell means that there is none"
+            raise DataError(f"{self.first_empty}: no label, where other rows have one; {fix}")
         rarer = [kind for kind, _ in self._rows.most_common()[1:]]
         odd = next((kind for kind in ("null", "fraction", *rarer) if kind in self._rows), "")
         if odd:
-            cure = (
+            fix = (
                 "correct it, or give --no-label WORD where a word means that there is none, or --names if all labels are names"
             )
-            raise DataError(f"{self._firsts[odd]} {ODD[odd]}; {cure}")
+            raise DataError(f"{self._firsts[odd]} {ODD[odd]}; {fix}")
         numbers = "number" in self._rows
         if self._given:
             classes = [int(label) if numbers else self._given[label] for label in self.seen]

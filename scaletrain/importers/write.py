@@ -211,8 +211,8 @@ def _shard(path: Path, samples: Iterator[Sample], start: int, total: int, spare:
 
 def _check(bad: list[Bad], most: int) -> None:
     if len(bad) > most:
-        cure = f"--max-bad N or N% leaves such images out and lists them in {QUARANTINE}"
-        raise DataError(f"{bad[-1].path}: {bad[-1].reason}; {cure}")
+        fix = f"--max-bad N or N% leaves such images out and lists them in {QUARANTINE}"
+        raise DataError(f"{bad[-1].path}: {bad[-1].reason}; {fix}")
 
 
 def _sample(source: Source, number: int, how: How) -> Sample:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Group, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import BatchNorm, per_view
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 8192
     dim: Count = 8192
     lambd: Positive = 0.0051  # weight of the redundancy reduction
@@ -30,25 +30,25 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("barlow_twins")
+        run_info.need_pair("barlow_twins")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.hidden, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=facts.norm_group)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=run_info.norm_group)
         self.norm = BatchNorm(config.dim, scale=False, shift=False)  # over the whole batch, whatever the other norms do
 
     def groups(self) -> Sequence[Group]:
         return [Group("biases", lambda _, p: p.ndim == 1, lr=self.config.bias_lr)]
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])
         on, off, mean = self._loss(per_view(self.projector, y))
         loss = self.config.scale * (on + self.config.lambd * off)
         shown = {"on_diagonal": on.detach(), "off_diagonal": off.detach(), "correlation": mean}
-        return Out({"all": loss}, shown, y[0].detach())
+        return MethodOutput({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

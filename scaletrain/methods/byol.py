@@ -11,16 +11,16 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from scaletrain.config.schema import ComponentConfig, Count, Share
 from scaletrain.config.schema import Config as Run
-from scaletrain.config.schema import Count, Leaf, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import cosine_distance, similarities
 from scaletrain.ops.masking import on_grey
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996  # tau_base of the target's moving average
@@ -37,27 +37,27 @@ class Model(Method):
 
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("byol")
+        run_info.need_pair("byol")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         heads = (width, config.hidden, config.dim)
-        self.projector = mlp(heads, last_bias=False, group=facts.norm_group)
-        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=facts.norm_group)
+        self.projector = mlp(heads, last_bias=False, group=run_info.norm_group)
+        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=run_info.norm_group)
         # The target has its own initialisation: it is not a copy of the online network (official code).
         self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=facts.norm_group)
+        self.target_projector = mlp(heads, last_bias=False, group=run_info.norm_group)
 
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)  # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x, masked = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         q1, q2 = per_view(self.predictor, per_view(self.projector, y))
         with torch.no_grad():
             z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
         loss = cosine_distance(q1, z2) + cosine_distance(q2, z1)  # eq. 2 and its mirror image, summed
-        return Out({"all": loss}, similarities(q1, z2) | {"masked_views": masked.mean()}, y[0].detach())
+        return MethodOutput({"all": loss}, similarities(q1, z2) | {"masked_views": masked.mean()}, y[0].detach())

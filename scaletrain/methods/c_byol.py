@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain.config.schema import Count, Leaf, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.nn.vmf import VonMisesFisher
@@ -22,7 +22,7 @@ from scaletrain.ops.contrastive import cosine_distance, similarities
 from scaletrain.ops.precision import full_precision, unit
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Annotated[int, Field(ge=2)] = 256
     tau: Share = 0.996  # of the target's moving average, cosine to 1
@@ -38,12 +38,12 @@ class Model(Method):
 
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("c_byol")
+        run_info.need_pair("c_byol")
         self.config = config
         self.backbone = make_backbone()
-        group, dim = facts.norm_group, config.dim
+        group, dim = run_info.norm_group, config.dim
         heads, head = (int(self.backbone.features), config.hidden, dim), (dim, config.hidden, dim)  # type: ignore[arg-type]
         self.projector = mlp(heads, last_bias=False, group=group)
         self.encoder = mlp(head, last_bias=False, group=group)  # mean direction of e(z | x)
@@ -56,7 +56,7 @@ class Model(Method):
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         mean = per_view(self.encoder, per_view(self.projector, y))
@@ -67,7 +67,7 @@ class Model(Method):
         byol = cosine_distance(p1, t[1]) + cosine_distance(p2, t[0])
         loss = self.config.kappa_d / 2 * byol + self.config.beta * residual
         shown = {"byol": byol.detach(), "residual": residual.detach()} | similarities(p1, t[1])
-        return Out({"all": loss}, shown, y[0].detach())
+        return MethodOutput({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _code(self, mean: Tensor, prior: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.nn.vmf import VonMisesFisher
@@ -23,7 +23,7 @@ from scaletrain.ops.contrastive import similarities
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Annotated[int, Field(ge=2)] = 256
     kappa_e: Positive = 1024.0  # concentration of e(z | x), the encoding of a view
@@ -36,22 +36,22 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("c_simclr")
+        run_info.need_pair("c_simclr")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=facts.norm_group)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=run_info.norm_group)
         self.e, self.b = (VonMisesFisher(config.dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = pooled(self.backbone, batch.views[0])
         r = pooled(self.projector, h)
         loss, residual, accuracy = self._loss(r, batch.keys)
         shown = {"residual": residual, "contrast_accuracy": accuracy} | similarities(*r)
-        return Out({"all": loss}, shown, h[0].detach())
+        return MethodOutput({"all": loss}, shown, h[0].detach())
 
     @full_precision
     def _loss(self, r: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist, rng
-from scaletrain.config.schema import Count, Leaf
-from scaletrain.core import Batch, Clock, Facts, Features, Group, Method, Out, Write
+from scaletrain.config.schema import ComponentConfig, Count
+from scaletrain.core import Batch, Clock, Features, Group, Method, MethodOutput, RunInfo, Write
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.norm import pooled
@@ -23,7 +23,7 @@ from scaletrain.ops.precision import full_precision
 _CHUNK = 16384  # rows that are float64 at a time
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     classes: Count = 10_000  # k of k-means
     whiten: Count = 256  # principal components that are clustered
     iterations: Count = 20  # of k-means
@@ -35,16 +35,16 @@ class Model(Method):
     whole_images = True
     sizes: Tensor
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        self.config, self.facts = config, facts
+        self.config, self.run_info = config, run_info
         self.backbone = make_backbone()
         self.width = int(self.backbone.features)  # type: ignore[arg-type]
         if config.whiten > self.width:
             raise ValueError(f"method.whiten={config.whiten} is more than the {self.width} features of the network: lower it")
-        facts.need_samples("method.classes", config.classes)
+        run_info.need_samples("method.classes", config.classes)
         self.classifier = nn.Linear(self.width, config.classes)
-        self.assignments = Assignments(facts.samples, [config.classes])
+        self.assignments = Assignments(run_info.samples, [config.classes])
         self.register_buffer("sizes", torch.zeros(config.classes))  # of the clusters
 
     def groups(self) -> Sequence[Group]:
@@ -54,25 +54,25 @@ class Model(Method):
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         # differs: the authors embed centre crops with running statistics, here whole images with the batch's.
-        bank = Bank(self.facts.samples, self.width).to(self.sizes)
+        bank = Bank(self.run_info.samples, self.width).to(self.sizes)
         for index, h in features(lambda batch: self.backbone(batch.views[0][0])):
             bank.write(index, h)
-        key = int(rng.hash64(self.facts.seed, clock.epoch, "deepcluster"))
+        key = int(rng.hash64(self.run_info.seed, clock.epoch, "deepcluster"))
         rows = _whitened(bank.rows, self.config.whiten)
         _, new = kmeans(rows, bank.start, self.config.classes, self.config.iterations, key, split=True)
         self.sizes.copy_(self.assignments.renew(0, new))
         # The clusters have other numbers than the last epoch's: a new classifier, which every rank draws alike, from a key.
-        draw = torch.Generator().manual_seed(int(rng.hash64(self.facts.seed, clock.epoch, "classifier")))
+        draw = torch.Generator().manual_seed(int(rng.hash64(self.run_info.seed, clock.epoch, "classifier")))
         weight = torch.empty(self.config.classes, self.width)
         write("classifier.weight", nn.init.normal_(weight, std=0.01, generator=draw))
         write("classifier.bias", torch.zeros(self.config.classes))
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = torch.cat([pooled(self.backbone, x) for x in batch.views])  # [V, B, width]
         loss, accuracy = self._loss(self.classifier(h), self.assignments.read(batch.index)[:, 0])
-        return Out({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0].detach())
+        return MethodOutput({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0].detach())
 
     @full_precision
     def _loss(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist, rng
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Features, Method, MethodOutput, RunInfo, Write
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import mlp
@@ -22,7 +22,7 @@ from scaletrain.ops.kmeans import spherical_kmeans
 from scaletrain.ops.precision import full_precision, unit
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     clusters: tuple[Count, ...] = (3000, 3000, 3000)  # one clustering and prototype head each
@@ -35,18 +35,18 @@ class Model(Method):
 
     global_loss = True  # a mean over those samples of the batch whose cluster is known
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_samples("method.clusters", max(config.clusters))
-        self.config, self.seed = config, facts.seed
+        run_info.need_samples("method.clusters", max(config.clusters))
+        self.config, self.seed = config, run_info.seed
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
+        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
         for head, clusters in enumerate(config.clusters):  # set by k-means, not trained
             self.register_buffer(f"prototypes{head}", torch.zeros(clusters, config.dim))
-        self.banked = min(2, facts.views[0][1])  # head h clusters the embeddings of large view h mod banked
-        self.banks = nn.ModuleList(Bank(facts.samples, config.dim) for _ in range(self.banked))
-        self.assignments = Assignments(facts.samples, config.clusters)
+        self.banked = min(2, run_info.views[0][1])  # head h clusters the embeddings of large view h mod banked
+        self.banks = nn.ModuleList(Bank(run_info.samples, config.dim) for _ in range(self.banked))
+        self.assignments = Assignments(run_info.samples, config.clusters)
 
     def prototypes(self) -> Sequence[Tensor]:
         return [getattr(self, f"prototypes{head}") for head in range(len(self.config.clusters))]
@@ -72,12 +72,12 @@ class Model(Method):
         for view, bank in enumerate(self.banks):
             getattr(bank, how)(index, z[:, view])
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = [pooled(self.backbone, x) for x in batch.views]
         z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
         target = self.assignments.read(batch.index)  # [B, heads]
         loss, accuracy = self._loss(z, target, batch.index)
-        return Out({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0][0].detach())
+        return MethodOutput({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0][0].detach())
 
     @full_precision
     def _loss(self, z: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config.schema import Count, Leaf, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.backbone import unpooled
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
@@ -22,7 +22,7 @@ from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048  # of both heads
     dim: Count = 128
     queue: Count = 65536  # keys of earlier steps over all ranks, in either queue
@@ -41,11 +41,11 @@ class Model(Method):
         "target_dense_projector": "dense_projector",
     }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("densecl")
-        self.config, self.batch, self.seed = config, facts.batch, facts.seed
-        self.shuffle = config.shuffle and facts.norm_group > 0
+        run_info.need_pair("densecl")
+        self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
+        self.shuffle = config.shuffle and run_info.norm_group > 0
         if self.shuffle:  # else no sample needs another one of its batch
             self.global_loss = True
         self.backbone, self.target_backbone = unpooled(make_backbone()), unpooled(make_backbone())
@@ -64,7 +64,7 @@ class Model(Method):
     def encode(self, x: Tensor) -> Tensor:
         return super().encode(x).mean((-2, -1))
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         f = _cells(per_view(self.backbone, x[:1]))  # [B, S, features]
         h = f.mean(1)
@@ -73,7 +73,7 @@ class Model(Method):
             g = _cells(self._keys(x[1:], clock))
             k, dense_k = self.target_projector(g.mean(1)), pooled(self.target_dense_projector, g)
         loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
-        return Out({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
+        return MethodOutput({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
 
     def _keys(self, x: Tensor, clock: Clock) -> Tensor:
         """[1, B, features, H, W] of the key encoder, whose only norms are in its backbone."""

@@ -16,14 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out, Staged, Write
+from scaletrain.config.schema import ComponentConfig, Count, Share
+from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput, RunInfo, Write
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import cosine_distance, similarities
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 512
     dim: Count = 128
     tau: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.996  # of the target's moving average, constant
@@ -33,7 +33,7 @@ class Config(Leaf):
     every: Count = 1  # steps between settings of the predictor
 
 
-class Correlation(Staged):
+class Correlation(DeferredState):
     """F <- rho F + (1 - rho) E[f f^T] over all views of the global batch; the first step sets F whole. [dim, dim] float64."""
 
     matrix: Tensor
@@ -71,24 +71,24 @@ class Model(Method):
     weight: Tensor
     spectrum: Tensor
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("directpred")
+        run_info.need_pair("directpred")
         self.config = config
         self.backbone = make_backbone()
         heads = (int(self.backbone.features), config.hidden, config.dim)  # type: ignore[arg-type]
-        self.projector = mlp(heads, last_bias=False, group=facts.norm_group)
+        self.projector = mlp(heads, last_bias=False, group=run_info.norm_group)
         self.correlation = Correlation(config.dim, config.rho)
         # differs: the authors' predictor is random until the first step has set it.
         self.register_buffer("weight", torch.eye(config.dim))
         self.register_buffer("spectrum", torch.zeros(config.dim, dtype=torch.float64))  # of F, ascending; by directpred only
         self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=facts.norm_group)
+        self.target_projector = mlp(heads, last_bias=False, group=run_info.norm_group)
 
     def ema(self, clock: Clock) -> float:
         return self.config.tau
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         f = per_view(self.projector, y)
@@ -97,7 +97,7 @@ class Model(Method):
         with torch.no_grad():
             z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
         loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)  # 4 more than the authors' -2 cos, summed
-        return Out({"all": loss}, self._spectrum() | similarities(p1, z2), y[0].detach())
+        return MethodOutput({"all": loss}, self._spectrum() | similarities(p1, z2), y[0].detach())
 
     def _spectrum(self) -> dict[str, Tensor]:
         """Of F: (tr F)^2 / |F|^2, the number of dimensions in use, from 1 (collapse) to dim; two eigenvalues."""

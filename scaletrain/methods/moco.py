@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled, shuffled
@@ -21,7 +21,7 @@ from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Natural = 2048  # of v2's MLP head; 0: v1's linear head
     dim: Count = 128
     queue: Count = 65536  # K, keys of earlier steps over all ranks
@@ -37,11 +37,11 @@ class Model(Method):
 
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("moco")
-        self.config, self.batch, self.seed = config, facts.batch, facts.seed
-        self.shuffle = config.shuffle and facts.norm_group > 0
+        run_info.need_pair("moco")
+        self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
+        self.shuffle = config.shuffle and run_info.norm_group > 0
         if self.shuffle:  # else no sample needs another one of its batch: its negatives are keys of the past
             self.global_loss = True
         self.backbone, self.target_backbone = make_backbone(), make_backbone()
@@ -56,7 +56,7 @@ class Model(Method):
         # The authors move the key encoder before each forward pass; after each step is the same.
         return clock.cosine(self.config.tau, self.config.tau_end)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         h = per_view(self.backbone, x[: self.sides])
         q = pooled(self.projector, h)
@@ -64,7 +64,7 @@ class Model(Method):
             k = pooled(self.target_projector, self._keys(x[-self.sides :], clock)).flip(0)  # of the other view
         sides = [self._side(q[i], k[i], i) for i in range(self.sides)]
         shown = {name: torch.stack([side[1][name] for side in sides]).mean() for name in sides[0][1]}
-        return Out({"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach())
+        return MethodOutput({"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach())
 
     def _keys(self, x: Tensor, clock: Clock) -> Tensor:
         """[sides, B, features] of the key encoder, whose only norms are in its backbone."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
@@ -21,7 +21,7 @@ from scaletrain.ops.contrastive import similarities
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 256
     predictor: Count = 4096  # its hidden width
@@ -34,21 +34,21 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("nnclr")
-        self.config, self.batch = config, facts.batch
+        run_info.need_pair("nnclr")
+        self.config, self.batch = config, run_info.batch
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_norm="full", group=facts.norm_group)
-        self.predictor = mlp((config.dim, config.predictor, config.dim), group=facts.norm_group)
+        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_norm="full", group=run_info.norm_group)
+        self.predictor = mlp((config.dim, config.predictor, config.dim), group=run_info.norm_group)
         self.queue = Queue(config.queue, config.dim, noise=True)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = per_view(self.backbone, batch.views[0])  # [2, B, features]
         z = per_view(self.projector, h)
         loss, shown = self._loss(z, per_view(self.predictor, z))
-        return Out({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h[0].detach())
+        return MethodOutput({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor, p: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist, rng
-from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Features, Method, Out, Write
+from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
+from scaletrain.core import Batch, Clock, Features, Method, MethodOutput, RunInfo, Write
 from scaletrain.nn.bank import Bank, Queue
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import plain
@@ -21,7 +21,7 @@ from scaletrain.ops.kmeans import group_sums, kmeans
 from scaletrain.ops.precision import full_precision, unit
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Natural = 2048  # of v2's MLP head; 0: v1's linear head
     dim: Count = 128
     queue: Count = 16384  # r, keys of earlier steps over all ranks
@@ -42,12 +42,12 @@ class Model(Method):
     global_loss = True  # prototypes of the other samples of the batch are negatives
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("pcl")
-        facts.need_samples("method.clusters", max(config.clusters))
-        self.config, self.batch, self.seed, self.samples = config, facts.batch, facts.seed, facts.samples
-        self.shuffle = config.shuffle and facts.norm_group > 0
+        run_info.need_pair("pcl")
+        run_info.need_samples("method.clusters", max(config.clusters))
+        self.config, self.batch, self.seed, self.samples = config, run_info.batch, run_info.seed, run_info.samples
+        self.shuffle = config.shuffle and run_info.norm_group > 0
         self.backbone, self.target_backbone = make_backbone(), make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
@@ -57,7 +57,7 @@ class Model(Method):
         for m, clusters in enumerate(config.clusters):  # set by k-means, not trained
             self.register_buffer(f"prototypes{m}", torch.zeros(clusters, config.dim))
             self.register_buffer(f"concentration{m}", torch.ones(clusters))  # phi
-        self.assignments = Assignments(facts.samples, config.clusters)
+        self.assignments = Assignments(run_info.samples, config.clusters)
 
     def ema(self, clock: Clock) -> float:
         return self.config.tau
@@ -94,13 +94,13 @@ class Model(Method):
         # Rows that are all alike have no spread; and a tenth of the clusters could be such.
         return (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3) * self.config.temperature
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         h = per_view(self.backbone, x[:1])[0]
         with torch.no_grad():
             k = self.target_projector(self._keys(x[1:], clock)[0])
         loss, shown = self._loss(self.projector(h), k, batch.index, clock)
-        return Out({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
+        return MethodOutput({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
 
     def _keys(self, x: Tensor, clock: Clock) -> Tensor:
         """[1, B, features] of the key encoder, whose only norms are in its backbone."""

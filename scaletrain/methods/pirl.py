@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist, rng
-from scaletrain.config.schema import Count, Leaf, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.bank import Bank, Once
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled
@@ -26,7 +26,7 @@ from scaletrain.ops.precision import full_precision
 PATCHES = 9
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Natural = 0  # of the heads of image and patches; 0: linear heads
     dim: Count = 128
     patch: Annotated[int, Field(ge=4)] = 64  # pixels of a patch, cut at random out of its ninth of the view
@@ -40,28 +40,28 @@ class Config(Leaf):
 class Model(Method):
     """Two views: the first, or larger, is cut into nine patches; both must find the memory of their image."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        if sum(count for _, count in facts.views) != 2:
+        if sum(count for _, count in run_info.views) != 2:
             raise ValueError(
                 "method pirl takes two views, the first or larger of which is cut into patches; data.views gives "
-                f"{facts.views} (pixels, count)"
+                f"{run_info.views} (pixels, count)"
             )
-        self.cell = facts.views[0][0] // 3
+        self.cell = run_info.views[0][0] // 3
         if config.patch > self.cell:
             raise ValueError(f"method.patch={config.patch} is larger than a ninth of the first view, {self.cell} pixels wide")
-        self.config, self.samples, self.seed = config, facts.samples, facts.seed
+        self.config, self.samples, self.seed = config, run_info.samples, run_info.seed
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
         self.projector, self.patch_projector = plain(widths), plain(widths)  # f and g of section 3.2
         self.join = nn.Linear(PATCHES * config.dim, config.dim)
-        self.bank = Bank(facts.samples, config.dim, noise=facts.seed)
+        self.bank = Bank(run_info.samples, config.dim, noise=run_info.seed)
         if config.loss == "nce":
             self.log_mean = Once()  # of the first batch, whose samples it couples
             self.global_loss = True
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         source, image = (view for views in batch.views for view in views)  # [B, 3, S, S] each
         h = per_view(self.backbone, image[None])[0]
         parts = self.patch_projector(pooled(self.backbone, self._patches(source, batch.keys))).transpose(0, 1)  # [B, 9, dim]
@@ -69,7 +69,7 @@ class Model(Method):
         shuffled = parts.gather(1, order[..., None].expand_as(parts))  # no label: the embedding must not depend on the order
         memory, negatives = self.bank.read(batch.index), self.bank.read_same(self._drawn(clock, batch.index))
         loss, shown = self._loss(self.projector(h), self.join(shuffled.flatten(1)), memory, negatives, batch.index)
-        return Out({"all": loss}, shown, h.detach())
+        return MethodOutput({"all": loss}, shown, h.detach())
 
     def _patches(self, x: Tensor, keys: Tensor) -> Tensor:
         """[B, 3, S, S] -> [9, B, 3, patch, patch]: a random square of each cell of 3 x 3.

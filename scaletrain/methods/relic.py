@@ -16,15 +16,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import similarities
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996  # of the target's moving average, cosine to 1
@@ -38,13 +38,13 @@ class Model(Method):
     global_loss = True
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("relic")
+        run_info.need_pair("relic")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        heads, group = (width, config.hidden, config.dim), facts.norm_group
+        heads, group = (width, config.hidden, config.dim), run_info.norm_group
         self.projector = mlp(heads, last_bias=False, group=group)
         self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=group)
         self.target_backbone = make_backbone()
@@ -53,7 +53,7 @@ class Model(Method):
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         online = per_view(self.predictor, per_view(self.projector, y))
@@ -62,7 +62,7 @@ class Model(Method):
         contrast, invariance, accuracy = self._loss(online, target)
         scalars = {"contrast": contrast.detach(), "invariance": invariance.detach(), "contrast_accuracy": accuracy}
         scalars |= similarities(online[0], target[1])
-        return Out({"all": contrast + self.config.alpha * invariance}, scalars, y[0].detach())
+        return MethodOutput({"all": contrast + self.config.alpha * invariance}, scalars, y[0].detach())
 
     @full_precision
     def _loss(self, online: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain import dist, rng
-from scaletrain.config.schema import Count, Leaf, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import similarities
@@ -25,7 +25,7 @@ from scaletrain.ops.precision import full_precision
 Scale = Annotated[float, Field(ge=0.0)]
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996  # of the target's moving average, at the start
@@ -45,16 +45,16 @@ class Model(Method):
     global_loss = True
     targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        if config.negatives >= facts.batch:
-            raise ValueError(f"method.negatives={config.negatives} needs a larger batch than {facts.batch}")
-        if not config.same_view and facts.views == ((facts.views[0][0], 1),):
+        if config.negatives >= run_info.batch:
+            raise ValueError(f"method.negatives={config.negatives} needs a larger batch than {run_info.batch}")
+        if not config.same_view and run_info.views == ((run_info.views[0][0], 1),):
             raise ValueError("method.same_view=false leaves no pair of views: data.views has a single one")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        heads, group = (width, config.hidden, config.dim), facts.norm_group
+        heads, group = (width, config.hidden, config.dim), run_info.norm_group
         self.projector = mlp(heads, last_bias=False, group=group)
         self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=group)
         self.target_backbone = make_backbone()
@@ -71,13 +71,13 @@ class Model(Method):
             target = per_view(self.target_projector, per_view(self.target_backbone, large))  # [L, B, dim]
         return online, target, h[0].detach(), masked
 
-    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
+    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> MethodOutput:
         online, target, h, masked = embedded
         contrast, invariance, accuracy = self._terms(online, target, batch.keys)
         loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
         shown = {"contrast": contrast.detach(), "invariance": invariance.detach(), "contrast_accuracy": accuracy}
         shown |= similarities(online[0], target[-1]) | {"masked_views": masked.mean()}
-        return Out({"all": loss}, shown, h[0])
+        return MethodOutput({"all": loss}, shown, h[0])
 
     @full_precision
     def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

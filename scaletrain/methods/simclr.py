@@ -10,14 +10,14 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from scaletrain import rng
-from scaletrain.config.schema import Count, Leaf, Positive, Share
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.contrastive import nt_xent, similarities
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     layers: Count = 2  # of the projection head: 2 in v1, 3 in v2
     dim: Count = 128
     temperature: Positive = 0.1
@@ -29,26 +29,26 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("simclr")
-        self.config, self.seed = config, facts.seed
+        run_info.need_pair("simclr")
+        self.config, self.seed = config, run_info.seed
         self.classes = 0 if config.known_labels else None
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no shift.
         # differs: they start as PyTorch's do, not from N(0, .01); neither the norms behind them nor LARS see that scale.
         widths = (*[width] * config.layers, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=facts.norm_group)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=run_info.norm_group)
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
         h = pooled(self.backbone, batch.views[0])  # both views in one forward share their statistics
         return pooled(self.projector, h), h.detach()
 
-    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> Out:
+    def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> MethodOutput:
         (z1, z2), h = embedded
         loss = nt_xent(z1, z2, self.config.temperature, self._known(batch))
-        return Out({"all": loss}, similarities(z1, z2), h[0])
+        return MethodOutput({"all": loss}, similarities(z1, z2), h[0])
 
     def _known(self, batch: Batch) -> Tensor | None:
         """Labels [B], -1 where the study must not know them; the same samples are known in every epoch."""

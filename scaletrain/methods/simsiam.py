@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config.schema import Count, Leaf
-from scaletrain.core import Batch, Clock, Facts, Group, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count
+from scaletrain.core import Batch, Clock, Group, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import cosine_distance, similarities
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 2048
     bottleneck: Count = 512  # hidden width of the predictor
@@ -28,27 +28,27 @@ class Config(Leaf):
 class Model(Method):
     """Two views; the prediction of each meets the other's projection, which carries no gradient."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("simsiam")
+        run_info.need_pair("simsiam")
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         # differs: the authors' last layer has a frozen bias, which the norm behind it takes away.
         widths = (width, config.hidden, config.hidden, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="plain", group=facts.norm_group)
-        self.predictor = mlp((config.dim, config.bottleneck, config.dim), hidden_bias=False, group=facts.norm_group)
+        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="plain", group=run_info.norm_group)
+        self.predictor = mlp((config.dim, config.bottleneck, config.dim), hidden_bias=False, group=run_info.norm_group)
 
     def groups(self) -> Sequence[Group]:
         return [Group("predictor", lambda name, _: name.startswith("predictor."), constant=True)]  # --fix-pred-lr
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])  # [2, B, width]
         z = per_view(self.projector, y)
         p1, p2 = per_view(self.predictor, z)
         z1, z2 = z.detach()
         # Eq. 2: D(p1, sg z2) / 2 + D(p2, sg z1) / 2 with D = -cos, which is -1 + |.|^2 / 2 of unit vectors.
         loss = (cosine_distance(p1, z2) + cosine_distance(p2, z1)) / 4 - 1
-        return Out({"all": loss}, {"spread": spread(z1)} | similarities(p1, z2), y[0].detach())
+        return MethodOutput({"all": loss}, {"spread": spread(z1)} | similarities(p1, z2), y[0].detach())
 
 
 @full_precision

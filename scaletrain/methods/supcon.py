@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     temperature: Positive = 0.1
@@ -34,19 +34,19 @@ class Model(Method):
     global_loss = True
     classes = 0
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("supcon")
+        run_info.need_pair("supcon")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         self.projector = plain((width, config.hidden, config.dim))
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         assert batch.labels is not None
         h = pooled(self.backbone, batch.views[0])
         loss, scalars = self._loss(pooled(self.projector, h), batch.labels)
-        return Out({"all": loss}, scalars, h[0].detach())
+        return MethodOutput({"all": loss}, scalars, h[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

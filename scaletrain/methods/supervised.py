@@ -11,30 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config.schema import Count, Leaf
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     classes: Count = 1000
 
 
 class Model(Method):
     """Every view of a sample is classified by one linear layer on the encoder."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
         self.classes = config.classes
         self.backbone = make_backbone()
         self.classifier = nn.Linear(int(self.backbone.features), config.classes)  # type: ignore[arg-type]
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         assert batch.labels is not None
         h = [pooled(self.backbone, x) for x in batch.views]
         loss, accuracy = self._loss(self.classifier(torch.cat(h)), batch.labels)
-        return Out({"all": loss}, {"accuracy": accuracy}, h[0][0].detach())
+        return MethodOutput({"all": loss}, {"accuracy": accuracy}, h[0][0].detach())
 
     @full_precision
     def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

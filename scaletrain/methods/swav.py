@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Natural, Positive
-from scaletrain.core import Batch, Clock, Facts, Group, Method, Out, Write
+from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive
+from scaletrain.core import Batch, Clock, Group, Method, MethodOutput, RunInfo, Write
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
@@ -21,7 +21,7 @@ from scaletrain.ops.precision import full_precision
 from scaletrain.ops.sinkhorn import sinkhorn
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     prototypes: Count = 3000
@@ -38,16 +38,16 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        if facts.views[0][1] < 2:
+        if run_info.views[0][1] < 2:
             raise ValueError("swav needs two large views to swap codes between; data.views has one")
-        if config.queue % facts.batch:
-            raise ValueError(f"method.queue={config.queue} is not a multiple of the global batch {facts.batch}")
-        self.config, self.batch = config, facts.batch
+        if config.queue % run_info.batch:
+            raise ValueError(f"method.queue={config.queue} is not a multiple of the global batch {run_info.batch}")
+        self.config, self.batch = config, run_info.batch
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
+        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
@@ -56,12 +56,12 @@ class Model(Method):
     def groups(self) -> Sequence[Group]:
         return [Group("prototypes", lambda name, _: name == "prototypes.weight", frozen_steps=self.config.freeze_steps)]
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         # One forward per crop size whose views share statistics; the heads see all views at once.
         h = [pooled(self.backbone, x) for x in batch.views]
         z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
         loss, shown = self._loss(z, self.prototypes.weight, clock)
-        return Out({"all": loss}, shown, h[0][0].detach())
+        return MethodOutput({"all": loss}, shown, h[0][0].detach())
 
     @full_precision
     def _loss(self, z: Tensor, prototypes: Tensor, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,14 +10,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.distances import pair_distances
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     margin: Positive = 0.2  # alpha, of squared distances between 0 and 4
@@ -30,18 +30,18 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("triplet")
+        run_info.need_pair("triplet")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=facts.norm_group)
+        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = pooled(self.backbone, batch.views[0])
         loss, scalars = self._loss(pooled(self.projector, h))
-        return Out({"all": loss}, scalars, h[0].detach())
+        return MethodOutput({"all": loss}, scalars, h[0].detach())
 
     def _loss(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         positive, others, counts = pair_distances(z, squared=self.config.squared)

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Count, Leaf, Positive
-from scaletrain.core import Batch, Clock, Facts, Method, Out
+from scaletrain.config.schema import ComponentConfig, Count, Positive
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import similarities
 from scaletrain.ops.precision import full_precision
 
 
-class Config(Leaf):
+class Config(ComponentConfig):
     hidden: Count = 8192
     dim: Count = 8192
     invariance: Positive = 25.0
@@ -33,17 +33,17 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], facts: Facts) -> None:
+    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
         super().__init__()
-        facts.need_pair("vicreg")
-        if facts.batch < 2:
+        run_info.need_pair("vicreg")
+        if run_info.batch < 2:
             raise ValueError("vicreg needs a variance over samples: set batch to at least 2")
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_bias=False, group=facts.norm_group)
+        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_bias=False, group=run_info.norm_group)
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])
         z = per_view(self.projector, y)
         invariance, variance, covariance = self._loss(z)
@@ -51,7 +51,7 @@ class Model(Method):
         loss = config.invariance * invariance + config.variance * variance + config.covariance * covariance
         parts = {"invariance": invariance, "variance": variance, "covariance": covariance}
         shown = {name: part.detach() for name, part in parts.items()} | similarities(z[0], z[1])
-        return Out({"all": loss}, shown, y[0].detach())
+        return MethodOutput({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

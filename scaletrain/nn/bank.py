@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaletrain import dist, rng
-from scaletrain.core import Staged
+from scaletrain.core import DeferredState
 
 
-class Queue(Staged):
+class Queue(DeferredState):
     """The last `size` rows of the global batches in their order, identical on every rank. [size, dim].
 
     Zeros until written, or with `noise` random directions, so that it can be compared with from the first step on.
@@ -59,7 +59,7 @@ class Queue(Staged):
         self.staged.clear()
 
 
-class Once(Staged):
+class Once(DeferredState):
     """A number that the first step fixes; 0-d, infinite before."""
 
     value: Tensor
@@ -84,7 +84,7 @@ class Once(Staged):
         self.staged = None
 
 
-class Bank(Staged):
+class Bank(DeferredState):
     """One row per sample of the data set. A rank owns the rows of a contiguous range of sample indices, whoever saw them."""
 
     rows: Tensor

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist, rng
-from scaletrain.core import Staged
+from scaletrain.core import DeferredState
 
 _views, _rows = 1, 1
 
@@ -99,7 +99,7 @@ def shuffled(module: nn.Module, x: Tensor, *key: int | str) -> Tensor:
     return dist.permute_nograd(y.transpose(0, 1), order.argsort()).transpose(0, 1)
 
 
-class BatchNorm(Staged):
+class BatchNorm(DeferredState):
     """Batch norm of [V * B, C, *spatial] with torchvision's parameter names; running statistics are staged.
 
     A step with V views moves the running statistics V times, in closed form. eps 1e-5, momentum .1 as the papers' .9 decay.

@@ -62,7 +62,7 @@ def recompute(method: nn.Module, chosen: bool | tuple[int, ...]) -> None:
     for name, parts in networks(method):
         wanted = range(1, len(parts) + 1) if isinstance(chosen, bool) else chosen
         if wrong := [number for number in wanted if number > len(parts)]:
-            raise ConfigError(f"engine.recompute: {name} has {len(parts)} stages, there is no stage {wrong[0]}")
+            raise ConfigError(f"engine.activation_checkpointing: {name} has {len(parts)} stages, there is no stage {wrong[0]}")
         for number in wanted:
             _run_again(parts[number - 1])
 

@@ -110,7 +110,7 @@ def build(groups: list[ParamGroup], optim: Optim) -> torch.optim.Optimizer:
         return LARS(
             groups,
             lr=0.0,
-            eta=optim.trust,
+            eta=optim.trust_coefficient,
             clip=optim.trust_clip,
             placement=optim.lars_momentum,
             norm=optim.lars_norm,

@@ -24,8 +24,8 @@ def base_lr(optim: Optim, batch: int) -> float:
 
     SimCLR's `0.075 * sqrt(batch)` is lr 0.075 with lr_batch 1, or lr 1.2 with lr_batch 256.
     """
-    ratio = batch / optim.lr_batch
-    return optim.lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[optim.rule]
+    ratio = batch / optim.lr_reference_batch
+    return optim.lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[optim.lr_scaling]
 
 
 def lr(optim: Optim, batch: int, step: int, steps_per_epoch: int, total: int) -> float:
@@ -52,6 +52,6 @@ def lr(optim: Optim, batch: int, step: int, steps_per_epoch: int, total: int) ->
         return base * optim.gamma ** sum(step >= round(epoch * steps_per_epoch) for epoch in optim.milestones)
     if optim.schedule == "constant" or warmup == total:
         return base
-    end = optim.final * base
+    end = optim.min_lr_ratio * base
     progress = min(1.0, (step - warmup) / (total - warmup))
     return end + (base - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain.config import recipe
-from scaletrain.config.schema import leaves
+from scaletrain.config.schema import components
 
 CONFIGS = Path(__file__).parents[2] / "configs"  # of a clone; an installed package has no recipes
 WIDTH = 100  # characters of a published figure
@@ -35,7 +35,7 @@ def entries(kind: str, configs: Path = CONFIGS) -> list[Entry]:
     for path in sorted(configs.glob("*.yaml")):
         for name in _uses(recipe.read(path), kind):
             used.setdefault(name, {})[path.stem] = published(path.read_text())
-    return [Entry(name, *_docstring(kind, name), used.get(name, {})) for name in leaves(kind)]
+    return [Entry(name, *_docstring(kind, name), used.get(name, {})) for name in components(kind)]
 
 
 def published(text: str) -> str:

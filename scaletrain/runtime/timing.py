@@ -1,6 +1,6 @@
 """Named parts of a training step, for whoever times them.
 
-    with mark("forward"):
+    with span("forward"):
         ...
 
 While nobody listens, a mark does nothing.
@@ -19,7 +19,7 @@ _SILENT = nullcontext()
 _listener: Listener | None = None
 
 
-def mark(name: str) -> AbstractContextManager[None]:
+def span(name: str) -> AbstractContextManager[None]:
     """A part of the step, from enter to exit; marks may be nested."""
     return _SILENT if _listener is None else _listener(name)
 

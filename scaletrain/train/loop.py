@@ -25,19 +25,19 @@ from scaletrain.core import Batch, Clock
 from scaletrain.data.format import selection
 from scaletrain.data.loading import support
 from scaletrain.data.loading.loader import Stream
-from scaletrain.data.reading.replacement import Account, count_of
+from scaletrain.data.reading.replacement import ReplacementLog, count_of
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt, Stopped, announce
-from scaletrain.runtime.timing import WAIT, mark
+from scaletrain.runtime.timing import WAIT, span
 from scaletrain.runtime.versions import commit
 from scaletrain.train import run_folder
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.initial_weights import start_from
 from scaletrain.train.monitor import Monitor, profile
-from scaletrain.train.rehearsal import rehearse
 from scaletrain.train.resume import BEGINNING, Start, check_end, other_data, start_of
+from scaletrain.train.throughput_check import measuring
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def _loop(
         monitor.note(line)
     left = total - start.step
     monitor.note(f"{origin}; {stream.mixing()}" if left else f"nothing left to train: all {total} steps are done")
-    bad = Account(
+    bad = ReplacementLog(
         run,
         config.data,
         epoch=stream.steps_per_epoch * config.batch,
@@ -135,7 +135,7 @@ def _loop(
         bad.add(step + start.offset, samples)
 
     with contextlib.ExitStack() as stack:
-        timer = stack.enter_context(rehearse(config, run, left, device))
+        timer = stack.enter_context(measuring(config, run, left, device))
         stack.callback(writer.close)  # also after an error: a save in flight is worth waiting for
         stack.callback(stream.close)
         stack.callback(passes.close)
@@ -242,7 +242,7 @@ def _timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
     while True:
         before = time.perf_counter()
         try:
-            with mark(WAIT):
+            with span(WAIT):
                 item = next(iterator)
         except StopIteration:
             return

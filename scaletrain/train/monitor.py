@@ -22,7 +22,7 @@ from torchvision.utils import make_grid
 from scaletrain import dist
 from scaletrain.config import load
 from scaletrain.config import schema as cfg
-from scaletrain.core import Batch, Clock, Result
+from scaletrain.core import Batch, Clock, StepResult
 from scaletrain.runtime import durable
 from scaletrain.runtime.tables import plural
 from scaletrain.train.progress import Pace, Screen, duration
@@ -62,7 +62,7 @@ class Monitor:
     def step(
         self,
         clock: Clock,
-        result: Result,
+        result: StepResult,
         rates: Mapping[str, float],
         batch: Batch,
         waited: float,
@@ -111,7 +111,7 @@ class Monitor:
             self._screen.close()
             self._board.close()
 
-    def _scalars(self, result: Result, rates: Mapping[str, float], ema: float | None) -> dict[str, float]:
+    def _scalars(self, result: StepResult, rates: Mapping[str, float], ema: float | None) -> dict[str, float]:
         scalars = {f"train/{name}": float(value) for name, value in result.scalars.items()}
         scalars["train/loss"] = result.loss
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from scaletrain.config import load, recipe
 from scaletrain.config import schema as configuration
-from scaletrain.config.schema import Leaf, leaf_config, leaves
-from scaletrain.core import Batch, Clock, Out, Piece, Staged
+from scaletrain.config.schema import ComponentConfig, component_config, components
+from scaletrain.core import Batch, Clock, DeferredState, MethodOutput, Piece
 from scaletrain.engines.base import Engine
 from scaletrain.optim.groups import parameter_groups
 
-METHODS = leaves("methods")
+METHODS = components("methods")
 FOLDER = Path(importlib.import_module("scaletrain.methods").__path__[0])
 TOTAL = 20
 CLOCK = Clock(0, TOTAL, 0, small.STEPS_PER_EPOCH)
@@ -101,8 +101,8 @@ def test_an_innocent_file_is_let_through() -> None:
 
 @each_method
 def test_the_defaults_are_valid_and_say_their_name(method: str) -> None:
-    leaf = leaf_config("methods", method)
-    assert issubclass(leaf, Leaf)
+    leaf = component_config("methods", method)
+    assert issubclass(leaf, ComponentConfig)
     assert leaf.__module__ == f"scaletrain.methods.{method}"
     assert leaf(name=method) == load.build({"method": method}).method
     with pytest.raises(recipe.ConfigError, match="nonsense"):
@@ -122,8 +122,8 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[s
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-def staged(engine: Engine) -> list[Staged]:
-    return [module for module in engine.method.modules() if isinstance(module, Staged)]
+def staged(engine: Engine) -> list[DeferredState]:
+    return [module for module in engine.method.modules() if isinstance(module, DeferredState)]
 
 
 def traces_of_forward(engine: Engine, batch: Batch) -> list[str]:
@@ -194,7 +194,7 @@ def test_an_impure_forward_is_found(spoil: Callable[[Engine], None]) -> None:
 def test_what_forward_returns(method: str) -> None:
     cfg, engine = trained(method)
     batch = small.batch(cfg, 3)
-    out: Out = engine.method(batch, CLOCK)
+    out: MethodOutput = engine.method(batch, CLOCK)
     names = {"all", *method.split("+")[1:]} | {group.name for group in engine.method.groups()}
     assert out.losses.keys() <= names
     assert all(loss.dim() == 0 and loss.requires_grad and loss.isfinite() for loss in out.losses.values())

@@ -25,7 +25,7 @@ from scaletrain.train.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-METHODS = configuration.leaves("methods")
+METHODS = configuration.components("methods")
 BATCH, SAMPLES = 12, 24  # more than ReLICv2's ten negatives; two steps per epoch
 SMALL = {
     "hidden": 16,
@@ -182,8 +182,8 @@ def test_a_variant_changes_nothing_else() -> None:
 
 def test_wide_swav_and_simclrv2() -> None:
     twice, four = (recipe(f"swav_{size}_in1k") for size in ("r50x2", "r50x4"))
-    assert [(v.size, v.count, v.area) for v in twice.data.views] == [(224, 2, (0.14, 1)), (96, 4, (0.05, 0.14))]
-    assert [(v.size, v.count, v.area) for v in four.data.views] == [(224, 2, (0.08, 1)), (96, 4, (0.08, 0.14))]
+    assert [(v.size, v.count, v.scale) for v in twice.data.views] == [(224, 2, (0.14, 1)), (96, 4, (0.05, 0.14))]
+    assert [(v.size, v.count, v.scale) for v in four.data.views] == [(224, 2, (0.08, 1)), (96, 4, (0.08, 0.14))]
     for config, queue, first in ((twice, 0, 15), (four, 2560, 0)):
         method = config.method.model_dump()
         assert (method["hidden"], method["queue"], method["queue_epoch"], method["freeze_steps"]) == (8192, queue, first, 313)
@@ -200,7 +200,7 @@ def test_simclr_sees_pixels_between_0_and_1() -> None:
 def test_lars_variants() -> None:
     def variant(name: str) -> tuple[object, ...]:
         optim = recipe(name).optim
-        return optim.trust, optim.trust_clip, optim.lars_norm, optim.lars_momentum, optim.exclude
+        return optim.trust_coefficient, optim.trust_clip, optim.lars_norm, optim.lars_momentum, optim.exclude
 
     jax, tf, larc = ("sum", "outside", "norm_bias"), ("sum", "inside", "norm_bias"), ("parts", "outside", "none")
     assert variant("byol_r50_in1k") == variant("relicv2_r50_in1k") == (1e-3, False, *jax)
@@ -218,7 +218,7 @@ def test_byol_and_relicv2_views() -> None:
     assert (first.blur, first.solarize, second.blur, second.solarize) == (1, 0, 0.1, 0.2)
     assert first.model_copy(update={"blur": 0.1, "solarize": 0.2}) == second
     views = recipe("relicv2_r50_in1k").data.views
-    assert [(v.size, v.area, v.blur, v.solarize) for v in views] == [  # Table 16: odd, even, odd, even; odd, even
+    assert [(v.size, v.scale, v.blur, v.solarize) for v in views] == [  # Table 16: odd, even, odd, even; odd, even
         *[(224, (0.14, 1), 0.1, 0.2), (224, (0.08, 1), 1, 0)] * 2,
         *[(96, (0.05, 0.14), 0.1, 0.2), (96, (0.08, 1), 1, 0)],
     ]
@@ -229,7 +229,7 @@ def test_byol_and_relicv2_views() -> None:
 
 def test_cifar_views() -> None:
     """Of VICReg and SimSiam in solo-learn, and of DirectPred in luckmatters."""
-    fields = ("area", "brightness", "contrast", "saturation", "hue", "blur", "solarize", "interpolation")
+    fields = ("scale", "brightness", "contrast", "saturation", "hue", "blur", "solarize", "interpolation")
     for name, *expected in (
         ("vicreg", (0.2, 1), 0.4, 0.4, 0.2, 0.1, 0, 0.1, "bicubic"),
         ("simsiam", (0.08, 1), 0.4, 0.4, 0.4, 0.1, 0.5, 0, "bicubic"),
@@ -260,7 +260,7 @@ def test_multicrop_views() -> None:
         ("deepcluster_v2_r50_in1k_400ep", small),
     ):
         views = recipe(name).data.views
-        assert [(v.size, v.count, v.area) for v in views] == expected
+        assert [(v.size, v.count, v.scale) for v in views] == expected
         for view in views:
             assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
             # in pixels of the view, whatever its size

@@ -10,7 +10,7 @@ import pytest
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.report import grid
-from scaletrain.train.build import build_method, facts_of
+from scaletrain.train.build import build_method, run_info_of
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
@@ -33,7 +33,7 @@ def test_a_study_runs(path: Path) -> None:
     assert path.stem == "relicv2_box_masks" or (listed and len(listed[1].split(", ")) == len(elements)), "a figure for each run"
     for overrides in elements:
         chosen = load.load(ROOT / command[1], (*small, *overrides))
-        build_method(chosen, facts_of(chosen, 5000, 1))
+        build_method(chosen, run_info_of(chosen, 5000, 1))
         assert len(grid.folder(Path(), overrides).name) < 255
 
 
@@ -65,7 +65,7 @@ def test_studies_of_masks_mask_as_many_views_in_every_run(kind: str) -> None:
 def test_views_of_the_study() -> None:
     recipe = ROOT / "configs" / "relicv2_r50_in1k.yaml"
     found = [
-        facts_of(load.load(recipe, overrides), 5000, 1).views
+        run_info_of(load.load(recipe, overrides), 5000, 1).views
         for overrides in grid.combinations([str(ROOT / "configs/studies/relicv2_views.yaml")], 1)
     ]
     pairs = [(2, 0), (2, 2), (2, 6), (4, 0), (4, 2), (6, 2), (8, 2)]

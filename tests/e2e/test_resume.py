@@ -29,7 +29,7 @@ data:
   workers: 1
   views: [{size: 16, count: 2, blur: 0.0}, {size: 8, count: 1, blur: 0.0}]
 model: {name: resnet18, width: 0.0625, stem: cifar}
-optim: {lr: 0.3, rule: none, warmup_epochs: 1, trust: 0.02}
+optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 1, trust_coefficient: 0.02}
 engine: {name: ddp, precision: fp64}
 checkpoint: {every_steps: 3, keep_last: 20}
 monitor: {every: 1, images_every: 0}

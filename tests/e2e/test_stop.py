@@ -25,7 +25,7 @@ steps: {STEPS}
 data: {{path: synthetic, synthetic_samples: 32, lanes: 4, workers: 1, views: [{{size: 16, count: 2}}]}}
 model: {{name: resnet18, width: 0.0625, stem: cifar}}
 method: {{name: byol, hidden: 24, dim: 8}}
-optim: {{lr: 0.3, rule: none, warmup_epochs: 0}}
+optim: {{lr: 0.3, lr_scaling: none, warmup_epochs: 0}}
 engine: {{name: ddp, precision: fp64}}
 checkpoint: {{every_steps: 100}}
 monitor: {{every: 1, images_every: 0}}

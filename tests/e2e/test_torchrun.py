@@ -19,7 +19,7 @@ steps: 4
 data: {path: synthetic, synthetic_samples: 32, lanes: 4, workers: 0, views: [{size: 16, count: 2}]}
 model: {name: resnet18, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 24, dim: 8}
-optim: {lr: 0.3, rule: none, warmup_epochs: 0}
+optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 0}
 engine: {name: ddp, precision: fp64}
 """
 

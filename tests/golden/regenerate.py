@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from kit import small  # noqa: E402
 
-from scaletrain.config.schema import leaves  # noqa: E402
+from scaletrain.config.schema import components  # noqa: E402
 
 
 def losses(method: str) -> list[float]:
@@ -36,7 +36,7 @@ def losses(method: str) -> list[float]:
 
 
 def write() -> None:
-    found = {method: losses(method) for method in leaves("methods")}
+    found = {method: losses(method) for method in components("methods")}
     FILE.write_text(json.dumps(found, indent=2) + "\n")
     print(f"{FILE}: {len(found)} methods, {STEPS} steps each")
 

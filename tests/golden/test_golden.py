@@ -7,18 +7,18 @@ import json
 import pytest
 import regenerate
 
-from scaletrain.config.schema import leaves
+from scaletrain.config.schema import components
 
 KNOWN: dict[str, list[float]] = json.loads(regenerate.FILE.read_text())
-CURE = "if the change is meant, run `make golden` (python tests/golden/regenerate.py) and say why in the commit"
+FIX = "if the change is meant, run `make golden` (python tests/golden/regenerate.py) and say why in the commit"
 
 
 def test_every_method_has_golden_losses() -> None:
-    assert sorted(KNOWN) == sorted(leaves("methods")), CURE
+    assert sorted(KNOWN) == sorted(components("methods")), FIX
     for method, losses in KNOWN.items():
         assert len(losses) == len(set(losses)) == regenerate.STEPS, f"{method}: {losses}"
 
 
-@pytest.mark.parametrize("method", leaves("methods"))
+@pytest.mark.parametrize("method", components("methods"))
 def test_losses_have_not_moved(method: str) -> None:
-    assert regenerate.losses(method) == pytest.approx(KNOWN[method], rel=1e-9), CURE
+    assert regenerate.losses(method) == pytest.approx(KNOWN[method], rel=1e-9), FIX

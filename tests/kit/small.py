@@ -77,7 +77,7 @@ def config(name: str, **changes: Any) -> Config:
         "method": {"name": method, **OPTIONS.get(method, {})},
         "auxiliaries": [{"name": name, **AUXILIARIES[name]} for name in auxiliaries],
         **({"data": {**data, "support": {"classes": 3, "per_class": 4, "epochs": 1}}} if "suncet" in auxiliaries else {}),
-        "optim": {"lr": 0.2, "rule": "none", "warmup_epochs": 0, "trust": 0.05, "weight_decay": 1e-3},
+        "optim": {"lr": 0.2, "lr_scaling": "none", "warmup_epochs": 0, "trust_coefficient": 0.05, "weight_decay": 1e-3},
         "engine": {"name": "ddp", "precision": "fp64"},
     }
     return load.build(recipe.merge(raw, changes))

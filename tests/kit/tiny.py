@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kit import plain_losses as plain
-from scaletrain.config.schema import leaf_config
-from scaletrain.core import Batch, Clock, Facts, Method, Staged
+from scaletrain.config.schema import component_config
+from scaletrain.core import Batch, Clock, DeferredState, Method, RunInfo
 
 CLOCK = Clock(0, 10, 0, 10)
 LARGE = ((4, 2),)  # (pixels, count) per crop size
@@ -34,9 +34,9 @@ class Tiny(nn.Module):
 
 
 def make(name: str, rows: int, views: tuple[tuple[int, int], ...] = LARGE, **options: Any) -> Any:
-    config = leaf_config("methods", name)(name=name, **options)
+    config = component_config("methods", name)(name=name, **options)
     torch.manual_seed(3)
-    model: Method = importlib.import_module(f"scaletrain.methods.{name}").Model(config, Tiny, Facts(40, rows, 10, views))
+    model: Method = importlib.import_module(f"scaletrain.methods.{name}").Model(config, Tiny, RunInfo(40, rows, 10, views))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # scales and shifts off their special values
@@ -81,5 +81,5 @@ def agrees(model: Any, loss: Tensor, slow: Tensor) -> None:
 
 def commit(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Staged):
+        if isinstance(module, DeferredState):
             module.commit()

@@ -11,7 +11,7 @@ from torch import nn
 
 from scaletrain import dist
 from scaletrain.config.schema import Config
-from scaletrain.core import Batch, Clock, Group, Method, Out
+from scaletrain.core import Batch, Clock, Group, Method, MethodOutput
 from scaletrain.engines.base import Engine
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import per_view
@@ -36,13 +36,13 @@ class Toy(Method):
             Group("encoder", lambda name, _: name.startswith("backbone.")),
         ]
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = per_view(self.backbone, batch.views[0])  # [2, B, D]
         label = torch.arange(2).repeat_interleave(len(batch))
         loss = F.cross_entropy(self.critic(h.flatten(0, 1)), label)
         rows = len(batch) * dist.world()
         mean = dist.psum(h.sum(1)) / rows  # [2, D] over the global batch
-        return Out({"critic": loss, "encoder": -loss + (mean[0] - mean[1]).square().sum() + mean.square().sum()})
+        return MethodOutput({"critic": loss, "encoder": -loss + (mean[0] - mean[1]).square().sum() + mean.square().sum()})
 
 
 class Moment(Toy):
@@ -50,9 +50,9 @@ class Moment(Toy):
 
     separate_losses = False
 
-    def forward(self, batch: Batch, clock: Clock) -> Out:
+    def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         losses = super().forward(batch, clock).losses
-        return Out({"all": 2 * losses["critic"] + losses["encoder"]})
+        return MethodOutput({"all": 2 * losses["critic"] + losses["encoder"]})
 
 
 TOYS = {ADVERSARY: Toy, MOMENT: Moment}

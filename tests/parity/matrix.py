@@ -12,7 +12,7 @@ from pathlib import Path
 from kit import ranks
 from kit.parity import ENGINES, EXACT, SINGLE, STEPS, Case, alone, deviation, of, tolerance, train, under, whole
 
-from scaletrain.config.schema import leaves
+from scaletrain.config.schema import components
 
 
 def row(method: str) -> dict[tuple[str, int], float]:
@@ -42,4 +42,4 @@ def main(methods: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tuple(sys.argv[1:]) or leaves("methods")))
+    sys.exit(main(tuple(sys.argv[1:]) or components("methods")))

@@ -19,7 +19,7 @@ from kit import ranks, small
 from scaletrain.checkpoint.files import export
 from scaletrain.checkpoint.reader import Saved, folder_of, open_step
 from scaletrain.checkpoint.writer import Writer
-from scaletrain.config.schema import Config, leaves
+from scaletrain.config.schema import Config, components
 from scaletrain.engines.base import Engine
 
 STEPS = 2  # of each link
@@ -27,7 +27,7 @@ METHODS = {  # with targets; with banks and clusterings; with queues and frozen 
     "fp32": ("byol", "deepcluster_v2", "swav"),
     "fp64": ("byol",),
 }
-OBJECTIVES = (*leaves("methods"), *small.JOINED)
+OBJECTIVES = (*components("methods"), *small.JOINED)
 Chain = tuple[Path, dict[str, list[float]]]  # the folder of all checkpoints, and all losses by "precision/method"
 
 
@@ -48,7 +48,7 @@ CHAIN = (
 LINKS = {precision: sum(precision in link.precisions for link in CHAIN) for precision in METHODS}
 CASES = [(precision, method) for precision in METHODS for method in METHODS[precision]]
 # Rounding errors must not grow: in fp32 steps are so short that training is hardly chaotic.
-OPTIM: dict[str, dict[str, float]] = {"fp32": {"lr": 1e-4, "trust": 0.5}, "fp64": {"lr": 0.05}}
+OPTIM: dict[str, dict[str, float]] = {"fp32": {"lr": 1e-4, "trust_coefficient": 0.5}, "fp64": {"lr": 0.05}}
 LINK_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-9}  # of the state after a link, relative to the distance that it moved
 CHAIN_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-9}  # after the chain: twelve steps of single precision
 LOSS_TOLERANCE = {"fp32": 1e-4, "fp64": 1e-9}  # relative

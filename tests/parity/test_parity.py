@@ -17,16 +17,16 @@ from kit.parity import EXACT, Case, Run, deviation, of, train, whole
 from kit.planted_bugs import BUGS
 from kit.toys import ADVERSARY
 
-from scaletrain.config.schema import leaves
+from scaletrain.config.schema import components
 
 # A micro-batch then holds different samples at every world size. Groups of few samples (2 grow rounding errors a hundredfold
 # with each step, 6 less than tenfold) would drown what is compared.
-ACCUMULATED: dict[str, Any] = {"batch": 48, "engine": {"accumulate": 2}, "model": {"norm_group": 6}}
+ACCUMULATED: dict[str, Any] = {"batch": 48, "engine": {"grad_accum_steps": 2}, "model": {"norm_group": 6}}
 CASES: dict[str, Case] = {
-    **{name: (name, {}) for name in (*leaves("methods"), *small.JOINED, ADVERSARY)},
+    **{name: (name, {}) for name in (*components("methods"), *small.JOINED, ADVERSARY)},
     **{
         f"{name} accumulated": (name, ACCUMULATED)
-        for name in leaves("methods")
+        for name in components("methods")
         if not importlib.import_module(f"scaletrain.methods.{name}").Model.global_loss
     },
     "moco shuffled": ("moco", {"batch": 24, "model": {"norm_group": 6}, "method": {"shuffle": True}}),

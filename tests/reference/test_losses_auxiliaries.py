@@ -17,16 +17,16 @@ from scaletrain import rng
 from scaletrain.auxiliaries import base as auxiliaries
 from scaletrain.auxiliaries.rotation import turned
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import leaf_config
-from scaletrain.core import Batch, Facts
+from scaletrain.config.schema import component_config
+from scaletrain.core import Batch, RunInfo
 
 HEADS: dict[str, dict[str, Any]] = {"byol": {"hidden": 4, "dim": 3}, "simclr": {"dim": 4}, "swav": {"hidden": 4, "dim": 3}}
 
 
 def attached(method: str, rows: int, name: str, crops: tuple[tuple[int, int], ...] = ((4, 2),), **options: Any) -> Any:
     model = make(method, rows, crops, **HEADS[method])
-    leaf = leaf_config("auxiliaries", name)(name=name, **options)
-    return auxiliaries.attach(model, [leaf], Facts(40, rows, 10, crops)).double()
+    leaf = component_config("auxiliaries", name)(name=name, **options)
+    return auxiliaries.attach(model, [leaf], RunInfo(40, rows, 10, crops)).double()
 
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
@@ -120,7 +120,9 @@ def test_losses_that_drive_parts_take_no_auxiliary() -> None:
     type(model).separate_losses = True
     try:
         with pytest.raises(ConfigError, match=r"losses of byol drive a part .* remove the auxiliaries"):
-            auxiliaries.attach(model, [leaf_config("auxiliaries", "rotation")(name="rotation")], Facts(40, 5, 10, ((4, 2),)))
+            auxiliaries.attach(
+                model, [component_config("auxiliaries", "rotation")(name="rotation")], RunInfo(40, 5, 10, ((4, 2),))
+            )
     finally:
         type(model).separate_losses = False
 
@@ -145,8 +147,8 @@ def test_equal_logits_cost_the_logarithm_of_four() -> None:
 
 def supported(method: str, labels: list[int], **options: Any) -> tuple[Any, Batch]:
     model = make(method, 4, **HEADS[method])
-    leaf = leaf_config("auxiliaries", "suncet")(name="suncet", **options)
-    model = auxiliaries.attach(model, [leaf], Facts(40, 4, 10, ((4, 2),), support=len(labels))).double()
+    leaf = component_config("auxiliaries", "suncet")(name="suncet", **options)
+    model = auxiliaries.attach(model, [leaf], RunInfo(40, 4, 10, ((4, 2),), support=len(labels))).double()
     images = torch.randn(1, len(labels), 3, 4, 4, generator=torch.Generator().manual_seed(len(labels)), dtype=torch.float64)
     batch, index = make_batch(4), torch.arange(len(labels))
     support = Batch((images,), index, index, batch.pixel_range, labels=torch.tensor(labels))
@@ -202,8 +204,8 @@ def test_suncet_is_over_when_the_labelled_samples_are() -> None:
 
 
 def test_suncet_needs_labels_and_a_projector() -> None:
-    leaf = leaf_config("auxiliaries", "suncet")(name="suncet")
+    leaf = component_config("auxiliaries", "suncet")(name="suncet")
     with pytest.raises(ValueError, match=r"set data\.support"):
-        auxiliaries.attach(make("simclr", 4), [leaf], Facts(40, 4, 10, ((4, 2),)))
+        auxiliaries.attach(make("simclr", 4), [leaf], RunInfo(40, 4, 10, ((4, 2),)))
     with pytest.raises(ValueError, match="a method with a projector"):
-        auxiliaries.attach(make("supervised", 4), [leaf], Facts(40, 4, 10, ((4, 2),), support=4))
+        auxiliaries.attach(make("supervised", 4), [leaf], RunInfo(40, 4, 10, ((4, 2),), support=4))

@@ -203,7 +203,7 @@ def test_built_optimizer_equals_transcription(optim: Optim) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_resume_is_bit_exact(name: str, dtype: torch.dtype) -> None:
-    optim = Optim(name=name, weight_decay=0.1, trust=0.02)
+    optim = Optim(name=name, weight_decay=0.1, trust_coefficient=0.02)
     whole = Toy(OWN_MOMENTUM).to(dtype)
     drive(whole, build(whole, optim), range(8))
     first = Toy(OWN_MOMENTUM).to(dtype)
@@ -218,7 +218,9 @@ def test_resume_is_bit_exact(name: str, dtype: torch.dtype) -> None:
 
 
 def test_recipe_reaches_lars() -> None:
-    optimizer = build(Toy(), Optim(trust=0.02, trust_clip=True, lars_momentum="inside", lars_norm="parts", momentum=0.8))
+    optimizer = build(
+        Toy(), Optim(trust_coefficient=0.02, trust_clip=True, lars_momentum="inside", lars_norm="parts", momentum=0.8)
+    )
     assert isinstance(optimizer, LARS)
     assert (optimizer.eta, optimizer.clip, optimizer.placement, optimizer.norm) == (0.02, True, "inside", "parts")
     assert [g["momentum"] for g in optimizer.param_groups] == [0.8, 0.8]

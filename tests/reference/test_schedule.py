@@ -18,7 +18,7 @@ from scaletrain.optim.schedule import base_lr, lr
 )
 def test_base_at_batch_4096(rule: str, rate: float, per: int, wanted: float) -> None:
     """SimCLR's two rules are equal at 4096."""
-    assert base_lr(Optim(lr=rate, rule=rule, lr_batch=per), 4096) == pytest.approx(wanted, rel=1e-15)
+    assert base_lr(Optim(lr=rate, lr_scaling=rule, lr_reference_batch=per), 4096) == pytest.approx(wanted, rel=1e-15)
 
 
 def byol(step: int, warmup: int, total: int, base: float) -> float:
@@ -41,7 +41,7 @@ def test_byol() -> None:
 
 
 def test_barlow_twins_final() -> None:
-    optim = Optim(lr=0.2, rule="none", warmup_epochs=1, final=1e-3)
+    optim = Optim(lr=0.2, lr_scaling="none", warmup_epochs=1, min_lr_ratio=1e-3)
     for step in range(10, 101):
         q = 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))
         assert lr(optim, 64, step, 10, 100) == pytest.approx(0.2 * q + 0.2 * 0.001 * (1 - q), rel=1e-14)
@@ -50,7 +50,7 @@ def test_barlow_twins_final() -> None:
 
 def test_swav_warmup_is_one_step_longer() -> None:
     """np.linspace ends on base; ours reaches base a step later, on the first cosine step, where SwAV has it again."""
-    optim = Optim(lr=4.8, rule="none", warmup_epochs=1, warmup_start=0.3 / 4.8, final=0.001)
+    optim = Optim(lr=4.8, lr_scaling="none", warmup_epochs=1, warmup_start=0.3 / 4.8, min_lr_ratio=0.001)
     got = [lr(optim, 4096, step, 20, 100) for step in range(100)]
     np.testing.assert_allclose(got[:20], np.linspace(0.3, 4.8, 21)[:20], rtol=1e-14)
     t = np.arange(80)
@@ -58,21 +58,21 @@ def test_swav_warmup_is_one_step_longer() -> None:
 
 
 def test_no_warmup_starts_at_base() -> None:
-    assert lr(Optim(lr=0.5, rule="none", warmup_epochs=0), 64, 0, 10, 100) == 0.5
+    assert lr(Optim(lr=0.5, lr_scaling="none", warmup_epochs=0), 64, 0, 10, 100) == 0.5
 
 
 def test_constant_ignores_final() -> None:
-    optim = Optim(lr=0.5, rule="none", warmup_epochs=1, schedule="constant", final=0.1)
+    optim = Optim(lr=0.5, lr_scaling="none", warmup_epochs=1, schedule="constant", min_lr_ratio=0.1)
     assert [lr(optim, 64, step, 10, 100) for step in (0, 5, 10, 99, 100)] == [0, 0.25, 0.5, 0.5, 0.5]
 
 
 def test_part_of_an_epoch_of_warmup() -> None:
-    optim = Optim(lr=1.0, rule="none", warmup_epochs=0.25)
+    optim = Optim(lr=1.0, lr_scaling="none", warmup_epochs=0.25)
     assert [lr(optim, 64, step, 16, 100) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_warmup_of_the_whole_run_and_beyond() -> None:
-    optim = Optim(lr=1.0, rule="none", warmup_epochs=2)
+    optim = Optim(lr=1.0, lr_scaling="none", warmup_epochs=2)
     assert [lr(optim, 64, step, 5, 10) for step in (0, 9, 10)] == [0, 0.9, 1]
     with pytest.raises(ConfigError, match=r"optim\.warmup_epochs=2 means 10 steps .* has only 9; .* at most 1\.8"):
         lr(optim, 64, 0, 5, 9)

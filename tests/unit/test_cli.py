@@ -73,7 +73,7 @@ def test_show_methods_lists_every_file() -> None:
     methods, _, auxiliaries = call("show", "methods").stdout.partition("\n\n")
     for kind, text in (("methods", methods), ("auxiliaries", auxiliaries.partition("\n")[2])):
         heads = [line for line in text.splitlines() if not line.startswith(" ")]
-        assert [line.split()[0] for line in heads] == list(config.leaves(kind))
+        assert [line.split()[0] for line in heads] == list(config.components(kind))
         assert all(len(line.split()) > 2 for line in heads)  # each with its first line
     assert "    byol_r50_in1k" in methods
     assert "74.3 % linear top-1 (paper)" in methods
@@ -82,7 +82,7 @@ def test_show_methods_lists_every_file() -> None:
 
 def test_show_schema_is_json_with_every_method() -> None:
     schema = json.loads(call("show", "schema").stdout)
-    assert {f"method.{name}" for name in config.leaves("methods")} <= set(schema["$defs"])
+    assert {f"method.{name}" for name in config.components("methods")} <= set(schema["$defs"])
 
 
 def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> None:

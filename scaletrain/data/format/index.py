@@ -151,9 +151,9 @@ def home(folder: Path) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        cure = f"let its owner run shards/index.py {folder}, or set XDG_CACHE_HOME"
+        fix = f"let its owner run shards/index.py {folder}, or set XDG_CACHE_HOME"
         text = f"{folder} has no {MANIFEST} and cannot be written, nor can {place} ({error.strerror})"
-        raise DataError(f"{text}: {cure}") from None
+        raise DataError(f"{text}: {fix}") from None
     return place
 
 
@@ -208,10 +208,10 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
     Decoding 300,000 names takes longer than reading the folder.
     """
     if not folder.is_dir():
-        cure = f"write one with shards/folder.py IMAGES {folder}"
+        fix = f"write one with shards/folder.py IMAGES {folder}"
         if any(sign in str(folder) for sign in "*?{"):
-            cure = "patterns stand for the names of shards, in the last part of a path"
-        raise DataError(f"{folder}: no such data folder; {cure}")
+            fix = "patterns stand for the names of shards, in the last part of a path"
+        raise DataError(f"{folder}: no such data folder; {fix}")
     tars: list[bytes] = []
     hidden: list[bytes] = []
     compressed: list[bytes] = []
@@ -228,12 +228,12 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
                 folders.append(name)
     inner = [name for name in sorted(folders)[:FOLDERS] if next((folder / os.fsdecode(name)).glob("*.tar"), None)]
     if not tars:
-        cure = "write shards with shards/folder.py IMAGES FOLDER"
+        fix = "write shards with shards/folder.py IMAGES FOLDER"
         if compressed:
-            cure = f"{_first(compressed)} must be decompressed first"
+            fix = f"{_first(compressed)} must be decompressed first"
         elif inner:
-            cure = f"did you mean {folder / os.fsdecode(inner[0])}?"
-        raise DataError(f"{folder} holds no .tar shards; {cure}")
+            fix = f"did you mean {folder / os.fsdecode(inner[0])}?"
+        raise DataError(f"{folder} holds no .tar shards; {fix}")
     if compressed:
         notice(f"{folder}: not read, since compressed: {_first(compressed)}; decompress what belongs to the data set")
     if hidden:
@@ -250,12 +250,12 @@ def _first(names: list[bytes]) -> str:
 
 
 def _parse(path: Path) -> Manifest:
-    cure = f"remake it with shards/index.py --force {path.parent}"
+    fix = f"remake it with shards/index.py --force {path.parent}"
     try:
         with local_files.reader(path) as file:
-            return manifest.parse(file, str(path), cure)
+            return manifest.parse(file, str(path), fix)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {cure}") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); {fix}") from None
 
 
 def _same_names(folder: Path, there: NDArray[np.bytes_], shards: Manifest) -> None:

@@ -108,24 +108,24 @@ def version_in(head: bytes) -> int:
     return int(found[1]) if found else 0
 
 
-def parse(file: IO[bytes], where: str, cure: str) -> Manifest:
-    """The shards of a manifest. Raises DataError that names `where` it comes from and ends in the cure."""
+def parse(file: IO[bytes], where: str, fix: str) -> Manifest:
+    """The shards of a manifest. Raises DataError that names `where` it comes from and ends in the fix."""
     found: list[NDArray[np.void]] = []
     notes: list[tuple[int, int, bool, int]] = []
     faults: list[tuple[bytes, str]] = []
     unused, shards = "", 0
     try:
-        for piece in _pieces(file, where, cure):
+        for piece in _pieces(file, where, fix):
             raw = json.loads(piece)
             here = VERSION if found else None
             if not isinstance(raw, dict) or raw.get("version", here) != VERSION or raw.keys() - KEYS:
-                raise DataError(f"{where} is not a version {VERSION} manifest; {cure}")
+                raise DataError(f"{where} is not a version {VERSION} manifest; {fix}")
             if not isinstance(raw.get("shards"), list):
-                raise DataError(f"{where} is not a version {VERSION} manifest; {cure}")
-            found.append(_checked(raw["shards"], where, cure))
+                raise DataError(f"{where} is not a version {VERSION} manifest; {fix}")
+            found.append(_checked(raw["shards"], where, fix))
             for number, shard in enumerate(raw["shards"], shards):
                 if len(shard) > PLAIN:
-                    notes.append(_noted(number, shard, where, cure))
+                    notes.append(_noted(number, shard, where, fix))
                     if "fault" in shard and len(faults) < KEPT:
                         faults.append((os.fsencode(shard["name"]), str(shard["fault"])))
                     unused = unused or str(shard.get("first_unused", ""))
@@ -133,15 +133,15 @@ def parse(file: IO[bytes], where: str, cure: str) -> Manifest:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} cannot be read ({error}); {cure}") from None
+        raise DataError(f"{where} cannot be read ({error}); {fix}") from None
     manifest = Manifest(np.concatenate(found), np.array(notes, NOTE), faults, unused)
     ordered = np.sort(manifest.names)
     if (ordered[1:] == ordered[:-1]).any():
-        raise DataError(f"{where} names a shard twice; {cure}")
+        raise DataError(f"{where} names a shard twice; {fix}")
     return manifest
 
 
-def _pieces(file: IO[bytes], where: str, cure: str) -> Iterator[bytes]:
+def _pieces(file: IO[bytes], where: str, fix: str) -> Iterator[bytes]:
     """Documents of about PIECE bytes, cut between two shards: within a JSON string there is no line break."""
     head, text, read = b"", b"", 0
     while chunk := file.read(PIECE):
@@ -152,11 +152,11 @@ def _pieces(file: IO[bytes], where: str, cure: str) -> Iterator[bytes]:
             yield head + text[: cut + 1] + b"]}"
             head, text = b'{"shards": [', text[cut + 3 :]
         if len(text) > UNCUT or read > MOST_BYTES:
-            raise DataError(f"{where} is too large or has too long lines to be a manifest; {cure}")
+            raise DataError(f"{where} is too large or has too long lines to be a manifest; {fix}")
     yield head + text
 
 
-def _checked(shards: list[Any], where: str, cure: str) -> NDArray[np.void]:
+def _checked(shards: list[Any], where: str, fix: str) -> NDArray[np.void]:
     rows: list[tuple[bytes, int, int, bytes]] = []
     for shard in shards:
         try:
@@ -166,17 +166,17 @@ def _checked(shards: list[Any], where: str, cure: str) -> NDArray[np.void]:
         except (KeyError, TypeError, AttributeError, UnicodeError):
             well = False
         if not well:
-            raise DataError(f"{where} has a malformed entry: {str(shard)[:80]}; {cure}")
+            raise DataError(f"{where} has a malformed entry: {str(shard)[:80]}; {fix}")
         inside = "/" not in name and "\0" not in name and name not in ("", ".", "..") and len(stored[0]) <= NAME_BYTES
         if not inside or not 0 <= samples * BLOCK <= size < 1 << 62 or samples > MOST_SAMPLES:
-            raise DataError(f"{where} names a shard outside its folder or of impossible length: {str(shard)[:80]}; {cure}")
+            raise DataError(f"{where} names a shard outside its folder or of impossible length: {str(shard)[:80]}; {fix}")
         rows.append(stored)
     width = max((len(row[0]) for row in rows), default=1)
     return np.array(rows, [("name", f"S{width}"), ("samples", "<i8"), ("bytes", "<i8"), ("sha256", "S64")])
 
 
-def _noted(number: int, shard: Shard, where: str, cure: str) -> tuple[int, int, bool, int]:
+def _noted(number: int, shard: Shard, where: str, fix: str) -> tuple[int, int, bool, int]:
     left_out, broken, unused = shard.get("left_out", 0), shard.get("broken", False), shard.get("unused", 0)
     if not (type(left_out) is type(unused) is int and type(broken) is bool and max(left_out, unused, 0) < 1 << 31):
-        raise DataError(f"{where} has a malformed entry: {str(shard)[:80]}; {cure}")
+        raise DataError(f"{where} has a malformed entry: {str(shard)[:80]}; {fix}")
     return number, max(0, left_out), broken, max(0, unused)

@@ -247,20 +247,20 @@ def pack(rows: Rows, shard_bytes: int) -> bytes:
 
 def load(path: Path, samples: int, shard_bytes: int) -> Rows:
     """The rows of a table, memory-mapped. Raises ShardError when it is damaged or of another shard."""
-    cure = "run shards/index.py --force on its folder"
+    fix = "run shards/index.py --force on its folder"
     size = HEAD.itemsize + samples * ROW.itemsize
     try:
         with local_files.reader(path) as file:
             if (found := os.fstat(file.fileno()).st_size) != size:
-                raise ShardError(path, 0, f"{found} bytes do not hold {samples} samples; the index is damaged: {cure}")
+                raise ShardError(path, 0, f"{found} bytes do not hold {samples} samples; the index is damaged: {fix}")
             head = np.frombuffer(file.read(HEAD.itemsize), HEAD)[0]
             crc = 0
             while piece := file.read(PIECE):  # not through the map, which would count as memory of this process
                 crc = zlib.crc32(piece, crc)
             rows = np.memmap(file, ROW, "r", HEAD.itemsize, (samples,)) if samples else np.zeros(0, ROW)
     except OSError as error:
-        raise ShardError(path, 0, f"{error.strerror}; {cure}") from None
+        raise ShardError(path, 0, f"{error.strerror}; {fix}") from None
     expected = (MAGIC, samples, shard_bytes, crc)
     if (bytes(head["magic"]), head["samples"], head["bytes"], head["crc"]) != expected:
-        raise ShardError(path, 0, f"the index is damaged or of another shard: {cure}")
+        raise ShardError(path, 0, f"the index is damaged or of another shard: {fix}")
     return rows

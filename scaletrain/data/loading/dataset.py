@@ -19,7 +19,7 @@ from torch import Tensor
 from scaletrain import rng
 from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError, ImageError, ShardError
-from scaletrain.data.reading.concat import Joined
+from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.sampling.substitutes import TRIES, Replaced, substitutes
@@ -76,7 +76,9 @@ class BatchDataset:
 class Images(BatchDataset):
     """Positions [lo, hi) of the plan's global batches, as augmented views. With `rows` [N], a plan of these samples."""
 
-    def __init__(self, data: Data, shards: Shards | Joined, plan: Batches, lo: int, hi: int, rows: Ints | None = None) -> None:
+    def __init__(
+        self, data: Data, shards: Shards | ConcatShards, plan: Batches, lo: int, hi: int, rows: Ints | None = None
+    ) -> None:
         self.data, self.shards, self.plan, self.lo, self.hi, self.rows = data, shards, plan, lo, hi, rows
         self.groups = expand(data.views)
         self.course = Epochs(plan, lo, hi)

@@ -18,13 +18,13 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.loading.dataset import BatchDataset, Failure, Images, Raw, Synthetic, Whole, synthetic_counts
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.loading.workers import Pool, Sampler
-from scaletrain.data.reading.concat import Joined, shards_of
+from scaletrain.data.reading.concat import ConcatShards, shards_of
 from scaletrain.data.reading.reader import NODE, Shards
 from scaletrain.data.reading.replacement import admit, left_out
 from scaletrain.data.sampling.mixture import Mixture, Source
 from scaletrain.data.sampling.plan import Batches, Ints, Plan
 from scaletrain.data.sampling.substitutes import Replaced
-from scaletrain.runtime.timing import COPY, mark
+from scaletrain.runtime.timing import COPY, span
 
 T = TypeVar("T")
 SYNTHETIC = "synthetic"
@@ -73,7 +73,7 @@ class Stream:
         if not isinstance(self.dataset, Images):
             return self.plan.mixing()
         shards = self.dataset.shards
-        hidden = isinstance(shards, Joined) and not shards.labelled
+        hidden = isinstance(shards, ConcatShards) and not shards.labelled
         labels = "; labels are not used: the parts differ in classes.json, or lack it" if hidden else ""
         return self.plan.mixing(shards.shard_bytes) + labels
 
@@ -128,7 +128,7 @@ def source(path: str, shards: Shards) -> dict[str, Any]:
     return {"path": path, "samples": len(shards), "sha256": shards.fingerprint}
 
 
-def opened(data: Data) -> Shards | Joined | None:
+def opened(data: Data) -> Shards | ConcatShards | None:
     """The shards that a recipe names; None for synthetic data. Raises DataError."""
     if data.path == SYNTHETIC:
         return None
@@ -139,16 +139,16 @@ def opened(data: Data) -> Shards | Joined | None:
         )
     skip = data.on_bad == "skip"
     if data.mixture:
-        shards: Shards | Joined = Joined([part.path for part in data.mixture], cache=data.cache, skip=skip)
+        shards: Shards | ConcatShards = ConcatShards([part.path for part in data.mixture], cache=data.cache, skip=skip)
     else:
         shards = shards_of(data.path, cache=data.cache, skip=skip)
     admit(shards.losses, data.on_bad, data.max_bad)
     return shards
 
 
-def planned(data: Data, shards: Shards | Joined | None, *, seed: int, batch: int, rows: Ints | None = None) -> Batches:
+def planned(data: Data, shards: Shards | ConcatShards | None, *, seed: int, batch: int, rows: Ints | None = None) -> Batches:
     """The order of the samples of `opened`, or of its `rows` [N]. Raises DataError where batch, lanes and data do not fit."""
-    if data.mixture and isinstance(shards, Joined):
+    if data.mixture and isinstance(shards, ConcatShards):
         weighted = zip(data.mixture, shards.parts, strict=True)
         sources = [Source(part.path, held.counts, part.weight) for part, held in weighted]
     else:
@@ -241,7 +241,7 @@ def load(
     if not workers:
         for number in range(len(sampler)):
             raw = _sound(dataset[sampler[number]])
-            with mark(COPY):
+            with span(COPY):
                 item = convert(raw)
             yield item, raw.replaced
         return
@@ -251,7 +251,7 @@ def load(
     try:
         for left in reversed(range(len(sampler))):
             raw = _sound(pool.take())
-            with mark(COPY):
+            with span(COPY):
                 item = convert(raw)
             pool.release()
             if not left:

@@ -25,7 +25,7 @@ from scaletrain.data.loading.dataset import BatchDataset, Failure, Images, Raw, 
 from scaletrain.data.loading.loader import Steps, Stream, load, opened, source
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.reading import subset
-from scaletrain.data.reading.concat import Joined
+from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.balanced import Balanced
 from scaletrain.data.sampling.plan import Ints
@@ -69,7 +69,7 @@ class Supported(Stream):
         }
         own = data.model_copy(update=update)
         shards = opened(own)
-        if isinstance(shards, Joined):
+        if isinstance(shards, ConcatShards):
             raise DataError("data.support needs the shards of one folder, not of a list of several; set data.support.path")
         index, labels = _allowed(own, asked, shards)
         listed = {"labels": hashlib.sha256(Path(asked.labels).read_bytes()).hexdigest()} if asked.labels else {}

@@ -15,7 +15,7 @@ from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.reader import NODE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.storage import remote
-from scaletrain.data.storage.prefetch import Course, Within
+from scaletrain.data.storage.prefetch import AccessOrder, Within
 from scaletrain.runtime import local_files
 
 CLASSES_BYTES = 16 << 20
@@ -23,7 +23,7 @@ OTHER_BYTES = 1 << 20  # of what is no list of names
 _NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')  # a flat list of texts
 
 
-class Joined:
+class ConcatShards:
     """As Shards, of several folders.
 
     Labels are passed on where all folders have the same classes.json and are -1 otherwise: class 3 of one folder is not class
@@ -55,7 +55,7 @@ class Joined:
         for part in self.parts:
             part.fits(shards)
 
-    def expect(self, step: int, course: Course) -> None:
+    def expect(self, step: int, course: AccessOrder) -> None:
         for number, part in enumerate(self.parts):
             part.expect(step, Within(course, int(self._first[number]), int(self._first[number + 1])))
 
@@ -95,12 +95,12 @@ class Joined:
         return self.parts[part], sample - int(self._first[part])
 
 
-def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) -> Shards | Joined:
+def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) -> Shards | ConcatShards:
     """The shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.places(shards)
     if len(places) == 1:
         return Shards(shards, skip=skip, cache=cache)
-    return Joined([place.paths for place in places], skip, cache)
+    return ConcatShards([place.paths for place in places], skip, cache)
 
 
 def classes(shards: selection.Paths) -> bytes | None:

@@ -48,7 +48,7 @@ class Shards:
         cache: Cache = NODE,
     ) -> None:
         self._open: OrderedDict[int, tuple[int, offsets.Rows]] = OrderedDict()
-        self._staged: prefetch.Staged | None = None
+        self._staged: prefetch.CachedShards | None = None
         self._keep = keep  # shards held open
         self._lost: dict[int, ShardError] = {}  # remote shards that are not to be had
         self._skip = skip  # one bad sample does not condemn its shard
@@ -65,7 +65,7 @@ class Shards:
         self.fingerprint = hashlib.sha256(listed.sha256.tobytes()).hexdigest()  # of all bytes, in order
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
         if remote or cache.stage:
-            self._staged = prefetch.Staged(place.folder, cache, listed)
+            self._staged = prefetch.CachedShards(place.folder, cache, listed)
         if not remote:
             self._tables = index.home(self.folder)
 
@@ -91,7 +91,7 @@ class Shards:
         if self._staged is not None:
             self._staged.fits(shards)
 
-    def expect(self, step: int, course: prefetch.Course) -> None:
+    def expect(self, step: int, course: prefetch.AccessOrder) -> None:
         """Shards that are fetched into the cache: those of this step and the next are needed soon."""
         if self._staged is not None:
             self._staged.expect(step, course)
@@ -216,7 +216,7 @@ class Shards:
         self._open[number] = (file, rows)
         return file, rows
 
-    def _fetched(self, held: prefetch.Staged, number: int) -> tuple[int, offsets.Rows]:
+    def _fetched(self, held: prefetch.CachedShards, number: int) -> tuple[int, offsets.Rows]:
         self._release()  # one at a time: what is open stays in the cache
         if number in self._lost:
             raise self._lost[number]

@@ -50,7 +50,7 @@ def admit(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0, s
     index.say(f"notice: {text}")
 
 
-class Account:
+class ReplacementLog:
     """What a run replaced. Every rank makes one; RUN/skipped/rank-N.jsonl names each replaced draw of that rank.
 
     `start`: the step at which this session begins; what was written at or after it is dropped, as it will come again.

@@ -40,7 +40,7 @@ TABLES = 256  # offset tables kept open
 SHARE = 0.9  # of the cache that is filled ahead of need
 
 
-class Course(Protocol):
+class AccessOrder(Protocol):
     """What a rank reads. Called by one thread, on a copy of its own."""
 
     def samples(self, step: int) -> Ints:
@@ -76,7 +76,7 @@ class Sweep:
 class Within:
     """The samples [lo, hi) of a course, numbered from 0: those of one folder of several."""
 
-    course: Course
+    course: AccessOrder
     lo: int
     hi: int
 
@@ -88,23 +88,21 @@ class Within:
 def manifest(place: Place) -> Manifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
     url, origin = place.folder, remote.origin(place.folder)
-    cure = f"is {url} a folder of shards with its index? Make the index with shards/index.py before you upload it"
+    fix = f"is {url} a folder of shards with its index? Make the index with shards/index.py before you upload it"
     try:
         data = remote.read(origin, index.MANIFEST, MOST_BYTES)
     except remote.LostError as error:
         with suppress(remote.RemoteError):
             if version_in(remote.read(origin, OLD_NAME, MOST_BYTES)):
-                cure = (
-                    f"its {OLD_NAME} is the index of an older version: run shards/index.py on the folder, and upload it again"
-                )
-        raise remote.RemoteError(f"{error}; {cure}") from None
+                fix = f"its {OLD_NAME} is the index of an older version: run shards/index.py on the folder, and upload it again"
+        raise remote.RemoteError(f"{error}; {fix}") from None
     except remote.RemoteError as error:
-        raise remote.RemoteError(f"{error}; {cure}") from None
-    found = parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", cure)
+        raise remote.RemoteError(f"{error}; {fix}") from None
+    found = parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", fix)
     return found.only(place.chosen(found.names)) if place.patterns else found
 
 
-class Staged:
+class CachedShards:
     """`place`: an address, or a local folder to be copied from. Safe to fork and to pickle."""
 
     def __init__(self, place: str, options: schema.Cache, shards: Manifest) -> None:
@@ -112,7 +110,7 @@ class Staged:
         self._starts = np.cumsum(shards.samples) - shards.samples
         self._mine: tuple[int, Cache] | None = None
         self._rows: OrderedDict[int, offsets.Rows] = OrderedDict()
-        self._ahead: tuple[int, Ahead] | None = None
+        self._ahead: tuple[int, Prefetcher] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mine": None, "_rows": OrderedDict(), "_ahead": None}
@@ -169,10 +167,10 @@ class Staged:
             )
         self.cache.check(min(total, 2 * wanted))
 
-    def expect(self, step: int, course: Course) -> None:
+    def expect(self, step: int, course: AccessOrder) -> None:
         """Read ahead from this step on."""
         if self._ahead is None or self._ahead[0] != os.getpid():
-            self._ahead = os.getpid(), Ahead(self, copy.deepcopy(course), step)
+            self._ahead = os.getpid(), Prefetcher(self, copy.deepcopy(course), step)
             self._ahead[1].start()
         self._ahead[1].at(step)
 
@@ -210,8 +208,8 @@ class Staged:
         return os.fsdecode(self.shards.names[number])
 
 
-class Ahead(Thread):
-    def __init__(self, staged: Staged, course: Course, step: int) -> None:
+class Prefetcher(Thread):
+    def __init__(self, staged: CachedShards, course: AccessOrder, step: int) -> None:
         super().__init__(name="scaletrain-read-ahead", daemon=True)
         self.staged, self.course, self.now = staged, course, step
         self._moved = Condition()

@@ -93,7 +93,7 @@ def random_box(spec: View, tries: Sequence[float], y: float, x: float, height: i
     low, high = spec.ratio
     logs = math.log(low), math.log(high)
     for i in range(0, 2 * TRIES, 2):
-        area = height * width * _between(spec.area, tries[i])
+        area = height * width * _between(spec.scale, tries[i])
         ratio = math.exp(_between(logs, tries[i + 1]))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

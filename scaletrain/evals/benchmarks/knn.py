@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from scaletrain.config.schema import Frozen
-from scaletrain.evals.features import Scene, some
+from scaletrain.evals.features import EvalContext, some
 from scaletrain.evals.scores import accuracy
 
 _ELEMENTS = 1 << 25  # similarities held at once: 128 MB of float32
@@ -27,7 +27,7 @@ class Config(Frozen):
     temperature: Annotated[float, Field(ge=1e-6)] = 0.07
 
 
-def measure(config: Config, scene: Scene) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
     """The benchmark: metrics in per cent, and what belongs on the protocol card."""
     bank, queries = scene.bank(), scene.queries()
     metrics = knn(bank.x, bank.labels, queries.x, queries.labels, config.ks, config.temperature)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
-from scaletrain.evals.features import Scene, mask, some, watch
+from scaletrain.evals.features import EvalContext, mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
 from scaletrain.evals.targets import EvalError
 
@@ -138,7 +138,7 @@ def fit(rates: Sequence[float], batches: Iterator[tuple[Tensor, ...]], steps: in
     return heads
 
 
-def measure(config: Config, scene: Scene) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
     """The benchmark: metrics in per cent, and what belongs on the protocol card."""
     out = held_out(scene.samples, scene.known)
     judge, classes = scene.part(out), scene.classes
@@ -178,7 +178,7 @@ def measure(config: Config, scene: Scene) -> tuple[dict[str, float], dict[str, A
     }
 
 
-def _batches(config: Config, scene: Scene, rows: Tensor, batch: int) -> Iterator[tuple[Tensor, ...]]:
+def _batches(config: Config, scene: EvalContext, rows: Tensor, batch: int) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches of (features, labels) of the training images `rows`."""
     if not config.augment:
         bank = scene.bank()

@@ -77,7 +77,7 @@ def test_a_flipped_bit_anywhere(tmp_path: Path) -> None:
     assert len(escaped) <= len("scaletrain.sha256") + 7, bytes(escaped)
 
 
-def test_refused_with_the_cure(tmp_path: Path) -> None:
+def test_refused_with_the_fix(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "zip.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pth"):

@@ -21,10 +21,10 @@ from scaletrain.config.schema import Config
 
 ALPHA = """
 from typing import Literal
-from scaletrain.config.schema import Frozen, Leaf
+from scaletrain.config.schema import Frozen, ComponentConfig
 class Head(Frozen):
     hidden: int = 64
-class Config(Leaf):
+class Config(ComponentConfig):
     name: Literal["toyalpha"] = "toyalpha"
     tau: float = 0.99
     head: Head = Head()
@@ -33,8 +33,8 @@ class Config(Leaf):
 BETA = ALPHA.replace("toyalpha", "toybeta").replace("hidden: int", "layers: int")
 ENGINE = """
 from typing import Literal
-from scaletrain.config.schema import Leaf
-class Config(Leaf):
+from scaletrain.config.schema import ComponentConfig
+class Config(ComponentConfig):
     name: Literal["toyengine"] = "toyengine"
     amp: bool = False
 """
@@ -126,7 +126,7 @@ def test_list_override_names_the_items(write: Write) -> None:
     ("override", "text"),
     [
         ("optm.lr=1", "unknown key 'optm'; did you mean 'optim'?"),
-        ("lr_batch=1", "unknown key 'lr_batch'; did you mean 'optim.lr_batch'?"),
+        ("lr_batch=1", "unknown key 'lr_batch'; did you mean 'optim.lr_reference_batch'?"),
         ("optim.momentm=1", "unknown key 'optim.momentm'; did you mean 'optim.momentum'?"),
         ("data.views=[{size: 32}, {cout: 2}]", "unknown key 'data.views.1.cout'; did you mean 'data.views.1.count'?"),
         ("method.taw=1", "unknown key 'method.taw'; did you mean 'method.tau'?"),
@@ -148,15 +148,15 @@ def test_list_override_names_the_items(write: Write) -> None:
         ("batch=256.5", "batch: Input should be a valid integer"),
         ("batch=on", "batch: Input should be a valid integer"),
         ("data.views=[]", "data: views is empty"),
-        ("data.views=[{area: [0.5, 0.1]}]", "area is a range (low, high) with 0 < low <= high"),
-        ("data.views=[{area: [0.5, 1.5]}]", "at most 1, got 1.5"),
+        ("data.views=[{scale: [0.5, 0.1]}]", "scale is a range (low, high) with 0 < low <= high"),
+        ("data.views=[{scale: [0.5, 1.5]}]", "at most 1, got 1.5"),
         ("base=other.yaml", "unknown key 'base'"),
         ("seed", "an override has the form key.subkey=value"),
         ("=1", "an override has the form"),
         ("a..b=1", "an override has the form"),
     ],
 )
-def test_bad_override_is_refused_with_the_cure(recipe: Path, override: str, text: str) -> None:
+def test_bad_override_is_refused_with_the_fix(recipe: Path, override: str, text: str) -> None:
     with pytest.raises(ConfigError) as error:
         load.load(recipe, [override])
     assert text in str(error.value)
@@ -257,7 +257,7 @@ AWKWARD = ["on", "null", "1e-6", "0123", "a: b # c", "it's", "ünï", "2024-01-0
 def test_dump_reloads_equal(write: Write, path: str) -> None:
     raw = {
         "batch": 96,
-        "data": {"path": path, "views": [{"size": 32, "area": [1 / 3, 1]}, {"size": 16, "count": 6}]},
+        "data": {"path": path, "views": [{"size": 32, "scale": [1 / 3, 1]}, {"size": 16, "count": 6}]},
         "method": {"name": "toybeta", "tau": 0.1 + 0.2, "sizes": []},
         "engine": "toyengine",
         "optim": {"lr": 1e-300, "weight_decay": 1.5e-6},
@@ -329,7 +329,7 @@ def test_schema_knows_every_leaf_and_shorthand(recipe: Path) -> None:
 def test_leaves_are_the_files(tmp_path: Path) -> None:
     (tmp_path / "scaletrain.methods" / "toygamma.py").write_text("")
     (tmp_path / "scaletrain.methods" / "base.py").write_text("")
-    known = config.leaves("methods")
+    known = config.components("methods")
     assert {"toyalpha", "toybeta", "toygamma"} <= set(known)
     assert "base" not in known
     assert list(known) == sorted(known)

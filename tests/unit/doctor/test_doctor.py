@@ -21,7 +21,7 @@ from scaletrain.doctor import disk, feed, machine, network, parity, software
 from scaletrain.doctor import run as doctor
 from scaletrain.doctor.page import Finding, discreet, guarded, lines, measured, merged, spans
 from scaletrain.launch.slurm import queue
-from scaletrain.train import rehearsal
+from scaletrain.train import throughput_check
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,9 +46,9 @@ def test_a_check_that_breaks_is_a_finding() -> None:
     (found,) = guarded("memory", broken)
     assert (found.status, found.name) == ("fail", "memory")
     assert "KeyError" in found.text
-    assert found.cure
+    assert found.fix
     values, (other,) = measured("memory", broken, "try this")
-    assert (values, other.status, other.cure) == ({}, "fail", "try this")
+    assert (values, other.status, other.fix) == ({}, "fail", "try this")
 
 
 def test_the_page_is_discreet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_the_page_is_discreet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert discreet(text) == "~/runs, /scratch/USER/x, /scratch/USER: /home/adam /data/canada ada"
     shown = lines([Finding("warn", "disk", "/home/ada/runs is slow", "move /home/ada/runs")])
     assert shown.splitlines()[0].split() == ["warn", "disk", "~/runs", "is", "slow"]
-    assert shown.splitlines()[1].strip() == "cure: move ~/runs"
+    assert shown.splitlines()[1].strip() == "fix: move ~/runs"
 
 
 def test_slurm_variables_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +115,10 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.cores_per_process() == 2.5
     everyone[0] = ("here", [3])
     (found,) = machine.cpus()
-    assert (found.status, "cpus-per-task" in found.cure) == ("warn", True)
+    assert (found.status, "cpus-per-task" in found.fix) == ("warn", True)
     everyone[0] = ("here", [0, 1, 2, 3])
     monkeypatch.setattr(machine, "cpu_quota", lambda: 3.0)
-    assert "throttled" in machine.cpus()[0].cure
+    assert "throttled" in machine.cpus()[0].fix
 
 
 def test_memory_shared_memory_and_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [f.status for f in software.devices(False)] == ["ok"]
     (found,) = software.devices(True)
-    assert (found.status, "--gres" in found.cure) == ("fail", True)
+    assert (found.status, "--gres" in found.fix) == ("fail", True)
     assert parity.parity(torch.device("cpu")) == [Finding("skip", "GPU parity", "no GPU: not run")]
     cards = [("A100", 80, 8, 0), ("A100", 80, 8, 0), ("V100", 16, 7, 0)]
     facts = [SimpleNamespace(name=n, total_memory=g * 2**30, major=a, minor=b) for n, g, a, b in cards]
@@ -188,7 +188,7 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reads/s per process" in said(disk.data_folder(shards))
     assert sorted((p, p.stat().st_size) for p in tmp_path.rglob("*")) == content  # nothing made, nothing left
     (found,) = disk.data_folder(tmp_path)
-    assert (found.status, "no .tar files" in found.text, "--data" in found.cure) == ("fail", True, True)
+    assert (found.status, "no .tar files" in found.text, "--data" in found.fix) == ("fail", True, True)
 
     monkeypatch.setattr(disk, "_write_and_read", lambda _: {"free": 9.0, "write": 49.0, "read": 1.0, "direct": True})
     assert [f.status for f in disk.run_folder(runs)] == ["warn", "warn"]
@@ -232,7 +232,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", refuse)
     (found,) = disk.run_folder(tmp_path)
-    assert (found.status, "--run" in found.cure) == ("fail", True)
+    assert (found.status, "--run" in found.fix) == ("fail", True)
     assert disk.shared(tmp_path) == []  # one line says it
 
 
@@ -257,17 +257,17 @@ def test_bandwidth_counts_the_whole_buffer(monkeypatch: pytest.MonkeyPatch) -> N
 def test_loader_and_the_cores_that_a_rehearsed_run_takes(tmp_path: Path) -> None:
     shards, run = write_shards(tmp_path / "shards", (40, 40)), tmp_path / "run"
     (found,) = feed.loader(shards, run)
-    assert (found.status, "has no index" in found.text, "shards/index.py" in found.cure) == ("fail", True, True)
+    assert (found.status, "has no index" in found.text, "shards/index.py" in found.fix) == ("fail", True, True)
     assert not (shards / "scaletrain-index.json").exists()
     Shards(shards).check()
     run.mkdir()
     (run / "config.yaml").write_text("data: {lanes: 8, views: [{size: 16, count: 3}]}\n")
     assert "3 views as in the run folder" in said(feed.loader(shards, run))
-    (run / rehearsal.FILE).write_text(json.dumps({"loader_images_per_second": {"process": 1000, "node": 4000}}))
+    (run / throughput_check.FILE).write_text(json.dumps({"loader_images_per_second": {"process": 1000, "node": 4000}}))
     for rate, status, cores in ((400.0, "ok", "2.5 cores"), (300.0, "warn", "3.3 cores")):
         (found,) = feed.needed(run, rate, 3)
         assert (found.status, cores in found.text) == (status, True)
-    (run / rehearsal.FILE).write_text("{}")
+    (run / throughput_check.FILE).write_text("{}")
     assert "fail KeyError" in said(feed.loader(shards, run))
 
 
@@ -278,7 +278,7 @@ def test_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(network, "existing", lambda _: tmp_path)
         (found,) = network.clocks(tmp_path)
-    assert (found.status, "NTP" in found.cure) == ("warn", True)
+    assert (found.status, "NTP" in found.fix) == ("warn", True)
     assert float(found.text.partition("worst: ")[2].split(" ms")[0]) == pytest.approx(-7000, abs=200)
 
 

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(case: str, recompute: object) -> tuple[Engine, Any]:
     method, changes = CASES[case]
-    engine = {"precision": "fp64", **changes.get("engine", {}), "recompute": recompute}
+    engine = {"precision": "fp64", **changes.get("engine", {}), "activation_checkpointing": recompute}
     cfg = small.config("byol" if method == "toy" else method, **{**changes, "engine": engine})
     return toy_engine(cfg) if method == "toy" else small.engine(cfg), cfg
 
@@ -83,5 +83,5 @@ def test_stages_are_chosen_and_those_that_are_not_there_refused() -> None:
     assert len(set(kept)) == 4
     with pytest.raises(ConfigError, match="backbone has 4 stages, there is no stage 5"):
         build("views apart", (5,))
-    with pytest.raises(ConfigError, match="recompute and compile exclude each other"):
-        small.config("byol", engine={"recompute": True, "compile": True})
+    with pytest.raises(ConfigError, match="activation_checkpointing and compile exclude each other"):
+        small.config("byol", engine={"activation_checkpointing": True, "compile": True})

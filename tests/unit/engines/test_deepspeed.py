@@ -30,7 +30,7 @@ TOLERANCE = 5e-4  # of losses, of optimizer state, and of what moved
 STAGES = (0, 1, 2, 3)
 START, STOP = 2, 8
 ACCUMULATED: dict[str, Any] = {"model": {"norm_group": 6}}
-Result = dict[str, torch.Tensor]
+StepResult = dict[str, torch.Tensor]
 
 
 def config(method: str, engine: dict[str, Any], **changes: Any) -> Config:
@@ -38,7 +38,7 @@ def config(method: str, engine: dict[str, Any], **changes: Any) -> Config:
     return small.config(method, batch=24, optim={"lr": 0.02}, engine=plain, **changes)
 
 
-def run(engine: Engine, cfg: Config, start: int, stop: int) -> Result:
+def run(engine: Engine, cfg: Config, start: int, stop: int) -> StepResult:
     """Losses, optimizer state and the movement of all else, as "name@start" of what this rank writes."""
     with small.smooth():
         before = {name: at.tensor.detach().double().reshape(-1).clone() for name, at in engine.placed().items()}
@@ -65,7 +65,7 @@ def restored(cfg: Config, folder: Path) -> Engine:
     return engine
 
 
-def bits(engine: Engine) -> Result:
+def bits(engine: Engine) -> StepResult:
     return {name: at.tensor.detach().clone() for name, at in engine.placed().items()}
 
 
@@ -79,10 +79,10 @@ def skip(engine: Engine, cfg: Config) -> bool:
     return traceless and not engine.step(good, clock, 0.02, 0.02).skipped
 
 
-def on_ranks(folder: Path) -> Result:
-    found: Result = {}
+def on_ranks(folder: Path) -> StepResult:
+    found: StepResult = {}
     for stage in STAGES:
-        cfg = config("byol", {"name": "deepspeed", "stage": stage, "clip": 0.5})
+        cfg = config("byol", {"name": "deepspeed", "stage": stage, "max_grad_norm": 0.5})
         engine = restored(cfg, folder / "ddp")
         save(engine, folder / f"zero{stage}")
         found |= {f"byol {stage}/{k}": v for k, v in run(engine, cfg, START, STOP).items()}
@@ -91,7 +91,7 @@ def on_ranks(folder: Path) -> Result:
         cfg = config("swav", {"name": "deepspeed", "stage": stage})
         found |= {f"swav {stage}/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 4).items()}
     for stage in (1, 2, 3):
-        cfg = config("byol", {"name": "deepspeed", "stage": stage, "accumulate": 2}, **ACCUMULATED)
+        cfg = config("byol", {"name": "deepspeed", "stage": stage, "grad_accum_steps": 2}, **ACCUMULATED)
         found |= {f"accumulated {stage}/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()}
     cfg = config("deepcluster_v2", {"name": "deepspeed", "stage": 3})
     found |= {f"deepcluster 3/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()}
@@ -102,9 +102,9 @@ def on_ranks(folder: Path) -> Result:
     return found
 
 
-def on_one(folder: Path) -> Result:
+def on_one(folder: Path) -> StepResult:
     """The only process of a run, which has no process group before."""
-    cfg = config("byol", {"name": "deepspeed", "stage": 3, "clip": 0.5})
+    cfg = config("byol", {"name": "deepspeed", "stage": 3, "max_grad_norm": 0.5})
     return run(restored(cfg, folder / "ddp"), cfg, START, STOP)
 
 
@@ -114,17 +114,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Result:
+def alone(folder: Path) -> StepResult:
     """What ddp finds in one process. Its checkpoint is where the ranks begin."""
-    found: Result = {}
-    cfg = config("byol", {"clip": 0.5})
+    found: StepResult = {}
+    cfg = config("byol", {"max_grad_norm": 0.5})
     engine = small.engine(cfg)
     run(engine, cfg, 0, START)
     save(engine, folder / "ddp")
     found |= {f"byol/{k}": v for k, v in run(engine, cfg, START, STOP).items()}
     cfg = config("swav", {})
     found |= {f"swav/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 4).items()}
-    cfg = config("byol", {"accumulate": 2}, **ACCUMULATED)
+    cfg = config("byol", {"grad_accum_steps": 2}, **ACCUMULATED)
     found |= {f"accumulated/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()}
     cfg = config("deepcluster_v2", {})
     found |= {f"deepcluster/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()}
@@ -134,7 +134,7 @@ def alone(folder: Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def spread(alone: Result, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def spread(alone: StepResult, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StepResult:
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for result in ranks.run(2, on_ranks, tmp_path_factory.mktemp("ranks"), folder):
         for key, value in result.items():
@@ -143,7 +143,7 @@ def spread(alone: Result, folder: Path, tmp_path_factory: pytest.TempPathFactory
     return {name: torch.cat([parts[s] for s in sorted(parts)]) if "/" in name else parts[0] for name, parts in pieces.items()}
 
 
-def deviation(case: str, stage: int, alone: Result, spread: Result) -> tuple[float, str]:
+def deviation(case: str, stage: int, alone: StepResult, spread: StepResult) -> tuple[float, str]:
     """The largest, relative to the tensor, or to 0.01: biases before a norm have no gradient but rounding errors."""
     a = {k.partition("/")[2].partition("@")[0]: v for k, v in alone.items() if k.startswith(f"{case}/")}
     b = {k.partition("/")[2]: v for k, v in spread.items() if k.startswith(f"{case} {stage}/")}
@@ -154,34 +154,34 @@ def deviation(case: str, stage: int, alone: Result, spread: Result) -> tuple[flo
 @pytest.mark.parametrize(
     ("case", "stage"), [*(("byol", s) for s in STAGES), ("swav", 1), ("swav", 3), *(("accumulated", s) for s in (1, 2, 3))]
 )
-def test_every_stage_computes_what_ddp_does(case: str, stage: int, alone: Result, spread: Result) -> None:
+def test_every_stage_computes_what_ddp_does(case: str, stage: int, alone: StepResult, spread: StepResult) -> None:
     worst, where = deviation(case, stage, alone, spread)
     assert worst < TOLERANCE, f"{where} deviates by {worst:.1e}"
     assert alone[f"{case}/loss@0"].std() > 1e-3
 
 
-def test_a_single_process(alone: Result, folder: Path, tmp_path: Path) -> None:
+def test_a_single_process(alone: StepResult, folder: Path, tmp_path: Path) -> None:
     (found,) = ranks.run(1, on_one, tmp_path, folder)
     worst, where = deviation("byol", 3, alone, {f"byol 3/{k.partition('@')[0]}": v for k, v in found.items()})
     assert worst < TOLERANCE / 10, f"{where} deviates by {worst:.1e}"  # sums have one order, but for the norm that clips
 
 
-def test_features_of_parameters_that_are_not_whole(alone: Result, spread: Result) -> None:
+def test_features_of_parameters_that_are_not_whole(alone: StepResult, spread: StepResult) -> None:
     assert deviation("deepcluster", 3, alone, spread)[0] < TOLERANCE
 
 
-def test_bf16_is_autocast(alone: Result, spread: Result) -> None:
+def test_bf16_is_autocast(alone: StepResult, spread: StepResult) -> None:
     assert spread["bf16 3/loss"].item() == pytest.approx(alone["bf16/loss@0"].item(), rel=1e-2)
     assert spread["bf16 3/loss"].item() != alone["byol/loss@0"][0].item()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_non_finite_step_leaves_no_trace(stage: int, spread: Result) -> None:
+def test_a_non_finite_step_leaves_no_trace(stage: int, spread: StepResult) -> None:
     assert bool(spread[f"skip {stage}"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_go_to_and_from_ddp_bit_for_bit(stage: int, spread: Result, folder: Path) -> None:
+def test_checkpoints_go_to_and_from_ddp_bit_for_bit(stage: int, spread: StepResult, folder: Path) -> None:
     cfg = config("byol", {})
     ours, theirs = (bits(restored(cfg, folder / name)) for name in ("ddp", f"zero{stage}"))
     assert ours.keys() == theirs.keys()
@@ -199,7 +199,7 @@ def test_a_file_of_settings_is_read_once(tmp_path: Path) -> None:
         "zero_optimization": {"stage": 1, "overlap_comm": False, "offload_param": {"device": "none"}},
     }
     path.write_text(json.dumps(settings))
-    engine: Any = config("byol", {"name": "deepspeed", "stage": 1, "clip": 0.5, "deepspeed": str(path)}).engine
+    engine: Any = config("byol", {"name": "deepspeed", "stage": 1, "max_grad_norm": 0.5, "deepspeed": str(path)}).engine
     assert engine.deepspeed == settings
     assert not engine.talk
     told = engine.settings()
@@ -217,7 +217,7 @@ def test_a_file_of_settings_is_read_once(tmp_path: Path) -> None:
         ({"stage": 4}, "engine.stage"),
         ({"deepspeed": "nowhere.json"}, "engine.deepspeed: cannot read nowhere.json: No such file"),
         ({"deepspeed": {"train_batch_size": 8}}, r"train_batch_size=8 is for the recipe to say: remove it and set batch"),
-        ({"deepspeed": {"gradient_clipping": 1.0}}, r"remove it and set engine.clip"),
+        ({"deepspeed": {"gradient_clipping": 1.0}}, r"remove it and set engine.max_grad_norm"),
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, r"remove it and set optim"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, r"remove it and set engine.precision"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"zero_optimization.stage=3 .* set engine.stage"),

@@ -62,12 +62,12 @@ def test_too_many_in_a_row_stop_the_run_and_a_good_one_resets_the_count() -> Non
 
 @pytest.mark.parametrize("method", ["simclr", "swav", "relicv2", "deepcluster_v2"])
 def test_accumulation_is_refused_for_losses_over_the_global_batch(method: str) -> None:
-    with pytest.raises(ConfigError, match=r"engine.accumulate=2.*couples all samples"):
-        small.engine(small.config(method, engine={"accumulate": 2}))
+    with pytest.raises(ConfigError, match=r"engine.grad_accum_steps=2.*couples all samples"):
+        small.engine(small.config(method, engine={"grad_accum_steps": 2}))
 
 
 def test_accumulation_equals_the_whole_batch_where_normalisation_fits_the_micro_batch() -> None:
-    whole, parts = (small.config("byol", engine={"accumulate": n}, model={"norm_group": 4}) for n in (1, 3))
+    whole, parts = (small.config("byol", engine={"grad_accum_steps": n}, model={"norm_group": 4}) for n in (1, 3))
     a, b = small.engine(whole), small.engine(parts)
     for x, y in zip(small.run(a, whole, 0, 3), small.run(b, parts, 0, 3), strict=True):
         assert x == pytest.approx(y, rel=1e-12)
@@ -79,7 +79,7 @@ def test_accumulation_equals_the_whole_batch_where_normalisation_fits_the_micro_
 def test_accumulation_that_would_change_the_normalisation_is_refused() -> None:
     for group in (0, 3):  # the whole batch; three samples where a micro-batch has four
         with pytest.raises(ConfigError, match=r"would change the batch norm: set model.norm_group"):
-            small.config("byol", engine={"accumulate": 3}, model={"norm_group": group})
+            small.config("byol", engine={"grad_accum_steps": 3}, model={"norm_group": group})
 
 
 class Lines(logging.Handler):
@@ -137,7 +137,7 @@ def test_a_compiled_engine_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch)
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees() -> None:
     options = {"optim": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}
-    free, clipped = (small.config("simclr", **options, engine={"clip": c}) for c in (0.0, 0.5))
+    free, clipped = (small.config("simclr", **options, engine={"max_grad_norm": c}) for c in (0.0, 0.5))
     moved = []
     for cfg in (free, clipped):
         engine = small.engine(cfg)

@@ -18,9 +18,12 @@ from scaletrain.runtime import versions
 
 STEPS = (1, 2)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, changes of its configuration)
-    "clipped and accumulated": ("byol", {"batch": 24, "engine": {"accumulate": 2, "clip": 0.5}, "model": {"norm_group": 6}}),
+    "clipped and accumulated": (
+        "byol",
+        {"batch": 24, "engine": {"grad_accum_steps": 2, "max_grad_norm": 0.5}, "model": {"norm_group": 6}},
+    ),
     # its first pass has no gradient, where ShardedDataParallel cannot hang its hooks yet
-    "cached": ("simclr", {"batch": 24, "engine": {"accumulate": 2, "cache": True}, "model": {"norm_group": 6}}),
+    "cached": ("simclr", {"batch": 24, "engine": {"grad_accum_steps": 2, "gradient_cache": True}, "model": {"norm_group": 6}}),
     "frozen": ("swav", {}),  # prototypes have no gradient before step 2
     "adamw": ("byol", {"optim": {"name": "adamw", "lr": 1e-3}}),
     "fused": ("simclr", {"engine": {"precision": "fp32"}, "optim": {"lr": 1e-4}}),  # LARS' kernels of float32 on the CPU

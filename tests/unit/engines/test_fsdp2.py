@@ -20,12 +20,16 @@ from scaletrain.engines.base import Engine
 RANKS, STEPS, TOLERANCE = 4, 3, 1e-9
 ADAMW = {"optim": {"name": "adamw", "lr": 1e-3}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (method, changes of the recipe, options of fsdp2)
-    "target, a copy per pair of ranks": ("byol", {}, {"replicate": 2, "clip": 0.1}),
-    "kept, run again": ("byol", {"model": {"norm_group": 3}}, {"reshard": False, "recompute": True}),
+    "target, a copy per pair of ranks": ("byol", {}, {"replicate": 2, "max_grad_norm": 0.1}),
+    "kept, run again": ("byol", {"model": {"norm_group": 3}}, {"reshard": False, "activation_checkpointing": True}),
     "written prototypes": ("swav", {}, {}),
     "embeddings before the first step": ("deepcluster_v2", {}, {"reshard": False, "offload": True}),
     "two losses": (ADVERSARY, {}, {}),
-    "adamw, accumulated": ("byol", {"batch": 24, "model": {"norm_group": 3}, **ADAMW}, {"accumulate": 2, "clip": 0.1}),
+    "adamw, accumulated": (
+        "byol",
+        {"batch": 24, "model": {"norm_group": 3}, **ADAMW},
+        {"grad_accum_steps": 2, "max_grad_norm": 0.1},
+    ),
 }
 
 
@@ -35,7 +39,7 @@ def written(engine: Engine) -> Written:
 
 def config(case: str, engine: Mapping[str, Any]) -> Config:
     method, changes, options = CASES[case]
-    shared = {k: v for k, v in options.items() if k in ("accumulate", "clip")}
+    shared = {k: v for k, v in options.items() if k in ("grad_accum_steps", "max_grad_norm")}
     mine = options if engine["name"] == "fsdp2" else shared
     return small.config("byol" if method == ADVERSARY else method, **changes, engine={"precision": "fp64", **mine, **engine})
 

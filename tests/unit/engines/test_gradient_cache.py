@@ -23,7 +23,10 @@ CLOCK = Clock(0, 20, 0, 5)
 def config(method: str, parts: int) -> Config:
     """6 samples share batch-norm statistics: the micro-batch of two parts on two ranks."""
     return small.config(
-        method, batch=ROWS, model={"norm_group": 6}, engine={"accumulate": parts, "cache": parts > 1, "channels_last": False}
+        method,
+        batch=ROWS,
+        model={"norm_group": 6},
+        engine={"grad_accum_steps": parts, "gradient_cache": parts > 1, "channels_last": False},
     )
 
 
@@ -104,25 +107,37 @@ def test_a_step_that_is_not_finite_leaves_no_trace() -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no micro-batches": (
         "simclr",
-        {"engine": {"cache": True}},
-        r"engine.cache=true works on micro-batches: set engine.accumulate",
+        {"engine": {"gradient_cache": True}},
+        r"engine.gradient_cache=true works on micro-batches: set engine.grad_accum_steps",
     ),
-    "offered": ("simclr", {"engine": {"accumulate": 2}}, r"accumulate=2: .* couples all samples .* set engine.cache=true"),
-    "no embed": ("swav", {"engine": {"accumulate": 2, "cache": True}}, r"which swav does not: set engine.accumulate=1"),
+    "offered": (
+        "simclr",
+        {"engine": {"grad_accum_steps": 2}},
+        r"grad_accum_steps=2: .* couples all samples .* set engine.gradient_cache=true",
+    ),
+    "no embed": (
+        "swav",
+        {"engine": {"grad_accum_steps": 2, "gradient_cache": True}},
+        r"which swav does not: set engine.grad_accum_steps=1",
+    ),
     "not offered": (
         "swav",
-        {"engine": {"accumulate": 2}},
-        r"split; set engine.accumulate=1 and save memory by engine.recompute",
+        {"engine": {"grad_accum_steps": 2}},
+        r"split; set engine.grad_accum_steps=1 and save memory by engine.activation_checkpointing",
     ),
-    "not needed": ("byol", {"engine": {"accumulate": 2, "cache": True}}, r"exact for byol.*: set engine.cache=false"),
+    "not needed": (
+        "byol",
+        {"engine": {"grad_accum_steps": 2, "gradient_cache": True}},
+        r"exact for byol.*: set engine.gradient_cache=false",
+    ),
     "one norm over the batch": (
         "simclr",
-        {"engine": {"accumulate": 2, "cache": True}},
+        {"engine": {"grad_accum_steps": 2, "gradient_cache": True}},
         r"norm_group=0 would change .* \(6 / ranks\)",
     ),
     "groups across micro-batches": (
         "simclr",
-        {"engine": {"accumulate": 2, "cache": True}, "model": {"norm_group": 4}},
+        {"engine": {"grad_accum_steps": 2, "gradient_cache": True}, "model": {"norm_group": 4}},
         r"norm_group=4 would change the batch norm: set model.norm_group to a divisor",
     ),
 }

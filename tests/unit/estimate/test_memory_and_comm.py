@@ -32,9 +32,9 @@ ZERO_3 = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}  # s
 ADAMW = {"name": "adamw"}
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {  # method, column of `show memory`, engine, optimizer
     "ddp": ("relicv2", "ddp", {"name": "ddp", "bucket_mb": 0.05}, {}),
-    "ddp swav": ("swav", "ddp", {"name": "ddp", "precision": "bf16", "recompute": [2]}, ADAMW),
+    "ddp swav": ("swav", "ddp", {"name": "ddp", "precision": "bf16", "activation_checkpointing": [2]}, ADAMW),
     "fsdp2": ("relicv2", "fsdp2", {"name": "fsdp2"}, ADAMW),
-    "fsdp2 whole": ("swav", "fsdp2 whole", {"name": "fsdp2", "reshard": False, "recompute": True}, {}),
+    "fsdp2 whole": ("swav", "fsdp2 whole", {"name": "fsdp2", "reshard": False, "activation_checkpointing": True}, {}),
     "hsdp": ("relicv2", "fsdp2", {"name": "fsdp2", "replicate": 2, "precision": "bf16"}, {}),
     "oss": ("relicv2", "fairscale", {"name": "fairscale"}, ADAMW),
     "ddp moco": ("moco", "ddp", {"name": "ddp"}, {}),
@@ -235,7 +235,7 @@ def test_many_views_take_two_forwards_and_one_message_per_norm_direction_and_siz
 
     with comm.mirrored(6), watching(lambda engine: engine.method.backbone.register_forward_pre_hook(watch)) as watched:
         calls = comm.count(recipe(case))
-    steps = comm.WARM + 1 + case.startswith("ddp")  # which rehearses
+    steps = comm.WARM + 1 + case.startswith("ddp")  # which warms up
     assert forwards == {16: steps, 8: steps}
     norms = Counter(name.split(".")[0] for name, m in watched[0].engine.method.named_modules() if isinstance(m, BatchNorm))
     messages = {"backbone": 2 * 2, "projector": 2, "predictor": 2, "target_backbone": 1, "target_projector": 1}

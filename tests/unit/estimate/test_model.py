@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from scaletrain import cli
-from scaletrain.config.schema import Config, leaves
+from scaletrain.config.schema import Config, components
 from scaletrain.core import Batch, Clock
 from scaletrain.estimate import model
 from scaletrain.train.build import build
@@ -76,7 +76,7 @@ def real(cfg: Config) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "precision"), [*((name, "fp32") for name in leaves("methods")), ("byol", "bf16"), ("byol", "fp64")]
+    ("method", "precision"), [*((name, "fp32") for name in components("methods")), ("byol", "bf16"), ("byol", "fp64")]
 )
 def test_activations_are_what_a_step_allocates(method: str, precision: str) -> None:
     """Every method, though it decides by values (a full queue, a mask, a cluster).

@@ -20,7 +20,7 @@ from scaletrain.data.format import index
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
-from scaletrain.evals.features import Config, Scene
+from scaletrain.evals.features import Config, EvalContext
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
@@ -49,9 +49,9 @@ def evaluate(run: Path, benchmark: str, *changes: str, **options: Any) -> dict[s
 def test_what_is_left_is_the_data_set(run: Path, workers: int) -> None:
     """Features and labels are those of the good samples, with workers too."""
     train, test = run.parent / "data" / "train", run.parent / "data" / "test"
-    scene = Scene(find(run), Config(batch=8, workers=workers), train, test)
+    scene = EvalContext(find(run), Config(batch=8, workers=workers), train, test)
     whole = shards(run.parent / "whole", LABELS)
-    twin = Scene(find(run), Config(batch=8, workers=0), whole, whole)
+    twin = EvalContext(find(run), Config(batch=8, workers=0), whole, whole)
     good = [n for n in range(48) if n not in BAD]
     assert scene.samples == len(good)
     torch.testing.assert_close(scene.bank().x, twin.bank().x[good], rtol=0, atol=1e-5)
@@ -133,7 +133,7 @@ def test_with_a_label_subset_nothing_else_is_read(run: Path) -> None:
 
 def test_what_goes_bad_later_stops_the_probe(run: Path) -> None:
     train, test = run.parent / "data" / "train", run.parent / "data" / "test"
-    scene = Scene(find(run), Config(batch=8, workers=0), train, test)
+    scene = EvalContext(find(run), Config(batch=8, workers=0), train, test)
     stream = scene.augmented(torch.ones(scene.samples, dtype=torch.bool), 0)
     for sample in range(1, 30):
         if sample != 13:

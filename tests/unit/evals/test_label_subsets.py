@@ -21,7 +21,7 @@ from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
 from scaletrain.evals.benchmarks.linear import held_out
-from scaletrain.evals.features import Config, Scene, mask
+from scaletrain.evals.features import Config, EvalContext, mask
 from scaletrain.evals.targets import EvalError, find
 
 QUICK = ("features.batch=8", "features.workers=0")
@@ -59,8 +59,8 @@ def test_a_subset_is_a_data_set_of_its_samples(run: Path) -> None:
     """Bit for bit, though other samples have no labels."""
     file, folder, test = subset(run, CHOSEN), alone(run, CHOSEN), run.parent / "data" / "test"
     settings = Config(batch=8, workers=0)
-    some = Scene(find(run), settings, run.parent / "data" / "train", test, file)
-    twin = Scene(find(run), settings, folder, test)
+    some = EvalContext(find(run), settings, run.parent / "data" / "train", test, file)
+    twin = EvalContext(find(run), settings, folder, test)
     assert some.samples == twin.samples == 28
     rows = torch.tensor([0, 7, 27])
     assert some.part(rows).x.equal(twin.part(rows).x)
@@ -95,7 +95,7 @@ def test_the_augmented_stream_keeps_to_the_subset(tmp_path: Path) -> None:
     run = run_folder(tmp_path, train)
     chosen = [1, 2, 3, 7, 9, 11, 19, 20, 21, 30, 38, 39]
     test = shards(tmp_path / "data" / "test", chosen)
-    scene = Scene(find(run, "pixels"), Config(batch=4, workers=0), train, test, subset(run, chosen))
+    scene = EvalContext(find(run, "pixels"), Config(batch=4, workers=0), train, test, subset(run, chosen))
     stream = scene.augmented(torch.arange(12) % 4 != 0, 0)
     epochs = [[chosen[n] for _ in range(3) for n in next(stream)[1].tolist()] for _ in range(2)]  # labels are places by now
     stream.close()

@@ -24,8 +24,8 @@ def blobs(samples: int, noise: float, seed: int) -> Features:
     return Features(centres[labels] + noise * torch.randn(samples, WIDTH, generator=random), labels)
 
 
-class Scene:
-    """As much of a Scene as the probe uses, with cached features; it notes what was asked for."""
+class EvalContext:
+    """As much of a EvalContext as the probe uses, with cached features; it notes what was asked for."""
 
     transform: dict[str, Any] = {}  # noqa: RUF012
     augmentation: dict[str, Any] = {}  # noqa: RUF012
@@ -53,7 +53,7 @@ def probe(scene: Any, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]
 
 
 def test_separable_classes_reach_every_image() -> None:
-    metrics, card = probe(Scene(blobs(400, 0.2, 0), blobs(200, 0.2, 1)))
+    metrics, card = probe(EvalContext(blobs(400, 0.2, 0), blobs(200, 0.2, 1)))
     assert metrics["linear"] == metrics["linear_per_class"] == metrics["linear_held_out"] == 100.0
     assert "linear_top5" not in metrics  # four classes
     assert card["trained_on"] == 360
@@ -70,8 +70,8 @@ def test_the_choice_never_looks_at_the_test_set() -> None:
     """Rates from far too low to far too high; poisoned test labels change the score and nothing else."""
     train, test = skewed(400, 0), skewed(200, 1)
     rates = (1e-6, 0.05, 300.0)
-    clean, card = probe(Scene(train, test), rates=rates)
-    scene = Scene(train, Features(test.x, (test.labels + 1) % CLASSES))
+    clean, card = probe(EvalContext(train, test), rates=rates)
+    scene = EvalContext(train, Features(test.x, (test.labels + 1) % CLASSES))
     poisoned, poisoned_card = probe(scene, rates=rates)
     assert card == poisoned_card
     assert clean["linear_held_out"] == poisoned["linear_held_out"]
@@ -88,15 +88,15 @@ def test_the_choice_never_looks_at_the_test_set() -> None:
 def test_the_score_is_the_chosen_heads() -> None:
     train, test = blobs(400, 2.0, 0), blobs(200, 2.0, 1)
     rates = (300.0, 0.05, 1e-6)
-    metrics, card = probe(Scene(train, test), rates=rates)
-    alone, _ = probe(Scene(train, test), rates=(card["found"]["chosen_rate"],))
+    metrics, card = probe(EvalContext(train, test), rates=rates)
+    alone, _ = probe(EvalContext(train, test), rates=(card["found"]["chosen_rate"],))
     assert metrics["linear"] == alone["linear"]
 
 
 def test_refit_uses_every_training_image() -> None:
     train, test = blobs(120, 2.0, 0), blobs(200, 2.0, 1)
-    plain, card = probe(Scene(train, test))
-    refitted, refit_card = probe(Scene(train, test), refit=True)
+    plain, card = probe(EvalContext(train, test))
+    refitted, refit_card = probe(EvalContext(train, test), refit=True)
     assert (card["trained_on"], refit_card["trained_on"]) == (108, 120)
     assert card["found"]["chosen_rate"] == refit_card["found"]["chosen_rate"]
     assert plain["linear_held_out"] == refitted["linear_held_out"]
@@ -120,7 +120,7 @@ def test_held_out_images_are_never_trained_on() -> None:
     train, test = blobs(400, 0.2, 0), blobs(200, 0.2, 1)
     labels = train.labels.clone()
     labels[held_out(400)] = (labels[held_out(400)] + 1) % CLASSES
-    metrics, _ = probe(Scene(Features(train.x, labels), test))
+    metrics, _ = probe(EvalContext(Features(train.x, labels), test))
     assert metrics["linear_held_out"] == 0.0
     assert metrics["linear"] == 100.0
 
@@ -154,9 +154,9 @@ def test_augmented_batches_leave_out_what_is_held_out() -> None:
             yield train.x[rows], train.labels[rows]
 
     scene = SimpleNamespace(
-        **vars(Scene(train, test)), known=None, transform={}, augmentation={"name": "crops"}, augmented=augmented
+        **vars(EvalContext(train, test)), known=None, transform={}, augmentation={"name": "crops"}, augmented=augmented
     )
-    scene.part, scene.queries = Scene(train, test).part, Scene(train, test).queries
+    scene.part, scene.queries = EvalContext(train, test).part, EvalContext(train, test).queries
     metrics, card = probe(scene, augment=True)
     assert metrics["linear"] == 100.0
     assert card["train_transform"] == {"name": "crops"}

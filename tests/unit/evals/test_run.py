@@ -19,7 +19,7 @@ from scaletrain.cli import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
 from scaletrain.evals import targets
-from scaletrain.evals.features import Config, Scene
+from scaletrain.evals.features import Config, EvalContext
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
@@ -117,13 +117,13 @@ def test_the_augmented_probe_learns(run: Path) -> None:
     """The colours are separable in the pixels, whatever the crop."""
     (result,) = evals.run(run, ["linear"], overrides=QUICK, encoder="pixels")
     assert result["metrics"]["linear"] == 100.0
-    assert result["protocol"]["train_transform"]["area"] == [0.08, 1.0]
+    assert result["protocol"]["train_transform"]["scale"] == [0.08, 1.0]
 
 
 def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> None:
     """Labels are sample numbers here, so the stream tells what it read."""
     train = shards(tmp_path / "train", list(range(40)))
-    scene = Scene(find(run_folder(tmp_path, train), "pixels"), Config(batch=8, workers=0), train, train)
+    scene = EvalContext(find(run_folder(tmp_path, train), "pixels"), Config(batch=8, workers=0), train, train)
     wanted = torch.arange(40) % 4 != 0
     epochs = [[next(stream) for _ in range(5)] for stream in [scene.augmented(wanted, 0)] for _ in range(2)]
     first, second = ({int(n): x for part, labels in epoch for n, x in zip(labels, part, strict=True)} for epoch in epochs)
@@ -136,7 +136,7 @@ def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> N
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     subject = find(run)
-    scene = Scene(subject, Config(batch=32, workers=0), run.parent / "data" / "train", run.parent / "data" / "test")
+    scene = EvalContext(subject, Config(batch=32, workers=0), run.parent / "data" / "train", run.parent / "data" / "test")
     rows = torch.tensor([3, 4, 70])
     part = scene.part(rows)
     bank = scene.bank()
@@ -146,7 +146,7 @@ def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     torch.testing.assert_close(part.x, bank.x[rows], rtol=0, atol=1e-5)
     assert part.labels.equal(bank.labels[rows])
     assert scene.bank() is bank
-    one = Scene(subject, Config(batch=1, workers=0), scene.train, scene.test).bank()  # eval mode: no sample sees another
+    one = EvalContext(subject, Config(batch=1, workers=0), scene.train, scene.test).bank()  # eval mode: no sample sees another
     torch.testing.assert_close(one.x, bank.x, rtol=0, atol=1e-5)
 
 

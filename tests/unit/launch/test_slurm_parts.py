@@ -42,11 +42,11 @@ def test_gpus_of_a_node(text: str, gpus: int) -> None:
 
 
 def test_grid_values_are_yaml() -> None:
-    axes = ["optim.lr=0.1,2e-1", "data.views.0.area=[0.2, 1],[0.08, 1]", "method=byol,swav"]
+    axes = ["optim.lr=0.1,2e-1", "data.views.0.scale=[0.2, 1],[0.08, 1]", "method=byol,swav"]
     got = grid.combinations(axes, seeds=2)
     assert len(got) == 16
-    assert got[0] == ("optim.lr=0.1", "data.views.0.area=[0.2, 1]", "method=byol", "seed=0")
-    assert got[-1] == ("optim.lr=0.2", "data.views.0.area=[0.08, 1]", "method=swav", "seed=1")
+    assert got[0] == ("optim.lr=0.1", "data.views.0.scale=[0.2, 1]", "method=byol", "seed=0")
+    assert got[-1] == ("optim.lr=0.2", "data.views.0.scale=[0.08, 1]", "method=swav", "seed=1")
     assert grid.combinations([], 1) == [()]
     folders = {grid.folder(Path("runs"), element) for element in got}
     assert len(folders) == 16

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scaletrain.checkpoint import files
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Model
-from scaletrain.core import Staged
+from scaletrain.core import DeferredState
 from scaletrain.nn import backbone, resnet
 
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -42,7 +42,7 @@ SIMCLRV2 = {
 
 def commit(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Staged):
+        if isinstance(module, DeferredState):
             module.commit()
 
 

@@ -1,6 +1,6 @@
 """Selective kernels against a transcription of the formulas of SimCLRv2's network, written channels-last as its code is.
 
-Facts: google-research/simclr, tf2/resnet.py. The batch norms run in eval mode with given statistics.
+Source: google-research/simclr, tf2/resnet.py. The batch norms run in eval mode with given statistics.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from scaletrain.checkpoint import files
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config, Model
-from scaletrain.core import Staged
+from scaletrain.core import DeferredState
 from scaletrain.evals import targets
 from scaletrain.nn import backbone
 from scaletrain.nn.norm import BatchNorm, per_view
@@ -45,7 +45,7 @@ def test_a_training_step_equals_timms(name: str) -> None:
     for y in outputs:
         y.square().mean().backward()
     for module in ours.modules():
-        if isinstance(module, Staged):
+        if isinstance(module, DeferredState):
             module.commit()
     torch.testing.assert_close(*outputs, rtol=1e-8, atol=1e-8)
     for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):

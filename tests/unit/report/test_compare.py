@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from scaletrain.cli import app
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
-from scaletrain.core import Batch, Clock, Result
+from scaletrain.core import Batch, Clock, StepResult
 from scaletrain.evals import run as evals
 from scaletrain.report.compare import compare
 from scaletrain.train import progress
@@ -125,7 +125,7 @@ def test_a_resume_adds_neither_its_start_up_nor_what_it_repeats(
         )
         for step in range(start, stop):
             clock.now += 3600 if step == start else 0.25
-            watch.step(Clock(step, 200, step // PER_EPOCH, PER_EPOCH), Result(1.0, {}, torch.ones(())), {}, images, 0.0)
+            watch.step(Clock(step, 200, step // PER_EPOCH, PER_EPOCH), StepResult(1.0, {}, torch.ones(())), {}, images, 0.0)
         watch.close()
     assert [r["step"] for r in read(slow) if "speed/seconds_per_step" not in r] == [0, 126]
     assert seconds(slow, fast) == pytest.approx([12.5, 25, 50])

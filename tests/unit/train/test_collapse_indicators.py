@@ -84,7 +84,7 @@ def test_studies_of_masks_without_masks_are_refused(overrides: list[str], text: 
 
 def test_every_objective_shows_more_than_its_loss() -> None:
     """Signals of its own beside the parts of the loss, all finite numbers."""
-    for name in (*schema.leaves("methods"), *small.JOINED):
+    for name in (*schema.components("methods"), *small.JOINED):
         cfg = small.config(name)
         engine = small.engine(cfg)
         small.run(engine, cfg, 0, 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 import scaletrain.train.progress
 from scaletrain import dist
 from scaletrain.config import schema
-from scaletrain.core import Batch, Clock, Result
+from scaletrain.core import Batch, Clock, StepResult
 from scaletrain.train import monitor
 from scaletrain.train.resume import Start
 
@@ -54,11 +54,11 @@ def batch() -> Batch:
     return Batch(views, torch.arange(10), torch.arange(10), pixel_range)
 
 
-def result(step: int, embedding: Tensor | None = None, skipped: bool = False) -> Result:
+def result(step: int, embedding: Tensor | None = None, skipped: bool = False) -> StepResult:
     part: Any = Unread(step + 0.5)
     norm: Any = Unread(2.0)
     trust: Any = {"min": Unread(0.1), "median": Unread(0.2), "max": Unread(0.3)}
-    return Result(float(step), {"invariance": part}, norm, trust, embedding, skipped)
+    return StepResult(float(step), {"invariance": part}, norm, trust, embedding, skipped)
 
 
 def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> None:
@@ -149,7 +149,7 @@ def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path: Path) -> None:
     watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(0, 0, 32 * 0))
-    bad = Result(math.inf, {}, torch.tensor(math.nan), embedding=torch.full((4, 2), math.nan), skipped=True)
+    bad = StepResult(math.inf, {}, torch.tensor(math.nan), embedding=torch.full((4, 2), math.nan), skipped=True)
     watch.step(Clock(0, TOTAL, 0, PER_EPOCH), bad, {}, batch(), 0.0)
     watch.close()
 

@@ -16,7 +16,7 @@ from scaletrain.data.loading import support
 from scaletrain.data.loading.loader import Stream
 from scaletrain.train.loop import _whole, train
 
-VIEWS = [{"size": 16, "count": 2, "area": [0.1, 0.3], "grayscale": 1.0, "solarize": 1.0, "interpolation": "bilinear"}]
+VIEWS = [{"size": 16, "count": 2, "scale": [0.1, 0.3], "grayscale": 1.0, "solarize": 1.0, "interpolation": "bilinear"}]
 
 
 def recipe(folder: Path, method: dict[str, object]) -> schema.Config:
@@ -52,7 +52,7 @@ def test_whole_images_are_the_same_samples_undistorted(folder: Path) -> None:
     assert torch.equal(drawn.index, whole.index)
     assert drawn.views[0].shape == (2, 12, 3, 16, 16)
     assert whole.views[0].shape == (1, 12, 3, 16, 16)
-    again = first(_whole(data.model_copy(update={"views": (data.views[0].model_copy(update={"area": (0.5, 1.0)}),)})))[1]
+    again = first(_whole(data.model_copy(update={"views": (data.views[0].model_copy(update={"scale": (0.5, 1.0)}),)})))[1]
     assert torch.equal(whole.views[0], again.views[0])  # nothing is left to chance
     colours = whole.views[0].std(2).mean()
     assert colours > 4 * drawn.views[0].std(2).mean()  # of which training here shows none

@@ -22,7 +22,7 @@ from scaletrain.data.format.verify import verify
 from scaletrain.data.loading.loader import Stream, plain
 from scaletrain.data.reading import concat
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Account
+from scaletrain.data.reading.replacement import ReplacementLog
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.data.storage import http
 
@@ -179,7 +179,7 @@ def test_what_indexing_left_out_is_remembered_and_counts(lossy: Path, capsys: py
 
 
 def test_left_out_and_replaced_samples_count_together(tmp_path: Path) -> None:
-    account = Account(tmp_path, Data(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08)
+    account = ReplacementLog(tmp_path, Data(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08)
     for step in range(2):
         account.add(step, [Replaced(step, 9, "x")])
     assert account.agree(20) == 2
@@ -205,7 +205,7 @@ def test_single_samples_that_are_left_out_count_as_such(tmp_path: Path) -> None:
     assert "pickle" in Shards(folder).losses[0].fault
     assert "samples left out of the index: 3: 3 FAULTS" in run("verify", folder)
     index.build(write_shards(tmp_path / "good", (3,)))
-    both = concat.Joined([str(folder), str(tmp_path / "good")])
+    both = concat.ConcatShards([str(folder), str(tmp_path / "good")])
     assert [loss.samples for loss in both.losses] == [3, 0]
 
 

@@ -21,7 +21,7 @@ from scaletrain.data.format import index, offsets
 from scaletrain.data.format.verify import verify
 from scaletrain.data.loading.loader import Stream, plain
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import Account
+from scaletrain.data.reading.replacement import ReplacementLog
 from scaletrain.data.sampling.substitutes import Replaced, substitutes
 
 COUNTS = (8, 8, 8, 8, 8)
@@ -267,8 +267,8 @@ def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: 
     assert differ == len(lost) > 0
 
 
-def account(run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip") -> Account:
-    return Account(run, Data(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before)
+def account(run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip") -> ReplacementLog:
+    return ReplacementLog(run, Data(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before)
 
 
 def test_the_account_counts_over_resumes_and_names_everything(tmp_path: Path) -> None:

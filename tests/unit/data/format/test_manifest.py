@@ -18,7 +18,7 @@ SHARDS = [{"name": f"s-{n:0{1 + n % 4}d}}},é.tar", "samples": n, "bytes": 512 *
 
 
 def parse(text: str) -> manifest.Manifest:
-    return manifest.parse(io.BytesIO(text.encode()), "WHERE", "CURE")
+    return manifest.parse(io.BytesIO(text.encode()), "WHERE", "FIX")
 
 
 def text_of(shards: object, **options: object) -> str:
@@ -53,7 +53,7 @@ def test_pieces_change_nothing(piece: int, options: dict[str, object], monkeypat
 )
 def test_faults_are_named(text: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "PIECE", 300)
-    with pytest.raises(DataError, match=rf"^WHERE.*{fault.removeprefix('WHERE ')}.*; CURE$"):
+    with pytest.raises(DataError, match=rf"^WHERE.*{fault.removeprefix('WHERE ')}.*; FIX$"):
         parse(text)
 
 

@@ -19,7 +19,7 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
 from scaletrain.data.loading.loader import Stream, plain
 from scaletrain.data.reading import subset
-from scaletrain.data.reading.concat import Joined, shards_of
+from scaletrain.data.reading.concat import ConcatShards, shards_of
 from scaletrain.data.reading.reader import Shards
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_lists_of_one_folder_and_of_several(both: Path, tmp_path: Path) -> None:
         assert isinstance(shards, Shards)
         assert [shards.read(i).image for i in range(9)] == [encode(picture(n)) for n in (11, 12, 13, 14, 15, 0, 1, 2, 3)]
     several = shards_of(f"[{first}, {other}, {second}]")
-    assert isinstance(several, Joined)
+    assert isinstance(several, ConcatShards)
     assert [several.read(i).image for i in range(15)] == [
         encode(picture(n)) for n in (11, 12, 13, 14, 15, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5)
     ]

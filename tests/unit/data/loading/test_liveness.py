@@ -198,7 +198,7 @@ def test_bytes_of_a_slow_folder_are_signs_of_life(tmp_path: Path, monkeypatch: p
             yield part
 
     monkeypatch.setattr(remote.Folder, "parts", slow)
-    monkeypatch.setattr(prefetch.Staged, "expect", lambda *_: None)  # nobody else fetches
+    monkeypatch.setattr(prefetch.CachedShards, "expect", lambda *_: None)  # nobody else fetches
 
     def batches(place: str, liveness: float) -> Iterator[Batch]:
         cache = Cache(path=str(tmp_path / place), stage=True)

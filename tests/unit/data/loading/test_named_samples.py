@@ -40,7 +40,7 @@ def config(path: Path | str, **changes: object) -> Config:
             "data": {"path": str(path), "lanes": 2, "workers": 0, "views": [{"size": 16, "count": 2}], "synthetic_samples": 8},
             "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
             "method": {"name": "byol", "hidden": 16, "dim": 8},
-            "optim": {"name": "sgd", "lr": 0.1, "rule": "none", "warmup_epochs": 0, **changes},
+            "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "warmup_epochs": 0, **changes},
             "engine": {"name": "ddp", "max_skipped": 1},
             "monitor": {"every": 1, "images_every": 0},
             "threads": 1,

@@ -22,7 +22,7 @@ from scaletrain.data.loading.dataset import Images
 from scaletrain.data.loading.loader import Stream, plain
 
 CPU = torch.device("cpu")
-VIEWS = (View(size=16, count=2, solarize=0.2), View(size=8, area=(0.05, 0.14)))
+VIEWS = (View(size=16, count=2, solarize=0.2), View(size=8, scale=(0.05, 0.14)))
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 

@@ -17,7 +17,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.loader import Stream
-from scaletrain.data.reading.concat import Joined
+from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.sampling.mixture import Mixture, Source
 from scaletrain.data.sampling.plan import Order
 
@@ -190,7 +190,7 @@ def test_a_list_of_classes_that_cannot_be_read_is_named_at_once(tmp_path: Path) 
     for folder in folders:
         (folder / "classes.json").mkdir()
     with pytest.raises(DataError, match=r"a/classes.json cannot be read: Is a directory"):
-        Joined([str(folder) for folder in folders])
+        ConcatShards([str(folder) for folder in folders])
 
 
 def test_synthetic_data_have_virtual_epochs_too() -> None:

@@ -226,10 +226,10 @@ def test_antialiased_modes_do_not_alias_a_zone_plate() -> None:
     ("height", "width", "area"), [(300, 450, (0.08, 1.0)), (375, 500, (0.05, 0.14)), (500, 333, (0.14, 1.0))]
 )
 def test_ten_thousand_boxes_are_distributed_as_torchvisions(height: int, width: int, area: tuple[float, float]) -> None:
-    spec = View(area=area)
+    spec = View(scale=area)
     torch.manual_seed(0)
     empty = torch.empty(3, height, width)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(empty, spec.area, spec.ratio) for _ in range(10_000)])
+    theirs = np.array([transforms.RandomResizedCrop.get_params(empty, spec.scale, spec.ratio) for _ in range(10_000)])
     ours = np.array([p.box for p in drawn(10_000, spec, height, width)])
     for value in (lambda x: x[:, 2] * x[:, 3], lambda x: x[:, 3] / x[:, 2], *(lambda x, i=i: x[:, i] for i in range(4))):
         assert stats.ks_2samp(value(ours), value(theirs)).pvalue > 0.01

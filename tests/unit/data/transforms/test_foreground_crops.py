@@ -15,7 +15,7 @@ from scaletrain.core import Batch
 from scaletrain.data.loading.loader import Stream
 from scaletrain.data.transforms import foreground_crops, mask_ablations
 
-SPEC = View(size=16, area=(0.05, 0.2))
+SPEC = View(size=16, scale=(0.05, 0.2))
 
 
 def held(box: foreground_crops.Box, mask: np.ndarray) -> float:
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch(folder: Path, share: float) -> Batch:
-    views = (View(size=16, count=2, area=(0.05, 0.2)), View(size=8, area=(0.05, 0.2)))
+    views = (View(size=16, count=2, scale=(0.05, 0.2)), View(size=8, scale=(0.05, 0.2)))
     data = Data(path=str(folder), lanes=4, window=1, workers=0, views=views, masks=True, good_crops=share, good_cover=0.15)
     stream = Stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu"))
     return next(iter(stream.batches(0, 1)))

@@ -47,9 +47,9 @@ def test_numbers_depend_on_every_part_of_the_key_and_on_the_view() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20), (60, 50)])
 def test_impossible_crops_fall_back_to_the_centre_as_torchvision(height: int, width: int) -> None:
-    spec = View(area=(1.0, 1.0), ratio=(0.99, 1.01))
+    spec = View(scale=(1.0, 1.0), ratio=(0.99, 1.01))
     torch.manual_seed(0)
-    theirs = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), spec.area, spec.ratio)
+    theirs = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), spec.scale, spec.ratio)
     assert random_box(spec, [0.5] * 20, 0.5, 0.5, height, width) == tuple(theirs)
 
 

@@ -27,7 +27,7 @@ from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT
 from scaletrain.train import monitor
 from scaletrain.train.progress import number
 
-FILE = "rehearsal.json"
+FILE = "throughput_check.json"
 REST = "the rest"  # agreement of the ranks, gradient norm, monitor, checkpoints
 PARTS = (WAIT, COPY, FORWARD, BACKWARD, UPDATE, REST)
 WARM_UP = 10  # steps at the start that are not counted, or half of them if there are fewer than twice as many
@@ -47,7 +47,7 @@ class Timer:
         self._cuts = [(stamp(), REST)]
 
     @contextmanager
-    def mark(self, name: str) -> Iterator[None]:
+    def span(self, name: str) -> Iterator[None]:
         self._open.append(name)
         self._cuts.append((self._stamp(), name))
         try:
@@ -77,7 +77,7 @@ class Timer:
 
 
 @contextmanager
-def rehearse(config: Config, run: Path, steps: int, device: torch.device) -> Iterator[monitor.Steps]:
+def measuring(config: Config, run: Path, steps: int, device: torch.device) -> Iterator[monitor.Steps]:
     """Time the coming `steps` of a run on synthetic data; call `.step()` after each. Other runs are not timed.
 
     On CUDA the parts are cut by events on the device's own time line, where the host never waits for them.
@@ -87,7 +87,7 @@ def rehearse(config: Config, run: Path, steps: int, device: torch.device) -> Ite
         return
     stamp, seconds = (_event, _between) if device.type == "cuda" else (time.perf_counter, operator.sub)
     timer = Timer(stamp, seconds, skip=min(WARM_UP, steps // 2))
-    with timing.listening(timer.mark):
+    with timing.listening(timer.span):
         yield timer
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -115,7 +115,7 @@ def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """What is written to RUN/rehearsal.json, from the summary of every rank."""
+    """What is written to RUN/throughput_check.json, from the summary of every rank."""
     world, local = len(ranks), dist.local_world()
     step = statistics.fmean(r["median"] for r in ranks)  # ms; the ranks step together
     parts = {name: statistics.fmean(r["parts"][name] for r in ranks) for name in PARTS}
@@ -151,7 +151,7 @@ def show(result: Mapping[str, Any], run: Path) -> None:
     table.add_row("step", f"{whole:.2f}", "100 %")
     speed, loader, memory = result["step_ms"], result["loader_images_per_second"], result["memory"]
     console.print(
-        f"rehearsal: {number(result['images_per_second'])} images/s, {number(result['views_per_second'])} views/s; batch "
+        f"throughput check: {number(result['images_per_second'])} images/s, {number(result['views_per_second'])} views/s; batch "
         f"{result['batch']} on {plural(result['processes'], 'process')}, {plural(result['steps_measured'], 'step')} measured "
         "after the warm-up\n"
         f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; by part, mean over the middle half:"

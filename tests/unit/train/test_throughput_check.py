@@ -1,4 +1,4 @@
-"""The rehearsal: parts that tile a step, and the table of a run on synthetic data."""
+"""The throughput check: parts that tile a step, and the table of a run on synthetic data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kit.data import write_shards
 
 from scaletrain.config import load
 from scaletrain.runtime import timing
-from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT, mark
-from scaletrain.train import monitor, rehearsal
-from scaletrain.train.rehearsal import PARTS, REST, Timer, rehearse
+from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT, span
+from scaletrain.train import monitor, throughput_check
+from scaletrain.train.throughput_check import PARTS, REST, Timer, measuring
 
 ROOT = Path(__file__).parents[3]
 RECIPE = """
@@ -44,18 +44,18 @@ def test_parts_tile_the_step_and_nested_ones_are_taken_out() -> None:
     timer = Timer(clock, lambda b, a: b - a, skip=1)
 
     def one(wait: float) -> None:
-        with mark(WAIT):
+        with span(WAIT):
             clock.now += wait
-            with mark(COPY):
+            with span(COPY):
                 clock.now += 2
             clock.now += 4
         clock.now += 8
         for _ in range(2):  # micro-batches
-            with mark(FORWARD):
+            with span(FORWARD):
                 clock.now += 16
         timer.step()
 
-    with timing.listening(timer.mark):
+    with timing.listening(timer.span):
         one(1000)  # warm-up
         one(1)
         clock.now += 0.5  # between the steps: part of the next
@@ -67,7 +67,7 @@ def test_parts_tile_the_step_and_nested_ones_are_taken_out() -> None:
 def test_a_part_that_raises_is_closed() -> None:
     clock = Clockwork()
     timer = Timer(clock, lambda b, a: b - a)
-    with contextlib.suppress(KeyError), timer.mark(WAIT):
+    with contextlib.suppress(KeyError), timer.span(WAIT):
         clock.now += 1
         raise KeyError
     clock.now += 2
@@ -78,16 +78,16 @@ def test_a_part_that_raises_is_closed() -> None:
 def test_long_runs_keep_the_last_steps() -> None:
     clock = Clockwork()
     timer = Timer(clock, lambda b, a: b - a)
-    for number in range(rehearsal.KEPT + 5):
+    for number in range(throughput_check.KEPT + 5):
         clock.now += number
         timer.step()
-    assert [s[REST] for s in timer.read()] == list(range(5, rehearsal.KEPT + 5))
+    assert [s[REST] for s in timer.read()] == list(range(5, throughput_check.KEPT + 5))
 
 
 def test_summary_leaves_out_odd_steps_and_adds_up() -> None:
     steps = [{FORWARD: 0.010, REST: 0.001 * i} for i in range(8)]
     steps[3] = {FORWARD: 0.010, REST: 9.0}  # a checkpoint
-    found = rehearsal.summary(steps)
+    found = throughput_check.summary(steps)
     assert found["median"] == pytest.approx(14.5)  # of rests 0 1 2 4 5 6 7 9000
     assert found["parts"][FORWARD] == pytest.approx(10)
     assert found["parts"][REST] == pytest.approx((2 + 4 + 5 + 6) / 4)
@@ -104,7 +104,7 @@ def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         {"median": 100.0, "p95": 130.0, "parts": {**zero, WAIT: 15.0, FORWARD: 85.0}, "memory": {"memory/rss_peak_mb": 9.0}},
     ]
     cfg = load.build({"batch": 32, "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]}})
-    found = rehearsal.report(cfg, ranks, 40)
+    found = throughput_check.report(cfg, ranks, 40)
     assert found["images_per_second"] == pytest.approx(320)
     assert found["views_per_second"] == pytest.approx(320 * 8)
     assert found["loader_images_per_second"] == pytest.approx({"process": 16 / 0.090, "node": 16 / 0.090})
@@ -113,12 +113,12 @@ def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_marks_cost_nothing_when_nobody_listens(tmp_path: Path) -> None:
-    assert mark(FORWARD) is mark(BACKWARD)
+    assert span(FORWARD) is span(BACKWARD)
     cfg = load.build({"data": {"path": "elsewhere"}})
-    with rehearse(cfg, tmp_path, 5, torch.device("cpu")) as watch:
+    with measuring(cfg, tmp_path, 5, torch.device("cpu")) as watch:
         watch.step()
         assert isinstance(watch, monitor.Unwatched)
-        assert mark(FORWARD) is mark(UPDATE)
+        assert span(FORWARD) is span(UPDATE)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,7 +135,7 @@ def train(tmp_path: Path, procs: int, *arguments: str) -> str:
 @pytest.mark.parametrize("procs", [1, 2])
 def test_the_command(tmp_path: Path, procs: int) -> None:
     shown = train(tmp_path, procs, "--data", "synthetic", "--steps", "26")
-    found: dict[str, Any] = json.loads((tmp_path / "run" / rehearsal.FILE).read_text())
+    found: dict[str, Any] = json.loads((tmp_path / "run" / throughput_check.FILE).read_text())
     assert (found["processes"], found["processes_per_node"], found["steps_measured"]) == (procs, procs, 16)
     parts = found["parts_ms"]
     assert all(parts[name] > 0 for name in PARTS)
@@ -154,5 +154,5 @@ def test_real_data_is_not_a_rehearsal(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", (16, 16))
     shown = train(tmp_path, 1, "--data", str(shards), "--steps", "2", "optim.warmup_epochs=0")
     assert "step 2/2" in shown
-    assert "rehearsal" not in shown
-    assert not (tmp_path / "run" / rehearsal.FILE).exists()
+    assert "throughput check" not in shown
+    assert not (tmp_path / "run" / throughput_check.FILE).exists()
