@@ -1,8 +1,12 @@
-"""The reference run: CIFAR-10 images to a judged encoder, killed in the middle and resumed, kNN at every epoch.
+"""The reference run: CIFAR-10 images to a judged encoder, killed in the middle and resumed, kNN at
+every epoch.
 
-    python benchmarks/cifar10.py IMAGES WORK        IMAGES holds train/CLASS/*.jpg and test/CLASS/*.jpg
+    python benchmarks/cifar10.py IMAGES WORK
 
-Prints the table of benchmarks/RESULTS.md: kNN of the raw pixels, the untrained encoder and each epoch, seconds per epoch.
+IMAGES holds train/CLASS/*.jpg and test/CLASS/*.jpg.
+
+Prints the table of benchmarks/RESULTS.md: kNN of the raw pixels, the untrained encoder and each
+epoch, seconds per epoch.
 """
 
 from __future__ import annotations
@@ -27,30 +31,62 @@ HERE = Path(__file__).parent
 SETTINGS = ((200, 0.1), (20, 0.07))  # (k, temperature)
 
 
-def main(images: Path, work: Path, recipe: Path = HERE / "simclr_cifar10.yaml", overrides: list[str] | None = None) -> None:
+def main(
+    images: Path,
+    work: Path,
+    recipe: Path = HERE / "simclr_cifar10.yaml",
+    overrides: list[str] | None = None,
+) -> None:
     """Write shards, train with one kill -9 in mid-epoch, judge every epoch."""
     shards, run = work / "shards", work / "run"
     if not (shards / "train").exists():
-        subprocess.run([sys.executable, str(HERE.parent / "shards" / "cifar10.py"), str(images), str(shards)], check=True)
+        subprocess.run(
+            [sys.executable, str(HERE.parent / "shards" / "cifar10.py"), str(images), str(shards)],
+            check=True,
+        )
+
     settings = [f"data.path={shards / 'train'}", *(overrides or [])]
     samples = len(Shards(shards / "train"))
     recipe_config = load.load(recipe, settings)
     per_epoch = samples // recipe_config.batch
     settings += [f"checkpoint.keep_every={per_epoch}"]
-    command = [sys.executable, "-m", "scaletrain", "train", str(recipe), *settings, "--run", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain",
+        "train",
+        str(recipe),
+        *settings,
+        "--run",
+        str(run),
+    ]
+
     begun = time.monotonic()
     train_and_kill(command, run, round((recipe_config.epochs / 2 + 0.4) * per_epoch))
     subprocess.run(command, check=True)
-    typer.echo(f"training took {time.monotonic() - begun:.0f} s, start-up and the repeated part of an epoch included")
-    typer.echo("| epoch | " + " | ".join(f"kNN k={k} T={t}" for k, t in SETTINGS) + " | training seconds of the epoch |")
+    typer.echo(
+        f"training took {time.monotonic() - begun:.0f} s, start-up and the repeated part of an "
+        "epoch included"
+    )
+    typer.echo(
+        "| epoch | "
+        + " | ".join(f"kNN k={k} T={t}" for k, t in SETTINGS)
+        + " | training seconds of the epoch |"
+    )
+
     typer.echo("|---|" + "---|" * (len(SETTINGS) + 1))
     baselines: tuple[Encoder, ...] = ("pixels", "untrained")
     for name in baselines:
         show(name, score(run, shards, name), "")
+
     seconds = seconds_per_epoch(run)
     for folder in sorted((run / "checkpoints").glob("step-*")):
         epoch = int(folder.name.removeprefix("step-")) // per_epoch
-        show(str(epoch), score(folder, shards, "trained"), f"{seconds.get(epoch - 1, float('nan')):.0f}")
+        show(
+            str(epoch),
+            score(folder, shards, "trained"),
+            f"{seconds.get(epoch - 1, float('nan')):.0f}",
+        )
 
 
 def train_and_kill(command: list[str], run: Path, step: int) -> None:
@@ -64,7 +100,11 @@ def train_and_kill(command: list[str], run: Path, step: int) -> None:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def seconds_per_epoch(run: Path) -> dict[int, float]:
@@ -72,6 +112,7 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
     rates: dict[int, list[float]] = {}
     for line in metrics(run):
         rates.setdefault(int(line["epoch"]), []).append(1 / line["speed/images_per_second"])
+
     settings = load.load(run / "config.yaml")
     samples = len(Shards(settings.data.path))
     return {epoch: samples * sum(values) / len(values) for epoch, values in rates.items()}
@@ -80,7 +121,11 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
 def score(target: Path, shards: Path, encoder: Encoder) -> list[float]:
     scene = EvalContext(find(target, encoder), Features(), shards / "train", shards / "test")
     bank, queries = scene.bank(), scene.queries()
-    found = [knn(bank.x, bank.labels, queries.x, queries.labels, (k,), t)[f"knn_{k}"] for k, t in SETTINGS]
+    found = [
+        knn(bank.x, bank.labels, queries.x, queries.labels, (k,), t)[f"knn_{k}"]
+        for k, t in SETTINGS
+    ]
+
     return [float(value) for value in found]
 
 

@@ -1,7 +1,9 @@
-"""SimCLR's loss beside lightly's NTXentLoss, forward and backward on the CPU: `python benchmarks/contrast.py`.
+"""SimCLR's loss beside lightly's NTXentLoss, forward and backward on the CPU: `python
+benchmarks/contrast.py`.
 
-Peak memory: what the resident set of a fresh process rises by. Speed: alternating pairs in one process. Both give one value
-and one gradient, and those of float64 similarities held all at once. Needs `pip install lightly==1.6.0`.
+Peak memory: what the resident set of a fresh process rises by. Speed: alternating pairs in one
+process. Both give one value and one gradient, and those of float64 similarities held all at once.
+Needs `pip install lightly==1.6.0`.
 """
 
 from __future__ import annotations
@@ -66,7 +68,10 @@ def apart(names: tuple[str, str], rows: int, dim: int) -> tuple[float, float]:
         loss = LOSSES[name](a, b)
         values.append(loss.item())
         gradients.append(torch.cat(torch.autograd.grad(loss, (a, b))))
-    return abs(values[0] / values[1] - 1), ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
+
+    return abs(values[0] / values[1] - 1), (
+        (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    ).item()
 
 
 def seconds(name: str, rows: int, dim: int) -> float:
@@ -81,12 +86,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192, help="embeddings: two of each sample")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peak", choices=LOSSES, help="only print what this one adds to the memory of the process")
+    parser.add_argument(
+        "--peak", choices=LOSSES, help="only print what this one adds to the memory of the process"
+    )
+
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
         print(peak(args.peak, args.rows, args.dim))
         return
+
     options = ["--rows", str(args.rows), "--dim", str(args.dim), "--threads", str(args.threads)]
 
     def measured(name: str) -> float:
@@ -96,13 +105,27 @@ def main() -> None:
     print(f"{args.rows} rows x {args.dim}, {args.threads} threads, torch {torch.__version__}")
     for other, rows in (("float64", min(EXACT_ROWS, args.rows)), ("lightly", args.rows)):
         value, gradient = apart(("scaletrain", other), rows, args.dim)
-        print(f"against {other} at {rows} rows: value apart by {value:.1e}, gradient by {gradient:.1e}")
+        print(
+            f"against {other} at {rows} rows: value apart by {value:.1e}, gradient by "
+            f"{gradient:.1e}"
+        )
+
     theirs, ours = measured("lightly"), measured("scaletrain")
-    print(f"peak memory: lightly {theirs:.0f} MB, scaletrain {ours:.0f} MB: 1/{theirs / max(1.0, ours):.1f}")
-    times = [(seconds("lightly", args.rows, args.dim), seconds("scaletrain", args.rows, args.dim)) for _ in range(PAIRS)]
+    print(
+        f"peak memory: lightly {theirs:.0f} MB, scaletrain {ours:.0f} MB: "
+        f"1/{theirs / max(1.0, ours):.1f}"
+    )
+    times = [
+        (seconds("lightly", args.rows, args.dim), seconds("scaletrain", args.rows, args.dim))
+        for _ in range(PAIRS)
+    ]
+
     ratios = [a / b for a, b in times]
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"seconds: lightly {median(a for a, _ in times):.2f}, scaletrain {median(b for _, b in times):.2f}")
+    print(
+        f"seconds: lightly {median(a for a, _ in times):.2f}, scaletrain "
+        f"{median(b for _, b in times):.2f}"
+    )
     print(f"speed: {median(ratios):.2f} times lightly's ({spread}, {PAIRS} pairs)")
 
 

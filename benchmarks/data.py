@@ -1,7 +1,8 @@
 """The data plane's figures in one table, written to benchmarks/DATA.md: `make bench SHARDS=FOLDER`.
 
-FOLDER: shards of real photographs of about 110 KB, as shards/folder.py or shards/imagenet.py write them. The two peers live
-in folders of their own (lightly and albumentations on webdataset). Nothing else should run meanwhile.
+FOLDER: shards of real photographs of about 110 KB, as shards/folder.py or shards/imagenet.py write
+them. The two peers live in folders of their own (lightly and albumentations on webdataset). Nothing
+else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -20,16 +21,24 @@ HERE = Path(__file__).parent
 
 
 def main(
-    shards: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder of shards of photographs.")],
+    shards: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="A folder of shards of photographs."),
+    ],
     lightly: Annotated[str, typer.Option(help="Folder where pip --target put it.")],
     albumentations: Annotated[str, typer.Option(help="Folder where pip --target put it.")],
     pairs: int = 5,
-    batches: Annotated[int, typer.Option(help="Measured batches of a run of the loader, of 32 images.")] = 16,
+    batches: Annotated[
+        int, typer.Option(help="Measured batches of a run of the loader, of 32 images.")
+    ] = 16,
     out: Annotated[Path, typer.Option(help="The table.")] = HERE / "DATA.md",
 ) -> None:
-    """Measure, print each row when it is known, write the table. Exit code 1 if a target is missed."""
+    """Measure, print each row when it is known, write the table. Exit code 1 if a target is
+    missed.
+    """
     rows, load = [], os.getloadavg()[0]
     print(HEAD, flush=True)
+
     for source in (
         loader.rows(shards, lightly, albumentations, pairs, batches),
         integrity.rows(str(shards)),
@@ -39,23 +48,37 @@ def main(
         for row in source:
             print(row, flush=True)
             rows.append(row)
-    names = ("torch", "torchvision", "opencv-python-headless", "numba", "webdataset", "lightly", "albumentations")
+
+    names = (
+        "torch",
+        "torchvision",
+        "opencv-python-headless",
+        "numba",
+        "webdataset",
+        "lightly",
+        "albumentations",
+    )
+
     stages = [f"- antialias {wanted}: {loader.stages(shards, wanted)}" for wanted in (True, False)]
     text = [
         "# The data plane, measured",
         "",
         f"By `make bench SHARDS=FOLDER` on {machine()}, load {load:.1f} before it began;",
         f"{versions(names, (lightly, albumentations))}.",
-        "What each part counts, and how, stands in its head: [loader](loader.py), [integrity](integrity.py), [plan](plan.py),",
-        f"[mixing](mixing.py). Times are CPU time. Ratio: the peer's by ours, {pairs} pairs of {batches} batches, alternating.",
+        "What each part counts, and how, stands in its head: [loader](loader.py), "
+        "[integrity](integrity.py), [plan](plan.py),",
+        f"[mixing](mixing.py). Times are CPU time. Ratio: the peer's by ours, {pairs} pairs of "
+        f"{batches} batches, alternating.",
         "",
         HEAD,
         *map(str, rows),
         "",
-        "Stages of a source image's 4 x 224 + 2 x 96 views in one process, ms of CPU (the floor: decoding and resizing alone):",
+        "Stages of a source image's 4 x 224 + 2 x 96 views in one process, ms of CPU (the floor: "
+        "decoding and resizing alone):",
         "",
         *stages,
     ]
+
     out.write_text("\n".join(text) + "\n")
     print("\n".join(stages), f"wrote {out}", sep="\n")
     raise typer.Exit(int(not all(row.met for row in rows)))

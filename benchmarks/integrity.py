@@ -1,7 +1,8 @@
-"""CPU seconds that checking every byte costs the loader, as a share: `python -m benchmarks.integrity FOLDER_OF_SHARDS`.
+"""CPU seconds that checking every byte costs the loader, as a share: `python -m
+benchmarks.integrity FOLDER_OF_SHARDS`.
 
-The seconds inside crc32 and the check of the header, of those that batches of 4 x 224 + 2 x 96 views take in one process,
-from the page cache; reading the clock is charged to the checks.
+The seconds inside crc32 and the check of the header, of those that batches of 4 x 224 + 2 x 96
+views take in one process, from the page cache; reading the clock is charged to the checks.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ def rows(folder: str) -> Iterator[Row]:
             patch("scaletrain.data.reading.reader.header_fault", header),
         ):
             total = seconds()
+
         shares.append((crc.seconds + header.seconds) / total)
         totals.append(total)
+
     images = ROWS * min(STEPS, plan.steps_per_epoch)
     yield Row(
         "integrity checks, of the loader's CPU time",

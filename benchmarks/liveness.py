@@ -1,9 +1,11 @@
-"""Does every loader worker that is lost end the run by name? `python -m benchmarks.liveness WORK [--parallel 2]`
+"""Does every loader worker that is lost end the run by name? `python -m benchmarks.liveness WORK
+[--parallel 2]`
 
-Each trial is a training run of its own, of SimCLR with a tiny ResNet-18 on made-up images of 16 pixels, in which one of two
-loader workers per process is killed or stopped at a random moment of its first seconds: from before the first batch on, in
-whatever it does. A trial is good when the run ends with exit code 75 and the number and pid of that worker within LIMIT
-seconds, and leaves no process behind.
+Each trial is a training run of its own, of SimCLR with a tiny ResNet-18 on made-up images of 16
+pixels, in which one of two loader workers per process is killed or stopped at a random moment of
+its first seconds: from before the first batch on, in whatever it does. A trial is good when the run
+ends with exit code 75 and the number and pid of that worker within LIMIT seconds, and leaves no
+process behind.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 SHM = Path("/dev/shm")
 IMAGES, LIFE, LIMIT, PATIENCE = 512, 4.0, 30.0, 120.0
 HEAD = (
-    "| signal | good | named | exit code 75 | seconds to the end: median, longest | processes left |\n|---|---|---|---|---|---|"
+    "| signal | good | named | exit code 75 | seconds to the end: median, longest | processes "
+    "left |\n|---|---|---|---|---|---|"
 )
 RECIPE = """
 base: {root}/configs/simclr_r18_cifar10.yaml
@@ -76,6 +79,7 @@ def processes() -> Iterator[Process]:
             command = (path / "cmdline").read_bytes()
         except OSError:
             continue
+
         if state != "Z":
             yield Process(int(path.name), int(parent), command)
 
@@ -89,11 +93,17 @@ def below(pid: int) -> list[Process]:
 
 
 def workers(main: int) -> list[int]:
-    """Forked, so with the command of the process above; a program that is about to start looks so for a moment."""
+    """Forked, so with the command of the process above; a program that is about to start looks so
+    for a moment.
+    """
 
     def forked() -> list[int]:
         commands = {process.pid: process.command for process in processes()}
-        return [p.pid for p in below(main) if commands.get(p.parent) == p.command and b"\0train\0" in p.command]
+        return [
+            p.pid
+            for p in below(main)
+            if commands.get(p.parent) == p.command and b"\0train\0" in p.command
+        ]
 
     before = forked()
     return [pid for pid in forked() if pid in before]
@@ -108,6 +118,7 @@ def write(folder: Path) -> Path:
             info = tarfile.TarInfo(f"{number:05d}.png")
             info.size = len(data)
             tar.addfile(info, BytesIO(data))
+
     return folder
 
 
@@ -125,13 +136,18 @@ def run(trial: Trial, work: Path) -> Outcome:
     place.mkdir(parents=True, exist_ok=True)
     command = [*trial.launcher, str(work / "recipe.yaml"), "--run", str(place / "run")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
     with (place / "log").open("w") as log:
         main = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
     until(lambda: workers(main.pid), PATIENCE)
     moment = chance.uniform(0, LIFE)
     time.sleep(moment)
-    victim, everyone = chance.choice(workers(main.pid)), [process.pid for process in below(main.pid)]
+    victim, everyone = (
+        chance.choice(workers(main.pid)),
+        [process.pid for process in below(main.pid)],
+    )
+
     os.kill(victim, trial.how)
     seconds = until(lambda: main.poll() is not None, PATIENCE)
 
@@ -140,8 +156,11 @@ def run(trial: Trial, work: Path) -> Outcome:
     left = [process.pid for process in processes() if process.pid in ours]
     for pid in (*left, *([] if main.poll() is not None else [main.pid])):
         os.kill(pid, signal.SIGKILL)
+
     code = main.poll()
-    named = re.search(rf"^error: loader worker [01] \(pid {victim}\)", (place / "log").read_text(), re.MULTILINE)
+    named = re.search(
+        rf"^error: loader worker [01] \(pid {victim}\)", (place / "log").read_text(), re.MULTILINE
+    )
     return Outcome(trial, moment, code, bool(named), seconds, len(left))
 
 
@@ -155,6 +174,7 @@ def row(what: str, found: list[Outcome]) -> str:
         f"{seconds[len(seconds) // 2]:.1f}, {seconds[-1]:.1f}",
         sum(o.left for o in found),
     )
+
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -163,7 +183,13 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="an empty folder")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stops", type=int, default=40)
-    parser.add_argument("--launched", type=int, default=10, help="further kills, and as many stops, with two processes")
+    parser.add_argument(
+        "--launched",
+        type=int,
+        default=10,
+        help="further kills, and as many stops, with two processes",
+    )
+
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     work: Path = options.work.absolute()
@@ -177,6 +203,7 @@ def main() -> int:
         ("SIGKILL, two processes", launched, signal.SIGKILL, options.launched),
         ("SIGSTOP, two processes", launched, signal.SIGSTOP, options.launched),
     )
+
     before = set(os.listdir(SHM))  # noqa: PTH208
     print(HEAD)
     bad: list[Outcome] = []
@@ -187,9 +214,11 @@ def main() -> int:
             bad += [outcome for outcome in found if not outcome.good]
             if found:
                 print(row(what, found), flush=True)
+
     print(f"\nleft in {SHM}: {sorted(set(os.listdir(SHM)) - before) or 'nothing'}")  # noqa: PTH208
     for outcome in bad:
         print(f"not good: {outcome}", file=sys.stderr)
+
     return 1 if bad else 0
 
 

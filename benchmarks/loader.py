@@ -1,11 +1,13 @@
-"""CPU seconds per source image, tar to batch of 4 x 224 + 2 x 96 views, beside lightly and albumentations on webdataset.
+"""CPU seconds per source image, tar to batch of 4 x 224 + 2 x 96 views, beside lightly and
+albumentations on webdataset.
 
-First runs the fidelity gate; if that is red, the figures are void. Then pairs, alternating, each side in a process of its own
-with two loader workers of one thread: the views of configs/relicv2_r50_in1k.yaml with their probabilities and strengths on
-both sides, crops bilinear, antialiased beside lightly, not beside albumentations. Counted are the CPU seconds of the main
-process and of the workers between two batches, so not the start. The peers hand over bytes,
-without the conversion to normalised floats that both do by default; ours hand over bytes, or floats, made of them in the main
-process.
+First runs the fidelity gate; if that is red, the figures are void. Then pairs, alternating, each
+side in a process of its own with two loader workers of one thread: the views of
+configs/relicv2_r50_in1k.yaml with their probabilities and strengths on both sides, crops bilinear,
+antialiased beside lightly, not beside albumentations. Counted are the CPU seconds of the main
+process and of the workers between two batches, so not the start. The peers hand over bytes, without
+the conversion to normalised floats that both do by default; ours hand over bytes, or floats, made
+of them in the main process.
 """
 
 from __future__ import annotations
@@ -36,45 +38,97 @@ from scaletrain.data.transforms.params import draw, expand, uniforms
 HERE = Path(__file__).parent
 GATE = HERE.parent / "tests" / "unit" / "test_data_fidelity.py"
 WORKERS, BATCH, WARM = 2, 32, 4
-TARGETS = {("lightly", False): 3.5, ("lightly", True): 2.5, ("albumentations", False): 1.2, ("albumentations", True): 1.0}
+TARGETS = {
+    ("lightly", False): 3.5,
+    ("lightly", True): 2.5,
+    ("albumentations", False): 1.2,
+    ("albumentations", True): 1.0,
+}
 
 
-def rows(shards: Path, lightly: str, albumentations: str, pairs: int, batches: int) -> Iterator[Row]:
-    """A ratio per peer and hand-over; all are void, and none is measured, where the fidelity gate is red."""
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", str(GATE)], cwd=HERE.parent, stdout=subprocess.DEVNULL).returncode:
+def rows(
+    shards: Path, lightly: str, albumentations: str, pairs: int, batches: int
+) -> Iterator[Row]:
+    """A ratio per peer and hand-over; all are void, and none is measured, where the fidelity gate
+    is red.
+    """
+    if subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(GATE)],
+        cwd=HERE.parent,
+        stdout=subprocess.DEVNULL,
+    ).returncode:
         yield Row("views: speed", "VOID", "-", "-", "the fidelity gate is red", "-", False)
         return
+
     folders = {"lightly": lightly, "albumentations": albumentations}
 
     def run(name: str, peer: str, floats: bool) -> float:
-        command = [sys.executable, "-m", "benchmarks.loader", str(shards), str(batches), name, peer, str(int(floats))]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.loader",
+            str(shards),
+            str(batches),
+            name,
+            peer,
+            str(int(floats)),
+        ]
+
         path = os.pathsep.join((str(HERE.parent), folders.get(name, "")))
-        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env, cwd=HERE.parent)
+        env = os.environ | {
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+        }
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=env, cwd=HERE.parent
+        )
+
         return float(done.stdout.splitlines()[-1])
 
     for (name, floats), target in TARGETS.items():
         found = [(run("ours", name, floats), run(name, name, floats)) for _ in range(pairs)]
         ratios = [theirs / ours for ours, theirs in found]
-        mine, other = (f"{statistics.median(column) * 1e3:.2f} ms/image" for column in zip(*found, strict=True))
-        figure = f"tar to 4 x 224 + 2 x 96 views, {'ours normalised floats, theirs uint8' if floats else 'uint8'}"
-        yield Row(figure, mine, f"webdataset + {name}", other, spread(ratios), f"{target}", statistics.median(ratios) >= target)
+        mine, other = (
+            f"{statistics.median(column) * 1e3:.2f} ms/image" for column in zip(*found, strict=True)
+        )
+        figure = (
+            "tar to 4 x 224 + 2 x 96 views, "
+            f"{'ours normalised floats, theirs uint8' if floats else 'uint8'}"
+        )
+
+        yield Row(
+            figure,
+            mine,
+            f"webdataset + {name}",
+            other,
+            spread(ratios),
+            f"{target}",
+            statistics.median(ratios) >= target,
+        )
 
 
 def views(antialias: bool) -> Data:
     recipe = load.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
     match = {"interpolation": "bilinear", "antialias": antialias}
-    return recipe.model_copy(update={"views": tuple(view.model_copy(update=match) for view in recipe.views)})
+    return recipe.model_copy(
+        update={"views": tuple(view.model_copy(update=match) for view in recipe.views)}
+    )
 
 
 def seconds(batches: Iterable[Any], count: int) -> float:
-    """CPU seconds per image of this process and its children over `count` batches, when the first ones are through."""
+    """CPU seconds per image of this process and its children over `count` batches, when the first
+    ones are through.
+    """
     running = iter(batches)
+
     for _ in range(WARM):
         next(running)
+
     begun = cpu()
     for _ in range(count):
         next(running)
+
     return (cpu() - begun) / (count * BATCH)
 
 
@@ -85,16 +139,21 @@ def cpu() -> float:
         for pid in child.read_text().split():
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
+
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def ours(shards: Path, count: int, antialias: bool, floats: bool) -> float:
     torch.set_num_threads(1)
     dist.keep_freed_memory()  # as training does
-    data = views(antialias).model_copy(update={"path": str(shards), "workers": WORKERS, "lanes": 8, "window": 4})
+    data = views(antialias).model_copy(
+        update={"path": str(shards), "workers": WORKERS, "lanes": 8, "window": 4}
+    )
     stream = Stream(data, seed=0, batch=BATCH, rank=0, world=1, device=torch.device("cpu"))
+
     if not floats:
         stream._to_device = lambda raw: raw  # type: ignore[assignment]
+
     found = seconds(stream.batches(0, WARM + count + 3 * WORKERS), count)
     stream.close()
     return found
@@ -108,25 +167,38 @@ def lightly(shards: Path, count: int, antialias: bool, _: bool) -> float:
     def one(view: View) -> Any:
         sigma = tuple(s * view.size / 224 for s in view.sigma)
         made = BYOLView1Transform(
-            view.size, cj_prob=view.jitter, gaussian_blur=view.blur, solarization_prob=view.solarize, sigmas=sigma
+            view.size,
+            cj_prob=view.jitter,
+            gaussian_blur=view.blur,
+            solarization_prob=view.solarize,
+            sigmas=sigma,
         )
         parts = made.transform.transforms
+
         parts[0] = T.RandomResizedCrop(view.size, scale=view.scale, antialias=antialias)
         parts[-2:] = [T.PILToTensor()]
         return made
 
-    return peer(shards, "pil", MultiViewTransform([one(view) for view in views(antialias).views]), count)
+    return peer(
+        shards, "pil", MultiViewTransform([one(view) for view in views(antialias).views]), count
+    )
 
 
 def albumentations(shards: Path, count: int, antialias: bool, _: bool) -> float:
     import albumentations as A
 
     def one(view: View) -> A.Compose:
-        around = {key: (1 - getattr(view, key), 1 + getattr(view, key)) for key in ("brightness", "contrast", "saturation")}
+        around = {
+            key: (1 - getattr(view, key), 1 + getattr(view, key))
+            for key in ("brightness", "contrast", "saturation")
+        }
         sigma = tuple(s * view.size / 224 for s in view.sigma)
         parts = [
             A.RandomResizedCrop(
-                size=(view.size, view.size), scale=view.scale, ratio=view.ratio, interpolation=cv2.INTER_LINEAR
+                size=(view.size, view.size),
+                scale=view.scale,
+                ratio=view.ratio,
+                interpolation=cv2.INTER_LINEAR,
             ),
             A.HorizontalFlip(p=view.flip),
             A.ColorJitter(**around, hue=(-view.hue, view.hue), p=view.jitter),
@@ -134,6 +206,7 @@ def albumentations(shards: Path, count: int, antialias: bool, _: bool) -> float:
             A.GaussianBlur(blur_limit=0, sigma_limit=sigma, p=view.blur),
             A.Solarize(threshold_range=(0.5, 0.5), p=view.solarize),
         ]
+
         return A.Compose(parts)
 
     made = [one(view) for view in views(antialias).views]
@@ -141,7 +214,11 @@ def albumentations(shards: Path, count: int, antialias: bool, _: bool) -> float:
 
 
 def _rgb(key: str, data: bytes) -> Any:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if key.endswith(("jpg", "jpeg")) else None
+    return (
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if key.endswith(("jpg", "jpeg"))
+        else None
+    )
 
 
 def peer(shards: Path, decode: Any, transform: Callable[[Any], Any], count: int) -> float:
@@ -150,7 +227,12 @@ def peer(shards: Path, decode: Any, transform: Callable[[Any], Any], count: int)
     urls = sorted(map(str, shards.glob("*.tar")))
     data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False).repeat()
     data = data.decode(decode).to_tuple("jpg;jpeg", "cls").map_tuple(transform, lambda label: label)
-    return seconds(torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=WORKERS, worker_init_fn=_one_thread), count)
+    return seconds(
+        torch.utils.data.DataLoader(
+            data, batch_size=BATCH, num_workers=WORKERS, worker_init_fn=_one_thread
+        ),
+        count,
+    )
 
 
 def _one_thread(_: int) -> None:
@@ -165,6 +247,7 @@ def stages(shards: Path, antialias: bool, count: int = 200) -> str:
     specs = [view for group in groups for view in group]
     outs = [np.empty((view.size, view.size, 3), np.uint8) for view in specs]
     draws = uniforms(sample_keys(0, 0, torch.arange(count)), len(specs))
+
     color.prepare()
     spent: dict[str, float] = {}
 
@@ -177,13 +260,38 @@ def stages(shards: Path, antialias: bool, count: int = 200) -> str:
     for sample in range(count):
         (found,) = timed("read", (reader.read(s) for s in (sample % len(reader),)))
         (pixels,) = timed("decode", (image.decode(data, 10**8) for data in (found.image,)))
-        params = timed("draw", (draw(s, u, *pixels.shape[:2]) for s, u in zip(specs, draws[sample], strict=True)))
+        params = timed(
+            "draw",
+            (draw(s, u, *pixels.shape[:2]) for s, u in zip(specs, draws[sample], strict=True)),
+        )
         each = list(zip(specs, params, strict=True))
-        cuts = timed("resize", (crop.crop(pixels, p.box, s.size, s.interpolation, s.antialias) for s, p in each))
+        cuts = timed(
+            "resize",
+            (crop.crop(pixels, p.box, s.size, s.interpolation, s.antialias) for s, p in each),
+        )
+
         sharp = list(zip(cuts, params, outs, strict=True))
-        timed("jitter and flip", (color.apply(cut, p._replace(sigma=0.0, solarize=False), out) for cut, p, out in sharp))  # type: ignore[func-returns-value]
-        blurs = [(out, color.PLAIN._replace(sigma=p.sigma, solarize=p.solarize)) for out, p in zip(outs, params, strict=True)]
-        timed("blur and solarize", (color.apply(out.copy(), p, out) for out, p in blurs if p.sigma or p.solarize))  # type: ignore[func-returns-value]
+        timed(
+            "jitter and flip",
+            (
+                color.apply(cut, p._replace(sigma=0.0, solarize=False), out)  # type: ignore[func-returns-value]
+                for cut, p, out in sharp
+            ),
+        )
+        blurs = [
+            (out, color.PLAIN._replace(sigma=p.sigma, solarize=p.solarize))
+            for out, p in zip(outs, params, strict=True)
+        ]
+
+        timed(
+            "blur and solarize",
+            (
+                color.apply(out.copy(), p, out)  # type: ignore[func-returns-value]
+                for out, p in blurs
+                if p.sigma or p.solarize
+            ),
+        )
+
     floor = (spent["decode"] + spent["resize"]) * 1e3 / count
     total = sum(spent.values()) * 1e3 / count
     parts = ", ".join(f"{stage} {value * 1e3 / count:.2f}" for stage, value in spent.items())

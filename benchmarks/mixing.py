@@ -1,9 +1,11 @@
-"""How many classes a batch holds, beside uniform sampling: shards written with the global shuffle, and class-sorted ones.
+"""How many classes a batch holds, beside uniform sampling: shards written with the global shuffle,
+and class-sorted ones.
 
     python -m benchmarks.mixing
 
-A stand-in for ImageNet: 1,281 shards of 1,000 samples, 1,000 classes, batch 4,096. Limit: shuffled shards reach 95 % of
-uniform sampling's distinct classes. KL: mean divergence of a batch's classes from the collection's, in nats.
+A stand-in for ImageNet: 1,281 shards of 1,000 samples, 1,000 classes, batch 4,096. Limit: shuffled
+shards reach 95 % of uniform sampling's distinct classes. KL: mean divergence of a batch's classes
+from the collection's, in nats.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ SAMPLES = SHARDS * PER_SHARD
 
 
 def judged(batches: list[Ints], classes: Ints) -> tuple[float, float]:
-    """Mean over batches of their distinct classes, and of the KL divergence of their classes from all samples'."""
+    """Mean over batches of their distinct classes, and of the KL divergence of their classes from
+    all samples'.
+    """
     counts = np.stack([np.bincount(classes[batch], minlength=CLASSES) for batch in batches])
     share: NDArray[np.float64] = counts / counts.sum(1, keepdims=True)
     base = np.bincount(classes, minlength=CLASSES) / len(classes)
+
     return float((counts > 0).sum(1).mean()), float(
         np.where(counts, share * np.log(np.maximum(share, 1e-12) / base), 0).sum(1).mean()
     )
@@ -41,6 +46,7 @@ def rows(number: int = 40) -> Iterator[Row]:
     ordered = np.arange(SAMPLES) * CLASSES // SAMPLES
     shuffled = draw.permutation(ordered)
     uniform = judged([draw.choice(SAMPLES, BATCH, replace=False) for _ in range(number)], ordered)
+
     for lanes, window in ((64, 1), (64, 4), (64, 16), (256, 4)):
         plan = Plan(np.full(SHARDS, PER_SHARD), seed=0, batch=BATCH, lanes=lanes, window=window)
         batches, held = some(plan, number), plan.in_use()[1]

@@ -1,8 +1,9 @@
-"""A LARS step over ResNet-50's parameters beside lightly's and timm's, on the CPU: `python benchmarks/optimizer.py`.
+"""A LARS step over ResNet-50's parameters beside lightly's and timm's, on the CPU: `python
+benchmarks/optimizer.py`.
 
-All take the same rule (|p| / (|g| + decay |p|), biases and norms left out), and their momentum is compared with that in
-float64; the rule of BYOL and SimCLR, |p| / |g + decay p|, is timed besides. Steps alternate in one process.
-Needs `pip install lightly==1.6.0 timm`.
+All take the same rule (|p| / (|g| + decay |p|), biases and norms left out), and their momentum is
+compared with that in float64; the rule of BYOL and SimCLR, |p| / |g + decay p|, is timed besides.
+Steps alternate in one process. Needs `pip install lightly==1.6.0 timm`.
 """
 
 from __future__ import annotations
@@ -38,21 +39,31 @@ class EncoderUnderTest:
     """An optimizer over its own ResNet-50, with gradients that are new at each step."""
 
     def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
-        self.clock = process_time if torch.get_num_threads() == 1 else perf_counter  # other work on the machine counts less
+        self.clock = (
+            process_time if torch.get_num_threads() == 1 else perf_counter
+        )  # other work on the machine counts less
         torch.manual_seed(0)
         network = ResNet(Model()).to(dtype).to(memory_format=torch.channels_last)
         self.params = list(network.parameters())
         plain, exempt = ([p for p in self.params if (p.ndim > 1) is kind] for kind in (True, False))
-        groups: Groups = [{"params": plain, "weight_decay": DECAY}, {"params": exempt, "weight_decay": 0.0}]
+        groups: Groups = [
+            {"params": plain, "weight_decay": DECAY},
+            {"params": exempt, "weight_decay": 0.0},
+        ]
+
         if name in (OURS, BYOL):  # the others leave out what is not decayed
             groups[1]["adapt"] = False
+
         self.optimizer = MAKE[name](groups)
 
     def seconds(self, number: int) -> float:
         """Of one step; gradients are drawn before."""
         draw = torch.Generator().manual_seed(number)
         for p in self.params:
-            p.grad = torch.empty_like(p).copy_(0.01 * torch.randn(p.shape, generator=draw))  # in the layout of p
+            p.grad = torch.empty_like(p).copy_(
+                0.01 * torch.randn(p.shape, generator=draw)
+            )  # in the layout of p
+
         begin = self.clock()
         self.optimizer.step()
         return self.clock() - begin
@@ -66,7 +77,10 @@ def worst(name: str, exact: list[Tensor], steps: int) -> float:
     subject = EncoderUnderTest(name)
     for number in range(steps):
         subject.seconds(number)
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(subject.momentum(), exact, strict=True))
+
+    return max(
+        float((a - b).norm() / b.norm()) for a, b in zip(subject.momentum(), exact, strict=True)
+    )
 
 
 def main(
@@ -78,8 +92,13 @@ def main(
     exact = EncoderUnderTest("lightly", torch.float64)
     for number in range(3):
         exact.seconds(number)
+
     for name in (OURS, "lightly", "timm"):
-        print(f"{name}: momentum after 3 steps is apart from float64's by {worst(name, exact.momentum(), 3):.1e}")
+        print(
+            f"{name}: momentum after 3 steps is apart from float64's by "
+            f"{worst(name, exact.momentum(), 3):.1e}"
+        )
+
     subjects = {name: EncoderUnderTest(name) for name in MAKE}
     times: dict[str, list[float]] = {name: [] for name in MAKE}
     for number in range(steps + 3):
@@ -87,15 +106,23 @@ def main(
             seconds = subject.seconds(number)
             if number >= 3:  # buffers are made and code is compiled in the first
                 times[name].append(1000 * seconds)
+
     unit = "ms of CPU" if threads == 1 else "ms"
     for name, ms in times.items():
-        print(f"{name}: {median(ms):.1f} {unit} ({min(ms):.1f} to {max(ms):.1f}, {steps} steps, {threads} threads)")
+        print(
+            f"{name}: {median(ms):.1f} {unit} ({min(ms):.1f} to {max(ms):.1f}, {steps} steps, "
+            f"{threads} threads)"
+        )
+
     for peer in ("lightly", "timm"):
         for ours in (OURS, BYOL):
             ratios = sorted(a / b for a, b in zip(times[peer], times[ours], strict=True))
             quarter = len(ratios) // 4
             spread = f"{ratios[quarter]:.2f} to {ratios[-quarter - 1]:.2f}"
-            print(f"{ours}: {median(ratios):.2f} times {peer}'s speed (middle half of the pairs: {spread})")
+            print(
+                f"{ours}: {median(ratios):.2f} times {peer}'s speed (middle half of the pairs: "
+                f"{spread})"
+            )
 
 
 if __name__ == "__main__":

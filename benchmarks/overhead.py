@@ -1,8 +1,9 @@
-"""What the trainer adds to a step, in CPU milliseconds, over 10,000 steps of next to nothing: `python benchmarks/overhead.py`.
+"""What the trainer adds to a step, in CPU milliseconds, over 10,000 steps of next to nothing:
+`python benchmarks/overhead.py`.
 
-The whole of `scaletrain train` with a method of a single parameter and one constant batch, so without a loader, beside the loop
-that one would write by hand over the same method: forward, backward, SGD, zero_grad, the loss as a number.
-This file is the method's leaf, too.
+The whole of `scaletrain train` with a method of a single parameter and one constant batch, so
+without a loader, beside the loop that one would write by hand over the same method: forward,
+backward, SGD, zero_grad, the loss as a number. This file is the method's leaf, too.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Config(ComponentConfig):
 class Model(Method):
     """One parameter, whose square is the loss."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         self.backbone = nn.Linear(1, 1, bias=False)
 
@@ -57,12 +60,17 @@ class Model(Method):
 
 
 BATCH = Batch(
-    (torch.zeros(1, 1, 3, 8, 8),), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.eye(2, 3)
+    (torch.zeros(1, 1, 3, 8, 8),),
+    torch.zeros(1, dtype=torch.int64),
+    torch.zeros(1, dtype=torch.int64),
+    torch.eye(2, 3),
 )
 
 
 class Constant:
-    """In place of data.loader.Stream: the same batch again and again, and the CPU seconds between its steps."""
+    """In place of data.loader.Stream: the same batch again and again, and the CPU seconds between
+    its steps.
+    """
 
     samples, steps_per_epoch, plan = 1000, 1000, SimpleNamespace(whole=True)
     seconds = 0.0
@@ -87,9 +95,17 @@ class Constant:
 
 def trainer(steps: int, **changes: Any) -> float:
     """CPU seconds per step, checkpoints left out."""
-    cfg = load.build(RECIPE | {"steps": steps, "threads": 1, "checkpoint": {"every_steps": 10**9}} | changes)
-    with tempfile.TemporaryDirectory() as folder, patch.object(loop, "Stream", Constant), redirect_stdout(StringIO()):
+    cfg = load.build(
+        RECIPE | {"steps": steps, "threads": 1, "checkpoint": {"every_steps": 10**9}} | changes
+    )
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(loop, "Stream", Constant),
+        redirect_stdout(StringIO()),
+    ):
         loop.train(cfg, Path(folder) / "run")
+
     return Constant.seconds
 
 
@@ -99,16 +115,20 @@ def by_hand(steps: int) -> float:
     for step in range(steps):
         if step == WARM:
             begin = time.process_time()
+
         loss = model(BATCH, Clock(step, steps, 0, steps)).losses["all"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
+
     return (time.process_time() - begin) / (steps - WARM)
 
 
 def parts(steps: int) -> dict[str, float]:
-    """CPU milliseconds of a step by the trainer's own marks; what they enclose themselves is charged to them."""
+    """CPU milliseconds of a step by the trainer's own marks; what they enclose themselves is
+    charged to them.
+    """
     found: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -119,6 +139,7 @@ def parts(steps: int) -> dict[str, float]:
 
     with timing.listening(listen):
         total = 1000 * trainer(steps, monitor={"images_every": 0, "every": 10**9})
+
     return {**found, "the rest of the loop, agreement and checks": total - sum(found.values())}
 
 
@@ -131,11 +152,18 @@ def main(
     found: dict[str, list[float]] = {"by hand": [], "trainer, nothing recorded": [], "trainer": []}
     for _ in range(runs):
         found["by hand"].append(by_hand(steps))
-        found["trainer, nothing recorded"].append(trainer(steps, monitor={"images_every": 0, "every": 10**9}))
+        found["trainer, nothing recorded"].append(
+            trainer(steps, monitor={"images_every": 0, "every": 10**9})
+        )
         found["trainer"].append(trainer(steps))
+
     for name, seconds in found.items():
         ms = [1000 * s for s in seconds]
-        print(f"{name}: {median(ms):.3f} ms of CPU per step ({min(ms):.3f} to {max(ms):.3f}, {runs} runs of {steps} steps)")
+        print(
+            f"{name}: {median(ms):.3f} ms of CPU per step ({min(ms):.3f} to {max(ms):.3f}, {runs} "
+            f"runs of {steps} steps)"
+        )
+
     for name, value in parts(max(steps // 5, 2 * WARM)).items():
         print(f"  {name}: {value:.3f} ms")
 

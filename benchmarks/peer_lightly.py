@@ -1,11 +1,13 @@
-"""Seconds per epoch of BYOL on CIFAR-10's images, ours beside lightly's, alternating on one machine.
+"""Seconds per epoch of BYOL on CIFAR-10's images, ours beside lightly's, alternating on one
+machine.
 
-    pip install lightly==1.6.0
-    python benchmarks/peer_lightly.py IMAGES SHARDS        IMAGES/train/CLASS/*.jpg; SHARDS: what shards/cifar10.py made of them
+    pip install lightly==1.6.0 python benchmarks/peer_lightly.py IMAGES SHARDS
+    IMAGES/train/CLASS/*.jpg; SHARDS: what shards/cifar10.py made of them
 
-Both: ResNet-18 at quarter width with CIFAR stem, heads 1024 and 256, batch 256, two views with crops, flips, jitter, grey and
-solarisation, bf16, SGD, one process with one loader worker on all cores. lightly's side is its own data set, transform,
-network, heads, loss and momentum update in the loop of its documentation.
+Both: ResNet-18 at quarter width with CIFAR stem, heads 1024 and 256, batch 256, two views with
+crops, flips, jitter, grey and solarisation, bf16, SGD, one process with one loader worker on all
+cores. lightly's side is its own data set, transform, network, heads, loss and momentum update in
+the loop of its documentation.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ epochs: 10
 data:
   workers: 1
   views:
-  - &first {{size: 32, scale: [0.08, 1], interpolation: bilinear, antialias: true, flip: 0.5, jitter: 0.8, brightness: 0.4,
+  - &first {{size: 32, scale: [0.08, 1], interpolation: bilinear, antialias: true, flip: 0.5,
+            jitter: 0.8, brightness: 0.4,
      contrast: 0.4, saturation: 0.2, hue: 0.1, grayscale: 0.2, blur: 0, solarize: 0}}
   - {{<<: *first, solarize: 0.2}}
 model: {{name: resnet18, width: 0.25, stem: cifar}}
@@ -51,15 +54,23 @@ def main(
     if peer:
         print(json.dumps(lightly(images, steps)))
         return
+
     found: dict[str, list[float]] = {"lightly": [], "scaletrain": []}
     for _ in range(pairs):
         own = [sys.executable, __file__, str(images), str(shards), "--steps", str(steps), "--peer"]
-        theirs = json.loads(subprocess.run(own, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        theirs = json.loads(
+            subprocess.run(own, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
+
         for name, seconds in (("lightly", theirs), ("scaletrain", ours(shards, steps))):
             found[name].append(SAMPLES // BATCH * statistics.median(seconds))
             print(f"{name:10} {found[name][-1]:6.1f} s per epoch", flush=True)
+
     ratios = [a / b for a, b in zip(*found.values(), strict=True)]
-    print(f"lightly / scaletrain: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+    print(
+        f"lightly / scaletrain: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to "
+        f"{max(ratios):.2f}"
+    )
 
 
 def ours(shards: Path, steps: int) -> list[float]:
@@ -68,9 +79,20 @@ def ours(shards: Path, steps: int) -> list[float]:
         recipe, run = Path(folder) / "recipe.yaml", Path(folder) / "run"
         recipe.write_text(RECIPE)
         settings = [f"data.path={shards / 'train'}", f"steps={WARM + steps}"]
-        command = [sys.executable, "-m", "scaletrain", "train", str(recipe), *settings, "--run", str(run)]
+        command = [
+            sys.executable,
+            "-m",
+            "scaletrain",
+            "train",
+            str(recipe),
+            *settings,
+            "--run",
+            str(run),
+        ]
+
         subprocess.run(command, check=True, capture_output=True)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
     return [BATCH / line["speed/images_per_second"] for line in lines[WARM:]]
 
 
@@ -82,12 +104,19 @@ def lightly(images: Path, steps: int) -> list[float]:
     from lightly.models import ResNetGenerator
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
-    from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+    from lightly.transforms.byol_transform import (
+        BYOLTransform,
+        BYOLView1Transform,
+        BYOLView2Transform,
+    )
 
     resnet = ResNetGenerator("resnet-18", width=0.25)
-    backbone = torch.nn.Sequential(*list(resnet.children())[:-1], torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    backbone = torch.nn.Sequential(
+        *list(resnet.children())[:-1], torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
     project, predict = BYOLProjectionHead(128, 1024, 256), BYOLPredictionHead(256, 1024, 256)
     slow, slow_project = copy.deepcopy(backbone), copy.deepcopy(project)
+
     deactivate_requires_grad(slow)
     deactivate_requires_grad(slow_project)
     trained = torch.nn.ModuleList([backbone, project, predict])
@@ -97,6 +126,7 @@ def lightly(images: Path, steps: int) -> list[float]:
         BYOLView2Transform(input_size=32, gaussian_blur=0.0, solarization_prob=0.2),
     ]
     data = LightlyDataset(str(images / "train"), transform=BYOLTransform(*views))
+
     loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=1)
     loss_of, seconds, before = NegativeCosineSimilarity(), [], time.perf_counter()
     for step, ((x0, x1), _, _) in zip(range(WARM + steps), loader, strict=False):
@@ -107,13 +137,17 @@ def lightly(images: Path, steps: int) -> list[float]:
             with torch.no_grad():
                 z0, z1 = slow_project(slow(x0)), slow_project(slow(x1))
             loss = 0.5 * (loss_of(p0, z1) + loss_of(p1, z0))
+
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         now = time.perf_counter()
+
         if step >= WARM:
             seconds.append(now - before)
+
         before = now
+
     return seconds
 
 

@@ -3,7 +3,8 @@
     python -m benchmarks.plan             # a made-up collection of 300,000 shards
     python -m benchmarks.plan 30000
 
-Each figure comes from a fresh process: its CPU seconds, and the peak of its resident memory above what the imports took.
+Each figure comes from a fresh process: its CPU seconds, and the peak of its resident memory above
+what the imports took.
 """
 
 from __future__ import annotations
@@ -43,8 +44,13 @@ def plan(shards: int) -> Batches:
 
 
 def mixture(shards: int) -> Batches:
-    sources = [Source("large", np.full(shards, PER_SHARD), 0.9), Source("small", np.full(1281, PER_SHARD), 0.1)]
-    return Mixture(sources, seed=0, batch=BATCH, lanes=LANES, window=WINDOW, epoch_samples=1_281_167)
+    sources = [
+        Source("large", np.full(shards, PER_SHARD), 0.9),
+        Source("small", np.full(1281, PER_SHARD), 0.1),
+    ]
+    return Mixture(
+        sources, seed=0, batch=BATCH, lanes=LANES, window=WINDOW, epoch_samples=1_281_167
+    )
 
 
 def whole_batch(make: Callable[[int], Batches], shards: int) -> None:
@@ -61,7 +67,9 @@ def lookups(make: Callable[[int], Batches], shards: int) -> None:
 
 
 def manifest(folder: str) -> None:
-    """Read the list of shards and compare it with the folder, as every process does once; tables wait for their use."""
+    """Read the list of shards and compare it with the folder, as every process does once; tables
+    wait for their use.
+    """
     index.load(Path(folder))
 
 
@@ -72,12 +80,17 @@ def measured(work: Callable[..., None], *arguments: object) -> tuple[float, floa
     process = context.Process(target=_child, args=(sender, work, arguments))
     process.start()
     sender.close()
+
     result: tuple[float, float] = receiver.recv()
     process.join()
     return result
 
 
-def _child(sender: multiprocessing.connection.Connection, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+def _child(
+    sender: multiprocessing.connection.Connection,
+    work: Callable[..., None],
+    arguments: tuple[object, ...],
+) -> None:
     torch.set_num_threads(1)
     plan(10).batch(0, 0)  # what loads at first use is not the plan's
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -87,18 +100,30 @@ def _child(sender: multiprocessing.connection.Connection, work: Callable[..., No
 
 
 def _status(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
+
     return int(line.split()[1]) / 1024
 
 
 def collection(folder: Path, shards: int) -> None:
     """Its manifest, and empty files in the place of shards."""
     entries = [
-        {"name": f"train-{n:06d}.tar", "samples": PER_SHARD, "bytes": 110_000_000 + n, "sha256": f"{n:064x}"}
+        {
+            "name": f"train-{n:06d}.tar",
+            "samples": PER_SHARD,
+            "bytes": 110_000_000 + n,
+            "sha256": f"{n:064x}",
+        }
         for n in range(shards)
     ]
+
     for entry in entries:
         (folder / str(entry["name"])).touch()
+
     index.publish(folder, entries)
 
 
@@ -115,16 +140,20 @@ def pictures(folder: Path) -> None:
 
 
 def resumes(folder: Path) -> tuple[float, float, float, float]:
-    """Median CPU ms to the first batch of a new stream; 95 % interval of its slope, in ms per 1,000 samples (Theil and Sen)."""
+    """Median CPU ms to the first batch of a new stream; 95 % interval of its slope, in ms per 1,000
+    samples (Theil and Sen).
+    """
     data = Data(path=str(folder), lanes=16, window=2, workers=0, views=(View(size=32),))
     steps = np.random.default_rng(1).integers(0, 10 * 64, POSITIONS)  # of ten epochs
     taken = []
+
     for step in [0, 1, *steps.tolist()]:
         begin = time.process_time()
         stream = Stream(data, seed=0, batch=64, rank=0, world=1, device=torch.device("cpu"))
         next(iter(stream.batches(step, 1000)))
         taken.append(1000 * (time.process_time() - begin))
         stream.close()
+
     slope, _, low, high = stats.theilslopes(taken[2:], steps * 64 / 1000, 0.95)  # two to warm up
     return float(np.median(taken[2:])), slope, low, high
 
@@ -140,6 +169,7 @@ def rows(shards: int = 300_000) -> Iterator[Row]:
             "mixture and virtual epoch, 100 positions": (lookups, mixture, shards),
             "read the manifest, compare it with the folder": (manifest, folder),
         }
+
         for name, work in works.items():
             seconds, size = measured(*work)
             target = f"{LIMIT[0]:g} s, {LIMIT[1]:g} MB"
@@ -152,12 +182,23 @@ def rows(shards: int = 300_000) -> Iterator[Row]:
                 target,
                 seconds <= LIMIT[0] and size <= LIMIT[1],
             )
+
     state = len(json.dumps({"clock": {"step": 10**9, "total": 10**9}}))
-    yield Row("the pipeline's state in a checkpoint", f"{state} bytes", "-", "-", "-", f"{STATE:,} bytes", state <= STATE)
+    yield Row(
+        "the pipeline's state in a checkpoint",
+        f"{state} bytes",
+        "-",
+        "-",
+        "-",
+        f"{STATE:,} bytes",
+        state <= STATE,
+    )
+
     with tempfile.TemporaryDirectory() as folder:
         pictures(Path(folder))
         index.build(Path(folder))
         middle, slope, low, high = resumes(Path(folder))
+
     yield Row(
         f"first batch after resume, {POSITIONS} positions in ten epochs",
         f"{middle:.2f} ms",

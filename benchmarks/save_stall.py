@@ -1,9 +1,11 @@
-"""How long a step waits for a checkpoint: `python benchmarks/save_stall.py [FOLDER]`, FOLDER on the disk to be measured.
+"""How long a step waits for a checkpoint: `python benchmarks/save_stall.py [FOLDER]`, FOLDER on the
+disk to be measured.
 
-The whole state (parameters, targets, momentum, statistics) of BYOL on a ResNet-50 in one process. Each repeat saves it three
-ways, in turning order: ours, of which training waits only for the copy to host memory; ours awaited, so a synchronous save of
-the same files; and torch.save to one file that is flushed to disk. Prints a table row: medians and ranges in milliseconds.
-Without an accelerator, hashing and writing then share the processor with the next steps; that is not counted.
+The whole state (parameters, targets, momentum, statistics) of BYOL on a ResNet-50 in one process.
+Each repeat saves it three ways, in turning order: ours, of which training waits only for the copy
+to host memory; ours awaited, so a synchronous save of the same files; and torch.save to one file
+that is flushed to disk. Prints a table row: medians and ranges in milliseconds. Without an
+accelerator, hashing and writing then share the processor with the next steps; that is not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ def trained() -> Engine:
     config = load.load(RECIPE, [f"batch={ROWS}", "data.path=synthetic"])
     engine = build(config, ROWS, 1, torch.device("cpu"))
     views, index = torch.randn(2, ROWS, 3, PIXELS, PIXELS), torch.arange(ROWS)
-    engine.step(Batch((views,), index, index, torch.tensor([[-2.0] * 3, [2.0] * 3])), Clock(0, 10, 0, 1), 0.1, 0.1)
+    engine.step(
+        Batch((views,), index, index, torch.tensor([[-2.0] * 3, [2.0] * 3])),
+        Clock(0, 10, 0, 1),
+        0.1,
+        0.1,
+    )
+
     return engine
 
 
@@ -42,6 +50,7 @@ def ours(engine: Engine, writer: Writer, step: int) -> tuple[float, float]:
     writer.save(step, engine.state(), {})
     free = time.perf_counter()
     writer.wait()
+
     return free - begin, time.perf_counter() - begin
 
 
@@ -52,6 +61,7 @@ def plain(engine: Engine, path: Path) -> float:
         torch.save({name: piece.data for name, piece in engine.state().items()}, file)
         file.flush()
         os.fsync(file.fileno())
+
     return time.perf_counter() - begin
 
 
@@ -68,6 +78,7 @@ def main(folder: str | None = None) -> None:
         writer = Writer(root / "ours", keep_last=1)
         first, _ = ours(engine, writer, 0)  # makes the host memory that later saves use again
         stalls, awaited, others = [], [], []
+
         for repeat in range(1, REPEATS + 1):
             for turn in sorted(range(3), key=lambda t: (t + repeat) % 3):
                 if turn == 0:
@@ -76,11 +87,19 @@ def main(folder: str | None = None) -> None:
                     awaited.append(ours(engine, writer, 3 * repeat + 1)[1])
                 else:
                     others.append(plain(engine, root / "plain.pt"))
+
         writer.close()
+
     ratio = median(a / s for a, s in zip(awaited, stalls, strict=True))
-    print("| bytes copied | first save, ms | later saves, ms | the same awaited, ms | torch.save, ms | awaited / stall |")
+    print(
+        "| bytes copied | first save, ms | later saves, ms | the same awaited, ms | torch.save, ms "
+        "| awaited / stall |"
+    )
     print("|---|---|---|---|---|---|")
-    print(f"| {copied:,} | {1000 * first:,.0f} | {cell(stalls)} | {cell(awaited)} | {cell(others)} | {ratio:.1f} |")
+    print(
+        f"| {copied:,} | {1000 * first:,.0f} | {cell(stalls)} | {cell(awaited)} | {cell(others)} | "
+        f"{ratio:.1f} |"
+    )
 
 
 if __name__ == "__main__":

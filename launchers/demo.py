@@ -2,8 +2,8 @@
 
     python launchers/demo.py [FOLDER] [key=value ...]
 
-Every stage is skipped if its result is there and complete, so a stopped demonstration goes on where it was. All files are
-below demo/; delete that folder to begin again.
+Every stage is skipped if its result is there and complete, so a stopped demonstration goes on where
+it was. All files are below demo/; delete that folder to begin again.
 """
 
 from __future__ import annotations
@@ -37,9 +37,18 @@ HOME, RECIPE = Path("demo"), Path("configs/demo_fashion_mnist.yaml")
 SHARDS, RUN, VERIFIED = HOME / "shards", HOME / "run", HOME / "verified.json"
 SPLITS = ("train", "test")
 PACKAGE, SYSTEM = "dataset-fashion-mnist", Path("usr/share/datasets/fashion-mnist")
-FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-ENCODERS: dict[Encoder, str] = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}
-# The probe sees each image once encoded; with crops, as in the papers' card, it would take longer than the training.
+FILES = tuple(
+    f"{part}-{kind}-ubyte.gz"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+)
+ENCODERS: dict[Encoder, str] = {
+    "pixels": "raw pixels",
+    "untrained": "untrained encoder",
+    "trained": "trained encoder",
+}
+# The probe sees each image once encoded; with crops, as in the papers' card, it would take longer
+# than the training.
 PROBE = ("linear.augment=false", "linear.epochs=20")
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -57,15 +66,19 @@ def main(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FOLDER] [KEY=VALUE]...", help=f"FOLDER holds {', '.join(FILES)}; the rest changes the recipe."
+            metavar="[FOLDER] [KEY=VALUE]...",
+            help=f"FOLDER holds {', '.join(FILES)}; the rest changes the recipe.",
         ),
     ] = None,
 ) -> None:
-    """Fetch Fashion-MNIST, write and verify shards, train on two processes, evaluate, and say what to do next."""
+    """Fetch Fashion-MNIST, write and verify shards, train on two processes, evaluate, and say what
+    to do next.
+    """
     changes = [text for text in arguments or () if "=" in text]
     folders = [Path(text).expanduser().absolute() for text in arguments or () if "=" not in text]
     if len(folders) > 1:
         raise DemoError(f"give one folder of images, not {len(folders)}")
+
     os.chdir(Path(__file__).resolve().parents[1])
     signal.signal(signal.SIGTERM, _interrupt)
     HOME.mkdir(exist_ok=True)
@@ -80,15 +93,17 @@ def main(
             raise typer.Exit(130) from None
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------------
 
 
 def write_shards(source: Path | None = None) -> None:
     _headline(1, "images: Fashion-MNIST, 60,000 for training and 10,000 for testing")
-    there = SHARDS.is_dir()  # the importer renames the finished folder into place
+    # the importer renames the finished folder into place
+    there = SHARDS.is_dir()
     found = None if there else find(source)
     console.print(f"from {found}" if found else "skipped: the shards are written")
     _headline(2, "shards: tar files with an index")
+
     if found:
         _python("shards/fashion_mnist.py", str(found), str(SHARDS))
     else:
@@ -101,8 +116,10 @@ def verify() -> None:
     if VERIFIED.is_file() and VERIFIED.read_text() == json.dumps(now):
         console.print("skipped: these shards were found sound before")
         return
+
     for split in SPLITS:
         _python("shards/verify.py", str(SHARDS / split))
+
     VERIFIED.write_text(json.dumps(now))
 
 
@@ -112,6 +129,7 @@ def train(changes: Sequence[str]) -> None:
     if _trained(settings):
         console.print(f"skipped: {RUN} is complete")
         return
+
     import torch
 
     procs = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
@@ -125,7 +143,10 @@ def evaluate() -> dict[str, dict[str, float]]:
     from scaletrain.evals import run
 
     if reader.latest(RUN / "checkpoints") is None:
-        raise DemoError(f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again")
+        raise DemoError(
+            f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again"
+        )
+
     metrics: dict[str, dict[str, float]] = {}
     for encoder, label in ENCODERS.items():
         console.print(f"{label} ...")
@@ -138,53 +159,86 @@ def evaluate() -> dict[str, dict[str, float]]:
             encoder=encoder,
             notice=lambda text: console.print(f"skipped: {text}"),
         )
-        metrics[encoder] = {name: value for result in results for name, value in result["metrics"].items()}
+
+        metrics[encoder] = {
+            name: value for result in results for name, value in result["metrics"].items()
+        }
+
     return metrics
 
 
 def summary(metrics: dict[str, dict[str, float]]) -> None:
-    rows = [(label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear"))) for encoder, label in ENCODERS.items()]
+    rows = [
+        (label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear")))
+        for encoder, label in ENCODERS.items()
+    ]
     console.print()
     tables.show(("Fashion-MNIST, top-1 in %", "kNN, k = 20", "linear"), rows)
     console.print()
-    tool = Path(os.path.relpath(sys.executable)).parent if Path(sys.executable).is_relative_to(Path.cwd()) else Path()
+
+    tool = (
+        Path(os.path.relpath(sys.executable)).parent
+        if Path(sys.executable).is_relative_to(Path.cwd())
+        else Path()
+    )
+
     for what, where in {
         "run": f"{RUN}  (config.yaml, checkpoints/, metrics.jsonl, evals/)",
         "shards": f"{SHARDS / 'train'}  {SHARDS / 'test'}",
         "TensorBoard": f"{RUN / 'tensorboard'}",
     }.items():
         console.print(f"{what:13}{where}")
+
     console.print("\nnext:")
     for command in (
         f"{tool / 'tensorboard'} --logdir {RUN / 'tensorboard'}",
         f"{tool / 'scaletrain'} eval {RUN} knn linear --set linear.augment=false",
         f"{tool / 'python'} shards/folder.py YOUR_IMAGES data/train",
-        f"{tool / 'python'} launchers/local.py --procs 2 configs/byol_r18_cifar10.yaml data.path=data/train --run runs/mine",
+        f"{tool / 'python'} launchers/local.py --procs 2 configs/byol_r18_cifar10.yaml "
+        "data.path=data/train --run runs/mine",
     ):
         console.print(f"  {command}")
 
 
-# --- Fashion-MNIST ----------------------------------------------------------------------------------------------------
+# --- Fashion-MNIST --------------------------------------------------------------------------------
 
 
 def find(source: Path | None) -> Path:
-    """A folder of the four files: the one given, the system's, an earlier download, or a new one. Raises DemoError."""
+    """A folder of the four files: the one given, the system's, an earlier download, or a new one.
+    Raises DemoError.
+    """
     if source is not None:
         if missing := [name for name in FILES if not (source / name).is_file()]:
-            raise DemoError(f"{source} has no {missing[0]}; give the folder that holds {', '.join(FILES)}")
+            raise DemoError(
+                f"{source} has no {missing[0]}; give the folder that holds {', '.join(FILES)}"
+            )
         return source
+
     downloads = HOME / "data"
     for folder in (Path("/") / SYSTEM, downloads):
         if all((folder / name).is_file() for name in FILES):
             return folder
-    for what, fetch in ((f"Debian package {PACKAGE}", _from_debian), ("torchvision's download", _from_torchvision)):
+
+    for what, fetch in (
+        (f"Debian package {PACKAGE}", _from_debian),
+        ("torchvision's download", _from_torchvision),
+    ):
         console.print(f"{what} ...")
         try:
             return fetch(downloads)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # urllib's errors are OSErrors
-            console.print(f"{what}: not available ({(str(error).strip().splitlines() or [type(error).__name__])[-1]})")
+        except (
+            OSError,
+            RuntimeError,
+            subprocess.SubprocessError,
+        ) as error:  # urllib's errors are OSErrors
+            console.print(
+                f"{what}: not available "
+                f"({(str(error).strip().splitlines() or [type(error).__name__])[-1]})"
+            )
+
     raise DemoError(
-        f"Fashion-MNIST could not be fetched. Give a folder that holds {', '.join(FILES)}: make demo FASHION_MNIST=FOLDER"
+        f"Fashion-MNIST could not be fetched. Give a folder that holds {', '.join(FILES)}: make "
+        "demo FASHION_MNIST=FOLDER"
     )
 
 
@@ -193,17 +247,37 @@ def _from_debian(dest: Path) -> Path:
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise FileNotFoundError(f"there is no {tool} here")
+
     with tempfile.TemporaryDirectory(dir=HOME) as temporary:
         place = Path(temporary).absolute()
-        quick = ("-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30", "-o", "APT::Sandbox::User=root")
+        quick = (
+            "-o",
+            "Acquire::Retries=1",
+            "-o",
+            "Acquire::http::Timeout=30",
+            "-o",
+            "APT::Sandbox::User=root",
+        )
+
         try:
             _quiet(place, "apt-get", *quick, "download", PACKAGE)
-        except RuntimeError:  # the system's package lists are missing or old: fetch lists of our own
-            own = (*quick, "-o", f"Dir::State::Lists={place / 'lists'}", "-o", f"Dir::Cache={place / 'cache'}")
+        except (
+            RuntimeError
+        ):  # the system's package lists are missing or old: fetch lists of our own
+            own = (
+                *quick,
+                "-o",
+                f"Dir::State::Lists={place / 'lists'}",
+                "-o",
+                f"Dir::Cache={place / 'cache'}",
+            )
+
             for folder in ("lists", "cache"):
                 (place / folder / "partial").mkdir(parents=True)
+
             _quiet(place, "apt-get", *own, "update")
             _quiet(place, "apt-get", *own, "download", PACKAGE)
+
         package = next(place.glob("*.deb"))
         _quiet(place, "dpkg-deb", "-x", str(package), "unpacked")
         return _keep(place / "unpacked" / SYSTEM, dest)
@@ -213,7 +287,8 @@ def _from_torchvision(dest: Path) -> Path:
     from torchvision.datasets import FashionMNIST
 
     with tempfile.TemporaryDirectory(dir=HOME) as temporary:
-        FashionMNIST(temporary, download=True)  # checks md5 sums
+        # checks md5 sums
+        FashionMNIST(temporary, download=True)
         return _keep(Path(temporary) / "FashionMNIST" / "raw", dest)
 
 
@@ -223,19 +298,23 @@ def _keep(found: Path, dest: Path) -> Path:
     return found.rename(dest)
 
 
-# --- processes and paths ------------------------------------------------------------------------------------------------
+# --- processes and paths --------------------------------------------------------------------------
 
 
 def _trained(settings: Sequence[str]) -> bool:
-    """Whether the run is at its last step with these very settings; others are the trainer's to refuse."""
+    """Whether the run is at its last step with these very settings; others are the trainer's to
+    refuse.
+    """
     if not (RUN / "checkpoints").is_dir():
         return False
+
     from scaletrain.checkpoint import reader
     from scaletrain.config import load
 
     saved = reader.latest(RUN / "checkpoints")
     if saved is None or saved.step < saved.meta["clock"]["total"]:
         return False
+
     return not load.diff(load.load(RUN / "config.yaml"), load.load(RECIPE, settings))
 
 
@@ -244,8 +323,11 @@ def _headline(number: int, text: str) -> None:
 
 
 def _python(*command: str) -> None:
-    """Run one of the project's scripts in view. Its error text is on the screen already when it fails."""
+    """Run one of the project's scripts in view. Its error text is on the screen already when it
+    fails.
+    """
     console.print(f"$ python {' '.join(command)}", style="dim")
+
     with subprocess.Popen([sys.executable, *command], preexec_fn=_follow) as process:
         try:
             code = process.wait()
@@ -254,23 +336,32 @@ def _python(*command: str) -> None:
                 process.terminate()
             process.wait()
             raise
+
     if code in (130, 143):
         raise KeyboardInterrupt
     if code:
-        raise DemoError(f"{command[0]} ended with exit code {code}; run this again, or delete {HOME} to begin anew")
+        raise DemoError(
+            f"{command[0]} ended with exit code {code}; run this again, or delete {HOME} to begin "
+            "anew"
+        )
 
 
 def _quiet(folder: Path, *command: str) -> None:
-    """Run a system tool in `folder` without output. Raises RuntimeError with the last line of its complaint."""
+    """Run a system tool in `folder` without output. Raises RuntimeError with the last line of its
+    complaint.
+    """
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(done.stderr.strip() or f"{command[0]} failed")
 
 
 def _follow() -> None:
-    """A stage ends with the demonstration, however that ends: a second one must not meet it at work."""
+    """A stage ends with the demonstration, however that ends: a second one must not meet it at
+    work.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -283,7 +374,10 @@ def _alone() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DemoError(f"another demonstration is at work in {HOME.absolute()}; wait for it or stop it") from None
+            raise DemoError(
+                f"another demonstration is at work in {HOME.absolute()}; wait for it or stop it"
+            ) from None
+
         yield
 
 

@@ -3,9 +3,10 @@
     python launchers/local.py --procs 2 RECIPE [key=value ...] --run DIR
     python launchers/local.py --procs 2 doctor [...]
 
-Everything but --procs, --port and --restarts is passed to `scaletrain train`, or to `scaletrain doctor`. The exit code is that
-of the first process that failed; all others are ended with it, as they are when this launcher ends. The processes meet on
-127.0.0.1, where only this machine reaches them.
+Everything but --procs, --port and --restarts is passed to `scaletrain train`, or to `scaletrain
+doctor`. The exit code is that of the first process that failed; all others are ended with it, as
+they are when this launcher ends. The processes meet on 127.0.0.1, where only this machine reaches
+them.
 """
 
 from __future__ import annotations
@@ -25,18 +26,37 @@ from typing import Any
 from scaletrain import exit_codes
 from scaletrain.runtime.tables import plural
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # those on which training saves and stops
-ASKED = tuple(128 + number for number in SIGNALS)  # exit codes of a process that ended because it was told to
-GRACE = 7.0  # seconds in which the others may end by themselves after a failure: they notice it, and say what they know
+# those on which training saves and stops
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+# exit codes of a process that ended because it was told to
+ASKED = tuple(128 + number for number in SIGNALS)
+# seconds in which the others may end by themselves after a failure: they notice it, and say what
+# they know
+GRACE = 7.0
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--procs", type=int, required=True, help="processes, each with a GPU of its own if there are any")
-    parser.add_argument("--port", type=int, default=0, help="on 127.0.0.1, for the processes to meet; default: a free one")
     parser.add_argument(
-        "--restarts", type=int, default=0, help="times to start again, from the last checkpoint, after a failure"
+        "--procs",
+        type=int,
+        required=True,
+        help="processes, each with a GPU of its own if there are any",
     )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=0,
+        help="on 127.0.0.1, for the processes to meet; default: a free one",
+    )
+
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        help="times to start again, from the last checkpoint, after a failure",
+    )
+
     options, rest = parser.parse_known_args(arguments)
     if options.procs < 1 or not 0 <= options.port < 65536:
         parser.error("--procs is at least 1 and --port below 65536")
@@ -46,25 +66,38 @@ def main(arguments: list[str]) -> int:
         try:
             listener = socket.create_server(("127.0.0.1", options.port))
         except OSError as error:
-            text = f"port {options.port} on 127.0.0.1: {os.strerror(error.errno or 0)}; choose another --port or leave it out"
+            text = (
+                f"port {options.port} on 127.0.0.1: {os.strerror(error.errno or 0)}; choose "
+                "another --port or leave it out"
+            )
             print(f"error: {text}", file=sys.stderr)
+
             return exit_codes.INVALID
+
         with listener, tempfile.TemporaryDirectory() as folder:
             code = Ranks(options.procs, command, listener, Path(folder)).wait()
+
         if code in (0, exit_codes.INVALID, *ASKED) or not left:
             return code
+
         print(f"starting again, {plural(left, 'restart')} left", file=sys.stderr)
+
     return code
 
 
 class Ranks:
     """The processes of one start, and what they are asked from outside."""
 
-    def __init__(self, procs: int, command: Sequence[str], listener: socket.socket, folder: Path) -> None:
-        self._asked = 0  # the first signal that this launcher was sent
+    def __init__(
+        self, procs: int, command: Sequence[str], listener: socket.socket, folder: Path
+    ) -> None:
+        # the first signal that this launcher was sent
+        self._asked = 0
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            # as nohup leaves it
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._pass_on)
+
         threads = str(max(1, len(os.sched_getaffinity(0)) // procs))
         shared = {
             "WORLD_SIZE": str(procs),
@@ -77,23 +110,34 @@ class Ranks:
             "SCALETRAIN_LAUNCHER": str(os.getpid()),
             exit_codes.ERROR_FILE: str(folder / "first-failure"),
         }
+
         self._processes = []
         for rank in range(procs):
             own: dict[str, str] = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             kept: tuple[int, ...] = ()
             if rank == 0:
                 own["SCALETRAIN_LISTEN_FD"], kept = str(listener.fileno()), (listener.fileno(),)
+
             environment = {**os.environ, **shared, **own}
-            process = subprocess.Popen([sys.executable, "-m", "scaletrain", *command], env=environment, pass_fds=kept)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "scaletrain", *command], env=environment, pass_fds=kept
+            )
             self._processes.append(process)
-        listener.close()  # it lives on in rank 0 alone
-        if self._asked:  # while they were being started
+
+        # it lives on in rank 0 alone
+        listener.close()
+        # while they were being started
+        if self._asked:
             self._send(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Until all have ended; the exit code, after a line on stderr unless the failed process has said what was wrong."""
-        failed: tuple[int, int] | None = None  # rank and exit code
+        """Until all have ended; the exit code, after a line on stderr unless the failed process has
+        said what was wrong.
+        """
+        # rank and exit code
+        failed: tuple[int, int] | None = None
         deadline = float("inf")
+
         while None in [process.poll() for process in self._processes]:
             if failed is None and (failed := self._failed()):
                 deadline = time.monotonic() + (float("inf") if failed[1] in ASKED else GRACE)
@@ -106,19 +150,30 @@ class Ranks:
             return 0
         if self._asked and (failed[1] < 0 or failed[1] in ASKED):
             return 128 + self._asked
+
         return _report(*failed)
 
     def _failed(self) -> tuple[int, int] | None:
-        """Rank and exit code of the process that failed: of several, one that was killed, for the others are its victims."""
-        codes = [(rank, process.returncode) for rank, process in enumerate(self._processes) if process.returncode]
+        """Rank and exit code of the process that failed: of several, one that was killed, for the
+        others are its victims.
+        """
+        codes = [
+            (rank, process.returncode)
+            for rank, process in enumerate(self._processes)
+            if process.returncode
+        ]
+
         return min(codes, key=lambda item: item[1] >= 0, default=None)
 
     def _pass_on(self, number: int, _: Any) -> None:
-        """Ask all processes, which may have been asked already: a terminal's Ctrl-C reaches them too, and twice means now."""
+        """Ask all processes, which may have been asked already: a terminal's Ctrl-C reaches them
+        too, and twice means now.
+        """
         if number == signal.SIGINT and not self._asked:
             self._send(signal.SIGTERM)
         else:
             self._send(number)
+
         self._asked = self._asked or number
 
     def _send(self, number: int) -> None:
@@ -132,8 +187,10 @@ def _report(rank: int, code: int) -> int:
         hint = ", which the system sends when memory runs out" if code == -signal.SIGKILL else ""
         print(f"process {rank} was ended by {signal.Signals(-code).name}{hint}", file=sys.stderr)
         return 128 - code
+
     if code not in (exit_codes.INVALID, exit_codes.RETRY, *ASKED):
         print(f"process {rank} failed with exit code {code}", file=sys.stderr)
+
     return code
 
 

@@ -1,7 +1,9 @@
-"""The nouns that every other module speaks: Batch, Clock, MethodOutput, Group, DeferredState, Method, Auxiliary.
+"""The nouns that every other module speaks: Batch, Clock, MethodOutput, Group, DeferredState,
+Method, Auxiliary.
 
-Loss convention, stated once: every rank computes a loss over its own slice of the global batch such that the *mean over
-ranks of the local losses is the global loss*. Engines average gradients over ranks, which is then the global gradient.
+Loss convention, stated once: every rank computes a loss over its own slice of the global batch such
+that the *mean over ranks of the local losses is the global loss*. Engines average gradients over
+ranks, which is then the global gradient.
 """
 
 from __future__ import annotations
@@ -18,16 +20,21 @@ from torch import Tensor, nn
 class Batch:
     """One rank's contiguous slice of the global batch, as a training step sees it.
 
-    Positions and keys, never ranks, define everything random, so any world size computes the same step.
+    Positions and keys, never ranks, define everything random, so any world size computes the same
+    step.
     """
 
-    views: tuple[Tensor, ...]  # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
+    # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
+    views: tuple[Tensor, ...]
     index: Tensor  # [B] int64: the sample's number in the data set
-    keys: Tensor  # [B] int64: hash of (seed, epoch, planned index, repeat), the root of all randomness of the sample
+    # [B] int64: hash of (seed, epoch, planned index, repeat), the root of all randomness of it
+    keys: Tensor
     pixel_range: Tensor  # [2, 3]: what a black and a white pixel become after normalisation
     labels: Tensor | None = None  # [B] int64, -1 where unknown
-    masks: Tensor | None = None  # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it
-    support: Batch | None = None  # labelled samples of an auxiliary objective
+    # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it
+    masks: Tensor | None = None
+    # labelled samples of an auxiliary objective
+    support: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -37,12 +44,17 @@ class Batch:
         masks = None if self.masks is None else self.masks.double()
         support = None if self.support is None else self.support.double()
         views = tuple(v.double() for v in self.views)
-        return replace(self, views=views, pixel_range=self.pixel_range.double(), masks=masks, support=support)
+        return replace(
+            self, views=views, pixel_range=self.pixel_range.double(), masks=masks, support=support
+        )
 
     def split(self, parts: int) -> list[Batch]:
         """Cut into `parts` equal micro-batches along the sample axis."""
         if len(self) % parts:
-            raise ValueError(f"{len(self)} samples per rank do not split into {parts} equal micro-batches")
+            raise ValueError(
+                f"{len(self)} samples per rank do not split into {parts} equal micro-batches"
+            )
+
         n = len(self) // parts
 
         def cut(x: Tensor | None, dim: int) -> Sequence[Tensor | None]:
@@ -50,7 +62,14 @@ class Batch:
 
         views = list(zip(*(v.split(n, 1) for v in self.views), strict=True))
         support = [None] * parts if self.support is None else self.support.split(parts)
-        columns = (cut(self.index, 0), cut(self.keys, 0), cut(self.labels, 0), cut(self.masks, 1), support)
+        columns = (
+            cut(self.index, 0),
+            cut(self.keys, 0),
+            cut(self.labels, 0),
+            cut(self.masks, 1),
+            support,
+        )
+
         return [
             replace(self, views=v, index=i, keys=k, labels=y, masks=m, support=s)
             for v, i, k, y, m, s in zip(views, *columns, strict=True)
@@ -61,8 +80,10 @@ class Batch:
 class Clock:
     """Where training stands; schedules are pure functions of it."""
 
-    step: int  # optimizer steps taken so far
-    total: int  # optimizer steps of the whole run
+    # optimizer steps taken so far
+    step: int
+    # optimizer steps of the whole run
+    total: int
     epoch: int
     steps_per_epoch: int
 
@@ -71,7 +92,9 @@ class Clock:
         return min(1.0, self.step / max(1, self.total))
 
     def cosine(self, start: float, end: float) -> float:
-        """Half a cosine from `start` at step 0 to `end` at the last step (BYOL, section 3.2: the target's tau)."""
+        """Half a cosine from `start` at step 0 to `end` at the last step (BYOL, section 3.2: the
+        target's tau).
+        """
         return end - (end - start) * (math.cos(math.pi * self.progress) + 1) / 2
 
     def linear(self, start: float, end: float) -> float:
@@ -85,21 +108,30 @@ class Clock:
 class MethodOutput:
     """What a forward pass hands to the engine."""
 
-    losses: dict[str, Tensor]  # their sum drives everything; with Method.separate_losses, each drives the group of its name
-    scalars: dict[str, Tensor] = field(default_factory=dict)  # for the monitor, detached, 0-d
+    # their sum drives everything; with Method.separate_losses, each drives the group of its name
+    losses: dict[str, Tensor]
+    # for the monitor, detached, 0-d
+    scalars: dict[str, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None  # [B, D] detached: watched for collapse
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, for the monitor. Tensors are detached and still on the device."""
+    """What one optimizer step did, for the monitor. Tensors are detached and still on the
+    device.
+    """
 
-    loss: float  # of the global batch
-    scalars: dict[str, Tensor]  # MethodOutput.losses and MethodOutput.scalars, this rank's
-    grad_norm: Tensor  # 0-d, of the whole gradient before clipping
-    trust: dict[str, Tensor] = field(default_factory=dict)  # LARS trust ratios: "min", "median", "max"
+    # of the global batch
+    loss: float
+    # MethodOutput.losses and MethodOutput.scalars, this rank's
+    scalars: dict[str, Tensor]
+    # 0-d, of the whole gradient before clipping
+    grad_norm: Tensor
+    # LARS trust ratios: "min", "median", "max"
+    trust: dict[str, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None  # [B, D]
-    skipped: bool = False  # the loss or the gradient was not finite and nothing was written
+    # the loss or the gradient was not finite and nothing was written
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +139,10 @@ class Piece:
     """A contiguous flat range of a named tensor: what one rank holds and writes to a checkpoint."""
 
     data: Tensor  # [n] flat, any device
-    start: int  # offset of data[0] in the flattened whole
-    shape: tuple[int, ...]  # of the whole
+    # offset of data[0] in the flattened whole
+    start: int
+    # of the whole
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -120,29 +154,39 @@ class Group:
 
     name: str
     match: Callable[[str, Tensor], bool]
-    lr: float = 1.0  # multiplies the scheduled learning rate
-    constant: bool = False  # keep the base learning rate: neither warm-up nor decay (SimSiam's predictor)
-    weight_decay: float | None = None  # None: the optimizer's
+    # multiplies the scheduled learning rate
+    lr: float = 1.0
+    # keep the base learning rate: neither warm-up nor decay (SimSiam's predictor)
+    constant: bool = False
+    # None: the optimizer's
+    weight_decay: float | None = None
     momentum: float | None = None
-    adapt: bool | None = None  # LARS trust ratio; None: by the optimizer's exclusion rule
-    frozen_steps: int = 0  # drop the gradient during the first steps (SwAV's prototypes)
+    # LARS trust ratio; None: by the optimizer's exclusion rule
+    adapt: bool | None = None
+    # drop the gradient during the first steps (SwAV's prototypes)
+    frozen_steps: int = 0
 
 
 class DeferredState(nn.Module):
-    """A module whose forward only *stages* what it would write; the engine commits after the step or discards it.
+    """A module whose forward only *stages* what it would write; the engine commits after the step
+    or discards it.
 
     So a skipped step and a pass for features leave no trace.
     """
 
     def commit(self, parts: int = 1) -> None:
-        """Write what was staged, by equally many calls in each of the step's `parts` micro-batches."""
+        """Write what was staged, by equally many calls in each of the step's `parts`
+        micro-batches.
+        """
         raise NotImplementedError
 
     def discard(self) -> None:
         raise NotImplementedError
 
     def sharded(self) -> Mapping[str, tuple[int, int]]:
-        """Buffers of which this rank holds rows [start, start + len) only: name -> (start, rows of the whole)."""
+        """Buffers of which this rank holds rows [start, start + len) only: name -> (start, rows of
+        the whole).
+        """
         return {}
 
 
@@ -150,47 +194,65 @@ class DeferredState(nn.Module):
 class RunInfo:
     """What a method may know of the run when it is built."""
 
-    samples: int  # in the data set
-    batch: int  # global batch size
+    # in the data set
+    samples: int
+    # global batch size
+    batch: int
     steps_per_epoch: int
-    views: tuple[tuple[int, int], ...]  # (pixels, count) per crop size, as in Batch.views
-    norm_group: int = 0  # model.norm_group, for the heads
+    # (pixels, count) per crop size, as in Batch.views
+    views: tuple[tuple[int, int], ...]
+    # model.norm_group, for the heads
+    norm_group: int = 0
     seed: int = 0
-    support: int = 0  # labelled samples beside the global batch, Batch.support
+    # labelled samples beside the global batch, Batch.support
+    support: int = 0
 
     def need_pair(self, method: str) -> None:
         if self.views[0][1] != 2 or len(self.views) > 1:
             raise ValueError(
-                f"method {method} takes exactly two views of one size; data.views gives {self.views} (pixels, count)"
+                f"method {method} takes exactly two views of one size; data.views gives "
+                f"{self.views} (pixels, count)"
             )
 
     def need_samples(self, field: str, clusters: int) -> None:
         if clusters > (embedded := self.batch * self.steps_per_epoch):
-            raise ValueError(f"{field}={clusters} is more than the {embedded} samples of an epoch: lower it")
+            raise ValueError(
+                f"{field}={clusters} is more than the {embedded} samples of an epoch: lower it"
+            )
 
 
 Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
-"""features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient and without a trace."""
+"""features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient
+and without a trace.
+"""
 Write = Callable[[str, Tensor], None]
-"""write(name, value) changes a parameter, masters and replicas included, or a buffer; value is whole, or computed from the
-parameter as the engine shows it."""
+"""write(name, value) changes a parameter, masters and replicas included, or a buffer; value is
+whole, or computed from the parameter as the engine shows it.
+"""
 
 
 class Method(nn.Module):
     """One paper. `forward` is the whole mathematics of a step; everything else is declared.
 
-    A method whose loss couples samples may define `embed` and `loss` in place of forward: engines can then embed one
-    micro-batch at a time (gradient caching). Parameters and DeferredState modules belong in embed only.
+    A method whose loss couples samples may define `embed` and `loss` in place of forward: engines
+    can then embed one micro-batch at a time (gradient caching). Parameters and DeferredState
+    modules belong in embed only.
 
-    A method file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`, built as
-    `Model(config, make_backbone, run_info)`; `make_backbone()` returns a fresh encoder with a `features` width.
+    A method file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named
+    `Model`, built as `Model(config, make_backbone, run_info)`; `make_backbone()` returns a fresh
+    encoder with a `features` width.
     """
 
-    targets: ClassVar[Mapping[str, str]] = {}  # {target module: online module}; the engine moves targets by `ema`
-    global_loss: bool = False  # the loss couples samples: gradient accumulation would change it
-    classes: int | None = None  # every sample's label must be known and below this, or any for 0; None: none is needed
-    whole_images: ClassVar[bool] = False  # on_epoch's features are of whole images, not of the first training views
-    separate_losses: ClassVar[bool] = False  # each loss drives the parameters of its own group only (adversaries)
+    # {target module: online module}; the engine moves targets by `ema`
+    targets: ClassVar[Mapping[str, str]] = {}
+    # the loss couples samples: gradient accumulation would change it
+    global_loss: bool = False
+    # every sample's label must be known and below this, or any for 0; None: none is needed
+    classes: int | None = None
+    # on_epoch's features are of whole images, not of the first training views
+    whole_images: ClassVar[bool] = False
+    # each loss drives the parameters of its own group only (adversaries)
+    separate_losses: ClassVar[bool] = False
     backbone: nn.Module
 
     def ema(self, clock: Clock) -> float:
@@ -198,7 +260,9 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} declares targets but no ema()")
 
     def start_targets(self) -> None:
-        """Make the targets copies of their online modules, where the paper has no initialisation of their own."""
+        """Make the targets copies of their online modules, where the paper has no initialisation of
+        their own.
+        """
         for target, online in self.targets.items():
             self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
 
@@ -214,8 +278,12 @@ class Method(nn.Module):
         return self.loss(self.embed(batch, clock), batch, clock)
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
-        """What the loss needs of each sample: tensors [any, B, ...], those without gradient included."""
-        raise NotImplementedError(f"{type(self).__name__} defines neither forward nor embed and loss")
+        """What the loss needs of each sample: tensors [any, B, ...], those without gradient
+        included.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} defines neither forward nor embed and loss"
+        )
 
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> MethodOutput:
         raise NotImplementedError(f"{type(self).__name__} defines embed without loss")
@@ -230,11 +298,13 @@ class Method(nn.Module):
 class Auxiliary(nn.Module):
     """An objective added to a method.
 
-    Its file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`, built as `Model(config, method, run_info)`.
-    Parameters are in a group of the file's name, which is also that of the loss.
+    Its file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`,
+    built as `Model(config, method, run_info)`. Parameters are in a group of the file's name, which
+    is also that of the loss.
     """
 
-    global_loss: bool = False  # as Method.global_loss
+    # as Method.global_loss
+    global_loss: bool = False
 
     def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         """`method`: the one it is added to, for its online networks."""

@@ -1,6 +1,8 @@
-"""Ranks, collectives that carry gradients (and forms that do not, named so), and stateless randomness keyed by sample.
+"""Ranks, collectives that carry gradients (and forms that do not, named so), and stateless
+randomness keyed by sample.
 
-With the loss convention of core.py, the backward of a gather is a sum over ranks and needs no factor of the world size.
+With the loss convention of core.py, the backward of a gather is a sum over ranks and needs no
+factor of the world size.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from scaletrain.peers import Peers
 
-LISTEN_FD = "SCALETRAIN_LISTEN_FD"  # the variable by which a launcher gives rank 0 the socket on which the ranks meet
+# the variable by which a launcher gives rank 0 the socket on which the ranks meet
+LISTEN_FD = "SCALETRAIN_LISTEN_FD"
 _peers: Peers | None = None
 
 # torch 2.14 renamed both and warns at the old names.
@@ -33,18 +36,31 @@ _reduce_scatter = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_sc
 class LaunchError(ValueError):
     """The process group could not be made; the text says why."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+    # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
 
 
 def init(timeout_seconds: float = 1800.0) -> torch.device:
-    """Join the process group that torchrun's variables describe (none: a single process) and return this rank's device."""
+    """Join the process group that torchrun's variables describe (none: a single process) and return
+    this rank's device.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     # A scheduler may show each process a single device only, whatever its local rank.
-    device = torch.device("cuda", local % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", local % torch.cuda.device_count())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not c10d.is_initialized():
-        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds))
+        _join(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timedelta(seconds=timeout_seconds),
+        )
+
     return device
 
 
@@ -55,17 +71,23 @@ def _join(backend: str, timeout: timedelta) -> None:
         if _loopback(host) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             place = _own_store(host, int(port), timeout)
             c10d.init_process_group(
-                backend, store=place, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), timeout=timeout
+                backend,
+                store=place,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timeout,
             )
         else:
             c10d.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
-            f"no rendezvous at {host}:{port}: {str(error).splitlines()[0]}. If the port is in use, choose another MASTER_PORT"
+            f"no rendezvous at {host}:{port}: {str(error).splitlines()[0]}. If the port is in use, "
+            "choose another MASTER_PORT"
         ) from None
 
     _peers = Peers(rank(), world(), host, broadcast_object)
-    atexit.register(_peers.leave)  # not reached by a process that fails: cli.main ends those at once
+    # not reached by a process that fails: cli.main ends those at once
+    atexit.register(_peers.leave)
 
 
 def _loopback(host: str) -> bool:
@@ -75,32 +97,44 @@ def _loopback(host: str) -> bool:
 
 
 def _own_store(host: str, port: int, timeout: timedelta) -> TCPStore:
-    """torch's store listens on all addresses of a machine; on one machine, this one listens on its loopback only."""
+    """torch's store listens on all addresses of a machine; on one machine, this one listens on its
+    loopback only.
+    """
     world, first = int(os.environ["WORLD_SIZE"]), os.environ["RANK"] == "0"
     if not first:
         return TCPStore(host, port, world, False, timeout)
 
     given = os.environ.get(LISTEN_FD)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(fileno=int(given)) if given else socket.create_server((host, port), family=family)
+    listener = (
+        socket.socket(fileno=int(given))
+        if given
+        else socket.create_server((host, port), family=family)
+    )
+
     return TCPStore(host, port, world, True, timeout, master_listen_fd=listener.detach())
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks; a no-op without glibc.
 
-    By default it maps every block above 32 MB anew, and the page faults of each step's activations cost several times
-    their arithmetic on the CPU.
+    By default it maps every block above 32 MB anew, and the page faults of each step's activations
+    cost several times their arithmetic on the CPU.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back
+        # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-4, 0)
+        # M_TRIM_THRESHOLD: the heap is not given back
+        libc.mallopt(-1, 2**31 - 1)
 
 
 def shutdown() -> None:
-    """Leave the process group in order. Not after an error: the other ranks would not learn of it."""
+    """Leave the process group in order. Not after an error: the other ranks would not learn
+    of it.
+    """
     leave()
+
     if c10d.is_initialized():
         c10d.destroy_process_group()
 
@@ -112,10 +146,15 @@ def leave() -> None:
 
 
 def lost_contact(error: BaseException) -> str:
-    """A text for an error which means that another process of the run died or cannot be reached; empty for any other."""
+    """A text for an error which means that another process of the run died or cannot be reached;
+    empty for any other.
+    """
     if world() == 1 or not (isinstance(error, c10d.DistError) or "gloo/transport" in str(error)):
         return ""
-    who = (_peers.name_lost(patience=2.0) if _peers is not None else "") or "another process of this run cannot be reached"
+
+    who = (
+        _peers.name_lost(patience=2.0) if _peers is not None else ""
+    ) or "another process of this run cannot be reached"
     return f"{who}; see its own output, and start again to resume ({str(error).splitlines()[0]})"
 
 
@@ -135,6 +174,7 @@ def port_problem(host: str, port: int) -> str | None:
             probe.bind((host, port))
         except OSError as error:
             return error.strerror or str(error)
+
     return None
 
 
@@ -147,7 +187,7 @@ def main() -> bool:
     return rank() == 0
 
 
-# --- collectives without gradient -------------------------------------------------------------------------------------
+# --- collectives without gradient -----------------------------------------------------------------
 
 
 def sum_nograd(x: Tensor) -> Tensor:
@@ -166,7 +206,9 @@ def max_nograd(x: Tensor) -> Tensor:
 
 
 def max_later(value: int) -> Callable[[], int]:
-    """Begin to exchange a number; the function that is returned waits for it and gives the largest of all ranks."""
+    """Begin to exchange a number; the function that is returned waits for it and gives the largest
+    of all ranks.
+    """
     box = torch.tensor(value)
     work = c10d.all_reduce(box, op=c10d.ReduceOp.MAX, async_op=True) if world() > 1 else None
 
@@ -184,30 +226,39 @@ def barrier() -> None:
 
 
 def gather_nograd(x: Tensor) -> Tensor:
-    """[b, ...] on each rank -> [W * b, ...] in rank order, which is the order of the global batch. Equal b on every rank."""
+    """[b, ...] on each rank -> [W * b, ...] in rank order, which is the order of the global batch.
+    Equal b on every rank.
+    """
     x = x.detach().contiguous()
     if world() == 1:
         return x
+
     out = x.new_empty(world() * x.shape[0], *x.shape[1:])
     _all_gather(out, x)
     return out
 
 
 def permute_nograd(x: Tensor, order: Tensor) -> Tensor:
-    """This rank's slice [b, ...] of a global-batch tensor X -> its slice of X[order]. Every row is sent once.
+    """This rank's slice [b, ...] of a global-batch tensor X -> its slice of X[order]. Every row is
+    sent once.
 
     order: [W * b] int64 on the host, a permutation that every rank knows. Equal b on every rank.
     """
     x = x.detach()
+
     if world() == 1:
         return x[order.to(x.device)]
+
     rows = len(x)
-    wanted, goes = mine(order), mine(order.argsort())  # where this rank's new rows are now; where its rows will be
+    # where this rank's new rows are now; where its rows will be
+    wanted, goes = mine(order), mine(order.argsort())
     sent = x[goes.argsort().to(x.device)].contiguous()
     arrived, out = torch.empty_like(sent), torch.empty_like(sent)
     come, go = (torch.bincount(p // rows, minlength=world()).tolist() for p in (wanted, goes))
     c10d.all_to_all_single(arrived, sent, come, go)
-    out[(wanted // rows).argsort(stable=True).to(x.device)] = arrived  # by origin, and from each in the new order
+
+    # by origin, and from each in the new order
+    out[(wanted // rows).argsort(stable=True).to(x.device)] = arrived
     return out
 
 
@@ -227,7 +278,7 @@ def gather_objects(value: Any) -> list[Any]:
     return box
 
 
-# --- collectives with gradient ----------------------------------------------------------------------------------------
+# --- collectives with gradient --------------------------------------------------------------------
 
 
 class _Gather(torch.autograd.Function):
@@ -255,7 +306,9 @@ class _Sum(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """As gather_nograd, but gradients of every rank's use of these rows flow back to their owner."""
+    """As gather_nograd, but gradients of every rank's use of these rows flow back to their
+    owner.
+    """
     return _Gather.apply(x) if world() > 1 else x
 
 

@@ -1,10 +1,9 @@
 """What a process tells its launcher by how it ends. The README has the same table.
 
-0    done
-1    a defect of this program, with its traceback
-2    invalid input: the same command would be refused again
-75   a failure that may pass (EX_TEMPFAIL of sysexits.h): storage, network, memory, a process that died; start again
-128+n  ended by signal n, after saving where that signal asks for it
+0    done 1    a defect of this program, with its traceback 2    invalid input: the same command
+would be refused again 75   a failure that may pass (EX_TEMPFAIL of sysexits.h): storage, network,
+memory, a process that died; start again 128+n  ended by signal n, after saving where that signal
+asks for it
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from pathlib import Path
 
 DEFECT, INVALID, RETRY = 1, 2, 75
 
-ERROR_FILE = "SCALETRAIN_ERROR_FILE"  # the variable by which a launcher says where the first rank that fails leaves its code
+# the variable by which a launcher says where the first rank that fails leaves its code
+ERROR_FILE = "SCALETRAIN_ERROR_FILE"
 
-# Storage, network and memory come back, so these say nothing about the command. A full disk is one of them: it is
-# usually another job's doing, and the launchers bound how often they start again.
+# Storage, network and memory come back, so these say nothing about the command. A full disk is one
+# of them: it is usually another job's doing, and the launchers bound how often they start again.
 _PASSING = frozenset(
     {
         errno.EIO,
@@ -52,13 +52,20 @@ _PASSING = frozenset(
 
 
 def passing(error: BaseException | None) -> bool:
-    """Whether another start may succeed: the error, or what it was raised from, is of storage, network or memory."""
+    """Whether another start may succeed: the error, or what it was raised from, is of storage,
+    network or memory.
+    """
     while error is not None:
-        if isinstance(error, MemoryError | TimeoutError | ConnectionError) or getattr(error, "exit_code", None) == RETRY:
+        if (
+            isinstance(error, MemoryError | TimeoutError | ConnectionError)
+            or getattr(error, "exit_code", None) == RETRY
+        ):
             return True
         if isinstance(error, OSError) and error.errno in _PASSING:
             return True
+
         error = error.__cause__
+
     return False
 
 
@@ -68,7 +75,9 @@ def of(error: BaseException) -> int:
 
 
 def claim(code: int) -> int | None:
-    """None for the first rank of a start that fails: it reports. The others, mostly its victims, get its exit code."""
+    """None for the first rank of a start that fails: it reports. The others, mostly its victims,
+    get its exit code.
+    """
     place = os.environ.get(ERROR_FILE)
     if not place:
         return None

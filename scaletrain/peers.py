@@ -1,8 +1,10 @@
-"""Notices within seconds that another process of the run has died, whatever this one is waiting for.
+"""Notices within seconds that another process of the run has died, whatever this one is waiting
+for.
 
-A collective over gloo fails by itself when a process dies. A process that waits elsewhere does not notice: for another
-rank's part of a checkpoint, for data, in NCCL. So rank 0 keeps a TCP connection to every other rank. The kernel closes it when
-a process ends, however that happens, and rank 0 tells the rest. A process that ends in order says so first.
+A collective over gloo fails by itself when a process dies. A process that waits elsewhere does not
+notice: for another rank's part of a checkpoint, for data, in NCCL. So rank 0 keeps a TCP connection
+to every other rank. The kernel closes it when a process ends, however that happens, and rank 0
+tells the rest. A process that ends in order says so first.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ from scaletrain import exit_codes
 
 log = logging.getLogger("scaletrain")
 
-GRACE = 5.0  # seconds in which a process whose peer has died may still end with an error of its own
-_CONNECT = 60.0  # seconds for all processes to connect
-_TOKEN = 16  # bytes
-_HELLO = struct.Struct(f"!{_TOKEN}sIQ64s")  # token, rank, process id, host
-_Offer = tuple[bytes, int, bytes]  # of rank 0: token, port, its hello
-_LEAVING = bytes(_HELLO.size)  # the last word of a process that ends in order; of a dead one, rank 0 sends on its hello
+# seconds in which a process whose peer has died may still end with an error of its own
+GRACE = 5.0
+# seconds for all processes to connect
+_CONNECT = 60.0
+# bytes
+_TOKEN = 16
+# token, rank, process id, host
+_HELLO = struct.Struct(f"!{_TOKEN}sIQ64s")
+# of rank 0: token, port, its hello
+_Offer = tuple[bytes, int, bytes]
+# the last word of a process that ends in order; of a dead one, rank 0 sends on its hello
+_LEAVING = bytes(_HELLO.size)
 
 
 class Peers:
@@ -40,17 +48,32 @@ class Peers:
         self._rank, self._world = rank, world
         self._links: list[socket.socket] = []
         self._open = True
-        self.lost = ""  # which process ended unexpectedly
+        # which process ended unexpectedly
+        self.lost = ""
         self._known = threading.Event()
 
         listener = _listen(host) if rank == 0 else None
-        offer = (secrets.token_bytes(_TOKEN), listener.getsockname()[1] if listener else 0, _hello(b"", 0))
+        offer = (
+            secrets.token_bytes(_TOKEN),
+            listener.getsockname()[1] if listener else 0,
+            _hello(b"", 0),
+        )
         token, port, self._first = share(offer)
+
         try:
-            watch = self._accept(listener, token) if listener else self._connect((host, port), token)
+            watch = (
+                self._accept(listener, token) if listener else self._connect((host, port), token)
+            )
         except OSError as error:
-            log.warning("the death of another process may be noticed late: no connection to rank 0 at %s (%s)", host, error)
+            log.warning(
+                "the death of another process may be noticed late: no connection to rank 0 at %s "
+                "(%s)",
+                host,
+                error,
+            )
+
             return
+
         # loader workers would keep the connections open after this process has died
         os.register_at_fork(after_in_child=self._close)
         threading.Thread(target=watch, name="peers", daemon=True).start()
@@ -66,11 +89,12 @@ class Peers:
         self._known.wait(patience)
         return self.lost
 
-    # --- rank 0 -------------------------------------------------------------------------------------------------------
+    # --- rank 0 -----------------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket, token: bytes) -> Callable[[], None]:
         _allow_open_files(self._world + 512)
-        watched: dict[socket.socket, bytes] = {}  # connection -> who is at its other end
+        # connection -> who is at its other end
+        watched: dict[socket.socket, bytes] = {}
         limit = time.monotonic() + _CONNECT
         try:
             with listener:
@@ -79,10 +103,12 @@ class Peers:
                     link, _ = listener.accept()
                     link.settimeout(max(0.01, limit - time.monotonic()))
                     hello = _receive(link, _HELLO.size)
+
                     if secrets.compare_digest(hello[:_TOKEN], token):
                         watched[link] = hello
                     else:
-                        link.close()  # a stranger
+                        # a stranger
+                        link.close()
         except OSError:
             self._links = list(watched)
             self.leave()
@@ -90,6 +116,7 @@ class Peers:
 
         for link in watched:
             _keep_alive(link)
+
         self._links = list(watched)
         return lambda: self._watch_all(watched)
 
@@ -97,10 +124,12 @@ class Peers:
         with selectors.DefaultSelector() as selector:
             for connection in watched:
                 selector.register(connection, selectors.EVENT_READ, connection)
+
             while self._open and selector.get_map():
                 for key, _ in selector.select(timeout=1.0):
                     link: socket.socket = key.data
-                    selector.unregister(link)  # whatever it says is its last word
+                    # whatever it says is its last word
+                    selector.unregister(link)
                     if not _receive(link, len(_LEAVING)) and self._open:
                         self._tell(watched[link])
                         self._end(watched[link])
@@ -110,7 +139,7 @@ class Peers:
             with contextlib.suppress(OSError):
                 link.sendall(news)
 
-    # --- the others ---------------------------------------------------------------------------------------------------
+    # --- the others -------------------------------------------------------------------------------
 
     def _connect(self, address: tuple[str, int], token: bytes) -> Callable[[], None]:
         link = socket.create_connection(address, timeout=_CONNECT)
@@ -124,7 +153,7 @@ class Peers:
         if self._open and news != _LEAVING:
             self._end(news or self._first)
 
-    # --- all ----------------------------------------------------------------------------------------------------------
+    # --- all --------------------------------------------------------------------------------------
 
     def _end(self, hello: bytes) -> None:
         """End with the process that introduced itself so."""
@@ -135,9 +164,15 @@ class Peers:
         time.sleep(GRACE)
         if not self._open:
             return
+
         code = exit_codes.claim(exit_codes.RETRY)
         if code is None:
-            print(f"error: {self.lost}; see its own output. Start again to resume", file=sys.stderr, flush=True)
+            print(
+                f"error: {self.lost}; see its own output. Start again to resume",
+                file=sys.stderr,
+                flush=True,
+            )
+
         os._exit(exit_codes.RETRY if code is None else code)
 
     def _close(self) -> None:
@@ -153,17 +188,23 @@ def _hello(token: bytes, rank: int) -> bytes:
 def _listen(host: str) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        listener.bind((host, 0))  # that address only: nobody else need reach it
+        # that address only: nobody else need reach it
+        listener.bind((host, 0))
     except OSError:
-        listener.bind(("", 0))  # rank 0 may be known to the others under an address that it does not have itself
+        # rank 0 may be known to the others under an address that it does not have itself
+        listener.bind(("", 0))
+
     listener.listen(4096)
     return listener
 
 
 def _keep_alive(link: socket.socket) -> None:
-    """Blocking from now on; a node that lost its power or its network is noticed after half a minute."""
+    """Blocking from now on; a node that lost its power or its network is noticed after half a
+    minute.
+    """
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, option):
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
@@ -175,6 +216,7 @@ def _receive(link: socket.socket, size: int) -> bytes:
     with contextlib.suppress(OSError):
         while len(data) < size and (more := link.recv(size - len(data))):
             data += more
+
     return data if len(data) == size else b""
 
 

@@ -1,4 +1,6 @@
-"""Write shards from CIFAR-10: class folders of images, the binary release, or the Python release."""
+"""Write shards from CIFAR-10: class folders of images, the binary release, or the Python
+release.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,23 @@ RELEASE = cifar.Release(
 @command.importer
 def main(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release.")
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release."
+        ),
     ],
     dest: command.Splits,
     how: How,
 ) -> None:
-    """Write shards from CIFAR-10, DEST/train and DEST/test: from class folders of images, or an unpacked release.
+    """Write shards from CIFAR-10, DEST/train and DEST/test: from class folders of images, or an
+    unpacked release.
 
-    Releases: cifar-10-binary.tar.gz (data_batch_1.bin ...) or cifar-10-python.tar.gz (data_batch_1 ...), whose pickles are read
-    by a parser that runs nothing.
+    Releases: cifar-10-binary.tar.gz (data_batch_1.bin ...) or cifar-10-python.tar.gz (data_batch_1
+    ...), whose pickles are read by a parser that runs nothing.
     """
-    command.save(dest, {split: cifar.read(source, split, RELEASE) for split in ("train", "test")}, how)
+    command.save(
+        dest, {split: cifar.read(source, split, RELEASE) for split in ("train", "test")}, how
+    )
 
 
 if __name__ == "__main__":

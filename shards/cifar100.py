@@ -1,4 +1,6 @@
-"""Write shards from CIFAR-100: class folders of images, the binary release, or the Python release."""
+"""Write shards from CIFAR-100: class folders of images, the binary release, or the Python
+release.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,28 @@ def release(labels: str) -> cifar.Release:
 @command.importer
 def main(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release.")
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release."
+        ),
     ],
     dest: command.Splits,
     how: How,
-    coarse: Annotated[bool, typer.Option("--coarse", help="Of a release, take the 20 superclasses as labels.")] = False,
+    coarse: Annotated[
+        bool, typer.Option("--coarse", help="Of a release, take the 20 superclasses as labels.")
+    ] = False,
 ) -> None:
-    """Write shards from CIFAR-100, DEST/train and DEST/test: from class folders of images, or an unpacked release.
+    """Write shards from CIFAR-100, DEST/train and DEST/test: from class folders of images, or an
+    unpacked release.
 
-    Releases: cifar-100-binary.tar.gz (train.bin ...) or cifar-100-python.tar.gz (train, test, meta), whose pickles are read by
-    a parser that runs nothing.
+    Releases: cifar-100-binary.tar.gz (train.bin ...) or cifar-100-python.tar.gz (train, test,
+    meta), whose pickles are read by a parser that runs nothing.
     """
     chosen = release("coarse" if coarse else "fine")
-    command.save(dest, {split: cifar.read(source, split, chosen) for split in ("train", "test")}, how)
+
+    command.save(
+        dest, {split: cifar.read(source, split, chosen) for split in ("train", "test")}, how
+    )
 
 
 if __name__ == "__main__":

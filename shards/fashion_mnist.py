@@ -12,23 +12,45 @@ from scaletrain.importers.idx import read_idx
 from scaletrain.importers.sources import Arrays
 from scaletrain.importers.write import How
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
-SPLITS = {"train": "train", "test": "t10k"}  # ours: in the file names
+CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
+# ours: in the file names
+SPLITS = {"train": "train", "test": "t10k"}
 
 
 @command.importer
 def main(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of train-images-idx3-ubyte.gz and its three siblings.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Folder of train-images-idx3-ubyte.gz and its three siblings."
+        ),
+    ],
     dest: command.Splits,
     how: How,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the files into SRC first, with torchvision.")] = False,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the files into SRC first, with torchvision.")
+    ] = False,
 ) -> None:
-    """Write shards from Fashion-MNIST's IDX files: 28 x 28 gray images as PNG, DEST/train and DEST/test."""
+    """Write shards from Fashion-MNIST's IDX files: 28 x 28 gray images as PNG, DEST/train and
+    DEST/test.
+    """
     if download:
         from torchvision.datasets import FashionMNIST
 
         FashionMNIST(str(source), download=True)
         source = source / "FashionMNIST" / "raw"
+
     command.save(dest, {split: images(source, prefix) for split, prefix in SPLITS.items()}, how)
 
 

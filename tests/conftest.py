@@ -1,4 +1,6 @@
-"""The environment of every process: warnings are errors, in this one by pytest's setting, and one thread is enough."""
+"""The environment of every process: warnings are errors, in this one by pytest's setting, and one
+thread is enough.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import signal
 
 import pytest
 
-# The tensors of tests are tiny, and threads that spin for work slow every other process. Spawned ranks and commands inherit it.
+# The tensors of tests are tiny, and threads that spin for work slow every other process. Spawned
+# ranks and commands inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Here a message is matched as it stands, from its beginning.
 os.environ["PYTHONWARNINGS"] = "error,ignore:This process:DeprecationWarning"
 
-# A shell that runs this in the background, or nohup, has processes ignore these, and children inherit it.
+# A shell that runs this in the background, or nohup, has processes ignore these, and children
+# inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -21,4 +25,8 @@ LONG = ("slurm", "parity", "e2e", "contract")  # folders whose files take minute
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no process is left with it at the end."""
-    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+    items.sort(
+        key=lambda item: (
+            LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG)
+        )
+    )

@@ -1,4 +1,6 @@
-"""Who may import whom, read from the syntax trees: what stands left never imports what stands right of it."""
+"""Who may import whom, read from the syntax trees: what stands left never imports what stands right
+of it.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,17 @@ PLUGINS = {  # packages whose files do not know each other, but for what they sh
     "evals.benchmarks": (),
 }
 SOURCES = sorted((ROOT / "scaletrain").rglob("*.py"))
-ALL = [p for room in ("scaletrain", "launchers", "shards", "benchmarks", "tests") for p in sorted((ROOT / room).rglob("*.py"))]
+ALL = [
+    p
+    for room in ("scaletrain", "launchers", "shards", "benchmarks", "tests")
+    for p in sorted((ROOT / room).rglob("*.py"))
+]
 
 
 def imports(module: str, source: str, *, is_package: bool = False) -> Iterator[str]:
-    """Dotted names that a module's source imports or reaches through `torch.`, relative ones resolved; lazy ones included."""
+    """Dotted names that a module's source imports or reaches through `torch.`, relative ones
+    resolved; lazy ones included.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,7 +74,9 @@ def package(module: str) -> str:
 
 
 def plugin(module: str) -> tuple[str, str]:
-    """The package of plugins and the file in it: `scaletrain.methods.byol` -> ("methods", "byol"), else two empty texts."""
+    """The package of plugins and the file in it: `scaletrain.methods.byol` -> ("methods", "byol"),
+    else two empty texts.
+    """
     for kind, shared in PLUGINS.items():
         name = f"{module}.".removeprefix(f"scaletrain.{kind}.").partition(".")[0]
         if f"{module}.".startswith(f"scaletrain.{kind}.") and name and name not in shared:
@@ -89,11 +99,18 @@ def faults(module: str, source: str, *, is_package: bool = False) -> list[str]:
             if kind and other_kind == kind and other != leaf:
                 found.append(f"{module} imports {name}: plugins do not know each other")
             if kind in ("methods", "auxiliaries") and there == "data":
-                found.append(f"{module} imports {name}: a method or auxiliary does not know where its batches come from")
+                found.append(
+                    f"{module} imports {name}: a method or auxiliary does not know where its "
+                    "batches come from"
+                )
             if there == "importers" and here not in ("importers", "cli"):
-                found.append(f"{module} imports {name}: what reads shards does not know what writes them")
+                found.append(
+                    f"{module} imports {name}: what reads shards does not know what writes them"
+                )
             if here == "evals" and there in ("methods", "engines"):
-                found.append(f"{module} imports {name}; a saved network is rebuilt by scaletrain.train.build")
+                found.append(
+                    f"{module} imports {name}; a saved network is rebuilt by scaletrain.train.build"
+                )
         if f"{name}.".startswith("torch.distributed.") and here not in COLLECTIVES:
             found.append(f"{module} imports {name}; go through scaletrain.dist")
         if here == "core" and name.split(".")[0] in ("scaletrain", "numpy", "pydantic"):
@@ -104,7 +121,9 @@ def faults(module: str, source: str, *, is_package: bool = False) -> list[str]:
 
 
 def cycle(edges: Mapping[str, Collection[str]]) -> list[str]:
-    """Modules that import each other in a circle, the first one found; empty where there is none."""
+    """Modules that import each other in a circle, the first one found; empty where there is
+    none.
+    """
     finished: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str]:
@@ -128,7 +147,9 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("path", [p for p in SOURCES if package(name_of(p))], ids=name_of)
 def test_imports_follow_the_order(path: Path) -> None:
     module = name_of(path)
-    assert package(module) in LEVEL, f"{path} has no place in the order of imports; give it one here and in the design"
+    assert package(module) in LEVEL, (
+        f"{path} has no place in the order of imports; give it one here and in the design"
+    )
     assert faults(module, path.read_text(), is_package=path.name == "__init__.py") == []
 
 
@@ -137,7 +158,11 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     edges = {}
     for module, path in modules.items():
         names = imports(module, path.read_text(), is_package=path.name == "__init__.py")
-        edges[module] = {near for name in names if (near := name if name in modules else name.rpartition(".")[0]) in modules}
+        edges[module] = {
+            near
+            for name in names
+            if (near := name if name in modules else name.rpartition(".")[0]) in modules
+        }
     assert cycle({module: near - {module} for module, near in edges.items()}) == []
 
 
@@ -148,7 +173,9 @@ def test_a_circle_is_found() -> None:
 
 def test_packages_hold_no_code_of_their_own() -> None:
     """What is imported stands in a file that can be named."""
-    assert [str(path) for path in SOURCES if path.name == "__init__.py" and path.read_text().strip()] == []
+    assert [
+        str(path) for path in SOURCES if path.name == "__init__.py" and path.read_text().strip()
+    ] == []
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
@@ -188,11 +215,23 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("scaletrain.methods.x", "from scaletrain import dist\nfrom scaletrain.nn import norm\nfrom ..core import Batch"),
-        ("scaletrain.engines.x", "from torch.distributed.fsdp import fully_shard\nfrom . import base"),
-        ("scaletrain.checkpoint.writer", "from .. import dist\nfrom . import files\nfrom ..core import Piece"),
+        (
+            "scaletrain.methods.x",
+            "from scaletrain import dist\nfrom scaletrain.nn import norm\nfrom ..core import Batch",
+        ),
+        (
+            "scaletrain.engines.x",
+            "from torch.distributed.fsdp import fully_shard\nfrom . import base",
+        ),
+        (
+            "scaletrain.checkpoint.writer",
+            "from .. import dist\nfrom . import files\nfrom ..core import Piece",
+        ),
         ("scaletrain.cli", "def f():\n    from scaletrain.train.loop import train"),
-        ("scaletrain.data.loading.loader", "from scaletrain.data.errors import DataError\nfrom ..sampling import plan"),
+        (
+            "scaletrain.data.loading.loader",
+            "from scaletrain.data.errors import DataError\nfrom ..sampling import plan",
+        ),
     ],
 )
 def test_a_right_import_is_let_through(module: str, source: str) -> None:
@@ -200,6 +239,10 @@ def test_a_right_import_is_let_through(module: str, source: str) -> None:
 
 
 def test_relative_imports_of_a_package_start_in_it() -> None:
-    assert "scaletrain.evals.knn" in set(imports("scaletrain.evals", "from . import knn", is_package=True))
+    assert "scaletrain.evals.knn" in set(
+        imports("scaletrain.evals", "from . import knn", is_package=True)
+    )
     assert "scaletrain.evals.knn" in set(imports("scaletrain.evals.linear", "from . import knn"))
-    assert "scaletrain.core.Batch" in set(imports("scaletrain.evals.linear", "from ..core import Batch"))
+    assert "scaletrain.core.Batch" in set(
+        imports("scaletrain.evals.linear", "from ..core import Batch")
+    )

@@ -13,23 +13,32 @@ from scaletrain.core import Auxiliary, Batch, Clock, Group, Method, MethodOutput
 
 
 def attach(method: Method, leaves: Sequence[ComponentConfig], run_info: RunInfo) -> Method:
-    """The same method, whose forward also computes the auxiliaries; its parameters keep their names. Raises ConfigError.
+    """The same method, whose forward also computes the auxiliaries; its parameters keep their
+    names. Raises ConfigError.
 
     Drawn after the method's own, the auxiliaries' parameters leave its initial values as they are.
     """
     if not leaves:
         return method
+
     kind = type(method)
     if kind.separate_losses:
         raise ConfigError(
-            f"auxiliaries: the losses of {kind.__module__.rpartition('.')[2]} drive a part of its parameters each, so nothing "
+            f"auxiliaries: the losses of {kind.__module__.rpartition('.')[2]} drive a part of its "
+            "parameters each, so nothing "
             "can be added to them; remove the auxiliaries"
         )
+
     # A class and not a wrapper, so that the state's names do not depend on what is attached.
     method.__class__ = type(kind.__name__, (_Joint, kind), {"__module__": kind.__module__})
-    parts = ((leaf, importlib.import_module(f"scaletrain.auxiliaries.{leaf.name}")) for leaf in leaves)
-    method.auxiliaries = nn.ModuleDict({leaf.name: room.Model(leaf, method, run_info) for leaf, room in parts})
+    parts = (
+        (leaf, importlib.import_module(f"scaletrain.auxiliaries.{leaf.name}")) for leaf in leaves
+    )
+    method.auxiliaries = nn.ModuleDict(
+        {leaf.name: room.Model(leaf, method, run_info) for leaf, room in parts}
+    )
     method.global_loss |= any(part.global_loss for part in method.auxiliaries.values())
+
     return method
 
 
@@ -38,7 +47,9 @@ class _Joint(Method):
 
     def groups(self) -> Sequence[Group]:
         """The auxiliaries' come first: a method's rule such as `all biases` is about its own."""
-        own = [name for name, part in self.auxiliaries.items() if any(True for _ in part.parameters())]
+        own = [
+            name for name, part in self.auxiliaries.items() if any(True for _ in part.parameters())
+        ]
         return [*(_group(name) for name in own), *super().groups()]
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
@@ -49,6 +60,7 @@ class _Joint(Method):
             more: MethodOutput = part(self, batch, clock)
             losses |= more.losses
             scalars |= more.scalars
+
         return MethodOutput(losses, scalars, out.embedding)
 
 

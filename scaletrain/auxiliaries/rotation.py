@@ -1,4 +1,6 @@
-"""Rotation prediction beside any method (Addepalli et al., 2022, arXiv 2210.09866; its task: Gidaris et al., 1803.07728)."""
+"""Rotation prediction beside any method (Addepalli et al., 2022, arXiv 2210.09866; its task:
+Gidaris et al., 1803.07728).
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ from scaletrain.ops.precision import full_precision
 
 
 class Config(ComponentConfig):
-    weight: Positive = 0.2  # lambda
+    weight: Positive = 0.2
+    """Lambda."""
+
     hidden: Count = 2048
-    views: Count = 2  # so many of the large views are rotated, or all if there are fewer
+    views: Count = 2
+    """So many of the large views are rotated, or all if there are fewer."""
 
 
 class Model(Auxiliary):
-    """Each large view is turned by a multiple of 90 degrees and forwarded on its own; which one it was is to be told.
+    """Each large view is turned by a multiple of 90 degrees and forwarded on its own; which one it
+    was is to be told.
 
-    The views are cropped, flipped and coloured already: a flip after the turn would swap 90 and 270 degrees. The method's own
-    views stay upright, so that its invariances stay what they are.
+    The views are cropped, flipped and coloured already: a flip after the turn would swap 90 and 270
+    degrees. The method's own views stay upright, so that its invariances stay what they are.
     """
 
     def __init__(self, config: Config, method: Method, run_info: RunInfo) -> None:
@@ -35,18 +41,27 @@ class Model(Auxiliary):
 
     def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0][: self.config.views]  # [M, B, 3, H, W]
-        turns = (4 * rng.uniform(batch.keys, "rotation", len(x))).long().T  # [M, B]: quarter turns, t_k
-        logits = pooled(self.head, pooled(method.backbone, turned(x, turns), method.encode))  # [M, B, 4]
+        turns = (
+            (4 * rng.uniform(batch.keys, "rotation", len(x))).long().T
+        )  # [M, B]: quarter turns, t_k
+        logits = pooled(
+            self.head, pooled(method.backbone, turned(x, turns), method.encode)
+        )  # [M, B, 4]
         accuracy = (logits.detach().argmax(-1) == turns).float().mean()
-        # The poster's 1/(2B) sum over both views. differs: the authors' code adds the views up; their lambda .1 is .2 here.
+        # The poster's 1/(2B) sum over both views. differs: the authors' code adds the views up;
+        # their lambda .1 is .2 here.
         loss = self.config.weight * cross_entropy(logits.flatten(0, 1), turns.flatten())
+
         return MethodOutput({"rotation": loss}, {"rotation_accuracy": accuracy})
 
 
 def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """Each image of x [..., 3, H, W] turned anticlockwise by its number of quarter turns [...], 0 to 3."""
+    """Each image of x [..., 3, H, W] turned anticlockwise by its number of quarter turns [...], 0
+    to 3.
+    """
     odd, half = ((turns & bit).bool()[..., None, None, None] for bit in (1, 2))
     x = torch.where(half, x.flip(-2, -1), x)
+
     return torch.where(odd, x.transpose(-2, -1).flip(-2), x)
 
 

@@ -1,4 +1,6 @@
-"""SuNCEt: a contrastive loss for few labels (Assran et al., 2020, arXiv 2006.10803, eq. 2), after facebookresearch/suncet."""
+"""SuNCEt: a contrastive loss for few labels (Assran et al., 2020, arXiv 2006.10803, eq. 2), after
+facebookresearch/suncet.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ from scaletrain.ops.precision import full_precision
 
 
 class Config(ComponentConfig):
-    weight: Positive = 1.0  # lambda
+    weight: Positive = 1.0
+    """Lambda."""
+
     temperature: Positive = 0.1
 
 
 class Model(Auxiliary):
-    """Labelled samples find their class among the others of the step, in the space of the method's projections.
+    """Labelled samples find their class among the others of the step, in the space of the method's
+    projections.
 
     data.support says which samples, and for how many epochs: a batch without them has no such loss.
     """
@@ -30,17 +35,21 @@ class Model(Auxiliary):
         super().__init__()
         if not run_info.support:
             raise ValueError(
-                "suncet needs labelled samples: set data.support, e.g. data.support.labels=FILE of shards/subset.py"
+                "suncet needs labelled samples: set data.support, e.g. data.support.labels=FILE of "
+                "shards/subset.py"
             )
         if not isinstance(getattr(method, "projector", None), nn.Module):
             raise ValueError("suncet needs a method with a projector, such as simclr or swav")
+
         self.config = config
 
     def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         if batch.support is None:
             return MethodOutput({})
+
         assert batch.support.labels is not None
-        # differs: the authors forward both views and the labelled images as one, so that these share their statistics.
+        # differs: the authors forward both views and the labelled images as one, so that these
+        # share their statistics.
         h = pooled(method.backbone, batch.support.views[0], method.encode)
         projector: nn.Module = method.projector  # type: ignore[assignment]
         loss, scalars = self._loss(pooled(projector, h)[0], batch.support.labels)
@@ -50,21 +59,31 @@ class Model(Auxiliary):
     def _loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """z [b, D], labels [b], -1 for a sample that must not be used."""
         z = F.normalize(z, dim=-1)
-        every, others = dist.gather(z), dist.gather_nograd(labels)  # Z_S with gradient
+        # Z_S with gradient
+        every, others = dist.gather(z), dist.gather_nograd(labels)
         place = dist.rank() * len(z) + torch.arange(len(z), device=z.device)
-        candidate = ~F.one_hot(place, len(every)).bool() & (others >= 0)  # Z_S without z
-        same = candidate & (labels[:, None] == others)  # Z_y
-        anchor = same.any(1)  # a class of one sample would cost infinitely much
+        # Z_S without z
+        candidate = ~F.one_hot(place, len(every)).bool() & (others >= 0)
+        # Z_y
+        same = candidate & (labels[:, None] == others)
+        # a class of one sample would cost infinitely much
+        anchor = same.any(1)
         logits = (z @ every.T / self.config.temperature).masked_fill(~candidate, float("-inf"))
         # what is no anchor is left out of the sum below, and kept finite for its gradient's sake
         logits = logits.masked_fill(~anchor[:, None], 0.0)
-        log_p = logits.masked_fill(~same & anchor[:, None], float("-inf")).logsumexp(1) - logits.logsumexp(1)
+
+        log_p = logits.masked_fill(~same & anchor[:, None], float("-inf")).logsumexp(
+            1
+        ) - logits.logsumexp(1)
         count = dist.sum_nograd(anchor.sum()).clamp_min(1)
         loss = -(log_p * anchor).sum() * dist.world() / count
         nearest = others[logits.detach().argmax(1)] == labels
         scalars = {
-            "suncet_probability": (log_p.detach().exp() * anchor).sum() / anchor.sum().clamp_min(1),  # of the right class
+            # of the right class
+            "suncet_probability": (log_p.detach().exp() * anchor).sum() / anchor.sum().clamp_min(1),
             "suncet_anchors": anchor.to(z).mean(),
-            "suncet_neighbours": (nearest & anchor).sum() / anchor.sum().clamp_min(1),  # nearest samples of the right class
+            # nearest samples of the right class
+            "suncet_neighbours": (nearest & anchor).sum() / anchor.sum().clamp_min(1),
         }
+
         return loss, scalars

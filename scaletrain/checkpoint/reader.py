@@ -1,4 +1,6 @@
-"""Steps on disk, and reading them: the manifest, its checks, and tensors by ranges from any number of files."""
+"""Steps on disk, and reading them: the manifest, its checks, and tensors by ranges from any number
+of files.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,14 @@ from scaletrain.runtime import durable
 
 log = logging.getLogger("scaletrain")
 MANIFEST = "manifest.json"
-PAUSES = (1.0, 5.0)  # seconds before each further attempt to read where storage fails
+# seconds before each further attempt to read where storage fails
+PAUSES = (1.0, 5.0)
 T = TypeVar("T")
 
 # a plain name: it never leads out of the folder
-FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,}-of-[0-9]{5,}\.[0-9a-f]{16}\.safetensors$")]
+FileName = Annotated[
+    str, Field(pattern=r"^rank-[0-9]{5,}-of-[0-9]{5,}\.[0-9a-f]{16}\.safetensors$")
+]
 Code = Literal["BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"]
 
 
@@ -74,7 +79,9 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
-        raise CheckpointError(f"{path} cannot be used: {where}: {first['msg']}; was it written by another version?") from None
+        raise CheckpointError(
+            f"{path} cannot be used: {where}: {first['msg']}; was it written by another version?"
+        ) from None
 
 
 def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifest:
@@ -82,33 +89,55 @@ def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifes
     first: dict[str, Entry] = {}
     pieces: dict[str, list[Part]] = {}
     listed: dict[str, File] = {}
+
     for part in parts:
         listed |= part.files
         for name, new in part.tensors.items():
             old = first.setdefault(name, new)
             if (old.dtype, old.shape) != (new.dtype, new.shape):
-                raise CheckpointError(f"ranks disagree on {name}: {old.dtype} {old.shape} and {new.dtype} {new.shape}")
+                raise CheckpointError(
+                    f"ranks disagree on {name}: {old.dtype} {old.shape} and {new.dtype} {new.shape}"
+                )
+
             pieces.setdefault(name, []).extend(new.pieces)
-    whole = ((name, entry.model_copy(update={"pieces": tuple(pieces[name])})) for name, entry in first.items())
+
+    whole = (
+        (name, entry.model_copy(update={"pieces": tuple(pieces[name])}))
+        for name, entry in first.items()
+    )
     return Manifest(step=step, meta=meta, tensors=dict(map(_tiled, whole)), files=listed)
 
 
 def _tiled(item: tuple[str, Entry]) -> tuple[str, Entry]:
-    """The entry with its pieces in order and empty ones gone; CheckpointError unless they cover the tensor exactly once."""
+    """The entry with its pieces in order and empty ones gone; CheckpointError unless they cover the
+    tensor exactly once.
+    """
     name, entry = item
-    pieces = sorted((piece for piece in entry.pieces if piece.start != piece.stop), key=lambda piece: piece.start)
+    pieces = sorted(
+        (piece for piece in entry.pieces if piece.start != piece.stop),
+        key=lambda piece: piece.start,
+    )
     end = 0
+
     for piece in pieces:
         if piece.start != end or piece.stop < piece.start:
             fault = "lie over each other" if piece.start < end else "leave a gap"
-            raise CheckpointError(f"pieces of {name} {fault} at {end}: {piece.file} holds [{piece.start}, {piece.stop})")
+            raise CheckpointError(
+                f"pieces of {name} {fault} at {end}: {piece.file} holds [{piece.start}, "
+                f"{piece.stop})"
+            )
+
         end = piece.stop
+
     if end != entry.numel:
-        raise CheckpointError(f"pieces of {name} end at {end}, but shape {entry.shape} has {entry.numel} elements")
+        raise CheckpointError(
+            f"pieces of {name} end at {end}, but shape {entry.shape} has {entry.numel} elements"
+        )
+
     return name, entry.model_copy(update={"pieces": tuple(pieces)})
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -116,15 +145,21 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def steps(root: Path) -> dict[int, bool]:
-    """Step numbers with a folder, ascending -> whether the step is committed, that is, has a manifest."""
+    """Step numbers with a folder, ascending -> whether the step is committed, that is, has a
+    manifest.
+    """
     try:
-        matches = [(re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,})", path.name), path) for path in root.iterdir()]
+        matches = [
+            (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,})", path.name), path)
+            for path in root.iterdir()
+        ]
         found = {int(match[1]): (path / MANIFEST).is_file() for match, path in matches if match}
     except FileNotFoundError:
         return {}
     except OSError as error:  # never taken for "nothing there", which would start a run anew
         text = f"cannot list checkpoints: {error}. Check the path and its permissions"
         raise CheckpointError(text, exit_codes.of(error)) from None
+
     return dict(sorted(found.items()))
 
 
@@ -135,11 +170,13 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class Saved:
-    """A verified step, read by ranges of flattened tensors: the reader's world size and engine are its own affair."""
+    """A verified step, read by ranges of flattened tensors: the reader's world size and engine are
+    its own affair.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self._manifest = path, manifest
@@ -163,23 +200,34 @@ class Saved:
         return files.DTYPES[self._entry(name).dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] CPU tensor of its own memory: a range of the flattened tensor, from as many files as hold it."""
+        """[stop - start] CPU tensor of its own memory: a range of the flattened tensor, from as
+        many files as hold it.
+        """
         entry = self._entry(name)
         stop = entry.numel if stop is None else stop
         if not 0 <= start <= stop <= entry.numel:
-            raise CheckpointError(f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is no range of it")
+            raise CheckpointError(
+                f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is no range of "
+                "it"
+            )
+
         out = torch.empty(stop - start, dtype=self.dtype(name))
         for piece in entry.pieces:
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
-                out[low - start : high - start] = self._slice(piece.file, name, low - piece.start, high - piece.start)
+                out[low - start : high - start] = self._slice(
+                    piece.file, name, low - piece.start, high - piece.start
+                )
+
         return out
 
     def _entry(self, name: str) -> Entry:
         try:
             return self._manifest.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{self.path} holds no tensor {name}; it is of another model or method") from None
+            raise CheckpointError(
+                f"{self.path} holds no tensor {name}; it is of another model or method"
+            ) from None
 
     def _slice(self, file: str, name: str, start: int, stop: int) -> Tensor:
         try:
@@ -187,10 +235,14 @@ class Saved:
                 self._open[file] = safe_open(self.path / file, "pt", device="cpu")
             part: Tensor = self._open[file].get_slice(name)[start:stop]
         except (OSError, SafetensorError) as error:
-            text = f"{self.path / file}: cannot read {name}: {error}. Was the step pruned meanwhile?"
+            text = (
+                f"{self.path / file}: cannot read {name}: {error}. Was the step pruned meanwhile?"
+            )
             raise CheckpointError(text, exit_codes.of(error)) from None
+
         if (len(part), part.dtype) != (stop - start, self.dtype(name)):
             raise CheckpointError(f"{self.path / file}: {name} is not what the manifest says")
+
         return part
 
 
@@ -199,17 +251,31 @@ def _verify(folder: Path) -> Manifest:
     try:
         manifest = read_manifest(folder / MANIFEST)
     except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error.strerror}", exit_codes.of(error)) from None
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read: {error.strerror}", exit_codes.of(error)
+        ) from None
+
     for name, entry in map(_tiled, manifest.tensors.items()):
         if strange := {piece.file for piece in entry.pieces} - manifest.files.keys():
-            raise CheckpointError(f"{folder / MANIFEST} places {name} in {min(strange)}, which it does not list")
+            raise CheckpointError(
+                f"{folder / MANIFEST} places {name} in {min(strange)}, which it does not list"
+            )
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda item: files.compare(folder / item[0], item[1].bytes, item[1].sha256), manifest.files.items()))
+        list(
+            pool.map(
+                lambda item: files.compare(folder / item[0], item[1].bytes, item[1].sha256),
+                manifest.files.items(),
+            )
+        )
+
     return manifest
 
 
 def _patiently(folder: Path) -> Manifest:
-    """As _verify. A failure of storage that may pass is not damage: going on from an older step would lose work."""
+    """As _verify. A failure of storage that may pass is not damage: going on from an older step
+    would lose work.
+    """
     for pause in PAUSES:
         try:
             return _verify(folder)
@@ -218,6 +284,7 @@ def _patiently(folder: Path) -> Manifest:
                 raise
             log.warning("%s; the next attempt is in %g s", error, pause)
             time.sleep(pause)
+
     return _verify(folder)
 
 
@@ -228,42 +295,61 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
         if not known[step]:
             log.warning("%s was never committed and is ignored", folder)
             continue
+
         try:
             manifest = _patiently(folder)
             if manifest.step != step:
-                raise CheckpointError(f"{folder} holds step {manifest.step}: the folder was renamed")
+                raise CheckpointError(
+                    f"{folder} holds step {manifest.step}: the folder was renamed"
+                )
+
             return folder, manifest
         except CheckpointError as error:
             log.warning("step %d is refused: %s", step, error)
             refused = str(error)
+
     if refused:
-        raise CheckpointError(f"no step in {root} is whole ({refused}). Restore one from a copy, or move the folder away")
+        raise CheckpointError(
+            f"no step in {root} is whole ({refused}). Restore one from a copy, or move the folder "
+            "away"
+        )
+
     return None
 
 
 def _agreed(decide: Callable[[], T]) -> T:
-    """Rank 0's result or CheckpointError, on every rank: no two ranks go on from different steps, and files are hashed once."""
+    """Rank 0's result or CheckpointError, on every rank: no two ranks go on from different steps,
+    and files are hashed once.
+    """
     answer: tuple[T | None, CheckpointError | None] = (None, None)
+
     if dist.main():
         try:
             answer = (decide(), None)
         except CheckpointError as error:
             answer = (None, error)
+
     value, fault = dist.broadcast_object(answer)
     if fault is not None:
         raise fault
+
     return value  # type: ignore[no-any-return]
 
 
 def latest(root: Path) -> Saved | None:
-    """The newest committed step of which every byte is as written; None if nothing was ever committed. Call on every rank.
+    """The newest committed step of which every byte is as written; None if nothing was ever
+    committed. Call on every rank.
 
-    A damaged step is named in the log and the one before it is taken; CheckpointError if all are damaged.
+    A damaged step is named in the log and the one before it is taken; CheckpointError if all are
+    damaged.
     """
     found = _agreed(lambda: _newest(root))
+
     return None if found is None else Saved(*found)
 
 
 def open_step(path: Path) -> Saved:
-    """One step's folder, verified; CheckpointError says what is wrong with it. Call on every rank."""
+    """One step's folder, verified; CheckpointError says what is wrong with it. Call on
+    every rank.
+    """
     return Saved(path, _agreed(lambda: _verify(path)))

@@ -1,13 +1,15 @@
-"""Checkpoints: each rank writes the flat ranges it holds, a manifest written last makes the step exist, sums are verified.
+"""Checkpoints: each rank writes the flat ranges it holds, a manifest written last makes the step
+exist, sums are verified.
 
-    ROOT/step-00000123/rank-00000-of-00002.TOKEN.safetensors    one rank's ranges, each under its tensor's name
-    ROOT/step-00000123/rank-00000-of-00002.TOKEN.json           the same rank's done file; gone after the commit
-    ROOT/step-00000123/manifest.json                            which range of which tensor is where, sizes, sha256, meta
+    ROOT/step-00000123/
+        rank-00000-of-00002.TOKEN.safetensors  one rank's ranges, each under its tensor's name
+        rank-00000-of-00002.TOKEN.json         the same rank's done file; gone after the commit
+        manifest.json                          which range of which tensor is where, sizes, sha256
 
-TOKEN names one save of one process start, so what a killed attempt left behind is never mistaken for ours. A reader needs
-only ranges of the flattened tensors: it restores any world size and engine from any other. Taken from torch's distributed
-checkpoints: the plan of name -> chunks and the commit by rename; not taken: pickled metadata, file names that a re-save
-overwrites in place.
+TOKEN names one save of one process start, so what a killed attempt left behind is never mistaken
+for ours. A reader needs only ranges of the flattened tensors: it restores any world size and engine
+from any other. Taken from torch's distributed checkpoints: the plan of name -> chunks and the
+commit by rename; not taken: pickled metadata, file names that a re-save overwrites in place.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ from scaletrain.runtime import durable
 from scaletrain.runtime.signals import note_progress
 
 log = logging.getLogger("scaletrain")
-PAUSES = (1.0, 5.0)  # seconds before each further attempt to write files where storage fails
+# seconds before each further attempt to write files where storage fails
+PAUSES = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -58,77 +61,109 @@ class _Job:
     step: int
     token: str
     tensors: dict[str, Tensor]
-    ranges: dict[str, tuple[int, tuple[int, ...]]]  # name -> (start, shape of the whole)
+    # name -> (start, shape of the whole)
+    ranges: dict[str, tuple[int, tuple[int, ...]]]
     meta: dict[str, Any]
 
 
 class Writer:
-    """Saves in the background. Construct it on every rank at the same point; then every rank calls `save` for the same steps.
+    """Saves in the background. Construct it on every rank at the same point; then every rank calls
+    `save` for the same steps.
 
-    `keep_last` newest steps stay, and every multiple of `keep_every` (0: none). Rank 0 waits `timeout` seconds for the other
-    ranks' files. A failure in the background is raised as CheckpointError by the next check(), save(), wait() or close().
-    Errors of storage that may pass are tried again first; the CheckpointError then has the exit code for "start again".
+    `keep_last` newest steps stay, and every multiple of `keep_every` (0: none). Rank 0 waits
+    `timeout` seconds for the other ranks' files. A failure in the background is raised as
+    CheckpointError by the next check(), save(), wait() or close(). Errors of storage that may pass
+    are tried again first; the CheckpointError then has the exit code for "start again".
     """
 
-    def __init__(self, root: Path, *, keep_last: int = 2, keep_every: int = 0, timeout: float = 600.0) -> None:
+    def __init__(
+        self, root: Path, *, keep_last: int = 2, keep_every: int = 0, timeout: float = 600.0
+    ) -> None:
         self._session = str(dist.broadcast_object(secrets.token_hex(5)))
-        self._root, self._keep_last, self._keep_every, self._timeout = root, max(1, keep_last), keep_every, timeout
+        self._root, self._keep_last, self._keep_every, self._timeout = (
+            root,
+            max(1, keep_last),
+            keep_every,
+            timeout,
+        )
         self._rank, self._world = dist.rank(), dist.world()
         self._count = 0
+
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._host: dict[str, Tensor] = {}
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CheckpointError(f"cannot make {root}: {error.strerror}. Choose a folder that you may write to") from None
+            raise CheckpointError(
+                f"cannot make {root}: {error.strerror}. Choose a folder that you may write to"
+            ) from None
 
     def save(self, step: int, state: Mapping[str, Piece], meta: Mapping[str, Any]) -> None:
-        """Copy `state` to host memory and return; the files are written in the background, after an earlier save is through.
+        """Copy `state` to host memory and return; the files are written in the background, after an
+        earlier save is through.
 
         `meta` is plain JSON (tuples come back as lists); rank 0's is kept.
         """
         self.wait()
+
         for name, piece in state.items():
             _check(name, piece)
+
         try:
             plain = json.loads(json.dumps(dict(meta), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"meta of step {step} is not plain JSON: {error}") from None
+
         ranges = {name: (piece.start, tuple(piece.shape)) for name, piece in state.items()}
         job = _Job(step, f"{self._session}{self._count:06x}", self._copy(state), ranges, plain)
         self._count += 1
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(job,), name="checkpoint", daemon=True
+        )
+
         self._thread.start()
 
     def wait(self) -> None:
-        """Block until the save in flight is committed (rank 0), or until this rank's part of it is on disk (other ranks)."""
+        """Block until the save in flight is committed (rank 0), or until this rank's part of it is
+        on disk (other ranks).
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
         self.check()
 
     def check(self) -> None:
-        """Raise the CheckpointError of a save that has failed meanwhile: the steps after it would not be saved either."""
+        """Raise the CheckpointError of a save that has failed meanwhile: the steps after it would
+        not be saved either.
+        """
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def close(self) -> None:
-        """Finish the save in flight. A process that ends without this loses that save, never an earlier one."""
+        """Finish the save in flight. A process that ends without this loses that save, never an
+        earlier one.
+        """
         self.wait()
         self._host.clear()
 
     def _copy(self, state: Mapping[str, Piece]) -> dict[str, Tensor]:
-        """Into host memory that is kept for the next save: fresh pages and pinning cost more than the copy itself."""
+        """Into host memory that is kept for the next save: fresh pages and pinning cost more than
+        the copy itself.
+        """
         old, self._host = self._host, {}
+
         for name, piece in state.items():
             data, host = piece.data.detach(), old.get(name)
             if host is None or (host.shape, host.dtype) != (data.shape, data.dtype):
                 host = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
             self._host[name] = host.copy_(data, non_blocking=True)
+
         if any(piece.data.is_cuda for piece in state.values()):
             torch.cuda.current_stream().synchronize()
+
         return dict(self._host)
 
     # --- from here on in the background thread: files only, no collectives
@@ -145,14 +180,19 @@ class Writer:
             self._error.__cause__ = error
             self._discard(job, folder)
             return
+
         if self._rank == 0:
             try:
                 self._tidy(job, folder)
             except (OSError, CheckpointError) as error:
-                log.warning("step %d is saved, but %s could not be tidied: %s", job.step, self._root, error)
+                log.warning(
+                    "step %d is saved, but %s could not be tidied: %s", job.step, self._root, error
+                )
 
     def _patiently(self, work: Callable[[], None]) -> None:
-        """Do what writes files again where storage fails in a way that may pass; each attempt writes them anew."""
+        """Do what writes files again where storage fails in a way that may pass; each attempt
+        writes them anew.
+        """
         for pause in PAUSES:
             try:
                 work()
@@ -160,8 +200,14 @@ class Writer:
             except OSError as error:
                 if not exit_codes.passing(error):
                     raise
-                log.warning("a checkpoint's files cannot be written (%s); the next attempt is in %g s", error, pause)
+
+                log.warning(
+                    "a checkpoint's files cannot be written (%s); the next attempt is in %g s",
+                    error,
+                    pause,
+                )
                 time.sleep(pause)
+
         work()
 
     def _stem(self, rank: int, token: str) -> str:
@@ -171,24 +217,36 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
         stem = self._stem(self._rank, job.token)
         data = f"{stem}.safetensors"
-        (folder / data).unlink(missing_ok=True)  # of a failed attempt
+        # of a failed attempt
+        (folder / data).unlink(missing_ok=True)
         size, sha256 = files.write_new(folder / data, job.tensors)
         entries = {}
+
         for name, (start, shape) in job.ranges.items():
             tensor = job.tensors[name]
             part = Part(file=data, start=start, stop=start + len(tensor))
-            entries[name] = Entry.model_validate({"dtype": files.CODES[tensor.dtype], "shape": shape, "pieces": (part,)})
-        done = Manifest(step=job.step, meta={}, tensors=entries, files={data: File(bytes=size, sha256=sha256)})
+            entries[name] = Entry.model_validate(
+                {"dtype": files.CODES[tensor.dtype], "shape": shape, "pieces": (part,)}
+            )
+
+        done = Manifest(
+            step=job.step, meta={}, tensors=entries, files={data: File(bytes=size, sha256=sha256)}
+        )
         with durable.replacing(folder / f"{stem}.json", job.token) as file:
             file.write(files.seal(done.model_dump_json()))
 
     def _commit(self, job: _Job, folder: Path) -> None:
         limit = time.monotonic() + self._timeout
-        done = [self._await(folder / f"{self._stem(rank, job.token)}.json", rank, limit) for rank in range(self._world)]
+        done = [
+            self._await(folder / f"{self._stem(rank, job.token)}.json", rank, limit)
+            for rank in range(self._world)
+        ]
         manifest = merge(job.step, job.meta, done)
+
         for name, listed in manifest.files.items():
             if (folder / name).stat().st_size != listed.bytes:
                 raise CheckpointError(f"{folder / name} has not the size it was written with")
+
         durable.sync(self._root)
         with durable.replacing(folder / MANIFEST, job.token) as file:
             file.write(files.seal(manifest.model_dump_json()))
@@ -197,11 +255,16 @@ class Writer:
         pause = 0.005
         while True:
             try:
-                return read_manifest(path)  # opening by name sees through the name caches of network file systems
+                # opening by name sees through the name caches of network file systems
+                return read_manifest(path)
             except FileNotFoundError:
                 if time.monotonic() > limit:
-                    text = f"rank {rank} of {self._world} did not finish within {self._timeout:g} s (no {path}); see its log"
+                    text = (
+                        f"rank {rank} of {self._world} did not finish within {self._timeout:g} "
+                        f"s (no {path}); see its log"
+                    )
                     raise CheckpointError(text, exit_codes.RETRY) from None
+
             time.sleep(pause)
             pause = min(0.5, pause * 1.5)
 
@@ -211,9 +274,15 @@ class Writer:
         Only up to this step: another rank may have begun the next save already.
         """
         listed = read_manifest(folder / MANIFEST).files
+
         for path in folder.iterdir():
-            if path.name not in listed and path.name != MANIFEST and not self._newer(path.name, job.token):
+            if (
+                path.name not in listed
+                and path.name != MANIFEST
+                and not self._newer(path.name, job.token)
+            ):
                 path.unlink(missing_ok=True)
+
         known = {step: done for step, done in steps(self._root).items() if step <= job.step}
         good = [step for step, done in known.items() if done]
         marked = {step for step in good if self._keep_every and step % self._keep_every == 0}
@@ -221,22 +290,33 @@ class Writer:
             delete(folder_of(self._root, step))
 
     def _discard(self, job: _Job, folder: Path) -> None:
-        """Remove what a failed save wrote: this rank's files, and on rank 0 those of ranks that are done with theirs.
+        """Remove what a failed save wrote: this rank's files, and on rank 0 those of ranks that are
+        done with theirs.
 
         The disk may be full or gone, so this promises nothing.
         """
         with contextlib.suppress(OSError):
             if job.token in (folder / MANIFEST).read_text():
-                return  # the failure came after the commit
+                # the failure came after the commit
+                return
+
         with contextlib.suppress(OSError):
-            done = [rank for rank in range(self._world) if (folder / f"{self._stem(rank, job.token)}.json").exists()]
+            done = [
+                rank
+                for rank in range(self._world)
+                if (folder / f"{self._stem(rank, job.token)}.json").exists()
+            ]
+
             for rank in {self._rank, *(done if self._rank == 0 else ())}:
                 for path in folder.glob(f"{self._stem(rank, job.token)}.*"):
                     path.unlink(missing_ok=True)
+
             folder.rmdir()
 
     def _newer(self, name: str, token: str) -> bool:
-        """Whether a file belongs to a later save of this same process start: the same step saved again."""
+        """Whether a file belongs to a later save of this same process start: the same step saved
+        again.
+        """
         match = re.search(rf"\.({self._session}[0-9a-f]{{6}})\.", name)
         return match is not None and match[1] > token
 
@@ -244,12 +324,18 @@ class Writer:
         what = str(error)
         try:
             good = [step for step, done in steps(self._root).items() if done]
-            left = f"step {good[-1]} is the last good one and is untouched" if good else "no earlier step exists"
+            left = (
+                f"step {good[-1]} is the last good one and is untouched"
+                if good
+                else "no earlier step exists"
+            )
             free = f"{shutil.disk_usage(self._root).free:,} bytes free"
         except (OSError, CheckpointError) as second:
             left, free = "earlier steps are untouched", str(second)
+
         if isinstance(error, OSError):
             what = f"{error.filename or folder}: {error.strerror} ({free})"
+
         text = f"step {job.step} was not saved: {what}; {left}. Fix that and start again"
         return CheckpointError(text, exit_codes.of(error))
 
@@ -257,6 +343,11 @@ class Writer:
 def _check(name: str, piece: Piece) -> None:
     data, whole = piece.data, torch.Size(piece.shape).numel()
     if data.dim() != 1 or piece.start < 0 or piece.start + data.numel() > whole:
-        raise CheckpointError(f"piece of {name}: {tuple(data.shape)} at {piece.start} is no flat range of shape {piece.shape}")
+        raise CheckpointError(
+            f"piece of {name}: {tuple(data.shape)} at {piece.start} is no flat range of shape "
+            f"{piece.shape}"
+        )
     if data.dtype not in files.CODES or name == files.RESERVED:
-        raise CheckpointError(f"{name} of type {data.dtype} cannot be stored; types are {', '.join(files.DTYPES)}")
+        raise CheckpointError(
+            f"{name} of type {data.dtype} cannot be stored; types are {', '.join(files.DTYPES)}"
+        )

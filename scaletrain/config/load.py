@@ -1,4 +1,6 @@
-"""Recipes to configurations and back: errors that name the nearest key, exact save and reload, the JSON schema."""
+"""Recipes to configurations and back: errors that name the nearest key, exact save and reload, the
+JSON schema.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
+from scaletrain.config import renamed
 from scaletrain.config.recipe import ERRORS, apply, brief, flat, long, nearest, read, yaml
 from scaletrain.config.recipe import ConfigError as ConfigError
 from scaletrain.config.schema import Config, component_config, components
@@ -26,20 +29,31 @@ def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> Con
             lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
         else:
             text = brief(item["msg"].removeprefix("Value error, "), 1000)
-            shown = "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
+            shown = (
+                "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
+            )
             choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
-            lines.append(f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}")
+            lines.append(
+                f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}"
+            )
+
     more = f"; and {len(found) - ERRORS:,} more" if len(found) > ERRORS else ""
     return ConfigError(f"{source}: {'; '.join(lines)}{more}")
 
 
 def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
-    """The same name in another section, else the nearest valid name beside an unknown key; as a dotted key."""
+    """The same name in another section, else the nearest valid name beside an unknown key; as a
+    dotted key.
+    """
+    if now := renamed.present_name(loc):
+        return f", which is named '{now}' now"
     beside, name = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+
     for section, field in Config.model_fields.items():
         inner = _inner(field.annotation)
         if inner and section != beside and name in inner.model_fields and name != "name":
             return f"; did you mean '{section}.{name}'?"
+
     return nearest(name, _siblings(loc, raw)).replace("'", f"'{beside}." if beside else "'", 1)
 
 
@@ -60,15 +74,19 @@ def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
             model = component_config("auxiliaries", raw["auxiliaries"][part]["name"])
         elif isinstance(part, str) and part in model.model_fields:
             model = _inner(model.model_fields[part].annotation) or model
+
     return list(model.model_fields)
 
 
 def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate a mapping; a `method` or `engine` section without a name sets keys of the default one."""
+    """Validate a mapping; a `method` or `engine` section without a name sets keys of the default
+    one.
+    """
     for key in ("method", "engine"):
         section = long(key, raw.get(key, {}))
         if isinstance(section, Mapping):
             raw = {**raw, key: {**Config.model_fields[key].default, **section}}
+
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -76,11 +94,20 @@ def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises ConfigError."""
+    """Read a recipe, its bases and the overrides into one validated, frozen Config. Raises
+    ConfigError.
+    """
     raw, changes = read(Path(path)), tuple(overrides)
-    apply({}, changes)  # what cannot be read is refused before methods are imported, which takes time and memory
-    recipe = build(raw, str(path))  # validated alone: its errors are not blamed on the command line
-    return build(apply(recipe.model_dump(mode="json"), changes), "command line") if changes else recipe
+    if Path(path).name == renamed.SAVED:
+        raw = renamed.translated(raw)
+    # what cannot be read is refused before methods are imported, which takes time and memory
+    apply({}, changes)
+    # validated alone: its errors are not blamed on the command line
+    recipe = build(raw, str(path))
+
+    return (
+        build(apply(recipe.model_dump(mode="json"), changes), "command line") if changes else recipe
+    )
 
 
 def dump(config: Config) -> str:
@@ -91,27 +118,42 @@ def dump(config: Config) -> str:
 
 
 def diff(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
-    """The dotted keys whose values differ, with both values; a key that one side lacks has None there."""
+    """The dotted keys whose values differ, with both values; a key that one side lacks has None
+    there.
+    """
     a, b = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
-    return [(key, a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)]
+    return [
+        (key, a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)
+    ]
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe for editors: every leaf's own keys included."""
     result = Config.model_json_schema()
     definitions = result["$defs"]
-    for section, room in (("method", "methods"), ("engine", "engines"), ("auxiliaries", "auxiliaries")):
+    for section, room in (
+        ("method", "methods"),
+        ("engine", "engines"),
+        ("auxiliaries", "auxiliaries"),
+    ):
         names = components(room)
         for name in names:
-            # Two leaves may each have a model named Head, so their definitions live under the leaf's own name.
+            # Two leaves may each have a model named Head, so their definitions live under the
+            # leaf's own name.
             place = f"#/$defs/{section}.{name}"
             option = component_config(room, name).model_json_schema(ref_template=place + ".{model}")
-            definitions.update({f"{section}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()})
+            definitions.update(
+                {f"{section}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()}
+            )
             option["properties"]["name"] = {"const": name}
             definitions[f"{section}.{name}"] = option | {"title": name}
+
         options = [{"$ref": f"#/$defs/{section}.{name}"} for name in names]
         choice = {"anyOf": [*options, {"enum": list(names)}]}
-        result["properties"][section] = choice if section != room else {"type": "array", "items": choice}
+        result["properties"][section] = (
+            choice if section != room else {"type": "array", "items": choice}
+        )
+
     result["properties"]["data"] = {"anyOf": [result["properties"]["data"], {"type": "string"}]}
     result["properties"]["base"] = {"type": "string", "description": "recipe that this one extends"}
     return result

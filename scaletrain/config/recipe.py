@@ -1,4 +1,5 @@
-"""Recipes as text: YAML files with `base:`, dotted overrides, and how they merge. Plain mappings in and out.
+"""Recipes as text: YAML files with `base:`, dotted overrides, and how they merge. Plain mappings in
+and out.
 
 YAML 1.2 rules hold: `1e-6` is a number and `on` is a word.
 """
@@ -20,13 +21,20 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import ScalarNode
 
 # Far above any recipe. Within them, whatever a file holds is refused or read in a moment.
-BYTES = 1_000_000  # of a file
-DEPTH = 32  # of mappings and lists in each other
-SIZE = 10_000  # values, where what an alias repeats counts again
-TEXT = 5_000  # characters of a value, a path for example
-BASES = 16  # recipes under a recipe
-SHOWN = 200  # characters of a user's text in a message
-ERRORS = 10  # that one message tells
+# of a file
+BYTES = 1_000_000
+# of mappings and lists in each other
+DEPTH = 32
+# values, where what an alias repeats counts again
+SIZE = 10_000
+# characters of a value, a path for example
+TEXT = 5_000
+# recipes under a recipe
+BASES = 16
+# characters of a user's text in a message
+SHOWN = 200
+# that one message tells
+ERRORS = 10
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -37,15 +45,21 @@ KINDS = {
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the text says which key of which file, and the fix."""
+    """A recipe or an override that cannot be used; the text says which key of which file, and the
+    fix.
+    """
 
 
-_COMMA = re.compile(r",(?![^{]*\})")  # outside of braces
-_SHORT = {"data": "path", "method": "name", "engine": "name"}  # sections that a plain word may stand for
+# outside of braces
+_COMMA = re.compile(r",(?![^{]*\})")
+# sections that a plain word may stand for
+_SHORT = {"data": "path", "method": "name", "engine": "name"}
 
 
 def long(key: str, value: Any) -> Any:
-    """`method: byol` means `method: {name: byol}`, and `data: synthetic` means `data: {path: synthetic}`."""
+    """`method: byol` means `method: {name: byol}`, and `data: synthetic` means `data: {path:
+    synthetic}`.
+    """
     return {_SHORT[key]: value} if key in _SHORT and isinstance(value, str) else value
 
 
@@ -55,6 +69,7 @@ def shards(value: Any) -> Any:
         return value
     if wrong := next((path for path in value if _COMMA.search(path)), None):
         raise ValueError(f"'{wrong}' has a comma, where a path of a list ends")
+
     return f"[{', '.join(value)}]"
 
 
@@ -77,29 +92,36 @@ def brief(text: str, limit: int = SHOWN) -> str:
 
 
 class _Composer(Composer):
-    """Counts what it reads, so that a few lines of aliases or brackets do not become more than there is memory for."""
+    """Counts what it reads, so that a few lines of aliases or brackets do not become more than
+    there is memory for.
+    """
 
     def __init__(self, loader: Any = None) -> None:
         super().__init__(loader)
         self._depth = self._size = 0
-        self._sizes: dict[int, int] = {}  # of each whole node, by its identity: itself and what is in it
+        # of each whole node, by its identity: itself and what is in it
+        self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         before, repeats = self._size, self.parser.check_event(AliasEvent)
         self._depth += 1
         if self._depth > DEPTH:
             raise ConfigError(f"nested more than {DEPTH} levels deep")
+
         node = super().compose_node(parent, index)
         if repeats and id(node) not in self._sizes:
             raise ConfigError("an alias stands inside of what it repeats")
         if isinstance(node, ScalarNode) and len(node.value) > TEXT:
-            raise ConfigError(f"a value of {len(node.value):,} characters is too long: {brief(node.value)}")
+            raise ConfigError(
+                f"a value of {len(node.value):,} characters is too long: {brief(node.value)}"
+            )
 
         self._depth -= 1
         self._size += self._sizes.get(id(node), 1)
         self._sizes.setdefault(id(node), self._size - before)
         if self._size > SIZE:
             raise ConfigError(f"too large: more than {SIZE:,} values, counting what aliases repeat")
+
         return node
 
 
@@ -107,8 +129,12 @@ class _Constructor(SafeConstructor):
     """Refuses whole numbers that nothing else could hold or print."""
 
     def construct_yaml_int(self, node: Any) -> int:
-        if len(node.value) > 70 or not -(2**63) <= (value := super().construct_yaml_int(node)) < 2**64:
+        if (
+            len(node.value) > 70
+            or not -(2**63) <= (value := super().construct_yaml_int(node)) < 2**64
+        ):
             raise ConfigError(f"a number of more than 64 bits: {brief(node.value)}")
+
         return int(value)
 
 
@@ -118,14 +144,19 @@ _Constructor.add_constructor("tag:yaml.org,2002:int", _Constructor.construct_yam
 def yaml() -> Any:
     result: Any = YAML(typ="safe", pure=True)
     result.Composer, result.Constructor = _Composer, _Constructor
-    result.default_flow_style = None  # lists of numbers on one line
+    # lists of numbers on one line
+    result.default_flow_style = None
     result.width = 120
-    result.sort_base_mapping_type_on_output = False  # keep the schema's order
+    # keep the schema's order
+    result.sort_base_mapping_type_on_output = False
+
     return result
 
 
 def parse(text: str) -> Any:
-    """What a YAML text says. Raises ConfigError with what is wrong with it, for the caller to say where."""
+    """What a YAML text says. Raises ConfigError with what is wrong with it, for the caller to say
+    where.
+    """
     try:
         return yaml().load(text)
     except ConfigError:
@@ -133,11 +164,18 @@ def parse(text: str) -> Any:
     except MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
         where = f" (line {place.line + 1}, column {place.column + 1})" if place else ""
-        raise ConfigError(f"not valid YAML: {brief(' '.join(filter(None, (error.context, error.problem))))}{where}") from None
+        raise ConfigError(
+            "not valid YAML: "
+            f"{brief(' '.join(filter(None, (error.context, error.problem))))}{where}"
+        ) from None
     except YAMLError as error:
         raise ConfigError(f"not valid YAML: {brief(' '.join(str(error).split()))}") from None
-    except Exception as error:  # Python's own come through, e.g. that of a day that is in no calendar
-        raise ConfigError(f"not valid YAML, a value is not what its form or tag says: {brief(str(error))}") from None
+    except (
+        Exception
+    ) as error:  # Python's own come through, e.g. that of a day that is in no calendar
+        raise ConfigError(
+            f"not valid YAML, a value is not what its form or tag says: {brief(str(error))}"
+        ) from None
 
 
 def document(path: Path) -> Any:
@@ -149,14 +187,19 @@ def document(path: Path) -> Any:
 
 
 def _text(path: Path) -> str:
-    """Of a file that is small enough to be a user's own words; anything else could block, or fill the memory."""
+    """Of a file that is small enough to be a user's own words; anything else could block, or fill
+    the memory.
+    """
     try:
         if kind := KINDS.get(stat.S_IFMT(path.stat().st_mode)):
             raise ConfigError(f"this is {kind}, not a file")
+
         with path.open("rb") as file:
             found = file.read(BYTES + 1)
+
         if len(found) > BYTES:
             raise ConfigError(f"more than {BYTES:,} bytes")
+
         return found.decode()
     except UnicodeDecodeError:
         raise ConfigError("this is no text file in UTF-8") from None
@@ -169,41 +212,60 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         path = path.resolve()
         there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, links in a circle, a NUL
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a name that is too long, links in a circle, a NUL
         raise ConfigError(f"{brief(str(path))} cannot be a recipe: {brief(str(error))}") from None
+
     if path in seen:
         raise ConfigError(f"{path}: `base:` leads back to itself")
     if len(seen) > BASES:
         raise ConfigError(f"{path}: more than {BASES} recipes lie on each other by `base:`")
+
     if not there:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        near = nearest(
+            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        )
         raise ConfigError(f"{brief(str(path), 1000)}: no such recipe{near}")
 
     raw = document(path)
     if raw is None:
         raw = {}
+
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, not a {type(raw).__name__}")
+
     base = raw.pop("base", None)
     if base is None:
         return raw
     if not isinstance(base, str) or not base.isprintable():
         raise ConfigError(f"{path}: `base:` is the path of a recipe, not {brief(repr(base))}")
+
     return merge(read(path.parent / base, (*seen, path)), raw)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins, deeply; a leaf with another `name` replaces the whole leaf, since the keys belong to the name."""
+    """`over` wins, deeply; a leaf with another `name` replaces the whole leaf, since the keys
+    belong to the name.
+    """
     result = dict(under)
+
     for key, value in over.items():
         old, new = long(key, result.get(key)), long(key, value)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            renamed = key in ("method", "engine") and "name" in new and new["name"] != old.get("name", new["name"])
+            renamed = (
+                key in ("method", "engine")
+                and "name" in new
+                and new["name"] != old.get("name", new["name"])
+            )
             result[key] = dict(new) if renamed else merge(old, new)
         elif isinstance(old, list) and isinstance(new, Mapping):
             result[key] = _merge_items(key, old, new)
         else:
             result[key] = value
+
     return result
 
 
@@ -212,16 +274,25 @@ def _merge_items(key: str, old: list[Any], new: Mapping[str, Any]) -> list[Any]:
     places = [str(i) for i in range(len(old))]
     if bad := [name for name in new if name not in places]:
         there = brief(", ".join(places)) or "none"
-        raise ConfigError(f"'{brief(key)}' is a list; its items are {there}, not '{brief(str(bad[0]))}'")
+        raise ConfigError(
+            f"'{brief(key)}' is a list; its items are {there}, not '{brief(str(bad[0]))}'"
+        )
+
     merged = merge(dict(zip(places, old, strict=True)), new)
     return [merged[place] for place in places]
 
 
 def apply(raw: Mapping[str, Any], overrides: Iterable[str]) -> Mapping[str, Any]:
-    """`raw` with dotted overrides such as `optim.lr=0.45` or `data.views.1.size=96` merged over it, later ones last."""
-    # A new name replaces its section, so names go first: `method.tau=.9 method.name=byol` keeps tau.
-    for text in sorted(overrides, key=lambda text: not re.match(r"(method|engine)(\.name)?=", text)):
+    """`raw` with dotted overrides such as `optim.lr=0.45` or `data.views.1.size=96` merged over it,
+    later ones last.
+    """
+    # A new name replaces its section, so names go first: `method.tau=.9 method.name=byol` keeps
+    # tau.
+    for text in sorted(
+        overrides, key=lambda text: not re.match(r"(method|engine)(\.name)?=", text)
+    ):
         raw = merge(raw, _override(text))
+
     return raw
 
 
@@ -230,20 +301,32 @@ def _override(text: str) -> dict[str, Any]:
     key, sign, value = text.partition("=")
     parts = key.split(".")
     if not sign or not key or not all(parts) or len(parts) > DEPTH:
-        raise ConfigError(f"'{brief(text)}': an override has the form key.subkey=value, e.g. optim.lr=0.45")
+        raise ConfigError(
+            f"'{brief(text)}': an override has the form key.subkey=value, e.g. optim.lr=0.45"
+        )
+
     try:
         result = parse(value)
     except ConfigError as error:
         raise ConfigError(f"'{brief(text)}': {error}") from None
+
     for part in reversed(parts):
         result = {part: result}
+
     return cast(dict[str, Any], result)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings, and lists of them, under dotted keys."""
     if isinstance(value, Mapping):
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+        return {
+            k: v
+            for key, inner in value.items()
+            for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()
+        }
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}.{i}").items()}
+        return {
+            k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{prefix}.{i}").items()
+        }
+
     return {prefix: value}

@@ -1,4 +1,6 @@
-"""The ways in which data can be wrong. All are ValueErrors, with one line that says where and what to do."""
+"""The ways in which data can be wrong. All are ValueErrors, with one line that says where and what
+to do.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class ImageError(DataError):
 
 
 class ShardError(DataError):
-    """A tar shard that is damaged, truncated, altered or hostile. `shard` and `offset` (bytes) say where."""
+    """A tar shard that is damaged, truncated, altered or hostile. `shard` and `offset` (bytes) say
+    where.
+    """
 
     def __init__(self, shard: str | Path, offset: int, text: str) -> None:
         super().__init__(printable(f"{shard} at byte {offset}: {text}"))
@@ -33,15 +37,19 @@ class ArchiveError(ShardError):
 
 
 class StorageError(ShardError):
-    """Bytes that storage failed to give. Another start may succeed, unless the disk block is bad for good."""
+    """Bytes that storage failed to give. Another start may succeed, unless the disk block is bad
+    for good.
+    """
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+    # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
 
 
 class LoaderError(DataError):
     """Loader processes died or hang: another start may succeed."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+    # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
 
 
 def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:
@@ -53,5 +61,7 @@ def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that could break the line or steer a terminal, and what is not Unicode."""
+    """The text with everything escaped that could break the line or steer a terminal, and what is
+    not Unicode.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

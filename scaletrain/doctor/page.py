@@ -17,7 +17,9 @@ REPORT = "see the message; where it gives no clue, report it with this page"
 
 
 class Finding(NamedTuple):
-    """One line of the page. `text` holds no number that differs from rank to rank without meaning; see `measured`."""
+    """One line of the page. `text` holds no number that differs from rank to rank without meaning;
+    see `measured`.
+    """
 
     status: Literal["ok", "warn", "fail", "skip"]
     name: str
@@ -31,7 +33,9 @@ def limit(bad: bool, name: str, text: str, fix: str) -> Finding:
 
 
 def guarded(name: str, check: Callable[[], Sequence[Finding]]) -> list[Finding]:
-    """What a check finds; its own failure is a finding too, so that one broken thing does not hide the others."""
+    """What a check finds; its own failure is a finding too, so that one broken thing does not hide
+    the others.
+    """
     try:
         return list(check())
     except Exception as error:
@@ -39,26 +43,32 @@ def guarded(name: str, check: Callable[[], Sequence[Finding]]) -> list[Finding]:
 
 
 def _failure(name: str, error: Exception, fix: str) -> Finding:
-    return Finding("fail", name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", fix)
+    return Finding(
+        "fail", name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", fix
+    )
 
 
 def measured(
     name: str, measure: Callable[[], Mapping[str, float]], fix: str = REPORT
 ) -> tuple[dict[str, list[float]], list[Finding]]:
-    """Numbers of all ranks, on every rank: {what: values of the ranks that have it}. Every rank calls it together.
+    """Numbers of all ranks, on every rank: {what: values of the ranks that have it}. Every rank
+    calls it together.
 
     A rank whose measurement raises has a finding instead, and holds nobody up.
     """
     own: dict[str, float] = {}
     failed: list[Finding] = []
+
     try:
         own = dict(measure())
     except Exception as error:
         failed = [_failure(name, error, fix)]
+
     values: dict[str, list[float]] = {}
     for numbers in dist.gather_objects(own):
         for what, value in numbers.items():
             values.setdefault(what, []).append(value)
+
     return values, merged(failed)
 
 
@@ -66,19 +76,29 @@ def spread(values: Sequence[float], unit: str) -> str:
     """One number as it is, several as their range and median."""
     if len(values) == 1:
         return f"{number(values[0])} {unit}"
-    return f"{number(statistics.median(values))} {unit} ({number(min(values))} to {number(max(values))} over {len(values)})"
+
+    return (
+        f"{number(statistics.median(values))} {unit} ({number(min(values))} to "
+        f"{number(max(values))} over {len(values)})"
+    )
 
 
 def merged(own: Sequence[Finding]) -> list[Finding]:
-    """The findings of all ranks, on every rank; equal ones once, and where only some ranks have one, with these ranks."""
+    """The findings of all ranks, on every rank; equal ones once, and where only some ranks have
+    one, with these ranks.
+    """
     everyone = dist.gather_objects([tuple(finding) for finding in own])
     owners: dict[Finding, list[int]] = {}
+
     for rank, findings in enumerate(everyone):
         for finding in dict.fromkeys(findings):
             owners.setdefault(Finding(*finding), []).append(rank)
+
     order = {name: at for at, name in enumerate(dict.fromkeys(finding.name for finding in owners))}
     return [
-        finding if len(ranks) == len(everyone) else finding._replace(text=f"{finding.text} [{spans(ranks)}]")
+        finding
+        if len(ranks) == len(everyone)
+        else finding._replace(text=f"{finding.text} [{spans(ranks)}]")
         for finding, ranks in sorted(owners.items(), key=lambda item: order[item[0].name])
     ]
 
@@ -91,6 +111,7 @@ def spans(ranks: Sequence[int]) -> str:
             parts[-1].append(rank)
         else:
             parts.append([rank])
+
     shown = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
@@ -102,16 +123,22 @@ def lines(findings: Sequence[Finding]) -> str:
         shown.append(tables.wrap(discreet(f"{status:4}  {name:11}  {text}"), width, 19))
         if fix:
             shown.append(tables.wrap(discreet(f"{'':19}fix: {fix}"), width, 19))
+
     return "\n".join(shown)
 
 
 def discreet(text: str) -> str:
-    """`text` without the home folder and the user's name in paths: the page is meant for strangers."""
+    """`text` without the home folder and the user's name in paths: the page is meant for
+    strangers.
+    """
     home = str(Path.home())
+
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?=\W|$)", "~", text)
+
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without an entry for this user
         return text
+
     return re.sub(rf"(?<=/){re.escape(user)}(?=\W|$)", "USER", text)

@@ -1,7 +1,9 @@
-"""`scaletrain doctor`: one page on this installation, machine, disk and network, with a fix beside everything that is wrong.
+"""`scaletrain doctor`: one page on this installation, machine, disk and network, with a fix beside
+everything that is wrong.
 
-Checks are functions that return findings. Local ones run on every rank and are merged; the others talk to the other ranks
-themselves, so every rank calls them in the same order. Nothing needs the internet, and all is removed that was written.
+Checks are functions that return findings. Local ones run on every rank and are merged; the others
+talk to the other ranks themselves, so every rank calls them in the same order. Nothing needs the
+internet, and all is removed that was written.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from scaletrain.doctor import disk, feed, machine, network, parity, software
 from scaletrain.doctor.page import Finding, guarded, lines, merged
 from scaletrain.runtime.tables import plural
 
-PATIENCE = 60.0  # seconds for another rank
+# seconds for another rank
+PATIENCE = 60.0
 
 
 def examine(run: Path, data: Path | None, *, require_gpu: bool = False) -> int:
-    """Print the page on rank 0, section by section as it is known -> how many findings are failures. Every rank calls it."""
+    """Print the page on rank 0, section by section as it is known -> how many findings are
+    failures. Every rank calls it.
+    """
     found: list[Finding] = []
     speaks = os.environ.get("RANK", "0") == "0"
 
@@ -31,30 +36,45 @@ def examine(run: Path, data: Path | None, *, require_gpu: bool = False) -> int:
 
     if speaks:
         print(f"scaletrain doctor, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC")
+
     try:
         _sections(run, data, require_gpu, tell)
-    except (dist.LaunchError, RuntimeError) as error:  # what torch raises for a rank that does not answer
-        fix = f"all ranks must run this command and reach each other within {PATIENCE:.0f} s; the page ends here"
+    except (
+        dist.LaunchError,
+        RuntimeError,
+    ) as error:  # what torch raises for a rank that does not answer
+        fix = (
+            f"all ranks must run this command and reach each other within {PATIENCE:.0f} s; the "
+            "page ends here"
+        )
         tell([Finding("fail", "ranks", " ".join(str(error).split())[:300], fix)])
+
     counts = {status: sum(f.status == status for f in found) for status in ("warn", "fail")}
     if speaks:
         print(f"{plural(counts['warn'], 'warning')}, {plural(counts['fail'], 'failure')}")
+
     return counts["fail"]
 
 
-def _sections(run: Path, data: Path | None, require_gpu: bool, tell: Callable[[Sequence[Finding]], None]) -> None:
+def _sections(
+    run: Path, data: Path | None, require_gpu: bool, tell: Callable[[Sequence[Finding]], None]
+) -> None:
     local = [
         *guarded("versions", software.versions),
         *guarded("devices", lambda: software.devices(require_gpu)),
         *guarded("machine", machine.limits),
     ]
+
     try:
         device = dist.init(PATIENCE)
     except dist.LaunchError:
-        tell(local)  # the page is needed most now
+        # the page is needed most now
+        tell(local)
         raise
+
     if device.type == "cpu":
         dist.keep_freed_memory()
+
     tell(merged([*local, *machine.cpus()]))
     tell(network.places())
     tell(disk.run_folder(run))
@@ -64,4 +84,5 @@ def _sections(run: Path, data: Path | None, require_gpu: bool, tell: Callable[[S
     tell(parity.parity(device))
     tell(network.clocks(run))
     tell(network.collectives(device))
+
     dist.shutdown()

@@ -1,11 +1,14 @@
-"""The engine contract and the one algorithm of a step; engines differ in how gradients and state are spread over ranks.
+"""The engine contract and the one algorithm of a step; engines differ in how gradients and state
+are spread over ranks.
 
-A step is: forward and backward (of each micro-batch), agreement on finiteness, clipping, optimizer, moving average of the
-targets, commit of what was staged. A step whose loss or gradient is not finite leaves no trace in any state.
+A step is: forward and backward (of each micro-batch), agreement on finiteness, clipping, optimizer,
+moving average of the targets, commit of what was staged. A step whose loss or gradient is not
+finite leaves no trace in any state.
 
-The optimizer, the moving averages and the checkpoints know `Engine.shards` only: where each parameter lies on this rank. An
-engine that shards sets `sharded`, hands the method to its library in `wrap`, says in `shard` what that left here, and puts the
-gradients there in `collect`. All ranks keep all names in one order, so that norms of shards add up in a single all-reduce.
+The optimizer, the moving averages and the checkpoints know `Engine.shards` only: where each
+parameter lies on this rank. An engine that shards sets `sharded`, hands the method to its library
+in `wrap`, says in `shard` what that left here, and puts the gradients there in `collect`. All ranks
+keep all names in one order, so that norms of shards add up in a single all-reduce.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import ComponentConfig, Config, Count, Optim
 from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput, Piece, StepResult
 from scaletrain.engines import gradient_cache
-from scaletrain.engines.placement import Saved, Shard, TrainingError, fill, pieces, replica, rows_of, whole
+from scaletrain.engines.placement import (
+    Saved,
+    Shard,
+    TrainingError,
+    fill,
+    pieces,
+    replica,
+    rows_of,
+    whole,
+)
 from scaletrain.nn import stages
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.optim import groups
@@ -35,7 +47,8 @@ from scaletrain.runtime.timing import BACKWARD, FORWARD, UPDATE, span
 __all__ = ["Engine", "EngineConfig", "TrainingError"]
 
 log = logging.getLogger("scaletrain")
-NAMED = 16  # samples of a rank and a bad step
+# samples of a rank and a bad step
+NAMED = 16
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -43,18 +56,29 @@ T = TypeVar("T")
 class EngineConfig(ComponentConfig):
     """What every engine understands."""
 
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: autocast over fp32 parameters; fp64: for exactness checks
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: autocast over fp32 parameters; fp64: for exactness checks."""
+
     channels_last: bool = True
-    compile: bool = False  # torch.compile of the backbones and heads, never of Method.forward
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 0.0  # largest norm of the whole gradient; 0: no clipping
-    grad_accum_steps: Count = 1  # micro-batches per step
-    gradient_cache: bool = (
-        False  # embed the micro-batches twice, so that a loss which couples samples stays exact (gradient caching)
-    )
-    max_skipped: Count = 3  # stop after so many non-finite steps in a row
-    activation_checkpointing: bool | tuple[Count, ...] = (
-        False  # stages of the backbones (1 is the first) run again in backward: less memory
-    )
+    compile: bool = False
+    """torch.compile of the backbones and heads, never of Method.forward."""
+
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 0.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+    grad_accum_steps: Count = 1
+    """Micro-batches per step."""
+
+    gradient_cache: bool = False
+    """Embed the micro-batches twice, so that a loss which couples samples stays exact (gradient
+    caching).
+    """
+
+    max_skipped: Count = 3
+    """Stop after so many non-finite steps in a row."""
+
+    activation_checkpointing: bool | tuple[Count, ...] = False
+    """Stages of the backbones (1 is the first) run again in backward: less memory."""
 
     def fits(self, run: Config) -> None:
         gradient_cache.check(run, self.grad_accum_steps, self.gradient_cache)
@@ -63,60 +87,88 @@ class EngineConfig(ComponentConfig):
     def _recompute_is_eager(self) -> EngineConfig:
         if self.activation_checkpointing and self.compile:
             raise ValueError(
-                "activation_checkpointing and compile exclude each other; set compile=false or activation_checkpointing=false"
+                "activation_checkpointing and compile exclude each other; set compile=false or "
+                "activation_checkpointing=false"
             )
+
         return self
 
 
 class Engine:
     """Replicated parameters; subclasses override what their library does otherwise."""
 
-    sharded = False  # ranks hold different parts of a parameter: sums over elements need all of them
-    copies = 1  # ranks that hold each such part
+    # ranks hold different parts of a parameter: sums over elements need all of them
+    sharded = False
+    # ranks that hold each such part
+    copies = 1
 
-    def __init__(self, method: Method, config: EngineConfig, optim: Optim, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, config: EngineConfig, optim: Optim, device: torch.device
+    ) -> None:
         gradient_cache.check_built(method, config.grad_accum_steps, config.gradient_cache)
         self.config, self.device = config, device
         self.method = method.to(device, torch.float64 if config.precision == "fp64" else None)
         if config.channels_last:
             self.use_channels_last()
+
         if config.activation_checkpointing:
             stages.recompute(method, config.activation_checkpointing)
+
         for target in method.targets:
             method.get_submodule(target).requires_grad_(False)
+
         if config.compile:
             for child in method.children():
-                if not isinstance(child, (nn.ModuleList, DeferredState)):  # memories are not compiled
+                # memories are not compiled
+                if not isinstance(child, (nn.ModuleList, DeferredState)):
                     child.compile(dynamic=False)
-        declared = groups.parameter_groups(method, optim)  # of whole parameters: a library may leave stubs of them
+
+        # of whole parameters: a library may leave stubs of them
+        declared = groups.parameter_groups(method, optim)
         self.wrap()
-        self.shards = {name: self.shard(name, p) for name, p in method.named_parameters(remove_duplicate=False)}
+        self.shards = {
+            name: self.shard(name, p) for name, p in method.named_parameters(remove_duplicate=False)
+        }
         self.optimizer = self.build_optimizer(declared, optim)
         self.staged = [m for m in method.modules() if isinstance(m, DeferredState)]
         self.skipped = 0
-        self.sample_name: Callable[[int], str] = str  # what the data calls the sample of a number, to name the bad ones
+        # what the data calls the sample of a number, to name the bad ones
+        self.sample_name: Callable[[int], str] = str
 
-    # --- one step -----------------------------------------------------------------------------------------------------
+    # --- one step ---------------------------------------------------------------------------------
 
     def step(self, batch: Batch, clock: Clock, lr: float, base_lr: float) -> StepResult:
-        """One optimizer step on this rank's slice of the global batch; every rank calls it together."""
+        """One optimizer step on this rank's slice of the global batch; every rank calls it
+        together.
+        """
         parts = self.micro_batches(batch)
+
         if self.config.gradient_cache:
             outs = [_detached(gradient_cache.step(self, batch, parts, clock))]
         else:
             outs = self.accumulate(parts, clock, 1 / len(parts))
+
         self.collect()
         groups.drop_frozen(self.optimizer.param_groups, clock.step)
         norm = self.gradient_norm()
         loss, finite = self._agree(torch.stack([_total(o) for o in outs]).mean(), norm)
+
         if finite:
             with span(UPDATE):
                 self._apply(clock, norm, lr, base_lr)
         else:
             self._skip(batch, clock, outs)
+
         self.optimizer.zero_grad(set_to_none=True)
         trust = self._trust() if finite else {}
-        shown = [{**({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}), **o.scalars} for o in outs]
+        shown = [
+            {
+                **({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}),
+                **o.scalars,
+            }
+            for o in outs
+        ]
+
         scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
         return StepResult(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
 
@@ -129,71 +181,112 @@ class Engine:
             with self.synchronised(last=i == len(parts) - 1), span(BACKWARD):
                 self.backward(out, scale)
             outs.append(_detached(out))
+
         return outs
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """The parts that gradients are accumulated over. Raises ConfigError where that would change the normalisation."""
+        """The parts that gradients are accumulated over. Raises ConfigError where that would change
+        the normalisation.
+        """
         batch = batch.double() if self.config.precision == "fp64" else batch
-        parts = batch.split(self.config.grad_accum_steps) if self.config.grad_accum_steps > 1 else [batch]
+        parts = (
+            batch.split(self.config.grad_accum_steps)
+            if self.config.grad_accum_steps > 1
+            else [batch]
+        )
+
         norms = [m.group for m in self.staged if isinstance(m, BatchNorm)]
         if len(parts) > 1 and any(not group or len(parts[0]) % group for group in norms):
             raise ConfigError(
-                f"engine.grad_accum_steps={len(parts)} leaves {len(parts[0])} samples per rank and micro-batch, which would change "
-                "the batch norm: set model.norm_group to a divisor of that, or engine.grad_accum_steps=1"
+                f"engine.grad_accum_steps={len(parts)} leaves {len(parts[0])} samples per rank and "
+                "micro-batch, which would change "
+                "the batch norm: set model.norm_group to a divisor of that, or "
+                "engine.grad_accum_steps=1"
             )
+
         return parts
 
     def _apply(self, clock: Clock, norm: Tensor, lr: float, base_lr: float) -> None:
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trained(), self.config.max_grad_norm, norm)
+
         groups.set_rates(self.optimizer.param_groups, lr, base_lr)
         self.optimizer.step()
         self.move_targets(clock)
         for module in self.staged:
             module.commit(self.config.grad_accum_steps)
+
         self.method.after_step(clock, self.write)
         self.skipped = 0
 
     def _skip(self, batch: Batch, clock: Clock, outs: Sequence[MethodOutput]) -> None:
         for module in self.staged:
             module.discard()
+
         self.skipped += 1
         bad = ~torch.stack([_total(o) for o in outs]).isfinite().all()
         found = dist.gather_objects((bool(bad), self._suspects(batch, outs)))
-        # Where every loss is finite the gradient is not, and averaging has spread it: any rank may be its origin.
+        # Where every loss is finite the gradient is not, and averaging has spread it: any rank may
+        # be its origin.
         what = "loss" if any(is_bad for is_bad, _ in found) else "gradient"
+
         for rank, (is_bad, samples) in enumerate(found):
             if dist.main() and (is_bad or what == "gradient"):
-                log.warning("step %d skipped: the %s of rank %d is not finite; samples %s", clock.step, what, rank, samples)
+                log.warning(
+                    "step %d skipped: the %s of rank %d is not finite; samples %s",
+                    clock.step,
+                    what,
+                    rank,
+                    samples,
+                )
+
         if self.skipped >= self.config.max_skipped:
             raise TrainingError(
-                f"{self.skipped} steps in a row up to step {clock.step} had a loss or gradient that is not finite "
-                f"(engine.max_skipped={self.config.max_skipped}). Lower optim.lr, use engine.precision=fp32, or look at the "
+                f"{self.skipped} steps in a row up to step {clock.step} had a loss or gradient "
+                "that is not finite "
+                f"(engine.max_skipped={self.config.max_skipped}). Lower optim.lr, use "
+                "engine.precision=fp32, or look at the "
                 "samples named above; the last checkpoint is unharmed"
             )
 
     def _suspects(self, batch: Batch, outs: Sequence[MethodOutput]) -> str:
-        """The samples whose pixels, or else whose embeddings, are not finite; all of them if that tells none apart.
+        """The samples whose pixels, or else whose embeddings, are not finite; all of them if that
+        tells none apart.
 
         A bad sample spreads through batch norm to the embeddings of all, so pixels are asked first.
         """
-        evidence = [torch.stack([v.flatten(2).isfinite().all(2).all(0) for v in batch.views]).all(0)]
+        evidence = [
+            torch.stack([v.flatten(2).isfinite().all(2).all(0) for v in batch.views]).all(0)
+        ]
         rows = [o.embedding for o in outs if o.embedding is not None]
+
         if rows:
             evidence.append(torch.cat(rows).flatten(1).isfinite().all(1))
+
         chosen = next(
-            (batch.index[~fine] for fine in evidence if len(fine) == len(batch) and fine.any() and not fine.all()), batch.index
+            (
+                batch.index[~fine]
+                for fine in evidence
+                if len(fine) == len(batch) and fine.any() and not fine.all()
+            ),
+            batch.index,
         )
         rest = f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else ""
+
         return ", ".join(map(self.sample_name, chosen[:NAMED].tolist())) + rest
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, bool]:
-        """The global loss and whether all is finite everywhere: one small collective and the step's only device sync."""
+        """The global loss and whether all is finite everywhere: one small collective and the step's
+        only device sync.
+        """
         finite = (loss.isfinite() & norm.isfinite()).double()
-        total, good = (dist.sum_nograd(torch.stack([loss.double(), finite])) / dist.world()).tolist()
+        total, good = (
+            dist.sum_nograd(torch.stack([loss.double(), finite])) / dist.world()
+        ).tolist()
+
         return total, good == 1.0
 
-    # --- what engines override ----------------------------------------------------------------------------------------
+    # --- what engines override --------------------------------------------------------------------
 
     def use_channels_last(self) -> None:
         self.method.to(memory_format=torch.channels_last)
@@ -205,13 +298,19 @@ class Engine:
         """Where a parameter of the wrapped method (targets included) lies on this rank."""
         return replica(parameter)
 
-    def build_optimizer(self, declared: list[groups.ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, declared: list[groups.ParamGroup], optim: Optim
+    ) -> torch.optim.Optimizer:
         """The optimizer over this rank's shards, with the groups and names of all ranks."""
         if self.sharded:
-            declared = [g | {"params": [self.shards[name].tensor for name in g["names"]]} for g in declared]
+            declared = [
+                g | {"params": [self.shards[name].tensor for name in g["names"]]} for g in declared
+            ]
+
         optimizer = groups.build(declared, optim)
         if self.sharded and isinstance(optimizer, LARS):
             optimizer.total = self.total
+
         return optimizer
 
     def total(self, x: Tensor) -> Tensor:
@@ -219,7 +318,8 @@ class Engine:
         return dist.sum_nograd(x) / self.copies if self.sharded else x
 
     def collect(self) -> None:
-        """After the last backward: give every tensor of the optimizer, empty ones too, its part of the mean gradient as .grad.
+        """After the last backward: give every tensor of the optimizer, empty ones too, its part of
+        the mean gradient as .grad.
 
         None on every rank where the parameter has no gradient.
         """
@@ -239,10 +339,20 @@ class Engine:
         if not self.method.separate_losses:
             (_total(out) * scale).backward()
             return
+
         for name, loss in out.losses.items():
-            own = [self.method.get_parameter(p) for g in self.optimizer.param_groups if g["name"] == name for p in g["names"]]
+            own = [
+                self.method.get_parameter(p)
+                for g in self.optimizer.param_groups
+                if g["name"] == name
+                for p in g["names"]
+            ]
+
             if not own:
-                raise ValueError(f"the loss '{name}' names no parameter group of {type(self.method).__module__}")
+                raise ValueError(
+                    f"the loss '{name}' names no parameter group of {type(self.method).__module__}"
+                )
+
             torch.autograd.backward(loss * scale, inputs=own, retain_graph=True)
 
     def gradient_norm(self) -> Tensor:
@@ -251,44 +361,68 @@ class Engine:
 
     @torch.no_grad()
     def move_targets(self, clock: Clock) -> None:
-        """target <- tau * target + (1 - tau) * online over parameters, with the online parameters of after the step."""
+        """target <- tau * target + (1 - tau) * online over parameters, with the online parameters
+        of after the step.
+        """
         for target, online in self.method.targets.items():
-            torch._foreach_lerp_(self.averaged(target), self.averaged(online), 1 - self.method.ema(clock))
+            torch._foreach_lerp_(
+                self.averaged(target), self.averaged(online), 1 - self.method.ema(clock)
+            )
 
     def averaged(self, module: str) -> list[Tensor]:
-        """What the moving average reads and writes of a submodule's parameters: alike for a target and its online module."""
-        return [self.shards[f"{module}.{name}"].tensor for name, _ in self.method.get_submodule(module).named_parameters()]
+        """What the moving average reads and writes of a submodule's parameters: alike for a target
+        and its online module.
+        """
+        return [
+            self.shards[f"{module}.{name}"].tensor
+            for name, _ in self.method.get_submodule(module).named_parameters()
+        ]
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Change a parameter, masters and replicas included, or a buffer to `value`, which is whole."""
+        """Change a parameter, masters and replicas included, or a buffer to `value`, which is
+        whole.
+        """
         shard = self.shards.get(name) or replica(self.method.get_buffer(name))
         shard.fill(value.reshape(-1)[shard.start : shard.stop])
 
     def state(self) -> dict[str, Piece]:
-        """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor exactly."""
+        """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor
+        exactly.
+        """
         return pieces(self.placed())
 
     @torch.no_grad()
     def restore(self, saved: Saved) -> None:
-        """Take everything from a checkpoint of the same method, written by any engine at any world size."""
-        self._create_optimizer_state(saved)  # only now is it known what the optimizer keeps
+        """Take everything from a checkpoint of the same method, written by any engine at any world
+        size.
+        """
+        # only now is it known what the optimizer keeps
+        self._create_optimizer_state(saved)
         fill(self.placed(), saved)
 
     def _create_optimizer_state(self, saved: Saved) -> None:
-        kept = {"step", "exp_avg", "exp_avg_sq"} if isinstance(self.optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+        kept = (
+            {"step", "exp_avg", "exp_avg_sq"}
+            if isinstance(self.optimizer, torch.optim.AdamW)
+            else {"momentum_buffer"}
+        )
         if other := {n.rpartition(".")[2] for n in saved.names() if n.startswith("optim.")} - kept:
             raise TrainingError(
-                f"this checkpoint holds another optimizer's state ({', '.join(sorted(other))}): keep optim.name, or export the "
+                f"this checkpoint holds another optimizer's state ({', '.join(sorted(other))}): "
+                "keep optim.name, or export the "
                 "encoder and start a new run with --init"
             )
+
         for name, parameter in self._named():
             prefix = f"optim.{name}."
             self.optimizer.state[parameter].update(
                 {
                     n.removeprefix(prefix): torch.empty_like(parameter)
                     if not n.endswith(".step")
-                    else torch.empty((), dtype=torch.float32)  # AdamW's step counter lives on the CPU
+                    else torch.empty(
+                        (), dtype=torch.float32
+                    )  # AdamW's step counter lives on the CPU
                     for n in saved.names()
                     if n.startswith(prefix)
                 }
@@ -298,10 +432,17 @@ class Engine:
     def export(self) -> dict[str, Tensor]:
         """The whole backbone on every rank. All ranks call it together."""
         state = self.method.backbone.state_dict(keep_vars=True)
-        here = {name: self.shards.get(f"backbone.{name}") or replica(tensor) for name, tensor in state.items()}
-        return {name: whole(shard) if self.sharded else shard.tensor.detach() for name, shard in here.items()}
+        here = {
+            name: self.shards.get(f"backbone.{name}") or replica(tensor)
+            for name, tensor in state.items()
+        }
 
-    # --- parts ---------------------------------------------------------------------------------------------------------
+        return {
+            name: whole(shard) if self.sharded else shard.tensor.detach()
+            for name, shard in here.items()
+        }
+
+    # --- parts ------------------------------------------------------------------------------------
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each group in the last step."""
@@ -314,19 +455,29 @@ class Engine:
         return {"min": ratios.min(), "median": ratios.median(), "max": ratios.max()}
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
 
     def trained(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def features(self, batches: Iterator[Batch], embed: Callable[[Batch], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(index, embed(batch)) over the batches, without gradient and without a trace in running statistics."""
+    def features(
+        self, batches: Iterator[Batch], embed: Callable[[Batch], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(index, embed(batch)) over the batches, without gradient and without a trace in running
+        statistics.
+        """
         for batch in batches:
             with self.autocast():
-                out = self.inside(embed, batch.double() if self.config.precision == "fp64" else batch)
+                out = self.inside(
+                    embed, batch.double() if self.config.precision == "fp64" else batch
+                )
+
             for module in self.staged:
                 module.discard()
+
             yield batch.index, out
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
@@ -334,18 +485,28 @@ class Engine:
             yield from zip(group["names"], group["params"], strict=True)
 
     def placed(self) -> dict[str, Shard]:
-        """Where everything lies that is saved, by its name in a checkpoint; every rank knows every name."""
+        """Where everything lies that is saved, by its name in a checkpoint; every rank knows every
+        name.
+        """
         modules = ((n, m) for n, m in self.method.named_modules() if isinstance(m, DeferredState))
         rows = {f"{n}.{buffer}": where for n, m in modules for buffer, where in m.sharded().items()}
         placed = {}
+
         for name, tensor in self.method.state_dict(keep_vars=True).items():
             plain = rows_of(tensor, *rows[name]) if name in rows else replica(tensor)
             placed[f"method.{name}"] = self.shards.get(name, plain)
+
         for name, parameter in self._named():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):  # AdamW's step counter is one number, whatever the parameter
-                    at = replica(value) if key == "step" else replace(self.shards[name], tensor=value)
+                # AdamW's step counter is one number, whatever the parameter
+                if isinstance(value, Tensor):
+                    at = (
+                        replica(value)
+                        if key == "step"
+                        else replace(self.shards[name], tensor=value)
+                    )
                     placed[f"optim.{name}.{key}"] = at
+
         return placed
 
 
@@ -354,5 +515,8 @@ def _total(out: MethodOutput) -> Tensor:
 
 
 def _detached(out: MethodOutput) -> MethodOutput:
-    losses, scalars = ({name: value.detach() for name, value in values.items()} for values in (out.losses, out.scalars))
+    losses, scalars = (
+        {name: value.detach() for name, value in values.items()}
+        for values in (out.losses, out.scalars)
+    )
     return MethodOutput(losses, scalars, out.embedding)

@@ -1,4 +1,6 @@
-"""One process, or torch's DistributedDataParallel over several: replicated parameters, averaged gradients."""
+"""One process, or torch's DistributedDataParallel over several: replicated parameters, averaged
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from scaletrain.engines import base
 
 
 class Config(base.EngineConfig):
-    bucket_mb: Positive = 25.0  # gradients are sent in buckets of this size while backward goes on
+    # gradients are sent in buckets of this size while backward goes on
+    bucket_mb: Positive = 25.0
 
 
 class Engine(base.Engine):
@@ -23,10 +26,16 @@ class Engine(base.Engine):
         super().__init__(method, config, optim, device)
         self.wrapped: DistributedDataParallel | None = None
         if dist.world() > 1 and not method.separate_losses:
-            # Parameters start equal: they are drawn from the seed. Buffers are not rank 0's to overwrite (sharded banks).
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, [n for n, _ in method.named_buffers()])
+            # Parameters start equal: they are drawn from the seed. Buffers are not rank 0's to
+            # overwrite (sharded banks).
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                method, [n for n, _ in method.named_buffers()]
+            )
             self.wrapped = DistributedDataParallel(
-                method, init_sync=False, gradient_as_bucket_view=True, bucket_cap_mb=config.bucket_mb
+                method,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=config.bucket_mb,
             )
 
         self.warmed_up = self.wrapped is None
@@ -39,14 +48,17 @@ class Engine(base.Engine):
     def warm_up(self, batch: Batch, clock: Clock) -> None:
         """One backward pass without a trace, before the first step of this process.
 
-        DDP lays out its buckets anew after its first backward pass, and the layout decides in which order three or more
-        ranks are added up: without this, the first step after a resume would round differently.
+        DDP lays out its buckets anew after its first backward pass, and the layout decides in which
+        order three or more ranks are added up: without this, the first step after a resume would
+        round differently.
         """
         with self.autocast():
             out = self.forward(self.micro_batches(batch)[0], clock)
+
         self.backward(out, 1.0)
         for module in self.staged:
             module.discard()
+
         self.optimizer.zero_grad(set_to_none=True)
         self.warmed_up = True
 
@@ -58,7 +70,8 @@ class Engine(base.Engine):
 
     def backward(self, out: MethodOutput, scale: float) -> None:
         super().backward(out, scale)
-        if dist.world() > 1 and self.method.separate_losses:  # several backward passes: DDP's hooks expect one
+        # several backward passes: DDP's hooks expect one
+        if dist.world() > 1 and self.method.separate_losses:
             for parameter in self.trained():
                 if parameter.grad is not None:
                     parameter.grad.copy_(dist.sum_nograd(parameter.grad) / dist.world())

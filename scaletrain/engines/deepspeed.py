@@ -1,8 +1,10 @@
-"""DeepSpeed's ZeRO: 0 replicates, 1 shards optimizer state and fp32 masters, 2 gradients too, 3 parameters and targets too.
+"""DeepSpeed's ZeRO: 0 replicates, 1 shards optimizer state and fp32 masters, 2 gradients too, 3
+parameters and targets too.
 
-DeepSpeed moves gradients and parameters and updates none: it is given an optimizer that does nothing. Ours runs over what of
-each parameter lies in this rank's partition; then DeepSpeed sends the changed partitions to where they are used. Gradients are
-means over ranks, as everywhere. A parameter outside the graph of a step has a zero gradient here, not none.
+DeepSpeed moves gradients and parameters and updates none: it is given an optimizer that does
+nothing. Ours runs over what of each parameter lies in this rank's partition; then DeepSpeed sends
+the changed partitions to where they are used. Gradients are means over ranks, as everywhere. A
+parameter outside the graph of a step has a zero gradient here, not none.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ZERO = "zero_optimization"
-OURS = {  # what a DeepSpeed JSON says that a recipe says elsewhere
+# what a DeepSpeed JSON says that a recipe says elsewhere
+OURS = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
     "gradient_accumulation_steps": "engine.grad_accum_steps",
@@ -54,18 +57,24 @@ OURS = {  # what a DeepSpeed JSON says that a recipe says elsewhere
 }
 # What is left to DeepSpeed: not what would change numbers or the order within a partition.
 _HOW_IT_SENDS = """
-allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks log_trace_cache_warnings overlap_comm
-reduce_scatter stage3_max_live_parameters stage3_max_reuse_distance stage3_param_persistence_threshold
-stage3_prefetch_bucket_size use_multi_rank_bucket_allreduce
+allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks
+log_trace_cache_warnings overlap_comm reduce_scatter stage3_max_live_parameters
+stage3_max_reuse_distance stage3_param_persistence_threshold stage3_prefetch_bucket_size
+use_multi_rank_bucket_allreduce
 """
-_WHAT_IT_MEASURES = "comms_logger dump_state flops_profiler memory_breakdown steps_per_print wall_clock_breakdown"
+_WHAT_IT_MEASURES = (
+    "comms_logger dump_state flops_profiler memory_breakdown steps_per_print wall_clock_breakdown"
+)
 THEIRS = (*_WHAT_IT_MEASURES.split(), *(f"{ZERO}.{key}" for key in _HOW_IT_SENDS.split()))
 
 
 def _read(value: Any) -> Any:
-    """The contents of a DeepSpeed JSON, so that the saved configuration reruns the run whatever becomes of the file."""
+    """The contents of a DeepSpeed JSON, so that the saved configuration reruns the run whatever
+    becomes of the file.
+    """
     if not isinstance(value, str):
         return value
+
     try:
         return json.loads(Path(value).read_text()) if value else {}
     except OSError as error:
@@ -76,8 +85,10 @@ def _read(value: Any) -> Any:
 
 class Config(base.EngineConfig):
     stage: Literal[0, 1, 2, 3] = 2
-    bucket_mb: Positive = 100.0  # gradients are sent in buckets of this size while backward goes on
-    deepspeed: Annotated[dict[str, Any], BeforeValidator(_read)] = Field(default_factory=dict)  # a DeepSpeed JSON or its path
+    # gradients are sent in buckets of this size while backward goes on
+    bucket_mb: Positive = 100.0
+    # a DeepSpeed JSON or its path
+    deepspeed: Annotated[dict[str, Any], BeforeValidator(_read)] = Field(default_factory=dict)
 
     def fits(self, run: Run) -> None:
         super().fits(run)
@@ -86,62 +97,100 @@ class Config(base.EngineConfig):
     @model_validator(mode="after")
     def _possible(self) -> Config:
         if self.precision == "fp64":
-            raise ValueError("ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2 for fp64")
+            raise ValueError(
+                "ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2 for fp64"
+            )
         if self.compile and self.stage == 3:
-            raise ValueError("ZeRO 3 gathers parameters by hooks that compiled modules skip: set compile=false or stage=2")
+            raise ValueError(
+                "ZeRO 3 gathers parameters by hooks that compiled modules skip: set compile=false "
+                "or stage=2"
+            )
+
         self._agree()
         return self
 
     def _agree(self) -> None:
-        """Refuse what contradicts the recipe, and what is known neither to be exact nor to be misspelt."""
+        """Refuse what contradicts the recipe, and what is known neither to be exact nor to be
+        misspelt.
+        """
         same = {
             "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.max_grad_norm,
             f"{ZERO}.stage": self.stage,
         }
+
         for key, value in _flat(self.deepspeed):
             if key in same and value == same[key]:
                 continue
             if key in OURS:
-                raise ValueError(f"deepspeed.{key}={value!r} is for the recipe to say: remove it and set {OURS[key]}")
+                raise ValueError(
+                    f"deepspeed.{key}={value!r} is for the recipe to say: remove it and set "
+                    f"{OURS[key]}"
+                )
             if key not in THEIRS:
-                raise ValueError(f"deepspeed.{key} is not supported{nearest(key, THEIRS)}; known: {', '.join(THEIRS)}")
+                raise ValueError(
+                    f"deepspeed.{key} is not supported{nearest(key, THEIRS)}; known: "
+                    f"{', '.join(THEIRS)}"
+                )
 
     @property
     def talk(self) -> bool:
         """Whether something is asked of DeepSpeed that it answers in its log."""
-        return any(value for key, value in _flat(self.deepspeed) if key in THEIRS and not key.startswith(f"{ZERO}."))
+        return any(
+            value
+            for key, value in _flat(self.deepspeed)
+            if key in THEIRS and not key.startswith(f"{ZERO}.")
+        )
 
     def settings(self) -> dict[str, Any]:
         """All that DeepSpeed is told."""
         theirs = {key: value for key, value in _flat(self.deepspeed) if key in THEIRS}
         return {
             **{key: value for key, value in theirs.items() if not key.startswith(f"{ZERO}.")},
-            "train_micro_batch_size_per_gpu": 1,  # only its own messages use it
-            "gradient_accumulation_steps": 1,  # Engine.synchronised says where a step ends
+            # only its own messages use it
+            "train_micro_batch_size_per_gpu": 1,
+            # Engine.synchronised says where a step ends
+            "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "torch_autocast": {
                 "enabled": self.precision == "bf16",
                 "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],  # of which DeepSpeed would send the gradients in bfloat16
+                # of which DeepSpeed would send the gradients in bfloat16
+                "lower_precision_safe_modules": [],
             },
             ZERO: {
-                **{key.removeprefix(f"{ZERO}."): value for key, value in theirs.items() if key.startswith(f"{ZERO}.")},
+                **{
+                    key.removeprefix(f"{ZERO}."): value
+                    for key, value in theirs.items()
+                    if key.startswith(f"{ZERO}.")
+                },
                 "stage": self.stage,
                 "reduce_bucket_size": max(1, int(self.bucket_mb * 2**20 / 4)),
-                "compute_grad_norm": self.stage not in (1, 2),  # base.Engine does; the others cannot be told
-                "sub_group_size": 10**15,  # one: parts of the gradient would else come one after the other
+                # base.Engine does; the others cannot be told
+                "compute_grad_norm": self.stage not in (1, 2),
+                # one: parts of the gradient would else come one after the other
+                "sub_group_size": 10**15,
             },
         }
 
 
 def _flat(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Sections and, within zero_optimization, keys, without those that are switched off or left to the trainer ("auto")."""
+    """Sections and, within zero_optimization, keys, without those that are switched off or left to
+    the trainer ("auto").
+    """
     zero = raw.get(ZERO)
-    nested = {f"{ZERO}.{key}": value for key, value in zero.items()} if isinstance(zero, Mapping) else {}
-    for key, value in {**{k: v for k, v in raw.items() if k != ZERO or not isinstance(v, Mapping)}, **nested}.items():
-        off = isinstance(value, Mapping) and (value.get("enabled") is False or value.get("device") == "none")
+    nested = (
+        {f"{ZERO}.{key}": value for key, value in zero.items()} if isinstance(zero, Mapping) else {}
+    )
+
+    for key, value in {
+        **{k: v for k, v in raw.items() if k != ZERO or not isinstance(v, Mapping)},
+        **nested,
+    }.items():
+        off = isinstance(value, Mapping) and (
+            value.get("enabled") is False or value.get("device") == "none"
+        )
         if not off and value not in ("auto", None):
             yield key, value
 
@@ -154,15 +203,19 @@ class Engine(base.Engine):
         super().__init__(method, config, optim, device)
 
     def use_channels_last(self) -> None:
-        channels_last_inputs(self.method)  # partitions are flat and row-major
+        # partitions are flat and row-major
+        channels_last_inputs(self.method)
 
     def wrap(self) -> None:
         need("deepspeed")
         self.sharded = self.config.stage > 0
-        self.method.register_forward_hook(_with_losses)  # before DeepSpeed's hooks
-        self.zero: Any  # DeepSpeed's optimizer, which holds the partitions
+        # before DeepSpeed's hooks
+        self.method.register_forward_hook(_with_losses)
+        # DeepSpeed's optimizer, which holds the partitions
+        self.zero: Any
         self.library, self.zero, *_ = _library(self.device, talk=self.config.talk).initialize(
-            args=SimpleNamespace(device_rank=self.device.index or 0),  # by itself it takes LOCAL_RANK, whatever is visible
+            # by itself it takes LOCAL_RANK, whatever is visible
+            args=SimpleNamespace(device_rank=self.device.index or 0),
             model=self.method,
             optimizer=_Idle([p for p in self.method.parameters() if p.requires_grad], {"lr": 0.0}),
             config=self.config.settings(),
@@ -171,25 +224,42 @@ class Engine(base.Engine):
 
     def shard(self, name: str, parameter: Any) -> Shard:
         if self.config.stage == 3:
-            part = self.zero.get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor
+            part = (
+                self.zero.get_local_fp32_param(parameter)
+                if parameter.requires_grad
+                else parameter.ds_tensor
+            )
             start = min(parameter.ds_numel, dist.rank() * len(part))
-            return Shard(part.detach()[: parameter.ds_numel - start], start, tuple(parameter.ds_shape))  # the rest is padding
+
+            # the rest is padding
+            return Shard(
+                part.detach()[: parameter.ds_numel - start], start, tuple(parameter.ds_shape)
+            )
+
         if not self.sharded or not parameter.requires_grad:
             return replica(parameter)
+
         at = parameter._hp_mapping
         if at is None:
             return Shard(parameter.new_empty(0), 0, tuple(parameter.shape))
+
         return Shard(at.hp_fragment.detach(), at.lp_fragment_address.start, tuple(parameter.shape))
 
-    def build_optimizer(self, declared: list[groups.ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, declared: list[groups.ParamGroup], optim: Optim
+    ) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(declared, optim)
         optimizer.register_step_post_hook(lambda *_: self.publish())
         return optimizer
 
     def publish(self) -> None:
-        """DeepSpeed's step: it sends what our optimizer changed in the partitions, and drops the gradients."""
+        """DeepSpeed's step: it sends what our optimizer changed in the partitions, and drops the
+        gradients.
+        """
         self.library.step()
-        if self.config.stage == 3:  # a parameter outside the next graph would find its last gradient there
+
+        # a parameter outside the next graph would find its last gradient there
+        if self.config.stage == 3:
             self.zero.grad_partitions_flat_buffer.zero_()
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -200,17 +270,27 @@ class Engine(base.Engine):
         return self.library(batch, clock)[1]  # type: ignore[no-any-return]
 
     def backward(self, out: MethodOutput, scale: float) -> None:
-        self.library.backward(torch.stack(list(out.losses.values())).sum() * scale, scale_wrt_gas=False)
+        self.library.backward(
+            torch.stack(list(out.losses.values())).sum() * scale, scale_wrt_gas=False
+        )
 
     def collect(self) -> None:
         if not self.sharded:
             return
-        found, at = {}, 0  # DeepSpeed keeps the gradient in pieces, in the order of the partition
+
+        # DeepSpeed keeps the gradient in pieces, in the order of the partition
+        found, at = {}, 0
         for piece in self.zero.averaged_gradients[0]:
             found[at] = piece.reshape(-1)
             at += piece.numel()
+
         stage_3 = self.config.stage == 3
-        flat = (self.zero.fp32_partitioned_groups_flat if stage_3 else self.zero.single_partition_of_fp32_groups)[0]
+        flat = (
+            self.zero.fp32_partitioned_groups_flat
+            if stage_3
+            else self.zero.single_partition_of_fp32_groups
+        )[0]
+
         for part in self.trained():
             if part.numel():
                 part.grad = found[part.storage_offset() - flat.storage_offset()][: part.numel()]
@@ -218,11 +298,13 @@ class Engine(base.Engine):
                 part.grad = torch.zeros_like(part)
 
     def _apply(self, clock: Clock, norm: Tensor, lr: float, base_lr: float) -> None:
-        with self._gathering():  # for Method.after_step
+        # for Method.after_step
+        with self._gathering():
             super()._apply(clock, norm, lr, base_lr)
 
     def _skip(self, batch: Batch, clock: Clock, outs: Sequence[MethodOutput]) -> None:
-        self.publish()  # nothing has changed: it only drops the gradients
+        # nothing has changed: it only drops the gradients
+        self.publish()
         super()._skip(batch, clock, outs)
 
     def inside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -231,10 +313,14 @@ class Engine(base.Engine):
 
     @contextmanager
     def _gathering(self) -> Iterator[None]:
-        """ZeRO 3 gathers what a module owns when it is called; in here also what is read without a call."""
+        """ZeRO 3 gathers what a module owns when it is called; in here also what is read without a
+        call.
+        """
         modules = list(self.method.modules()) if self.config.stage == 3 else []
+
         for module in modules:
             module._parameters._in_forward = True  # type: ignore[attr-defined]
+
         try:
             yield
         finally:
@@ -247,12 +333,17 @@ class Engine(base.Engine):
     def move_targets(self, clock: Clock) -> None:
         super().move_targets(clock)
         if self.config.stage == 3:
-            _renew(p for target in self.method.targets for p in self.method.get_submodule(target).parameters())
+            _renew(
+                p
+                for target in self.method.targets
+                for p in self.method.get_submodule(target).parameters()
+            )
 
     def averaged(self, module: str) -> list[Tensor]:
         if self.config.stage == 3:
             return super().averaged(module)
-        return list(self.method.get_submodule(module).parameters())  # online replicas are new, targets are replicas only
+        # online replicas are new, targets are replicas only
+        return list(self.method.get_submodule(module).parameters())
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
@@ -283,7 +374,8 @@ class Engine(base.Engine):
 def _need_one_backward(method: Method | type[Method]) -> None:
     if method.separate_losses:
         raise ConfigError(
-            "engine.name=deepspeed takes one backward pass per step, but the losses of this method drive separate groups of "
+            "engine.name=deepspeed takes one backward pass per step, but the losses of this method "
+            "drive separate groups of "
             "parameters; use engine.name=ddp or fsdp2"
         )
 
@@ -298,18 +390,22 @@ class _Idle(torch.optim.Optimizer):
 def _library(device: torch.device, *, talk: bool) -> Any:
     """DeepSpeed over the process group that is there: it looks for no MPI and compiles nothing."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also in a single process
+    # it insists, also in a single process
+    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.utils.logging import set_log_level_from_string
 
     set_log_level_from_string("info" if talk else "error")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of C++ compilation on a CPU
+    # else a minute of C++ compilation on a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not c10d.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         c10d.init_process_group(backend, store=c10d.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
     comm.init_distributed(dist_init_required=False, verbose=False)
-    comm.cdb.all_gather_function = dist._all_gather  # torch 2.14 warns at the names that DeepSpeed uses
+    # torch 2.14 warns at the names that DeepSpeed uses
+    comm.cdb.all_gather_function = dist._all_gather
     comm.cdb.reduce_scatter_function = dist._reduce_scatter
     return deepspeed
 
@@ -319,6 +415,7 @@ def _renew(parameters: Iterable[Any]) -> None:
     small = [p for p in parameters if p.ds_persist]
     for p in small:
         p.partition()
+
     if small:
         small[0].all_gather(small)
 
@@ -328,5 +425,7 @@ def _gathered(parameter: nn.Parameter) -> bool:
 
 
 def _with_losses(module: nn.Module, args: Any, out: MethodOutput) -> list[Any]:
-    """DeepSpeed finds what leads to a backward pass in lists and dicts; it changes them in place, so also within `out`."""
+    """DeepSpeed finds what leads to a backward pass in lists and dicts; it changes them in place,
+    so also within `out`.
+    """
     return [out.losses, out]

@@ -1,11 +1,15 @@
-"""fairscale's OSS and ShardedDataParallel: each rank keeps the optimizer state, and gets the gradients, of whole parameters.
+"""fairscale's OSS and ShardedDataParallel: each rank keeps the optimizer state, and gets the
+gradients, of whole parameters.
 
-Parameters, targets and buffers are replicas, as under ddp. Our optimizer has every parameter on every rank, one of another
-rank as an empty stub, so groups, names and the trust ratios of the monitor are the same everywhere. After its step OSS sends
-each parameter from its owner to the others. fairscale ended with 0.4.13. What is used of it works under torch 2.14 without a
-warning, float64 included; two of its habits are kept away:
-- ShardedDataParallel's reduction buckets break when a gradient is set to None (frozen groups): they are off;
-- OSS.step() and clip_grad_norm() copy our group keys each step and take norms in float32: the optimizer is called directly.
+Parameters, targets and buffers are replicas, as under ddp. Our optimizer has every parameter on
+every rank, one of another rank as an empty stub, so groups, names and the trust ratios of the
+monitor are the same everywhere. After its step OSS sends each parameter from its owner to the
+others. fairscale ended with 0.4.13. What is used of it works under torch 2.14 without a warning,
+float64 included; two of its habits are kept away:
+- ShardedDataParallel's reduction buckets break when a gradient is set to None (frozen groups): they
+  are off;
+- OSS.step() and clip_grad_norm() copy our group keys each step and take norms in float32: the
+  optimizer is called directly.
 A parameter outside a step's graph has a zero gradient here, not none.
 """
 
@@ -34,37 +38,50 @@ class Config(base.EngineConfig):
 
 
 class Engine(base.Engine):
-    wrapped: Any = None  # ShardedDataParallel, or None: one process, or losses that it cannot serve
+    # ShardedDataParallel, or None: one process, or losses that it cannot serve
+    wrapped: Any = None
 
     def use_channels_last(self) -> None:
-        channels_last_inputs(self.method)  # OSS makes parameters row-major views of one buffer for each rank
+        # OSS makes parameters row-major views of one buffer for each rank
+        channels_last_inputs(self.method)
 
-    def build_optimizer(self, declared: list[groups.ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, declared: list[groups.ParamGroup], optim: Optim
+    ) -> torch.optim.Optimizer:
         need("fairscale")
         if dist.world() == 1:
             return super().build_optimizer(declared, optim)
+
         from fairscale.nn.data_parallel import ShardedDataParallel
         from fairscale.optim import OSS
 
         def local(own: list[groups.ParamGroup]) -> torch.optim.Optimizer:
             mine = {id(p) for group in own for p in group["params"]}
-            held = [g | {"params": [p if id(p) in mine else p.new_empty(0) for p in g["params"]]} for g in declared]
+            held = [
+                g | {"params": [p if id(p) in mine else p.new_empty(0) for p in g["params"]]}
+                for g in declared
+            ]
             optimizer = super(Engine, self).build_optimizer(held, optim)
+
             if isinstance(optimizer, LARS):
                 optimizer.total = self.total
+
             return optimizer
 
         oss = OSS([dict(group) for group in declared], optim=local)
         oss.optim.register_step_post_hook(lambda *_: oss._broadcast_params())
-        if not self.method.separate_losses:  # several backward passes: its hooks expect one
+        # several backward passes: its hooks expect one
+        if not self.method.separate_losses:
             self.wrapped = ShardedDataParallel(
                 self.method,
                 oss,
-                broadcast_buffers=False,  # sharded banks are not rank 0's to overwrite
+                # sharded banks are not rank 0's to overwrite
+                broadcast_buffers=False,
                 sync_models_at_startup=False,
                 reduce_buffer_size=0,
                 auto_refresh_trainable=False,
             )
+
         return oss.optim  # type: ignore[no-any-return]
 
     def total(self, x: Tensor) -> Tensor:
@@ -79,12 +96,15 @@ class Engine(base.Engine):
     def collect(self) -> None:
         if dist.world() == 1:
             return
+
         for name, held in self._named():
             parameter = self.method.get_parameter(name)
             if self.wrapped is None and parameter.grad is not None:
                 parameter.grad = dist.sum_nograd(parameter.grad) / dist.world()
+
             if held is not parameter:
                 parameter.grad = None
+
             if held.grad is None:
                 held.grad = torch.zeros_like(held)
 
@@ -92,8 +112,12 @@ class Engine(base.Engine):
         return self.total(super().gradient_norm().double().square()).sqrt()
 
     def placed(self) -> dict[str, Shard]:
-        """As everywhere, but a parameter's optimizer state is its owner's alone; AdamW's step counter is on all ranks."""
+        """As everywhere, but a parameter's optimizer state is its owner's alone; AdamW's step
+        counter is on all ranks.
+        """
         return {
-            name: replace(at, copy=0, copies=1) if name.startswith("optim.") and not name.endswith(".step") else at
+            name: replace(at, copy=0, copies=1)
+            if name.startswith("optim.") and not name.endswith(".step")
+            else at
             for name, at in super().placed().items()
         }

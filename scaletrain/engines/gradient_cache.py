@@ -1,11 +1,12 @@
-"""Gradient caching (Gao et al., 2021, arXiv 2101.06983): the exact gradient of a loss over the whole batch in the memory of a
-micro-batch.
+"""Gradient caching (Gao et al., 2021, arXiv 2101.06983): the exact gradient of a loss over the
+whole batch in the memory of a micro-batch.
 
 1. Every micro-batch is embedded without gradient.
 2. The loss of all embeddings, over all ranks, gives the gradient of each embedding.
 3. Every micro-batch is embedded once more, and these gradients go on to the parameters.
 
-It costs a second forward. Exact where a micro-batch is normalised by itself, as `model.norm_group` must see to.
+It costs a second forward. Exact where a micro-batch is normalised by itself, as `model.norm_group`
+must see to.
 """
 
 from __future__ import annotations
@@ -38,51 +39,71 @@ class Engine(Protocol):
 
 
 def check(run: Config, parts: int, cache: bool) -> None:
-    """Raise ConfigError where a step of `parts` micro-batches would not compute what a step of the whole batch does."""
+    """Raise ConfigError where a step of `parts` micro-batches would not compute what a step of the
+    whole batch does.
+    """
     if parts == 1 and cache:
         raise ConfigError(
-            "engine.gradient_cache=true works on micro-batches: set engine.grad_accum_steps above 1, or engine.gradient_cache=false"
+            "engine.gradient_cache=true works on micro-batches: set engine.grad_accum_steps above "
+            "1, or engine.gradient_cache=false"
         )
     if parts == 1:
         return
+
     name, group = run.method.name, run.model.norm_group
     method: type[Method] = importlib.import_module(f"scaletrain.methods.{name}").Model
     possible = method.embed is not Method.embed and not method.separate_losses
     if cache and not method.global_loss:
         raise ConfigError(
-            f"engine.grad_accum_steps is exact for {name}, whose loss is a mean over samples: set engine.gradient_cache=false"
+            f"engine.grad_accum_steps is exact for {name}, whose loss is a mean over samples: set "
+            "engine.gradient_cache=false"
         )
     if cache and run.auxiliaries:
         raise ConfigError(
-            "engine.gradient_cache=true computes the method's own loss only: remove the auxiliaries, or engine.gradient_cache"
+            "engine.gradient_cache=true computes the method's own loss only: remove the "
+            "auxiliaries, or engine.gradient_cache"
         )
+
     if method.global_loss and not (cache and possible):
         hint = "set engine.gradient_cache=true (gradient caching), or " if possible else ""
         if cache:
-            hint = f"engine.gradient_cache=true needs a method that separates embeddings and loss, which {name} does not: "
+            hint = (
+                "engine.gradient_cache=true needs a method that separates embeddings and loss, "
+                f"which {name} does not: "
+            )
+
         raise _coupled(name, parts, hint)
+
     if not group or run.batch % (parts * group):
         raise ConfigError(
-            f"engine.grad_accum_steps={parts} with model.norm_group={group} would change the batch norm: set model.norm_group to a "
-            f"divisor of the samples per rank and micro-batch ({run.batch / parts:g} / ranks), or engine.grad_accum_steps=1"
+            f"engine.grad_accum_steps={parts} with model.norm_group={group} would change the batch "
+            "norm: set model.norm_group to a "
+            f"divisor of the samples per rank and micro-batch ({run.batch / parts:g} / ranks), or "
+            "engine.grad_accum_steps=1"
         )
 
 
 def check_built(method: Method, parts: int, cache: bool) -> None:
-    """As check() for what couples samples only as it is configured: a shuffled batch norm, an auxiliary."""
+    """As check() for what couples samples only as it is configured: a shuffled batch norm, an
+    auxiliary.
+    """
     if parts > 1 and method.global_loss and not cache:
         raise _coupled(type(method).__module__.rpartition(".")[2], parts, "")
 
 
 def _coupled(name: str, parts: int, hint: str) -> ConfigError:
     return ConfigError(
-        f"engine.grad_accum_steps={parts}: the loss of {name} couples all samples of the global batch and changes when it is "
-        f"split; {hint}set engine.grad_accum_steps=1 and save memory by engine.activation_checkpointing=true, more ranks or a smaller batch"
+        f"engine.grad_accum_steps={parts}: the loss of {name} couples all samples of the global "
+        "batch and changes when it is "
+        f"split; {hint}set engine.grad_accum_steps=1 and save memory by "
+        "engine.activation_checkpointing=true, more ranks or a smaller batch"
     )
 
 
 def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> MethodOutput:
-    """Forward and backward of `batch`, this rank's, by its micro-batches -> its losses. Running statistics are staged once."""
+    """Forward and backward of `batch`, this rank's, by its micro-batches -> its losses. Running
+    statistics are staged once.
+    """
     method, first = engine.method, list[tuple[Tensor, ...]]()
 
     def keep(part: Batch, clock: Clock) -> MethodOutput:
@@ -92,22 +113,37 @@ def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> Meth
     with _as_forward(method, keep), torch.no_grad(), engine.autocast(), span(FORWARD):
         for part in parts:
             engine.forward(part, clock)
+
     for module in engine.staged:
         module.discard()
-    whole = tuple(torch.cat(pieces, 1).requires_grad_(pieces[0].is_floating_point()) for pieces in zip(*first, strict=True))
+
+    whole = tuple(
+        torch.cat(pieces, 1).requires_grad_(pieces[0].is_floating_point())
+        for pieces in zip(*first, strict=True)
+    )
+
     with engine.autocast(), span(FORWARD):
         out = method.loss(whole, batch, clock)
+
     with span(BACKWARD):
         torch.stack(list(out.losses.values())).sum().backward()
+
     cached = zip(*(_cut(x.grad, len(parts)) for x in whole), strict=True)
 
     def pull(part: Batch, clock: Clock) -> MethodOutput:
         """A loss whose gradient with respect to the embeddings is what was cached."""
         pairs = zip(method.embed(part, clock), next(cached), strict=True)
-        return MethodOutput({"all": torch.stack([(x * g).sum() for x, g in pairs if g is not None and x.requires_grad]).sum()})
+        return MethodOutput(
+            {
+                "all": torch.stack(
+                    [(x * g).sum() for x, g in pairs if g is not None and x.requires_grad]
+                ).sum()
+            }
+        )
 
     with _as_forward(method, pull):
         engine.accumulate(parts, clock, 1.0)
+
     return out
 
 
@@ -118,8 +154,11 @@ def _cut(gradient: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
 
 @contextmanager
 def _as_forward(method: Method, function: Any) -> Iterator[None]:
-    """Inside, `function` is the method's forward, so that whatever library wraps the method runs it as a forward pass."""
+    """Inside, `function` is the method's forward, so that whatever library wraps the method runs it
+    as a forward pass.
+    """
     method.forward = function  # type: ignore[method-assign]
+
     try:
         yield
     finally:

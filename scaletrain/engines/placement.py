@@ -1,4 +1,6 @@
-"""Where named tensors lie on a rank, and how a checkpoint is written from there and read back, whatever the engine."""
+"""Where named tensors lie on a rank, and how a checkpoint is written from there and read back,
+whatever the engine.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,18 @@ class Saved(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank holds of a named tensor: elements [start, start + numel) of the whole in row-major order.
+    """What this rank holds of a named tensor: elements [start, start + numel) of the whole in
+    row-major order.
 
-    `tensor` may have any shape and memory layout of so many elements, and none at all where nothing lies here. Of the
-    `copies` ranks that hold this same range it is number `copy`: one of them writes it to a checkpoint.
+    `tensor` may have any shape and memory layout of so many elements, and none at all where nothing
+    lies here. Of the `copies` ranks that hold this same range it is number `copy`: one of them
+    writes it to a checkpoint.
     """
 
     tensor: Tensor
     start: int
-    shape: tuple[int, ...]  # of the whole
+    # of the whole
+    shape: tuple[int, ...]
     copy: int = 0
     copies: int = 1
 
@@ -64,30 +69,50 @@ def rows_of(tensor: Tensor, start: int, rows: int) -> Shard:
 def whole(shard: Shard) -> Tensor:
     """The whole tensor on every rank. All ranks call it together."""
     flat = shard.tensor.new_zeros(torch.Size(shard.shape).numel())
-    if shard.copy == 0:  # the other ranks add zeros there, which is exact
+    # the other ranks add zeros there, which is exact
+    if shard.copy == 0:
         flat[shard.start : shard.stop] = shard.tensor.reshape(-1)
+
     return dist.sum_nograd(flat).view(shard.shape)
 
 
 def pieces(placed: Mapping[str, Shard]) -> dict[str, Piece]:
-    """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor exactly."""
-    size = {name: torch.Size(shard.shape).numel() * shard.tensor.itemsize for name, shard in placed.items()}
+    """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor
+    exactly.
+    """
+    size = {
+        name: torch.Size(shard.shape).numel() * shard.tensor.itemsize
+        for name, shard in placed.items()
+    }
     total, seen, found = max(1, sum(size.values())), 0, {}
-    for name, shard in placed.items():  # copies are written once, each by one rank, evenly by bytes
+
+    # copies are written once, each by one rank, evenly by bytes
+    for name, shard in placed.items():
         if seen * shard.copies // total == shard.copy:
             found[name] = Piece(shard.tensor.detach().reshape(-1), shard.start, shard.shape)
         seen += size[name]
+
     return found
 
 
 def fill(placed: Mapping[str, Shard], saved: Saved) -> None:
-    """Read everything from a checkpoint of the same tensors. Raises TrainingError for one of others."""
+    """Read everything from a checkpoint of the same tensors. Raises TrainingError for one of
+    others.
+    """
     there = set(saved.names())
+
     for name, shard in placed.items():
         if name not in there or tuple(saved.shape(name)) != shard.shape:
             what = f"has shape {tuple(saved.shape(name))}" if name in there else "is missing"
-            raise TrainingError(f"this checkpoint belongs to another model: {name} {what} and must have shape {shard.shape}")
+            raise TrainingError(
+                f"this checkpoint belongs to another model: {name} {what} and must have shape "
+                f"{shard.shape}"
+            )
+
         if shard.tensor.numel():
             shard.fill(saved.read(name, shard.start, shard.stop))
+
     if extra := sorted(there - set(placed)):
-        raise TrainingError(f"this checkpoint belongs to another model: it also holds {', '.join(extra[:3])}")
+        raise TrainingError(
+            f"this checkpoint belongs to another model: it also holds {', '.join(extra[:3])}"
+        )

@@ -1,8 +1,10 @@
-"""What the ranks send each other in a step: every collective with its kind, its bytes and what asked for it.
+"""What the ranks send each other in a step: every collective with its kind, its bytes and what
+asked for it.
 
-A process group notes each call and hands it on to gloo. The prediction for any number of ranks runs the same engine on one of
-them, and the group answers as if the others held what this one holds. Samples, views, channels and parameters decide what is
-sent, so the images are tiny and all else is the recipe's; images that are sent themselves (ShuffleBN) count in their full size.
+A process group notes each call and hands it on to gloo. The prediction for any number of ranks runs
+the same engine on one of them, and the group answers as if the others held what this one holds.
+Samples, views, channels and parameters decide what is sent, so the images are tiny and all else is
+the recipe's; images that are sent themselves (ShuffleBN) count in their full size.
 """
 
 from __future__ import annotations
@@ -34,10 +36,15 @@ from scaletrain.train.build import build
 class Call:
     """A collective as one rank sees it."""
 
-    kind: str  # all_reduce, all_gather, all_to_all, reduce_scatter, broadcast, reduce, barrier
-    reason: str  # what asked for it, see _WHO
-    bytes: int  # of the whole tensor that is reduced, scattered, gathered or spread; for all_to_all of a rank's part
-    ranks: int  # of its group
+    # all_reduce, all_gather, all_to_all, reduce_scatter, broadcast, reduce, barrier
+    kind: str
+    # what asked for it, see _WHO
+    reason: str
+    # of the whole tensor that is reduced, scattered, gathered or spread; for all_to_all of a rank's
+    # part
+    bytes: int
+    # of its group
+    ranks: int
 
     @property
     def sent(self) -> float:
@@ -46,11 +53,15 @@ class Call:
         return rounds * self.bytes * (self.ranks - 1) / self.ranks
 
 
-WARM = 2  # first steps of a process that have messages of their own: DDP orders its buckets, ZeRO 3 agrees on the order of use
+# first steps of a process that have messages of their own: DDP orders its buckets, ZeRO 3 agrees on
+# the order of use
+WARM = 2
 
-# --- counting ---------------------------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
-_WHO = {  # the innermost of these modules that is on the stack; "": gradients are reduced, parameters are gathered or spread
+# the innermost of these modules that is on the stack; "": gradients are reduced, parameters are
+# gathered or spread
+_WHO = {
     "torch.distributed.fsdp": "",
     "deepspeed": "",
     "fairscale": "",
@@ -62,7 +73,8 @@ _WHO = {  # the innermost of these modules that is on the stack; "": gradients a
     "scaletrain.ops": "loss",
     "scaletrain.engines": "",
 }
-_FUNCTIONS = {  # of engines and their libraries
+# of engines and their libraries
+_FUNCTIONS = {
     "_agree": "agreement",
     "assert_ints_same_as_other_ranks": "agreement",
     "total": "norms",
@@ -71,10 +83,14 @@ _FUNCTIONS = {  # of engines and their libraries
 
 
 class Group(c10d.ProcessGroup):
-    """Notes every collective in `calls`, then leaves it to `inner`, or without one mirrors this rank to all others."""
+    """Notes every collective in `calls`, then leaves it to `inner`, or without one mirrors this
+    rank to all others.
+    """
 
-    calls: ClassVar[list[Call]] = []  # of all groups of this process, in their order
-    pixels: ClassVar[dict[int, int]] = {}  # width of a tiny image -> that of the recipe's
+    # of all groups of this process, in their order
+    calls: ClassVar[list[Call]] = []
+    # width of a tiny image -> that of the recipe's
+    pixels: ClassVar[dict[int, int]] = {}
 
     def __init__(self, rank: int, size: int, inner: Any = None) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
@@ -90,17 +106,22 @@ class Group(c10d.ProcessGroup):
     def group_name(self) -> str:  # type: ignore[override]
         return c10d.distributed_c10d._get_process_group_name(self)
 
-    def collective(self, name: str, kind: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def collective(
+        self, name: str, kind: str, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         tensors = [list(_flat(a)) for a in args if isinstance(a, (Tensor, list))] or [[]]
         message = tensors[kind == "reduce_scatter"]
         self.calls.append(Call(kind, _reason(kind), sum(map(self.bytes, message)), self.count))
         if self.inner is not None:
             return getattr(self.inner, name)(*args, **options)
+
         ops = [o.reduceOp for o in (*args, *options.values()) if hasattr(o, "reduceOp")]
         with torch.no_grad():
             self.mirror(kind, tensors, self.count if c10d.ReduceOp.SUM in ops else 1)
+
         done: Future[Any] = Future()
-        done.set_result(args[0] if args else None)  # DDP looks for its bucket there
+        # DDP looks for its bucket there
+        done.set_result(args[0] if args else None)
         return _create_work_from_future(done)
 
     def bytes(self, x: Tensor) -> int:
@@ -111,7 +132,8 @@ class Group(c10d.ProcessGroup):
         return x.nbytes * self.pixels.get(tiny, tiny) ** 2 // tiny**2
 
     def mirror(self, kind: str, tensors: list[list[Tensor]], times: int) -> None:
-        """Write what the collective would give if every rank held the same: a sum is `times` as large.
+        """Write what the collective would give if every rank held the same: a sum is `times` as
+        large.
 
         Whole numbers stay: they are of samples that other ranks do not own.
         """
@@ -122,7 +144,8 @@ class Group(c10d.ProcessGroup):
             tensors[0][0].copy_(tensors[1][0])
         elif kind == "all_gather":
             for tensor in tensors[0]:
-                tensor.view(-1, tensors[1][0].numel()).copy_(tensors[1][0].clone().view(1, -1))  # it may lie inside
+                # it may lie inside
+                tensor.view(-1, tensors[1][0].numel()).copy_(tensors[1][0].clone().view(1, -1))
         elif kind == "reduce_scatter":
             (out,), parts = tensors
             own = parts[self.place] if len(parts) > 1 else parts[0].view(self.count, -1)[self.place]
@@ -133,9 +156,11 @@ for _name, _kind in {
     "allreduce": "all_reduce",
     "allgather": "all_gather",
     "_allgather_base": "all_gather",
-    "all_gather_single": "all_gather",  # torch 2.14 renamed the one above
+    # torch 2.14 renamed the one above
+    "all_gather_single": "all_gather",
     "alltoall_base": "all_to_all",
-    "all_to_all_single": "all_to_all",  # its name since torch 2.14
+    # its name since torch 2.14
+    "all_to_all_single": "all_to_all",
     "reduce_scatter": "reduce_scatter",
     "_reduce_scatter_base": "reduce_scatter",
     "reduce_scatter_single": "reduce_scatter",
@@ -143,7 +168,11 @@ for _name, _kind in {
     "reduce": "reduce",
     "barrier": "barrier",
 }.items():
-    setattr(Group, _name, lambda self, *a, _name=_name, _kind=_kind, **o: self.collective(_name, _kind, a, o))
+    setattr(
+        Group,
+        _name,
+        lambda self, *a, _name=_name, _kind=_kind, **o: self.collective(_name, _kind, a, o),
+    )
 
 
 def _flat(value: Any) -> Iterator[Tensor]:
@@ -160,16 +189,24 @@ def _reason(kind: str) -> str:
         frame = frame.f_back
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if found is None and module == "scaletrain.dist" and function == "backward":
-            return "loss"  # of a gather or sum that carries gradients: normalisation has its own
+            # of a gather or sum that carries gradients: normalisation has its own
+            return "loss"
+
         if found is None:
-            found = next((who for prefix, who in _WHO.items() if f"{module}.".startswith(f"{prefix}.")), None)
+            found = next(
+                (who for prefix, who in _WHO.items() if f"{module}.".startswith(f"{prefix}.")), None
+            )
+
         if found or (found == "" and function in _FUNCTIONS):
             return found or _FUNCTIONS[function]
+
     return "gradients" if "reduce" in kind else "parameters"
 
 
 def _create(store: Any, rank: int, size: int, timeout: Any) -> Group:
-    return Group(rank, size, None if _faked(store) else c10d.ProcessGroupGloo(store, rank, size, timeout))
+    return Group(
+        rank, size, None if _faked(store) else c10d.ProcessGroupGloo(store, rank, size, timeout)
+    )
 
 
 def _faked(store: Any) -> bool:
@@ -184,7 +221,11 @@ c10d.Backend.register_backend("noted", _create, devices=["cpu"])
 def divided(config: Config, ranks: int) -> int:
     """Samples of each rank."""
     if config.batch % ranks:
-        raise ConfigError(f"batch={config.batch} does not divide over {ranks} ranks: choose another --ranks or batch")
+        raise ConfigError(
+            f"batch={config.batch} does not divide over {ranks} ranks: choose another --ranks or "
+            "batch"
+        )
+
     return config.batch // ranks
 
 
@@ -208,32 +249,47 @@ def joined() -> Iterator[None]:
         dist.shutdown()
 
 
-# --- a step -----------------------------------------------------------------------------------------------------------
+# --- a step ---------------------------------------------------------------------------------------
 
 
 def measure(config: Config, ranks: int) -> dict[str, Any]:
-    """The messages of one optimizer step in the middle of a run, as plain numbers. Raises ConfigError.
+    """The messages of one optimizer step in the middle of a run, as plain numbers. Raises
+    ConfigError.
 
-    Predicted for `ranks`; on several processes of torchrun, whose number then counts, they are those of a real step.
+    Predicted for `ranks`; on several processes of torchrun, whose number then counts, they are
+    those of a real step.
     """
     real = int(os.environ.get("WORLD_SIZE", "1")) > 1
+
     with joined() if real else mirrored(ranks):
         ranks, found = dist.world(), summary(count(config))
-    return {"engine": config.engine.name, "batch": config.batch, "ranks": ranks, "counted": real, "messages": found}
+
+    return {
+        "engine": config.engine.name,
+        "batch": config.batch,
+        "ranks": ranks,
+        "counted": real,
+        "messages": found,
+    }
 
 
 def count(config: Config) -> list[Call]:
-    """The collectives of one step in their order, as this rank sees them inside joined() or mirrored()."""
+    """The collectives of one step in their order, as this rank sees them inside joined() or
+    mirrored().
+    """
     config = _tiny(config)
     run_info = model.run_info(config)
     steps = run_info.steps_per_epoch
     engine = build(config, run_info.samples, steps, torch.device("cpu"))
     batch = _batch(config, run_info)
-    middle = Clock(50 * steps, 100 * steps, 50, steps)  # queues are in use, nothing is frozen
+    # queues are in use, nothing is frozen
+    middle = Clock(50 * steps, 100 * steps, 50, steps)
+
     for _ in range(WARM + 1):
         Group.calls.clear()
         if engine.step(batch, middle, 1e-3, 1e-3).skipped:
             raise RuntimeError("the step was not finite: its collectives are not those of training")
+
     return list(Group.calls)
 
 
@@ -241,11 +297,15 @@ def _tiny(config: Config) -> Config:
     """The recipe with views of 8, 16, ... pixels, uncompiled."""
     views = config.data.views
     small = {size: 8 * (1 + i) for i, size in enumerate(sorted({v.size for v in views}))}
-    if not config.model.name.startswith(TIMM):  # some of those are built for one size
+    # some of those are built for one size
+    if not config.model.name.startswith(TIMM):
         views = tuple(v.model_copy(update={"size": small[v.size]}) for v in views)
         Group.pixels.update((tiny, size) for size, tiny in small.items())
+
     data = config.data.model_copy(update={"views": views})
-    return config.model_copy(update={"data": data, "engine": config.engine.model_copy(update={"compile": False})})
+    return config.model_copy(
+        update={"data": data, "engine": config.engine.model_copy(update={"compile": False})}
+    )
 
 
 def _batch(config: Config, run_info: RunInfo) -> Batch:
@@ -255,10 +315,20 @@ def _batch(config: Config, run_info: RunInfo) -> Batch:
     masks = torch.ones_like(images[0][:, :, :1]) if config.data.masks else None
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3])
     support = None
+
     if run_info.support:
         some = torch.arange(run_info.support // dist.world())
-        support = Batch((torch.randn(1, len(some), *images[0].shape[2:]),), some, rng.hash64(0, some), pixels, labels=some // 2)
-    return Batch(images, index, rng.hash64(0, index), pixels, labels=index, masks=masks, support=support)
+        support = Batch(
+            (torch.randn(1, len(some), *images[0].shape[2:]),),
+            some,
+            rng.hash64(0, some),
+            pixels,
+            labels=some // 2,
+        )
+
+    return Batch(
+        images, index, rng.hash64(0, index), pixels, labels=index, masks=masks, support=support
+    )
 
 
 def summary(calls: list[Call]) -> list[dict[str, Any]]:
@@ -266,6 +336,7 @@ def summary(calls: list[Call]) -> list[dict[str, Any]]:
     alike: dict[tuple[str, str, int], list[Call]] = {}
     for call in calls:
         alike.setdefault((call.reason, call.kind, call.ranks), []).append(call)
+
     rows = [
         {
             "reason": reason,
@@ -277,17 +348,30 @@ def summary(calls: list[Call]) -> list[dict[str, Any]]:
         }
         for (reason, kind, ranks), found in alike.items()
     ]
+
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def show(found: dict[str, Any]) -> None:
     """Print what measure() found as a table."""
     how = "counted" if found["counted"] else "predicted"
-    title = f"a step of {found['engine']} on {tables.plural(found['ranks'], 'rank')}, batch {found['batch']}, {how}"
+    title = (
+        f"a step of {found['engine']} on {tables.plural(found['ranks'], 'rank')}, batch "
+        f"{found['batch']}, {how}"
+    )
     rows: list[tuple[Any, ...]] = [
-        (row["reason"], row["kind"], row["ranks"], row["calls"], *(f"{row[key] / 1e6:,.3f}" for key in ("bytes", "sent")))
+        (
+            row["reason"],
+            row["kind"],
+            row["ranks"],
+            row["calls"],
+            *(f"{row[key] / 1e6:,.3f}" for key in ("bytes", "sent")),
+        )
         for row in found["messages"]
     ]
-    calls, size, sent = (sum(row[key] for row in found["messages"]) for key in ("calls", "bytes", "sent"))
+
+    calls, size, sent = (
+        sum(row[key] for row in found["messages"]) for key in ("calls", "bytes", "sent")
+    )
     rows += [(), ("all", "", "", calls, f"{size / 1e6:,.3f}", f"{sent / 1e6:,.3f}")]
     tables.show(("for", "collective", "ranks", "calls", "MB", "MB sent"), rows, title=title)

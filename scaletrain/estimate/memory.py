@@ -1,8 +1,9 @@
-"""What a rank holds in memory under each engine, from the libraries' own rules of who keeps what. Nothing is allocated.
+"""What a rank holds in memory under each engine, from the libraries' own rules of who keeps what.
+Nothing is allocated.
 
-Taken between forward and backward, when activations are largest, as if the gradients were there already. Beyond it come
-temporaries: the unit that is being gathered, a convolution's workspace, the activations of one stage that is run again.
-With unequal shares it is the rank that holds most.
+Taken between forward and backward, when activations are largest, as if the gradients were there
+already. Beyond it come temporaries: the unit that is being gathered, a convolution's workspace, the
+activations of one stage that is run again. With unequal shares it is the rank that holds most.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from scaletrain.optim import groups
 from scaletrain.runtime import tables
 
 KINDS = {
-    "parameters": "trained, with what is kept for good beside them: masters, whole copies of small ones",
+    "parameters": "trained, with what is kept for good beside them: masters, whole copies of small "
+    "ones",
     "gathered": "whole parameters that wait for backward",
     "gradients": "at the end of backward",
     "optimizer": "momentum and the like",
@@ -32,14 +34,18 @@ KINDS = {
     "buffers": "running statistics, queues and memories",
     "activations": "what autograd keeps of a micro-batch, the images included",
 }
-COMMON = ("buffers", "activations")  # do not depend on the engine
+# do not depend on the engine
+COMMON = ("buffers", "activations")
 SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "optim"}
-ZERO_3 = {"param_persistence_threshold": 1e5, "max_reuse_distance": 1e9}  # DeepSpeed's defaults, in elements
+# DeepSpeed's defaults, in elements
+ZERO_3 = {"param_persistence_threshold": 1e5, "max_reuse_distance": 1e9}
 Elements = dict[str, int]
 
 
 class _Parameters:
-    """The parameters of a method: trained ones in the order of the optimizer, and those of targets."""
+    """The parameters of a method: trained ones in the order of the optimizer, and those of
+    targets.
+    """
 
     def __init__(self, method: Method, optim: Optim) -> None:
         declared = groups.parameter_groups(method, optim)
@@ -56,7 +62,8 @@ def replicated(p: _Parameters) -> Elements:
 
 
 def row_shards(p: _Parameters, shards: int, reshard: bool) -> Elements:
-    """fsdp2: every parameter cut along its first dimension. Its root stays gathered until backward, units unless resharded.
+    """fsdp2: every parameter cut along its first dimension. Its root stays gathered until backward,
+    units unless resharded.
 
     With engine.offload, parameters, gradients and optimizer state are in host memory.
     """
@@ -66,18 +73,28 @@ def row_shards(p: _Parameters, shards: int, reshard: bool) -> Elements:
 
     n = _total(p.trained, held)
     kept = [*p.root, *(x for x in p.trained if id(x) in p.units and not reshard)]
-    whole = shards * _total(kept, held) if shards > 1 else 0  # padded to equal rows
-    return {"parameters": n, "gradients": n, "optimizer": n, "target": _total(p.target, held), "gathered": whole}
+    # padded to equal rows
+    whole = shards * _total(kept, held) if shards > 1 else 0
+    return {
+        "parameters": n,
+        "gradients": n,
+        "optimizer": n,
+        "target": _total(p.target, held),
+        "gathered": whole,
+    }
 
 
 def flat_partition(p: _Parameters, ranks: int, stage: int, bucket: int) -> Elements:
-    """ZeRO 1 and 2: one flat buffer, padded to 2 elements a rank; its parts are copied to masters. Targets are replicas.
+    """ZeRO 1 and 2: one flat buffer, padded to 2 elements a rank; its parts are copied to masters.
+    Targets are replicas.
 
-    Stage 1 reduces the whole gradient after backward, stage 2 bucket by bucket into this rank's part.
+    Stage 1 reduces the whole gradient after backward, stage 2 bucket by bucket into this rank's
+    part.
     """
     n = math.ceil(_total(p.trained) / (2 * ranks)) * 2 * ranks
     part = n // ranks
     whole = _total(p.trained) if stage == 1 else part
+
     return {
         "parameters": n + part,
         "gradients": whole,
@@ -87,8 +104,11 @@ def flat_partition(p: _Parameters, ranks: int, stage: int, bucket: int) -> Eleme
     }
 
 
-def parameter_partition(p: _Parameters, ranks: int, small: int, reuse: int, bucket: int) -> Elements:
-    """ZeRO 3: every parameter in equal parts, with a master of the trained ones; up to `small` elements it stays whole too.
+def parameter_partition(
+    p: _Parameters, ranks: int, small: int, reuse: int, bucket: int
+) -> Elements:
+    """ZeRO 3: every parameter in equal parts, with a master of the trained ones; up to `small`
+    elements it stays whole too.
 
     Others stay whole from forward to backward if less than `reuse` elements are used in between.
     """
@@ -102,7 +122,9 @@ def parameter_partition(p: _Parameters, ranks: int, small: int, reuse: int, buck
     n = _total(p.trained, part)
     return {
         "parameters": 2 * n + whole(p.trained),
-        "gathered": _total(p.trained) - whole(p.trained) if ranks > 1 and reuse > 2 * _total(p.trained) else 0,
+        "gathered": _total(p.trained) - whole(p.trained)
+        if ranks > 1 and reuse > 2 * _total(p.trained)
+        else 0,
         "gradients": n,
         "optimizer": n,
         "target": _total(p.target, part) + whole(p.target),
@@ -111,10 +133,14 @@ def parameter_partition(p: _Parameters, ranks: int, small: int, reuse: int, buck
 
 
 def whole_parameters(p: _Parameters, ranks: int) -> Elements:
-    """fairscale's OSS: each parameter goes to the rank that has least, which keeps its gradient and optimizer state."""
+    """fairscale's OSS: each parameter goes to the rank that has least, which keeps its gradient and
+    optimizer state.
+    """
     load = [0] * ranks
+
     for x in p.trained:
         load[load.index(min(load))] += x.numel()
+
     return {
         "parameters": _total(p.trained),
         "gradients": max(load),
@@ -128,18 +154,27 @@ def _total(parameters: Iterable[Tensor], held: Callable[[Tensor], int] = Tensor.
 
 
 def measure(config: Config, ranks: int) -> dict[str, Any]:
-    """Bytes of a rank by engine and kind, as plain numbers, for the recipe's batch, precision, recomputation and optimizer.
+    """Bytes of a rank by engine and kind, as plain numbers, for the recipe's batch, precision,
+    recomputation and optimizer.
 
-    Options of an engine are the recipe's where it names that engine, and the defaults elsewhere. Raises ConfigError.
+    Options of an engine are the recipe's where it names that engine, and the defaults elsewhere.
+    Raises ConfigError.
     """
     rows = comm.divided(config, ranks)
     engine = config.engine
+
     assert isinstance(engine, EngineConfig)
-    with comm.mirrored(ranks, ranks - 1), model.fake(config) as method:  # of unequal parts of a memory the last is largest
-        _, activations = model.forward(method, model.fake_batch(config, rows // engine.grad_accum_steps), engine)
+    # of unequal parts of a memory the last is largest
+    with comm.mirrored(ranks, ranks - 1), model.fake(config) as method:
+        _, activations = model.forward(
+            method, model.fake_batch(config, rows // engine.grad_accum_steps), engine
+        )
         buffers = sum(b.nbytes for b in method.buffers())
         p = _Parameters(method, config.optim)
-        found = {name: _bytes(held, config, len(p.trained)) for name, held in _engines(p, config, ranks)}
+        found = {
+            name: _bytes(held, config, len(p.trained)) for name, held in _engines(p, config, ranks)
+        }
+
     common = dict(zip(COMMON, (buffers, activations), strict=True))
     return {
         "method": config.method.name,
@@ -148,7 +183,10 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "batch": config.batch,
         "samples_per_rank": rows,
-        "engines": {name: {kind: (held | common).get(kind, 0) for kind in KINDS} for name, held in found.items()},
+        "engines": {
+            name: {kind: (held | common).get(kind, 0) for kind in KINDS}
+            for name, held in found.items()
+        },
     }
 
 
@@ -156,19 +194,26 @@ def _engines(p: _Parameters, config: Config, ranks: int) -> Iterator[tuple[str, 
     engine = config.engine
     sharded = engine if isinstance(engine, fsdp2.Config) else fsdp2.Config(name="fsdp2")
     # without DeepSpeed's checks, one of which is that it is installed
-    zero = engine if isinstance(engine, deepspeed.Config) else deepspeed.Config.model_construct(name="deepspeed")
+    zero = (
+        engine
+        if isinstance(engine, deepspeed.Config)
+        else deepspeed.Config.model_construct(name="deepspeed")
+    )
     shards = ranks // fsdp2.copies(sharded.replicate)
     settings = zero.settings()["zero_optimization"]
+
     small, reuse = (int(settings.get(f"stage3_{key}", default)) for key, default in ZERO_3.items())
     bucket = settings["reduce_bucket_size"]
     yield "ddp", replicated(p)
     yield "fsdp2", row_shards(p, shards, reshard=True)
     yield "fsdp2 whole", row_shards(p, shards, reshard=False)
+
     if config.engine.precision != "fp64":  # type: ignore[attr-defined]
         yield "zero 0", replicated(p)
         yield "zero 1", flat_partition(p, ranks, 1, bucket)
         yield "zero 2", flat_partition(p, ranks, 2, bucket)
         yield "zero 3", parameter_partition(p, ranks, small, reuse, bucket)
+
     yield "fairscale", whole_parameters(p, ranks)
 
 
@@ -176,7 +221,8 @@ def _bytes(held: Elements, config: Config, parameters: int) -> dict[str, int]:
     size, adamw = torch.get_default_dtype().itemsize, config.optim.name == "adamw"
     states = 2 if adamw else int(config.optim.momentum > 0)
     found = {kind: n * size * (states if kind == "optimizer" else 1) for kind, n in held.items()}
-    return found | {"optimizer": found["optimizer"] + 4 * parameters * adamw}  # a step counter for each, on every rank
+    # a step counter for each, on every rank
+    return found | {"optimizer": found["optimizer"] + 4 * parameters * adamw}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -189,6 +235,7 @@ def show(found: dict[str, Any]) -> None:
         (name, *(f"{held[kind] / 1e9:,.3f}" for kind in own), f"{sum(held.values()) / 1e9:,.3f}")
         for name, held in found["engines"].items()
     ]
+
     tables.show(
         ("engine", *(SHORT.get(kind, kind) for kind in own), "all"),
         rows,

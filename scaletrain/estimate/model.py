@@ -1,7 +1,9 @@
-"""How large a recipe is: parameters, arithmetic and activation memory of one training step. Nothing is computed or allocated.
+"""How large a recipe is: parameters, arithmetic and activation memory of one training step. Nothing
+is computed or allocated.
 
-The step runs on fake tensors, which know their shape, type and device only. FLOPs are those of convolutions and matrix
-products, two for each multiply-add (torch.utils.flop_counter); norms, activations and pooling are not counted.
+The step runs on fake tensors, which know their shape, type and device only. FLOPs are those of
+convolutions and matrix products, two for each multiply-add (torch.utils.flop_counter); norms,
+activations and pooling are not counted.
 """
 
 from __future__ import annotations
@@ -27,18 +29,25 @@ from scaletrain.train.build import build_method, run_info_of
 
 
 class _Decide(TorchDispatchMode):
-    """Answers what fake tensors cannot, having no values: a number is zero (a queue is not yet full), a mask keeps all rows."""
+    """Answers what fake tensors cannot, having no values: a number is zero (a queue is not yet
+    full), a mask keeps all rows.
+    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
             return 0
-        if func is aten.bincount.default:  # what is sent to each rank
+        # what is sent to each rank
+        if func is aten.bincount.default:
             return torch.zeros(args[2] if len(args) > 2 else kwargs["minlength"], dtype=torch.int64)
         if func is aten.nonzero.default:
             return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             args = (args[0], [row for index in args[1] for row in self._rows(index)], *args[2:])
+
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -50,21 +59,27 @@ class _Decide(TorchDispatchMode):
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """The sizes of a recipe, as plain numbers; those of the step are per sample and count all its views and networks.
+    """The sizes of a recipe, as plain numbers; those of the step are per sample and count all its
+    views and networks.
 
-    `activations` is what autograd keeps between forward and backward in the recipe's precision, the views included and
-    parameters not: bytes of a whole step at the recipe's batch, divided by it.
+    `activations` is what autograd keeps between forward and backward in the recipe's precision, the
+    views included and parameters not: bytes of a whole step at the recipe's batch, divided by it.
     """
     engine = config.engine
+
     assert isinstance(engine, EngineConfig)
     with fake(config) as method:
         batch, views = fake_batch(config, config.batch), []
         for size, count in run_info(config).views:
-            views.append({"size": size, "count": count, "flops": _flops(partial(_encode, method, size))})
+            views.append(
+                {"size": size, "count": count, "flops": _flops(partial(_encode, method, size))}
+            )
+
         found: list[tuple[Tensor, int]] = []
         ahead = _flops(lambda: found.append(forward(method, batch, engine)))
         loss, memory = found[0]
         back = _flops(loss.backward)
+
     return {
         "method": config.method.name,
         "model": config.model.name,
@@ -72,7 +87,11 @@ def measure(config: Config) -> dict[str, Any]:
         "batch": config.batch,
         "parameters": _parameters(method),
         "views": views,
-        "step": {"forward": ahead // config.batch, "backward": back // config.batch, "activations": memory // config.batch},
+        "step": {
+            "forward": ahead // config.batch,
+            "backward": back // config.batch,
+            "activations": memory // config.batch,
+        },
     }
 
 
@@ -83,44 +102,65 @@ def run_info(config: Config) -> RunInfo:
 
 @contextmanager
 def fake(config: Config) -> Iterator[Method]:
-    """The method of a recipe as its engine prepares it. Inside, tensors know their shape, type and device only."""
+    """The method of a recipe as its engine prepares it. Inside, tensors know their shape, type and
+    device only.
+    """
     engine = config.engine
     assert isinstance(engine, EngineConfig)
     before = torch.get_default_dtype()
+
     torch.set_default_dtype(torch.float64 if engine.precision == "fp64" else torch.float32)
     try:
         with FakeTensorMode(), _Decide():  # type: ignore[no-untyped-call]
             method = build_method(config, run_info(config))
             if engine.activation_checkpointing:
                 stages.recompute(method, engine.activation_checkpointing)
+
             for target in method.targets:
                 method.get_submodule(target).requires_grad_(False)
+
             yield method
     finally:
         torch.set_default_dtype(before)
 
 
 def fake_batch(config: Config, rows: int) -> Batch:
-    """A batch of so many samples, and as large a share of the labelled ones; call it inside fake()."""
+    """A batch of so many samples, and as large a share of the labelled ones; call it inside
+    fake().
+    """
     about = run_info(config)
     images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
-    masks = torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
+    masks = (
+        torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
+    )
     index = torch.empty(rows, dtype=torch.int64)
+
     batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
     if not about.support:
         return batch
-    size, beside = config.data.views[0].size, torch.empty(about.support * rows // config.batch, dtype=torch.int64)
+
+    size, beside = (
+        config.data.views[0].size,
+        torch.empty(about.support * rows // config.batch, dtype=torch.int64),
+    )
     views = (torch.empty(1, len(beside), 3, size, size),)
+
     return replace(batch, support=Batch(views, beside, beside, batch.pixel_range, labels=beside))
 
 
 def forward(method: Method, batch: Batch, engine: EngineConfig) -> tuple[Tensor, int]:
-    """The loss, and the bytes that autograd keeps for its backward besides the parameters and buffers."""
+    """The loss, and the bytes that autograd keeps for its backward besides the parameters and
+    buffers.
+    """
     kept: dict[int, Any] = {}
+
     with _keeping(kept), torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16"):
         losses = method(batch, Clock(0, 1, 0, 1)).losses.values()
+
     own = {t.untyped_storage()._cdata for t in (*method.parameters(), *method.buffers())}
-    return torch.stack(list(losses)).sum(), sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    return torch.stack(list(losses)).sum(), sum(
+        storage.nbytes() for key, storage in kept.items() if key not in own
+    )
 
 
 def _encode(method: Method, size: int) -> None:
@@ -161,7 +201,10 @@ def _parameters(method: Method) -> dict[str, int]:
 
 def show(sizes: dict[str, Any]) -> None:
     """Print what measure() found as a table."""
-    title = f"{sizes['method']}, {sizes['model']}, {sizes['precision']}, batch {sizes['batch']}; the step is per sample"
+    title = (
+        f"{sizes['method']}, {sizes['model']}, {sizes['precision']}, batch {sizes['batch']}; "
+        "the step is per sample"
+    )
     step = sizes["step"]
     views = [
         (
@@ -171,8 +214,12 @@ def show(sizes: dict[str, Any]) -> None:
         )
         for view in sizes["views"]
     ]
+
     rows = [
-        *((f"parameters, {name}", f"{number / 1e6:,.2f} M", "") for name, number in sizes["parameters"].items()),
+        *(
+            (f"parameters, {name}", f"{number / 1e6:,.2f} M", "")
+            for name, number in sizes["parameters"].items()
+        ),
         (),
         *views,
         (),
@@ -180,4 +227,5 @@ def show(sizes: dict[str, Any]) -> None:
         ("step, backward", f"{step['backward'] / 1e9:,.2f} GFLOPs", "counted, about twice online"),
         ("step, activations", f"{step['activations'] / 1e6:,.1f} MB", "kept for the backward pass"),
     ]
+
     tables.show(("", "", ""), rows, title=title)

@@ -1,7 +1,8 @@
-"""What labels mean: training and test set are brought to one numbering of the classes, by name where they have names.
+"""What labels mean: training and test set are brought to one numbering of the classes, by name
+where they have names.
 
-The numbering is that of first appearance in the training set. So it is dense whatever the labels are, and how a data set
-numbers its classes cannot show in any figure.
+The numbering is that of first appearance in the training set. So it is dense whatever the labels
+are, and how a data set numbers its classes cannot show in any figure.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from scaletrain.data.reading.concat import classes as read_names
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.targets import EvalError
 
-_SHOWN = 5  # classes that an error names
+# classes that an error names
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Part:
-    """A training or test set: its folder, the file or folder that its labels [N] come from, the identity of its shards.
+    """A training or test set: its folder, the file or folder that its labels [N] come from, the
+    identity of its shards.
 
     `unlabelled` says how many samples have no label, and what one of them has.
     """
@@ -45,66 +48,91 @@ class Classes:
     train: Tensor
     test: Tensor
     count: int
-    matched: str  # how the two sets were brought together, for people
-    sha256: str | None  # of the names that it was done by
+    # how the two sets were brought together, for people
+    matched: str
+    # of the names that it was done by
+    sha256: str | None
 
 
 def match(train: Part, test: Part, same_numbers: bool = False) -> Classes:
-    """One numbering for both sets; `same_numbers` is the user's word that their labels have one already.
+    """One numbering for both sets; `same_numbers` is the user's word that their labels have one
+    already.
 
-    Raises EvalError, naming folder and classes, where samples have no label, where it cannot be known what the labels mean, and
-    where the test set has a class that the training set lacks.
+    Raises EvalError, naming folder and classes, where samples have no label, where it cannot be
+    known what the labels mean, and where the test set has a class that the training set lacks.
     """
     for part in (train, test):
         _labelled(part)
+
     ours, theirs = (None, None) if same_numbers else (names(train.path), names(test.path))
     labels, matched, sha256 = test.labels, "by number", None
     if same_numbers:
         matched = "by number, as --same-numbers says"
     elif ours is not None and theirs is not None:
         labels = _renamed(train, test, ours, theirs)
-        matched = "by name" if np.array_equal(labels, test.labels) else "by name: the test set numbers them differently"
+        matched = (
+            "by name"
+            if np.array_equal(labels, test.labels)
+            else "by name: the test set numbers them differently"
+        )
         sha256 = hashlib.sha256(json.dumps([ours, theirs]).encode()).hexdigest()
     elif (ours is None) != (theirs is None) and train.sha256 != test.sha256:
         named, bare = (train, test) if theirs is None else (test, train)
         raise EvalError(
-            f"{named.path} has a {CLASSES} and {bare.path} has none, so it is unknown whether label 0 means the same class in "
-            "both; import both alike, or say --same-numbers if you know that they number their classes alike"
+            f"{named.path} has a {CLASSES} and {bare.path} has none, so it is unknown whether "
+            "label 0 means the same class in "
+            "both; import both alike, or say --same-numbers if you know that they number their "
+            "classes alike"
         )
+
     known, first = np.unique(train.labels, return_index=True)
     if len(strange := np.setdiff1d(labels, known)):
         raise EvalError(
-            f"{test.path} has classes of which {train.source} has no sample: {_listed(_called(strange, ours))}; "
+            f"{test.path} has classes of which {train.source} has no sample: "
+            f"{_listed(_called(strange, ours))}; "
             "give the right sets with --train, --test and --labels"
         )
+
     place = np.empty(len(known), np.int64)
     place[first.argsort()] = np.arange(len(known))
-    ours_dense, theirs_dense = (torch.from_numpy(place[known.searchsorted(part)]) for part in (train.labels, labels))
+    ours_dense, theirs_dense = (
+        torch.from_numpy(place[known.searchsorted(part)]) for part in (train.labels, labels)
+    )
+
     return Classes(ours_dense, theirs_dense, len(known), matched, sha256)
 
 
 def names(folder: str) -> list[str] | None:
-    """The names of its classes by label; None where it has no classes.json. Raises EvalError or DataError."""
+    """The names of its classes by label; None where it has no classes.json. Raises EvalError or
+    DataError.
+    """
     raw = read_names(folder)
     if raw is None:
         return None
+
     try:
         found: Any = json.loads(raw)
     except (ValueError, RecursionError):
         found = None
+
     if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise EvalError(
-            f"{folder}/{CLASSES} is not a list of the classes' names, as the importers write it; restore it, or say "
+            f"{folder}/{CLASSES} is not a list of the classes' names, as the importers write it; "
+            "restore it, or say "
             "--same-numbers if both sets number their classes alike"
         )
+
     return found
 
 
 def _labelled(part: Part) -> None:
     if bare := int((part.labels < 0).sum()):
-        text = part.unlabelled or f"{bare:,} of {len(part.labels):,} samples have no label, or several"
+        text = (
+            part.unlabelled or f"{bare:,} of {len(part.labels):,} samples have no label, or several"
+        )
         raise EvalError(
-            f"{part.source}: {text}; evaluation needs one for each sample. Of a training set, --labels FILE takes the "
+            f"{part.source}: {text}; evaluation needs one for each sample. Of a training set, "
+            "--labels FILE takes the "
             "labelled samples only, which shards/subset.py writes"
         )
 
@@ -113,21 +141,31 @@ def _renamed(train: Part, test: Part, ours: list[str], theirs: list[str]) -> Int
     """The labels of the test set, numbered by the names of the training set."""
     for part, listed in ((train, ours), (test, theirs)):
         if (top := int(part.labels.max())) >= len(listed):
-            raise EvalError(f"{part.source}: label {top} has no name in {part.path}/{CLASSES}, which lists {len(listed):,}")
+            raise EvalError(
+                f"{part.source}: label {top} has no name in {part.path}/{CLASSES}, which lists "
+                f"{len(listed):,}"
+            )
+
     if ours == theirs:
         return test.labels
+
     for part, listed in ((train, ours), (test, theirs)):
         if len(set(listed)) < len(listed):
             raise EvalError(
-                f"{part.path}/{CLASSES} names a class twice, so {train.path} and {test.path} cannot be matched by name"
+                f"{part.path}/{CLASSES} names a class twice, so {train.path} and {test.path} "
+                "cannot be matched by name"
             )
+
     place = {name: number for number, name in enumerate(ours)}
     used = np.unique(test.labels)
     if lacking := [theirs[label] for label in used if theirs[label] not in place]:
         raise EvalError(
-            f"{test.path} has classes that {train.path}/{CLASSES} does not name: {_listed(lacking)}; "
-            "give the right sets with --train and --test, or say --same-numbers if only the spelling differs"
+            f"{test.path} has classes that {train.path}/{CLASSES} does not name: "
+            f"{_listed(lacking)}; "
+            "give the right sets with --train and --test, or say --same-numbers if only the "
+            "spelling differs"
         )
+
     numbers = np.array([place[theirs[label]] for label in used], np.int64)
     return numbers[used.searchsorted(test.labels)]
 

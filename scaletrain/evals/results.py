@@ -1,8 +1,10 @@
-"""Files of results: one for each encoder, protocol and data, named by a digest of all that defines it, and never changed.
+"""Files of results: one for each encoder, protocol and data, named by a digest of all that defines
+it, and never changed.
 
-The identity of a result is known before anything is measured: `protocol` (benchmark, settings, transform, the content of the
-data, how classes were matched) and `encoder` (kind, step, weights), and the version that measured. Results may stand in one
-table, or on one curve, where they have one protocol; samples that could not be read are a part of it.
+The identity of a result is known before anything is measured: `protocol` (benchmark, settings,
+transform, the content of the data, how classes were matched) and `encoder` (kind, step, weights),
+and the version that measured. Results may stand in one table, or on one curve, where they have one
+protocol; samples that could not be read are a part of it.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from scaletrain.evals.targets import EvalError
 from scaletrain.runtime import durable
 
 FORMAT = 1
-Name = Annotated[str, Field(pattern=r"^\w+$")]  # it becomes a folder, a tag and a column
-_BYTES = 64 << 20  # larger files are no results
+# it becomes a folder, a tag and a column
+Name = Annotated[str, Field(pattern=r"^\w+$")]
+# larger files are no results
+_BYTES = 64 << 20
 
 
 class LeftOut(BaseModel):
@@ -74,28 +78,39 @@ class Result(BaseModel):
     """What is read of a file of results."""
 
     format: Literal[1]
-    digest: str  # of `identity`; the file's name ends with it
+    # of `identity`; the file's name ends with it
+    digest: str
     benchmark: Name
     encoder: Literal["trained", "untrained", "pixels"]
     step: NonNegativeInt
     trained: Trained = Trained()
-    measured: str  # when, in UTC
+    # when, in UTC
+    measured: str
     metrics: dict[Name, FiniteFloat]
     data: Sets
     identity: Identity
 
     @property
     def protocol(self) -> str:
-        """Digest of what the results of one table or curve have in common: all but the encoder and its step."""
+        """Digest of what the results of one table or curve have in common: all but the encoder and
+        its step.
+        """
         lost = [[one.sample for one in part.left_out] for part in self.data.both.values()]
         return digest([self.identity.protocol, lost])
 
     @property
     def described(self) -> dict[str, str]:
-        """The protocol under dotted keys, settings as `--set` names them, data by name and the first digits of its sha256."""
-        sets: dict[str, Any] = {name: f"{Path(part.path).name} ({part.sha256[:6]})" for name, part in self.data.both.items()}
+        """The protocol under dotted keys, settings as `--set` names them, data by name and the
+        first digits of its sha256.
+        """
+        sets: dict[str, Any] = {
+            name: f"{Path(part.path).name} ({part.sha256[:6]})"
+            for name, part in self.data.both.items()
+        }
+
         if self.data.labels is not None:
             sets["labels"] = f"{self.data.labels.file} ({self.identity.protocol['labels'][:6]})"
+
         sets["left_out"] = sum(len(part.left_out) for part in self.data.both.values())
         return {key: str(value) for key, value in flat(self.identity.protocol | sets).items()}
 
@@ -105,10 +120,13 @@ def digest(content: Any) -> str:
 
 
 def parse(path: Path) -> tuple[Result, dict[str, Any]]:
-    """A file of results and its whole content. Raises EvalError, naming the file, where it is none or was changed."""
+    """A file of results and its whole content. Raises EvalError, naming the file, where it is none
+    or was changed.
+    """
     try:
         if not path.is_file() or path.stat().st_size > _BYTES:
             raise ValueError("no regular file of usual size")
+
         content = json.loads(path.read_bytes())
         found = Result.model_validate(content)
         if found.digest != digest(content["identity"]):
@@ -120,27 +138,41 @@ def parse(path: Path) -> tuple[Result, dict[str, Any]]:
         reason = str(error)
     else:
         return found, content
-    plain = reason.encode("unicode_escape").decode()  # what a foreign file holds must not steer a terminal
+
+    # what a foreign file holds must not steer a terminal
+    plain = reason.encode("unicode_escape").decode()
     raise EvalError(f"{path} is no result of this version of `scaletrain eval` ({plain})")
 
 
 def read(folder: Path) -> list[Result]:
-    """The results in RUN/evals, ascending by step; of one encoder, step and protocol the newest, should there be several.
+    """The results in RUN/evals, ascending by step; of one encoder, step and protocol the newest,
+    should there be several.
 
     What is passed over, a file in another form too, is named on stderr.
     """
     found: dict[tuple[str, int, str], tuple[Result, Path]] = {}
+
     for path in sorted(folder.glob("*.json")):
         try:
             result = parse(path)[0]
         except EvalError as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
+
         key = result.encoder, result.step, result.protocol
-        older, newer = sorted((found.get(key, (result, path)), (result, path)), key=lambda pair: pair[0].measured)
+        older, newer = sorted(
+            (found.get(key, (result, path)), (result, path)), key=lambda pair: pair[0].measured
+        )
+
         if older[1] != newer[1]:
-            print(f"skipped: {older[1]}: {newer[1].name} is of the same step and protocol, and not older", file=sys.stderr)
+            print(
+                f"skipped: {older[1]}: {newer[1].name} is of the same step and protocol, and not "
+                "older",
+                file=sys.stderr,
+            )
+
         found[key] = newer
+
     return sorted((result for result, _ in found.values()), key=lambda result: result.step)
 
 
@@ -150,40 +182,57 @@ def prepare(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvalError(f"cannot write {path}: {error.strerror}") from error
+
     if not os.access(path.parent, os.W_OK):
         raise EvalError(f"cannot write {path}: the folder is write-protected")
 
 
 def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of the file from now on, which is that of another process where it was quicker. Raises EvalError."""
+    """The content of the file from now on, which is that of another process where it was quicker.
+    Raises EvalError.
+    """
     if not path.exists():
-        named = {"digest": Result.model_validate(content).protocol}  # for people: tables and curves say it
+        # for people: tables and curves say it
+        named = {"digest": Result.model_validate(content).protocol}
         content = {**content, "protocol": named | content["protocol"]}
         try:
             with durable.replacing(path, str(os.getpid())) as file:
                 file.write(json.dumps(content, indent=1).encode() + b"\n")
         except OSError as error:
-            raise EvalError(f"cannot write {path}: {error.strerror}; measured were {json.dumps(content['metrics'])}") from error
+            raise EvalError(
+                f"cannot write {path}: {error.strerror}; measured were "
+                f"{json.dumps(content['metrics'])}"
+            ) from error
+
     return parse(path)[1]
 
 
 def plot(run: Path, path: Path) -> None:
-    """The metrics of a result as scalars of the run's TensorBoard: a folder, and so a curve, for each protocol.
+    """The metrics of a result as scalars of the run's TensorBoard: a folder, and so a curve, for
+    each protocol.
 
-    The event file carries the digest of the result, so that it is written once. One that cannot be written costs a notice.
+    The event file carries the digest of the result, so that it is written once. One that cannot be
+    written costs a notice.
     """
     found = parse(path)[0]
     baseline = "" if found.encoder == "trained" else f"-{found.encoder}"
     folder = run / "tensorboard" / "evals" / f"{found.benchmark}-{found.protocol}{baseline}"
+
     if any(folder.glob(f"*.{found.digest}")):
         return
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    # slow to import
+    from torch.utils.tensorboard import SummaryWriter
 
     fresh = not folder.exists()
     try:
         with SummaryWriter(str(folder), filename_suffix=f".{found.digest}") as writer:
             if fresh:
-                writer.add_text("eval/protocol", "\n".join(f"- {key}: {value}" for key, value in found.described.items()))
+                writer.add_text(
+                    "eval/protocol",
+                    "\n".join(f"- {key}: {value}" for key, value in found.described.items()),
+                )
+
             for name, value in found.metrics.items():
                 writer.add_scalar(f"eval/{name}", value, found.step)
     except (OSError, ValueError) as error:  # ValueError: its file was closed by an earlier failure

@@ -1,8 +1,10 @@
-"""Evaluation of frozen encoders: `run` measures one target by any of the files in benchmarks/ and writes results.
+"""Evaluation of frozen encoders: `run` measures one target by any of the files in benchmarks/ and
+writes results.
 
-A benchmark is a file there with a frozen `Config` and `measure(config, scene) -> (metrics, protocol)`, named by its
-file name. Metrics are per cent. The protocol says how was measured, alike for every encoder; what came out besides is under
-its key `found`, which the result has beside the protocol.
+A benchmark is a file there with a frozen `Config` and `measure(config, scene) -> (metrics,
+protocol)`, named by its file name. Metrics are per cent. The protocol says how was measured, alike
+for every encoder; what came out besides is under its key `found`, which the result has beside the
+protocol.
 """
 
 from __future__ import annotations
@@ -49,24 +51,30 @@ def run(
     same_numbers: bool = False,
     notice: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Evaluate RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one result per benchmark.
+    """Evaluate RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one
+    result per benchmark.
 
-    `train` and `test` are folders or addresses of shards with labels; by default the run's own data and the folder `test` or
-    `val` beside it. `overrides` such as `linear.epochs=20` or `features.size=224` name a benchmark's or the features' settings.
-    `encoder` puts a baseline in the place of the trained one. `labels` is a label subset of the training shards: no other
-    sample of them is used. `same_numbers`: both sets number their classes alike, whatever their classes.json say.
-    Results go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals. A result that is there already is read and not
-    measured again. Each result is the content of its file, with the path as `file`.
-    Raises EvalError and other ValueErrors whose text says what to do.
+    `train` and `test` are folders or addresses of shards with labels; by default the run's own data
+    and the folder `test` or `val` beside it. `overrides` such as `linear.epochs=20` or
+    `features.size=224` name a benchmark's or the features' settings. `encoder` puts a baseline in
+    the place of the trained one. `labels` is a label subset of the training shards: no other sample
+    of them is used. `same_numbers`: both sets number their classes alike, whatever their
+    classes.json say. Results go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals. A
+    result that is there already is read and not measured again. Each result is the content of its
+    file, with the path as `file`. Raises EvalError and other ValueErrors whose text says what to
+    do.
     """
     dist.keep_freed_memory()
+
     settings = _settings(benchmarks, overrides)
     subject = targets.find(target, encoder)
     features = settings.pop("features")
     assert isinstance(features, FeaturesConfig)
     folders = _folders(subject, train, test)
+
     for place in (subject.source, *(Path(selection.place(folder).folder) for folder in folders)):
         run_folder.warn_if_open(place)
+
     scene = EvalContext(subject, features, *folders, labels, same_numbers)
     return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
 
@@ -79,15 +87,25 @@ def _settings(benchmarks: Sequence[str], overrides: Iterable[str]) -> dict[str, 
     """Validated settings of "features" and of each benchmark, in the order asked."""
     if not benchmarks:
         raise EvalError(f"no benchmark given; known: {', '.join(names())}")
+
     for name in benchmarks:
         if name not in names():
-            raise EvalError(f"there is no benchmark '{name}'{recipe.nearest(name, names())}; known: {', '.join(names())}")
-    models: dict[str, type[schema.Frozen]] = {"features": FeaturesConfig, **{name: _leaf(name).Config for name in benchmarks}}
+            raise EvalError(
+                f"there is no benchmark '{name}'{recipe.nearest(name, names())}; known: "
+                f"{', '.join(names())}"
+            )
+
+    models: dict[str, type[schema.Frozen]] = {
+        "features": FeaturesConfig,
+        **{name: _leaf(name).Config for name in benchmarks},
+    }
     raw = recipe.apply({}, overrides)
+
     for section in raw:
         if section not in models:
             hint = recipe.nearest(section, models) or f"; this evaluation has: {', '.join(models)}"
             raise EvalError(f"override of '{section}', which is not evaluated{hint}")
+
     return {name: _validate(model, raw.get(name, {}), name) for name, model in models.items()}
 
 
@@ -98,54 +116,90 @@ def _validate(model: type[schema.Frozen], raw: Any, name: str) -> schema.Frozen:
         lines = []
         for item in error.errors(include_url=False):
             key = ".".join(map(str, item["loc"]))
-            known = recipe.nearest(key, model.model_fields) or f"; known: {', '.join(model.model_fields)}"
+            known = (
+                recipe.nearest(key, model.model_fields)
+                or f"; known: {', '.join(model.model_fields)}"
+            )
             problem = item["msg"].removeprefix("Value error, ")
-            text = f"unknown key{known}" if item["type"] == "extra_forbidden" else f"{problem} (got {item['input']!r})"
+            text = (
+                f"unknown key{known}"
+                if item["type"] == "extra_forbidden"
+                else f"{problem} (got {item['input']!r})"
+            )
+
             lines.append(f"{name}.{key}: {text}")
+
         raise EvalError("; ".join(lines)) from None
 
 
-def _folders(subject: EncoderUnderTest, train: str | Path | None, test: str | Path | None) -> tuple[str, str]:
+def _folders(
+    subject: EncoderUnderTest, train: str | Path | None, test: str | Path | None
+) -> tuple[str, str]:
     """Training and test set: as given, else the run's own data and the folder beside it."""
     source = schema.absolute(str(train or subject.data.path))
     if source in ("", "synthetic"):
-        raise EvalError(f"{subject.source}: its data.path '{source}' has no labels to judge by; give --train and --test")
+        raise EvalError(
+            f"{subject.source}: its data.path '{source}' has no labels to judge by; give --train "
+            "and --test"
+        )
     if test is not None:
         return source, schema.absolute(str(test))
     if is_remote(source):
-        raise EvalError(f"no test set: {source} is remote; give its labelled test shards with --test")
+        raise EvalError(
+            f"no test set: {source} is remote; give its labelled test shards with --test"
+        )
+
     beside = [Path(selection.places(source)[0].folder).parent / name for name in ("test", "val")]
     for folder in beside:
         if folder.is_dir():
             return source, str(folder)
-    raise EvalError(f"no test set: neither {beside[0]} nor {beside[1]} is a folder; give one with --test")
+
+    raise EvalError(
+        f"no test set: neither {beside[0]} nor {beside[1]} is a folder; give one with --test"
+    )
 
 
-def _result(name: str, chosen: schema.Frozen, scene: EvalContext, notice: Callable[[str], None]) -> dict[str, Any]:
-    """The result of one benchmark, read where it is there already, else measured and written; also in TensorBoard."""
+def _result(
+    name: str, chosen: schema.Frozen, scene: EvalContext, notice: Callable[[str], None]
+) -> dict[str, Any]:
+    """The result of one benchmark, read where it is there already, else measured and written; also
+    in TensorBoard.
+    """
     subject, data = scene.subject, scene.subject.data
     defined = {
         "format": results.FORMAT,
         "scaletrain": installed("scaletrain"),
         "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **scene.identity},
         "encoder": subject.identity,
-        "order": {"lanes": data.lanes, "window": data.window},  # of the augmented images
+        # of the augmented images
+        "order": {"lanes": data.lanes, "window": data.window},
         "max_bad": scene.max_bad if scene.skip else None,
     }
-    prefix = "" if subject.run else f"{subject.source.stem}-"  # several exported files may share a folder
+
+    # several exported files may share a folder
+    prefix = "" if subject.run else f"{subject.source.stem}-"
     baseline = "" if subject.encoder == "trained" else f"-{subject.encoder}"
     digest = results.digest(defined)
     path = subject.home / f"{prefix}{name}-step-{subject.step}{baseline}-{digest}.json"
+
     if path.exists():
         content = results.parse(path)[1]
         if content["digest"] != digest:
-            raise EvalError(f"{path} holds another result than its name says; move it away, or delete it to measure again")
+            raise EvalError(
+                f"{path} holds another result than its name says; move it away, or delete it to "
+                "measure again"
+            )
+
         notice(f"{name}: measured before and read from {path}; delete this file to measure again")
     else:
         results.prepare(path)
-        content = results.write(path, {**_measure(name, chosen, scene), "digest": digest, "identity": defined})
+        content = results.write(
+            path, {**_measure(name, chosen, scene), "digest": digest, "identity": defined}
+        )
+
     if subject.run is not None:
         results.plot(subject.run, path)
+
     return {**content, "file": str(path)}
 
 
@@ -156,6 +210,7 @@ def _measure(name: str, chosen: schema.Frozen, scene: EvalContext) -> dict[str, 
     except ShardError as fault:
         text = f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
         raise ShardError(fault.shard, fault.offset, text) from None
+
     found = protocol.pop("found", {})
     return {
         "format": results.FORMAT,

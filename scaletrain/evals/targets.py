@@ -1,4 +1,6 @@
-"""What is judged: the trained encoder of a run or of an exported file, the same network untrained, or the raw pixels."""
+"""What is judged: the trained encoder of a run or of an exported file, the same network untrained,
+or the raw pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from scaletrain.config import load, schema
 from scaletrain.nn import backbone
 
 Encoder = Literal["trained", "untrained", "pixels"]
-BACKBONE = "method.backbone."  # how a checkpoint names the trunk's tensors
-PIXELS = 32  # side of the image whose values are the raw-pixel features, or the run's size if that is smaller
+# how a checkpoint names the trunk's tensors
+BACKBONE = "method.backbone."
+# side of the image whose values are the raw-pixel features, or the run's size if that is smaller
+PIXELS = 32
 
 
 class EvalError(ValueError):
@@ -31,38 +35,59 @@ class EncoderUnderTest:
 
     encoder: Encoder
     module: nn.Module  # [N, 3, H, W] normalised -> [N, D], in eval mode
-    step: int  # optimizer steps of its training; 0 for the two baselines
-    seed: int  # of the run
-    size: int  # pixels
+    # optimizer steps of its training; 0 for the two baselines
+    step: int
+    # of the run
+    seed: int
+    # pixels
+    size: int
     data: schema.Data
-    source: Path  # checkpoint folder, exported file, or run folder of a baseline
-    home: Path  # where results go
-    run: Path | None  # the run folder, if there is one
+    # checkpoint folder, exported file, or run folder of a baseline
+    source: Path
+    # where results go
+    home: Path
+    # the run folder, if there is one
+    run: Path | None
     model: schema.Model
-    weights: str = ""  # sha256 of the loaded tensors: names, types, shapes, values
-    samples: int | None = None  # drawn by its training, and how many epochs that was; None: not known
+    # sha256 of the loaded tensors: names, types, shapes, values
+    weights: str = ""
+    # drawn by its training, and how many epochs that was; None: not known
+    samples: int | None = None
     epochs: float | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the encoder in results. How images are normalised belongs to it, as it was trained so."""
+        """Of the encoder in results. How images are normalised belongs to it, as it was
+        trained so.
+        """
         network = None if self.encoder == "pixels" else self.model.model_dump(mode="json")
         normalised = {"mean": self.data.mean, "std": self.data.std}
-        return {"kind": self.encoder, "step": self.step, "weights": self.weights, "model": network, **normalised}
+
+        return {
+            "kind": self.encoder,
+            "step": self.step,
+            "weights": self.weights,
+            "model": network,
+            **normalised,
+        }
 
     @property
     def about(self) -> str:
         """One sentence for the protocol card."""
         return {
             "trained": "trunk in eval mode, running batch-norm statistics",
-            "untrained": f"the same network with fresh weights of seed {self.seed}, batch-norm statistics as initialised "
+            "untrained": f"the same network with fresh weights of seed {self.seed}, batch-norm "
+            "statistics as initialised "
             "(mean 0, variance 1), eval mode",
-            "pixels": f"normalised pixels of the {self.size} px image, flattened and divided by the root of their number",
+            "pixels": f"normalised pixels of the {self.size} px image, flattened and divided by "
+            "the root of their number",
         }[self.encoder]
 
 
 class Pixels(nn.Module):
-    """[N, 3, H, W] -> [N, 3 * H * W] of mean square 1 / (3 * H * W), so that a probe's learning rates suit any image size."""
+    """[N, 3, H, W] -> [N, 3 * H * W] of mean square 1 / (3 * H * W), so that a probe's learning
+    rates suit any image size.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) / math.sqrt(x.shape[1:].numel())
@@ -71,46 +96,89 @@ class Pixels(nn.Module):
 def describe(settings: schema.Config, step: int) -> dict[str, str]:
     """Metadata with which `checkpoint.export` makes a file that `find` can judge."""
     data = settings.data
-    kept = data.model_dump(mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"})
+    kept = data.model_dump(
+        mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"}
+    )
     facts = {"size": _size(data), **kept}
-    return {"model": settings.model.model_dump_json(), "data": json.dumps(facts), "step": str(step), "seed": str(settings.seed)}
+
+    return {
+        "model": settings.model.model_dump_json(),
+        "data": json.dumps(facts),
+        "step": str(step),
+        "seed": str(settings.seed),
+    }
 
 
-Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]  # shapes by name, and a reader
+# shapes by name, and a reader
+Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 
 
 def find(target: Path, encoder: Encoder = "trained") -> EncoderUnderTest:
-    """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError or CheckpointError."""
-    target = target.absolute()  # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
-    subject, weights = _from_file(target) if target.is_file() else _from_run(target, encoder == "trained")
+    """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError
+    or CheckpointError.
+    """
+    # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
+    target = target.absolute()
+    subject, weights = (
+        _from_file(target) if target.is_file() else _from_run(target, encoder == "trained")
+    )
+
     if encoder == "trained":
         assert weights is not None, "both sources give weights when asked"
         _load(subject.module, weights, str(subject.source))
     elif encoder == "untrained":
         subject = replace(subject, encoder=encoder, step=0)
     else:
-        subject = replace(subject, encoder=encoder, step=0, module=Pixels().eval(), size=min(subject.size, PIXELS))
+        subject = replace(
+            subject, encoder=encoder, step=0, module=Pixels().eval(), size=min(subject.size, PIXELS)
+        )
+
     return replace(subject, weights=files.fingerprint(subject.module.state_dict(), {}))
 
 
 def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | None]:
     run = target.parents[1] if target.parent.name == "checkpoints" else target
     if not (run / "config.yaml").is_file():
-        raise EvalError(f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported .safetensors file")
+        raise EvalError(
+            f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported "
+            ".safetensors file"
+        )
+
     settings = load.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
-    subject = EncoderUnderTest("trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model)
+    subject = EncoderUnderTest(
+        "trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model
+    )
+
     if not trained:
         return subject, None
+
     saved = reader.latest(run / "checkpoints") if run == target else reader.open_step(target)
     if saved is None:
-        raise EvalError(f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the untrained encoder")
-    names = {name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)}
-    weights = {short: tuple(saved.shape(name)) for short, name in names.items()}, lambda short: saved.read(names[short])
+        raise EvalError(
+            f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the "
+            "untrained encoder"
+        )
+
+    names = {
+        name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)
+    }
+    weights = (
+        {short: tuple(saved.shape(name)) for short, name in names.items()},
+        lambda short: saved.read(names[short]),
+    )
     clock = saved.meta.get("clock", {})
     epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
-    subject = replace(subject, step=saved.step, source=saved.path, samples=saved.meta.get("samples"), epochs=epochs)
+
+    subject = replace(
+        subject,
+        step=saved.step,
+        source=saved.path,
+        samples=saved.meta.get("samples"),
+        epochs=epochs,
+    )
+
     return subject, weights
 
 
@@ -122,13 +190,23 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
         data = schema.Data.model_validate(facts)
-    except (KeyError, ValueError, AttributeError) as error:  # pydantic's and json's errors are ValueErrors
+    except (
+        KeyError,
+        ValueError,
+        AttributeError,
+    ) as error:  # pydantic's and json's errors are ValueErrors
         raise EvalError(
             f"{path}: its metadata does not tell the model and the images ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); make the file with `scaletrain export RUN FILE`"
         ) from None
-    subject = EncoderUnderTest("trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None, model)
-    return subject, ({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
+
+    subject = EncoderUnderTest(
+        "trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None, model
+    )
+    return subject, (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        tensors.__getitem__,
+    )
 
 
 def _size(data: schema.Data) -> int:
@@ -137,22 +215,37 @@ def _size(data: schema.Data) -> int:
 
 
 def _fresh(model: schema.Model, seed: int) -> nn.Module:
-    """Weights that depend on the seed only, in eval mode; the caller's generator is left as it was."""
+    """Weights that depend on the seed only, in eval mode; the caller's generator is left as
+    it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return backbone.build(model).eval().requires_grad_(False)
 
 
 def _load(model: nn.Module, weights: Weights, source: str) -> None:
-    """Copy all tensors in. The first, in network order, that is missing, misshapen or unknown ends it before any is read."""
+    """Copy all tensors in. The first, in network order, that is missing, misshapen or unknown ends
+    it before any is read.
+    """
     shapes, read = weights
     wanted = model.state_dict()
+
     for name, tensor in wanted.items():
         if name not in shapes:
-            raise EvalError(f"{source}: of another model: it has no tensor '{name}' {list(tensor.shape)}")
+            raise EvalError(
+                f"{source}: of another model: it has no tensor '{name}' {list(tensor.shape)}"
+            )
         if shapes[name] != tuple(tensor.shape):
-            raise EvalError(f"{source}: of another model: '{name}' is {list(shapes[name])}, the model has {list(tensor.shape)}")
+            raise EvalError(
+                f"{source}: of another model: '{name}' is {list(shapes[name])}, the model has "
+                f"{list(tensor.shape)}"
+            )
+
     if extra := [name for name in shapes if name not in wanted]:
-        raise EvalError(f"{source}: of another model: the model has no tensor '{extra[0]}' {list(shapes[extra[0]])}")
+        raise EvalError(
+            f"{source}: of another model: the model has no tensor '{extra[0]}' "
+            f"{list(shapes[extra[0]])}"
+        )
+
     for name, tensor in wanted.items():
         tensor.copy_(read(name).view(tensor.shape))

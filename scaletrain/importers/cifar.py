@@ -1,4 +1,5 @@
-"""CIFAR-10 and CIFAR-100 in any form that users have: class folders of images, the binary or the Python release, unpacked.
+"""CIFAR-10 and CIFAR-100 in any form that users have: class folders of images, the binary or the
+Python release, unpacked.
 
 Formats: https://www.cs.toronto.edu/~kriz/cifar.html.
 """
@@ -18,7 +19,8 @@ from scaletrain.importers import numpy_pickle
 from scaletrain.importers.sources import Arrays, Folder
 from scaletrain.runtime import local_files
 
-PIXELS = 3 * 32 * 32  # the red, green and blue planes of an image
+# the red, green and blue planes of an image
+PIXELS = 3 * 32 * 32
 NAMES_BYTES = 1 << 20
 
 
@@ -26,13 +28,19 @@ NAMES_BYTES = 1 << 20
 class Release:
     """Where a release keeps what, for one choice of labels."""
 
-    binary: Mapping[str, tuple[str, ...]]  # split: files
+    # split: files
+    binary: Mapping[str, tuple[str, ...]]
     python: Mapping[str, tuple[str, ...]]
-    names: str  # of the classes, a text file of the binary release
-    bytes: int  # labels before the pixels of a binary record
-    byte: int  # which of them is the label
-    meta: str  # pickle with the names of the classes
-    key: str  # the labels in a pickle
+    # of the classes, a text file of the binary release
+    names: str
+    # labels before the pixels of a binary record
+    bytes: int
+    # which of them is the label
+    byte: int
+    # pickle with the names of the classes
+    meta: str
+    # the labels in a pickle
+    key: str
     meta_key: str
 
 
@@ -44,6 +52,7 @@ def read(source: Path, split: str, release: Release) -> Folder | Arrays:
         return _binary(source, release.binary[split], release)
     if (source / release.python[split][0]).exists():
         return _python(source, release.python[split], release)
+
     first = f"{release.binary[split][0]} nor {release.python[split][0]}"
     raise DataError(f"{source} has neither {split}/CLASS/*.jpg nor {first}")
 
@@ -56,17 +65,27 @@ def _binary(source: Path, files: tuple[str, ...], release: Release) -> Arrays:
                 data = np.fromfile(file, np.uint8)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
         if not len(data) or len(data) % record:
-            raise DataError(f"{path}: {len(data)} bytes are not whole records of {record}; fetch it again")
+            raise DataError(
+                f"{path}: {len(data)} bytes are not whole records of {record}; fetch it again"
+            )
+
         parts.append(data.reshape(-1, record))
+
     records = np.concatenate(parts)
     path = source / release.names
     try:
         with local_files.reader(path) as file:
             names = tuple(file.read(NAMES_BYTES).decode(errors="backslashreplace").split())
     except OSError as error:
-        raise DataError(f"{path}, which names the classes, cannot be read: {error.strerror}") from None
-    return _arrays(records[:, release.bytes :], records[:, release.byte].tolist(), names, source / files[0])
+        raise DataError(
+            f"{path}, which names the classes, cannot be read: {error.strerror}"
+        ) from None
+
+    return _arrays(
+        records[:, release.bytes :], records[:, release.byte].tolist(), names, source / files[0]
+    )
 
 
 def _python(source: Path, files: tuple[str, ...], release: Release) -> Arrays:
@@ -76,9 +95,13 @@ def _python(source: Path, files: tuple[str, ...], release: Release) -> Arrays:
         pixels = numpy_pickle.array(content.get("data"), path)
         if pixels.ndim != 2 or pixels.shape[1] != PIXELS:
             raise DataError(f"{path}: pixels of shape {list(pixels.shape)}, not [N, {PIXELS}]")
+
         parts.append(pixels)
         labels += _list(content, release.key, int, path)
-    names = _list(numpy_pickle.load(source / release.meta), release.meta_key, str, source / release.meta)
+
+    names = _list(
+        numpy_pickle.load(source / release.meta), release.meta_key, str, source / release.meta
+    )
     return _arrays(np.concatenate(parts), labels, tuple(names), source / files[0])
 
 
@@ -89,6 +112,8 @@ def _list(content: dict[str, Any], key: str, kind: type, path: Path) -> list[Any
     return values
 
 
-def _arrays(planes: NDArray[np.uint8], labels: list[int], names: tuple[str, ...], origin: Path) -> Arrays:
+def _arrays(
+    planes: NDArray[np.uint8], labels: list[int], names: tuple[str, ...], origin: Path
+) -> Arrays:
     pixels = np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return Arrays(pixels, labels, names, origin)

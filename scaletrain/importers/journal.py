@@ -1,7 +1,9 @@
-"""DEST.partial: shards on their way to DEST, with a journal, so that the same command goes on after a kill.
+"""DEST.partial: shards on their way to DEST, with a journal, so that the same command goes on after
+a kill.
 
-`.import.json` says what is imported and how; `.journal.jsonl`, one beside each split's shards, has a line for every complete
-shard, written after the shard and its offset table are on disk. What is not in the journal is written again.
+`.import.json` says what is imported and how; `.journal.jsonl`, one beside each split's shards, has
+a line for every complete shard, written after the shard and its offset table are on disk. What is
+not in the journal is written again.
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ QUARANTINE = "quarantine.jsonl"
 COPIES = "copies.jsonl"
 HEAD = ".import.json"
 JOURNAL = ".journal.jsonl"
-MOVED = ".moved.json"  # what is being moved out of the partial folder into the one around it
+# what is being moved out of the partial folder into the one around it
+MOVED = ".moved.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Bad:
     """A sample that is left out."""
 
-    number: int  # in the source
+    # in the source
+    number: int
     path: str
     reason: str
-    copy: bool = False  # it is sound, and there is the same one already
+    # it is sound, and there is the same one already
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +58,18 @@ Map = Callable[[Callable[[str], Line | None], list[str]], Iterable[Line | None]]
 
 
 class Journal:
-    """The complete shards of one folder. Opening it reads all their bytes, and forgets them from the first unsound one on."""
+    """The complete shards of one folder. Opening it reads all their bytes, and forgets them from
+    the first unsound one on.
+    """
 
     def __init__(self, folder: Path, pool_map: Map) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / JOURNAL
         texts = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines: list[Line] = [line for line in takewhile(bool, pool_map(self._sound, texts)) if line]
+        self.lines: list[Line] = [
+            line for line in takewhile(bool, pool_map(self._sound, texts)) if line
+        ]
+
         index.atomic(self.path, "".join(line.text() for line in self.lines).encode())
 
     @property
@@ -74,8 +84,11 @@ class Journal:
         """Samples without any label."""
         count = 0
         for shard in (line.shard for line in self.lines):
-            rows = offsets.load(index.table_path(self.folder / shard["name"]), shard["samples"], shard["bytes"])
+            rows = offsets.load(
+                index.table_path(self.folder / shard["name"]), shard["samples"], shard["bytes"]
+            )
             count += int((rows["target"] == 0).sum())
+
         return count
 
     def add(self, shard: Path, bad: list[Bad]) -> None:
@@ -86,53 +99,82 @@ class Journal:
             file.write(line.text())
             file.flush()
             os.fsync(file.fileno())
+
         self.lines.append(line)
 
     def finish(self, classes: tuple[str, ...]) -> None:
         if classes:
             index.atomic(self.folder / CLASSES, json.dumps(classes, ensure_ascii=False).encode())
+
         for name, left in ((QUARANTINE, self.bad), (COPIES, self.copies)):
             if left:
-                lines = [json.dumps({"number": one.number, "path": one.path, "reason": one.reason}) + "\n" for one in left]
+                lines = [
+                    json.dumps({"number": one.number, "path": one.path, "reason": one.reason})
+                    + "\n"
+                    for one in left
+                ]
                 index.atomic(self.folder / name, "".join(lines).encode())
+
         index.publish(self.folder, [line.shard for line in self.lines])
 
     def _sound(self, text: str) -> Line | None:
-        """The line if the shard is still what it says; a torn line or a damaged shard is written again, to the same bytes."""
+        """The line if the shard is still what it says; a torn line or a damaged shard is written
+        again, to the same bytes.
+        """
         try:
             raw = json.loads(text)
             line = Line(raw["shard"], [Bad(**bad) for bad in raw["bad"]])
-            return line if index.tabulate(self.folder / Path(line.shard["name"]).name) == line.shard else None
+            return (
+                line
+                if index.tabulate(self.folder / Path(line.shard["name"]).name) == line.shard
+                else None
+            )
         except (ValueError, KeyError, TypeError, OSError):
             return None
 
 
 class replacing:
-    """Context: gives the folder `partial` to fill; on success it becomes DEST, which until then is as it was.
+    """Context: gives the folder `partial` to fill; on success it becomes DEST, which until then is
+    as it was.
 
-    `head` tells imports apart. A partial folder of the same head is gone on with, one of another is discarded only by `force`.
-    On failure it is kept if it has complete shards, and removed else. Where DEST is a symbolic link, its target is written.
+    `head` tells imports apart. A partial folder of the same head is gone on with, one of another is
+    discarded only by `force`. On failure it is kept if it has complete shards, and removed else.
+    Where DEST is a symbolic link, its target is written.
 
-    A DEST that cannot be renamed (a mount point, the working directory, a folder in one that cannot be written) has the partial
-    folder inside, and gets its content piece by piece, the manifest first: readers refuse it until all shards are there.
+    A DEST that cannot be renamed (a mount point, the working directory, a folder in one that cannot
+    be written) has the partial folder inside, and gets its content piece by piece, the manifest
+    first: readers refuse it until all shards are there.
     """
 
     def __init__(self, dest: Path, head: Mapping[str, Any], force: bool = False) -> None:
-        self.dest, self.head, self.force = Path(os.path.realpath(dest)), json.dumps(head, sort_keys=True), force
-        self._inside = self.dest.is_dir() and (
-            os.path.ismount(self.dest) or self.dest == Path.cwd() or not os.access(self.dest.parent, os.W_OK)
+        self.dest, self.head, self.force = (
+            Path(os.path.realpath(dest)),
+            json.dumps(head, sort_keys=True),
+            force,
         )
-        self.partial = self.dest / ".partial" if self._inside else self.dest.with_name(self.dest.name + ".partial")
+        self._inside = self.dest.is_dir() and (
+            os.path.ismount(self.dest)
+            or self.dest == Path.cwd()
+            or not os.access(self.dest.parent, os.W_OK)
+        )
+
+        self.partial = (
+            self.dest / ".partial"
+            if self._inside
+            else self.dest.with_name(self.dest.name + ".partial")
+        )
         self.resumed = False
 
     def __enter__(self) -> replacing:
         if not self._inside:
             self._check()
+
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.partial, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"{self.partial} cannot be made: {error.strerror}") from None
+
         try:
             self._claim()
             if self._inside:
@@ -141,9 +183,11 @@ class replacing:
             self._begin()
         except BaseException:
             with suppress(OSError):
-                self.partial.rmdir()  # if it is as empty as it was made
+                # if it is as empty as it was made
+                self.partial.rmdir()
             os.close(self._lock)
             raise
+
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -165,14 +209,23 @@ class replacing:
         if not self.dest.exists() or (self.dest.is_dir() and not self._content()):
             return
         if not self.force:
-            raise DataError(f"{self.dest} exists already; choose another folder, or replace it with --force")
+            raise DataError(
+                f"{self.dest} exists already; choose another folder, or replace it with --force"
+            )
+
         for path in self._content() if self.dest.is_dir() else [self.dest]:
             _only_shards(path, self.dest)
 
     def _content(self) -> list[Path]:
-        """What DEST holds; of one that stays, without what a file system keeps at its root, and hidden files of others."""
+        """What DEST holds; of one that stays, without what a file system keeps at its root, and
+        hidden files of others.
+        """
         paths = list(self.dest.iterdir())
-        return [p for p in paths if not p.name.startswith(".") and p.name != "lost+found"] if self._inside else paths
+        return (
+            [p for p in paths if not p.name.startswith(".") and p.name != "lost+found"]
+            if self._inside
+            else paths
+        )
 
     def _claim(self) -> None:
         """Alone in the folder, where the file system has locks."""
@@ -189,14 +242,18 @@ class replacing:
         if there == self.head:
             self.resumed = self.kept
             return
+
         if any(self.partial.iterdir()):
             if not self.force:
                 raise DataError(
-                    f"{self.partial} was begun with {_difference(there, self.head)}; --force discards what it holds"
+                    f"{self.partial} was begun with {_difference(there, self.head)}; --force "
+                    "discards what it holds"
                 )
+
             _only_shards(self.partial, self.partial)
             for inner in self.partial.iterdir():
                 shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
+
         index.atomic(path, self.head.encode())
 
     def _journals(self, what: Callable[[Path], bool] = lambda path: True) -> Iterator[Path]:
@@ -204,11 +261,14 @@ class replacing:
 
     def _replace(self) -> None:
         old = self.dest.with_name(self.dest.name + ".old")
-        if old.exists():  # a kill between the two renamings left it
+        # a kill between the two renamings left it
+        if old.exists():
             _only_shards(old, old)
             shutil.rmtree(old)
+
         if self.dest.exists() and any(self.dest.iterdir()):
             self.dest.rename(old)
+
         self.partial.rename(self.dest)
         shutil.rmtree(old, ignore_errors=True)
         _tidy(self.dest)
@@ -217,11 +277,13 @@ class replacing:
         """A kill in here is undone by `_take_back`."""
         for path in sorted(self._content(), key=lambda path: path.name == index.MANIFEST):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
         names = [path.name for path in self.partial.iterdir() if not path.name.startswith(".")]
         names.sort(key=lambda name: name != index.MANIFEST)
         index.atomic(self.partial / MOVED, json.dumps(names).encode())
         for name in names:
             (self.partial / name).rename(self.dest / name)
+
         (self.partial / MOVED).unlink()
         shutil.rmtree(self.partial)
         for name in names:
@@ -241,8 +303,13 @@ def _difference(one: str, other: str) -> str:
     with suppress(ValueError):
         a, b = json.loads(one), json.loads(other)
         keys = [key for key in b if a.get(key) != b[key]]
-        names = ", ".join("another source" if key == "splits" else f"{key}={a.get(key)} and not {b[key]}" for key in keys)
+        names = ", ".join(
+            "another source" if key == "splits" else f"{key}={a.get(key)} and not {b[key]}"
+            for key in keys
+        )
+
         return names or "other options"
+
     return "another command"
 
 
@@ -261,12 +328,24 @@ def _tidy(folder: Path) -> None:
 
 
 def _only_shards(place: Path, folder: Path) -> None:
-    """--force deletes shards and nothing else. Raises DataError for anything else at or below a place in a folder."""
+    """--force deletes shards and nothing else. Raises DataError for anything else at or below a
+    place in a folder.
+    """
     names = (index.MANIFEST, CLASSES, QUARANTINE, COPIES)
+
     for path in [place, *place.rglob("*")]:
-        old = path.name.endswith(".tar.idx") or (path.name == index.OLD_MANIFEST and manifest.version(path))
-        ours = path.suffix in (".tar", offsets.SUFFIX) or path.name in names or path.name.startswith(".") or old
+        old = path.name.endswith(".tar.idx") or (
+            path.name == index.OLD_MANIFEST and manifest.version(path)
+        )
+        ours = (
+            path.suffix in (".tar", offsets.SUFFIX)
+            or path.name in names
+            or path.name.startswith(".")
+            or old
+        )
+
         if path.is_symlink() or not (path.is_dir() or ours):
             raise DataError(
-                f"{folder} is not replaced, since it holds more than shards ({path.name}); delete it yourself if meant"
+                f"{folder} is not replaced, since it holds more than shards ({path.name}); delete "
+                "it yourself if meant"
             )

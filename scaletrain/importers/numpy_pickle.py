@@ -1,9 +1,11 @@
-"""Reads the pickles of arrays that some data sets are published as, without Python's unpickler: nothing in them is called.
+"""Reads the pickles of arrays that some data sets are published as, without Python's unpickler:
+nothing in them is called.
 
-`pickletools.genops` only splits the file into opcodes. Of these a closed list is interpreted here, which can build numbers,
-strings, lists, tuples, dicts and one-byte numpy arrays, and no other object: the names of numpy's constructors are compared
-with the few below and stay strings. A restricted `pickle.Unpickler` would be shorter, but it does call what `find_class`
-returns, and numpy's real constructors trust their arguments.
+`pickletools.genops` only splits the file into opcodes. Of these a closed list is interpreted here,
+which can build numbers, strings, lists, tuples, dicts and one-byte numpy arrays, and no other
+object: the names of numpy's constructors are compared with the few below and stay strings. A
+restricted `pickle.Unpickler` would be shorter, but it does call what `find_class` returns, and
+numpy's real constructors trust their arguments.
 """
 
 from __future__ import annotations
@@ -18,18 +20,30 @@ from numpy.typing import NDArray
 from scaletrain.data.errors import DataError
 from scaletrain.runtime import local_files
 
-MAX_BYTES = 1 << 29  # of a file; CIFAR-100's largest has 155 MB
+# of a file; CIFAR-100's largest has 155 MB
+MAX_BYTES = 1 << 29
 _MARK = object()
-_ARRAY, _DTYPE = "an array", "a type"  # what the constructors below make
+# what the constructors below make
+_ARRAY, _DTYPE = "an array", "a type"
 _KNOWN = {
-    "numpy.core.multiarray _reconstruct": _ARRAY,  # numpy 1, thus the published files
+    # numpy 1, thus the published files
+    "numpy.core.multiarray _reconstruct": _ARRAY,
     "numpy._core.multiarray _reconstruct": _ARRAY,
-    "numpy ndarray": "",  # only ever an argument of _reconstruct
+    # only ever an argument of _reconstruct
+    "numpy ndarray": "",
     "numpy dtype": _DTYPE,
 }
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _LITERALS = {
-    *("BININT", "BININT1", "BININT2", "SHORT_BINSTRING", "BINSTRING", "BINUNICODE", "SHORT_BINUNICODE"),
+    *(
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "SHORT_BINSTRING",
+        "BINSTRING",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+    ),
     *("SHORT_BINBYTES", "BINBYTES"),
 }
 
@@ -46,7 +60,9 @@ class _Made:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The dict that a pickle of protocol 2 to 4 holds. Raises DataError for anything that it need not hold."""
+    """The dict that a pickle of protocol 2 to 4 holds. Raises DataError for anything that it need
+    not hold.
+    """
     try:
         result = _Machine().run(local_files.read(path, MAX_BYTES))
     except OSError as error:
@@ -55,21 +71,27 @@ def load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is not a sound pickle ({error}); fetch it again") from None
+
     if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
         raise DataError(f"{path} holds no table of named columns")
+
     return result
 
 
 def array(value: Any, path: Path) -> NDArray[np.uint8]:
-    """An array of a loaded dict. Raises DataError if it is none, or not of bytes that match its shape."""
+    """An array of a loaded dict. Raises DataError if it is none, or not of bytes that match its
+    shape.
+    """
     try:
         version, shape, kind, fortran, raw = value.state
         name, order = kind.arguments[0], kind.state[1]
-        data = raw.encode("latin-1") if isinstance(raw, str) else raw  # Python 2 wrote byte strings
+        # Python 2 wrote byte strings
+        data = raw.encode("latin-1") if isinstance(raw, str) else raw
         if value.kind == _ARRAY and (version, name, order, fortran) == (1, "u1", "|", False):
             return np.frombuffer(data, np.uint8).reshape(shape)
     except (AttributeError, TypeError, ValueError, LookupError, UnicodeEncodeError):
         pass
+
     raise DataError(f"{path}: no array of bytes where one should be")
 
 
@@ -110,20 +132,31 @@ class _Machine:
         elif code == "REDUCE":
             name, arguments = self._last(2)
             if not isinstance(name, _Name) or not _KNOWN[name]:
-                raise DataError("the pickle would call something that is no constructor of arrays, which is refused")
+                raise DataError(
+                    "the pickle would call something that is no constructor of arrays, which is "
+                    "refused"
+                )
+
             stack.append(_Made(_KNOWN[name], arguments))
         elif code == "BUILD":
             made, state = self._last(2)
             if not isinstance(made, _Made) or not isinstance(state, tuple):
-                raise DataError("the pickle would set the state of something that is no array, which is refused")
+                raise DataError(
+                    "the pickle would set the state of something that is no array, which is refused"
+                )
+
             made.state = state
             stack.append(made)
         elif code not in ("PROTO", "FRAME"):
-            raise DataError(f"the pickle has the instruction {code}, which no array needs and which is refused")
+            raise DataError(
+                f"the pickle has the instruction {code}, which no array needs and which is refused"
+            )
 
     def _name(self, name: str) -> None:
         if name not in _KNOWN:
-            raise DataError(f"the pickle names '{name}', which is no part of an array: refused, nothing was run")
+            raise DataError(
+                f"the pickle names '{name}', which is no part of an array: refused, nothing was run"
+            )
         self.stack.append(_Name(name))
 
     def _fill(self, code: str) -> None:
@@ -141,6 +174,7 @@ class _Machine:
         at = next((i for i in range(len(self.stack) - 1, -1, -1) if self.stack[i] is _MARK), -1)
         if at < 0:
             raise DataError("the pickle takes more than it has")
+
         items = self.stack[at + 1 :]
         del self.stack[at:]
         return items

@@ -1,4 +1,6 @@
-"""Images inside tar archives, at any depth of tars in tars, read where they lie: nothing is extracted."""
+"""Images inside tar archives, at any depth of tars in tars, read where they lie: nothing is
+extracted.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from scaletrain.runtime import local_files
 
 class Place(NamedTuple):
     name: str
-    offset: int  # of the payload
+    # of the payload
+    offset: int
     size: int
 
 
@@ -29,14 +32,21 @@ class _Headers(Reader):
         super().__init__(path)
         self.at = start
         self.bytes = stop or self.bytes
-        self.size = 0  # of the member last met
+        # of the member last met
+        self.size = 0
 
     def _payload(self, file: BinaryIO, size: int, start: int, name: str, limit: int) -> bytes:
-        if limit == NAME_BYTES:  # a long name, which is wanted
+        # a long name, which is wanted
+        if limit == NAME_BYTES:
             return super()._payload(file, size, start, name, limit)
+
         padded = -(-size // BLOCK) * BLOCK
         if self.at + padded > self.bytes:
-            raise self._error(start, f"the payload of '{name}' ({size} bytes) runs past the end: truncated or damaged")
+            raise self._error(
+                start,
+                f"the payload of '{name}' ({size} bytes) runs past the end: truncated or damaged",
+            )
+
         self.size = size
         self.at += padded
         file.seek(self.at)
@@ -47,8 +57,11 @@ class _Headers(Reader):
 
 
 def members(path: Path, start: int = 0, stop: int = 0) -> Iterator[Place]:
-    """The files of an archive, or of the one that lies at bytes start .. stop of it. Raises ShardError at the first fault."""
+    """The files of an archive, or of the one that lies at bytes start .. stop of it. Raises
+    ShardError at the first fault.
+    """
     headers = _Headers(path, start, stop)
+
     for member in headers:
         yield Place(member.name, member.offset, headers.size)
 
@@ -64,9 +77,16 @@ class TarFiles:
         classes: tuple[str, ...],
         ignored: Counter[str],
     ) -> None:
-        self.archive, self.places, self.labels, self.classes, self.ignored = archive, places, labels, classes, ignored
+        self.archive, self.places, self.labels, self.classes, self.ignored = (
+            archive,
+            places,
+            labels,
+            classes,
+            ignored,
+        )
         self.labelled = bool(classes)
         self._file = local_files.open_file(archive)
+
         weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:

@@ -1,4 +1,5 @@
-"""Writes folders of shards: samples shuffled globally by a seed, each decoded once; the same bytes at any number of workers.
+"""Writes folders of shards: samples shuffled globally by a seed, each decoded once; the same bytes
+at any number of workers.
 
 Memory is 40 bytes a sample while it is shuffled, 8 from then on, and some images for each worker.
 """
@@ -30,18 +31,22 @@ from scaletrain.importers.journal import QUARANTINE, Bad, Journal
 
 __all__ = ["CLASSES", "MAX_PIXELS", "QUARANTINE", "Entry", "How", "Source", "head", "slug", "write"]
 PER_SHARD = 1000
-MAX_PIXELS = 50_000_000  # of an image; the default of config.Data.max_pixels
+# of an image; the default of config.Data.max_pixels
+MAX_PIXELS = 50_000_000
 QUALITY = 95
 Progress = Callable[[int, int], None]
-Members = dict[str, bytes | str]  # of one sample, by extension
+# of one sample, by extension
+Members = dict[str, bytes | str]
 
 
 class Ready(NamedTuple):
     """A sample to be written."""
 
-    number: int  # in the source
+    # in the source
+    number: int
     members: Members
-    digest: bytes  # of the image as it came
+    # of the image as it came
+    digest: bytes
 
 
 Sample = Ready | Bad
@@ -52,18 +57,26 @@ class Entry:
     """One sample to write; `name` makes its key readable and need not be unique."""
 
     name: str
-    image: bytes  # an encoded JPEG, PNG or WebP, not yet checked
-    labels: tuple[int, ...] = ()  # none, one (`key.cls`) or many (`key.json`)
-    mask: bytes | None = None  # an encoded PNG
-    mask_where: str = ""  # its file, for people
+    # an encoded JPEG, PNG or WebP, not yet checked
+    image: bytes
+    # none, one (`key.cls`) or many (`key.json`)
+    labels: tuple[int, ...] = ()
+    # an encoded PNG
+    mask: bytes | None = None
+    # its file, for people
+    mask_where: str = ""
 
 
 class Source(Protocol):
-    """What an importer provides: a number of samples, each loaded when asked for, from any thread."""
+    """What an importer provides: a number of samples, each loaded when asked for, from any
+    thread.
+    """
 
-    classes: tuple[str, ...]  # their names, if known
+    # their names, if known
+    classes: tuple[str, ...]
     labelled: bool
-    ignored: Counter[str]  # files, folders or rows that are left aside, by what they are
+    # files, folders or rows that are left aside, by what they are
+    ignored: Counter[str]
 
     def __len__(self) -> int: ...
 
@@ -76,7 +89,9 @@ class Source(Protocol):
         ...
 
     def digest(self) -> str:
-        """Differs for sources of other samples, order, names or labels; the content of files need not be read."""
+        """Differs for sources of other samples, order, names or labels; the content of files need
+        not be read.
+        """
         ...
 
 
@@ -87,38 +102,65 @@ class How:
     per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = PER_SHARD
     seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0
     resize: Annotated[
-        int, typer.Option(min=0, help="Shrink the short side to this many pixels; smaller images stay as they are.")
+        int,
+        typer.Option(
+            min=0,
+            help="Shrink the short side to this many pixels; smaller images stay as they are.",
+        ),
     ] = 0
     quality: Annotated[
         int,
-        typer.Option(min=0, max=100, help=f"Of JPEGs after --resize [{QUALITY}]; without --resize, all images are re-encoded."),
+        typer.Option(
+            min=0,
+            max=100,
+            help=f"Of JPEGs after --resize [{QUALITY}]; without --resize, all images are "
+            "re-encoded.",
+        ),
     ] = 0
-    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are bad images.")] = MAX_PIXELS
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are bad images.")] = (
+        MAX_PIXELS
+    )
     max_bad: Annotated[
         str,
         typer.Option(
-            metavar="N|N%", help=f"Leave out so many images that cannot be read, listed in {QUARANTINE}; stop at more."
+            metavar="N|N%",
+            help=f"Leave out so many images that cannot be read, listed in {QUARANTINE}; stop at "
+            "more.",
         ),
     ] = "0"
     workers: Annotated[
-        int, typer.Option(min=0, help="Threads that read and decode; 0 is one per core. The output is the same.")
+        int,
+        typer.Option(
+            min=0, help="Threads that read and decode; 0 is one per core. The output is the same."
+        ),
     ] = 0
     force: Annotated[
-        bool, typer.Option("--force", help="Replace DEST if it holds shards, and another import's DEST.partial.")
+        bool,
+        typer.Option(
+            "--force", help="Replace DEST if it holds shards, and another import's DEST.partial."
+        ),
     ] = False
 
     def allowed(self, total: int) -> int:
         """How many of `total` images may be bad. Raises DataError."""
         match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", self.max_bad)
         if not match:
-            raise DataError(f"--max-bad {self.max_bad!r} is neither a number of images nor a share such as 0.1%")
+            raise DataError(
+                f"--max-bad {self.max_bad!r} is neither a number of images nor a share such as 0.1%"
+            )
+
         return int(match[1]) if match[1] else int(float(match[2]) / 100 * total)
 
 
 def head(splits: Mapping[str, Source], how: How, name: str, unique: bool = False) -> dict[str, Any]:
     """What the bytes of an import follow from, for `partial.replacing`."""
     options = {k: getattr(how, k) for k in ("per_shard", "seed", "resize", "quality", "max_pixels")}
-    return {**options, "name": name, "unique": unique, "splits": {split: [len(s), s.digest()] for split, s in splits.items()}}
+    return {
+        **options,
+        "name": name,
+        "unique": unique,
+        "splits": {split: [len(s), s.digest()] for split, s in splits.items()},
+    }
 
 
 def write(
@@ -130,82 +172,121 @@ def write(
     unique: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Journal:
-    """Write folder/NAME-000000.tar ..., their index and classes.json, after what a journal says is there already.
+    """Write folder/NAME-000000.tar ..., their index and classes.json, after what a journal says is
+    there already.
 
-    Use inside `partial.replacing`. A bad image makes its shard one sample shorter and changes nothing else. `unique`: of images
-    of the same bytes, the first in the order of writing stays. Raises DataError.
+    Use inside `partial.replacing`. A bad image makes its shard one sample shorter and changes
+    nothing else. `unique`: of images of the same bytes, the first in the order of writing stays.
+    Raises DataError.
     """
-    os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: it then neither unpickles nor runs shells
+    # before webdataset is imported: it then neither unpickles nor runs shells
+    os.environ["WDS_SECURE"] = "1"
     total = len(source)
+
     limit = how.allowed(total)
     order: NDArray[np.int64] = rng.permutation(total, how.seed, "write").numpy()
     workers = how.workers or len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(workers)  # not processes: decoders let go of the interpreter's lock, about 9/10 of the work
+    # not processes: decoders let go of the interpreter's lock, about 9/10 of the work
+    pool = ThreadPoolExecutor(workers)
     copies: Copies | None = None
+
     try:
         journal = Journal(folder, pool.map)
         begin = min(len(journal.lines) * how.per_shard, total)
         _check(journal.bad, limit)
         bad = len(journal.bad)
+
         if unique:
             copies = Copies(folder, begin)
-        samples = _ahead(pool, lambda number: _sample(source, number, how), map(int, order[begin:]), 4 * workers)
+
+        samples = _ahead(
+            pool, lambda number: _sample(source, number, how), map(int, order[begin:]), 4 * workers
+        )
         if copies is not None:
             samples = _firsts(samples, copies, source, begin)
-        closing: Future[None] | None = None  # one shard is indexed while the next is written
+
+        # one shard is indexed while the next is written
+        closing: Future[None] | None = None
         for start in range(begin, total, how.per_shard):
             path = folder / f"{name}-{start // how.per_shard:06d}.tar"
-            found = _shard(path, islice(samples, how.per_shard), start, total, limit - bad, progress)
+            found = _shard(
+                path, islice(samples, how.per_shard), start, total, limit - bad, progress
+            )
             bad += sum(not one.copy for one in found)
+
             if copies is not None:
                 copies.save()
+
             if closing is not None:
                 closing.result()
+
             closing = pool.submit(journal.add, path, found)
+
         if closing is not None:
             closing.result()
     finally:
         pool.shutdown(cancel_futures=True)
         if copies is not None:
             copies.close()
+
     journal.finish(source.classes)
     return journal
 
 
-def _ahead(pool: Executor, work: Callable[[int], Sample], numbers: Iterator[int], most: int) -> Iterator[Sample]:
+def _ahead(
+    pool: Executor, work: Callable[[int], Sample], numbers: Iterator[int], most: int
+) -> Iterator[Sample]:
     """The results in order, at most so many computed ahead of need."""
     running: deque[Future[Sample]] = deque()
     for number in numbers:
         running.append(pool.submit(work, number))
         if len(running) == most:
             yield running.popleft().result()
+
     while running:
         yield running.popleft().result()
 
 
-def _firsts(samples: Iterator[Sample], copies: Copies, source: Source, begin: int) -> Iterator[Sample]:
+def _firsts(
+    samples: Iterator[Sample], copies: Copies, source: Source, begin: int
+) -> Iterator[Sample]:
     for place, sample in enumerate(samples, begin):
         if isinstance(sample, Ready):
             first = copies.first(sample.digest, place, sample.number)
             if first != sample.number:
-                yield Bad(sample.number, source.where(sample.number), f"the same bytes as {source.where(first)}", copy=True)
+                yield Bad(
+                    sample.number,
+                    source.where(sample.number),
+                    f"the same bytes as {source.where(first)}",
+                    copy=True,
+                )
                 continue
+
         yield sample
 
 
-def _shard(path: Path, samples: Iterator[Sample], start: int, total: int, spare: int, progress: Progress) -> list[Bad]:
-    """Write one tar; the samples that were left out of it. Raises DataError if more than `spare` of them are bad."""
+def _shard(
+    path: Path, samples: Iterator[Sample], start: int, total: int, spare: int, progress: Progress
+) -> list[Bad]:
+    """Write one tar; the samples that were left out of it. Raises DataError if more than `spare` of
+    them are bad.
+    """
     from webdataset import TarWriter
 
     bad: list[Bad] = []
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="scaletrain", group="scaletrain") as tar:
+    with (
+        path.open("wb") as file,
+        TarWriter(file, encoder=False, mtime=0, user="scaletrain", group="scaletrain") as tar,
+    ):
         for done, sample in enumerate(samples, start + 1):
             if isinstance(sample, Bad):
                 bad.append(sample)
                 _check([one for one in bad if not one.copy], spare)
             else:
                 tar.write(sample.members)
+
             progress(done, total)
+
     return bad
 
 
@@ -230,23 +311,32 @@ def _prepared(entry: Entry, how: How) -> Entry:
     mask = None if entry.mask is None else image.decode_mask(entry.mask, how.max_pixels)
     if mask is not None and (mask.shape != size or image.kind(entry.mask or b"") != "png"):
         raise ImageError(f"{entry.mask_where}: the mask of this image must be a PNG of its size")
+
     large = 0 < how.resize < min(size)
     if not large and (how.resize or not how.quality):
         return entry
+
     if large:
         pixels = image.shrink(pixels, how.resize)
         if mask is not None:
             mask = image.shrink(mask, how.resize, cv2.INTER_NEAREST)
+
     encoded = None if mask is None else image.png(mask * np.uint8(255))
     return replace(entry, image=image.jpeg(pixels, how.quality or QUALITY), mask=encoded)
 
 
 def _members(number: int, entry: Entry) -> Members:
-    members: Members = {"__key__": f"{number:09d}-{slug(entry.name)}", image.kind(entry.image): entry.image}
+    members: Members = {
+        "__key__": f"{number:09d}-{slug(entry.name)}",
+        image.kind(entry.image): entry.image,
+    }
+
     if len(entry.labels) == 1:
         members["cls"] = str(entry.labels[0]).encode()
     elif entry.labels:
         members["json"] = json.dumps({"labels": entry.labels}).encode()
+
     if entry.mask is not None:
         members["mask.png"] = entry.mask
+
     return members

@@ -20,9 +20,14 @@ from scaletrain.ops.precision import full_precision
 class Config(ComponentConfig):
     hidden: Count = 8192
     dim: Count = 8192
-    lambd: Positive = 0.0051  # weight of the redundancy reduction
-    scale: Positive = 1.0  # of the whole loss: LARS cancels it for what it adapts, but not against the weight decay
-    bias_lr: Positive = 0.024  # learning rate of biases and norms, relative to that of the weights
+    lambd: Positive = 0.0051
+    """Weight of the redundancy reduction."""
+
+    scale: Positive = 1.0
+    """Of the whole loss: LARS cancels it for what it adapts, but not against the weight decay."""
+
+    bias_lr: Positive = 0.024
+    """Learning rate of biases and norms, relative to that of the weights."""
 
 
 class Model(Method):
@@ -30,7 +35,9 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("barlow_twins")
         self.config = config
@@ -38,7 +45,8 @@ class Model(Method):
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.hidden, config.dim)
         self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=run_info.norm_group)
-        self.norm = BatchNorm(config.dim, scale=False, shift=False)  # over the whole batch, whatever the other norms do
+        # over the whole batch, whatever the other norms do
+        self.norm = BatchNorm(config.dim, scale=False, shift=False)
 
     def groups(self) -> Sequence[Group]:
         return [Group("biases", lambda _, p: p.ndim == 1, lr=self.config.bias_lr)]
@@ -52,9 +60,17 @@ class Model(Method):
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [2, B, D] -> the two sums of eq. 1, invariance and redundancy reduction, and the diagonal's mean."""
+        """z [2, B, D] -> the two sums of eq. 1, invariance and redundancy reduction, and the
+        diagonal's mean.
+        """
         z1, z2 = per_view(self.norm, z)
-        # differs: the authors' all_reduce has no gradient, so that theirs is 1 / ranks of this one (`scale` can say so).
+        # differs: the authors' all_reduce has no gradient, so that theirs is 1 / ranks of this one
+        # (`scale` can say so).
         c = dist.psum(z1.T @ z2) / (len(z1) * dist.world())  # [D, D], eq. 2
         diagonal = c.diagonal()
-        return (1 - diagonal).square().sum(), c.square().sum() - diagonal.square().sum(), diagonal.detach().mean()
+
+        return (
+            (1 - diagonal).square().sum(),
+            c.square().sum() - diagonal.square().sum(),
+            diagonal.detach().mean(),
+        )

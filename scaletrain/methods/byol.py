@@ -1,4 +1,5 @@
-"""BYOL: Bootstrap Your Own Latent (Grill et al., 2020, arXiv 2006.07733), after deepmind-research/byol.
+"""BYOL: Bootstrap Your Own Latent (Grill et al., 2020, arXiv 2006.07733), after
+deepmind-research/byol.
 
 Family: without negatives.
 """
@@ -23,9 +24,14 @@ from scaletrain.ops.masking import on_grey
 class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
-    tau: Share = 0.996  # tau_base of the target's moving average
-    mask_probability: Share = 0.0  # of a view without its background, a study of ReLICv2; needs data.masks
-    mask_minimum: Share = 0.1  # least share of the view that the foreground covers
+    tau: Share = 0.996
+    """tau_base of the target's moving average."""
+
+    mask_probability: Share = 0.0
+    """Of a view without its background, a study of ReLICv2; needs data.masks."""
+
+    mask_minimum: Share = 0.1
+    """Least share of the view that the foreground covers."""
 
     def fits(self, run: Run) -> None:
         if self.mask_probability and not run.data.masks:
@@ -35,9 +41,14 @@ class Config(ComponentConfig):
 class Model(Method):
     """Two views; the online network predicts the target network's projection of the other view."""
 
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("byol")
         self.config = config
@@ -45,19 +56,31 @@ class Model(Method):
         width = int(self.backbone.features)  # type: ignore[arg-type]
         heads = (width, config.hidden, config.dim)
         self.projector = mlp(heads, last_bias=False, group=run_info.norm_group)
-        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=run_info.norm_group)
-        # The target has its own initialisation: it is not a copy of the online network (official code).
+        self.predictor = mlp(
+            (config.dim, config.hidden, config.dim), last_bias=False, group=run_info.norm_group
+        )
+
+        # The target has its own initialisation: it is not a copy of the online network (official
+        # code).
         self.target_backbone = make_backbone()
         self.target_projector = mlp(heads, last_bias=False, group=run_info.norm_group)
 
     def ema(self, clock: Clock) -> float:
-        return clock.cosine(self.config.tau, 1.0)  # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+        # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+        return clock.cosine(self.config.tau, 1.0)
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
-        x, masked = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)  # [2, B, 3, H, W]
+        x, masked = on_grey(
+            batch, self.config.mask_probability, self.config.mask_minimum
+        )  # [2, B, 3, H, W]
         y = per_view(self.backbone, x)
         q1, q2 = per_view(self.predictor, per_view(self.projector, y))
+
         with torch.no_grad():
             z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
-        loss = cosine_distance(q1, z2) + cosine_distance(q2, z1)  # eq. 2 and its mirror image, summed
-        return MethodOutput({"all": loss}, similarities(q1, z2) | {"masked_views": masked.mean()}, y[0].detach())
+
+        # eq. 2 and its mirror image, summed
+        loss = cosine_distance(q1, z2) + cosine_distance(q2, z1)
+        return MethodOutput(
+            {"all": loss}, similarities(q1, z2) | {"masked_views": masked.mean()}, y[0].detach()
+        )

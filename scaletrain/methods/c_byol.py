@@ -1,4 +1,5 @@
-"""C-BYOL, compressed (Lee et al., 2021, arXiv 2109.12909), after google-research/compressive-visual-representations.
+"""C-BYOL, compressed (Lee et al., 2021, arXiv 2109.12909), after
+google-research/compressive-visual-representations.
 
 Family: without negatives.
 """
@@ -25,20 +26,38 @@ from scaletrain.ops.precision import full_precision, unit
 class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Annotated[int, Field(ge=2)] = 256
-    tau: Share = 0.996  # of the target's moving average, cosine to 1
-    kappa_e: Positive = 16384.0  # concentration of e(z | x), the encoding of a view
-    kappa_b: Positive = 10.0  # of b(z | y), its prediction from the target's embedding
-    kappa_d: Positive = 4.0  # of the decoder: half of it weighs BYOL's loss
-    beta: Annotated[float, Field(ge=0.0)] = 1.0  # weight of the compression
-    residual: Literal["other", "own"] = "other"  # the target's view that predicts a code; the authors' code takes its own
+    tau: Share = 0.996
+    """Of the target's moving average, cosine to 1."""
+
+    kappa_e: Positive = 16384.0
+    """Concentration of e(z | x), the encoding of a view."""
+
+    kappa_b: Positive = 10.0
+    """Of b(z | y), its prediction from the target's embedding."""
+
+    kappa_d: Positive = 4.0
+    """Of the decoder: half of it weighs BYOL's loss."""
+
+    beta: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the compression."""
+
+    residual: Literal["other", "own"] = "other"
+    """The target's view that predicts a code; the authors' code takes its own."""
 
 
 class Model(Method):
-    """A stochastic code of each view predicts the target's projection of the other, and holds little beyond it."""
+    """A stochastic code of each view predicts the target's projection of the other, and holds
+    little beyond it.
+    """
 
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("c_byol")
         self.config = config
@@ -46,9 +65,12 @@ class Model(Method):
         group, dim = run_info.norm_group, config.dim
         heads, head = (int(self.backbone.features), config.hidden, dim), (dim, config.hidden, dim)  # type: ignore[arg-type]
         self.projector = mlp(heads, last_bias=False, group=group)
-        self.encoder = mlp(head, last_bias=False, group=group)  # mean direction of e(z | x)
+        # mean direction of e(z | x)
+        self.encoder = mlp(head, last_bias=False, group=group)
         self.decoder = nn.Linear(dim, dim, bias=False)
-        self.prior = mlp(head, last_bias=False, group=group)  # mean direction of b(z | y); trained
+
+        # mean direction of b(z | y); trained
+        self.prior = mlp(head, last_bias=False, group=group)
         self.e, self.b = (VonMisesFisher(dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
         self.target_backbone = make_backbone()
         self.target_projector = mlp(heads, last_bias=False, group=group)
@@ -62,19 +84,31 @@ class Model(Method):
         mean = per_view(self.encoder, per_view(self.projector, y))
         with torch.no_grad():
             t = unit(per_view(self.target_projector, per_view(self.target_backbone, x)))
+
         z, residual = self._code(mean, per_view(self.prior, t), batch.keys)
         p1, p2 = self.decoder(z)
         byol = cosine_distance(p1, t[1]) + cosine_distance(p2, t[0])
         loss = self.config.kappa_d / 2 * byol + self.config.beta * residual
         shown = {"byol": byol.detach(), "residual": residual.detach()} | similarities(p1, t[1])
+
         return MethodOutput({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _code(self, mean: Tensor, prior: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Means of e and b [2, B, dim] -> z ~ e(z | x) [2, B, dim] and the sum over views of log e(z | x) - log b(z | y)."""
+        """Means of e and b [2, B, dim] -> z ~ e(z | x) [2, B, dim] and the sum over views of log
+        e(z | x) - log b(z | y).
+        """
         mean, prior = F.normalize(mean, dim=-1), F.normalize(prior, dim=-1)
+
         if self.config.residual == "other":
             prior = prior.flip(0)
-        z = torch.stack([self.e.sample(view, keys, purpose) for view, purpose in zip(mean, ("code1", "code2"), strict=True)])
+
+        z = torch.stack(
+            [
+                self.e.sample(view, keys, purpose)
+                for view, purpose in zip(mean, ("code1", "code2"), strict=True)
+            ]
+        )
         residual = self.e.log_prob((z * mean).sum(-1)) - self.b.log_prob((z * prior).sum(-1))
+
         return z, residual.mean(1).sum()

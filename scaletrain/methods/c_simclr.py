@@ -1,4 +1,5 @@
-"""C-SimCLR, compressed (Lee et al., 2021, arXiv 2109.12909), after google-research/compressive-visual-representations.
+"""C-SimCLR, compressed (Lee et al., 2021, arXiv 2109.12909), after
+google-research/compressive-visual-representations.
 
 Family: contrastive.
 """
@@ -26,17 +27,26 @@ from scaletrain.ops.precision import full_precision
 class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Annotated[int, Field(ge=2)] = 256
-    kappa_e: Positive = 1024.0  # concentration of e(z | x), the encoding of a view
-    kappa_b: Positive = 10.0  # of b(z | y), its prediction from the other view: 1 / the temperature
-    beta: Annotated[float, Field(ge=0.0)] = 1.0  # weight of the compression
+    kappa_e: Positive = 1024.0
+    """Concentration of e(z | x), the encoding of a view."""
+
+    kappa_b: Positive = 10.0
+    """Of b(z | y), its prediction from the other view: 1 / the temperature."""
+
+    beta: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the compression."""
 
 
 class Model(Method):
-    """The code z of a view finds the sample of the other view, and holds as little as may be that the other view does not."""
+    """The code z of a view finds the sample of the other view, and holds as little as may be that
+    the other view does not.
+    """
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("c_simclr")
         self.config = config
@@ -44,7 +54,9 @@ class Model(Method):
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim)
         self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=run_info.norm_group)
-        self.e, self.b = (VonMisesFisher(config.dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
+        self.e, self.b = (
+            VonMisesFisher(config.dim, kappa) for kappa in (config.kappa_e, config.kappa_b)
+        )
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = pooled(self.backbone, batch.views[0])
@@ -55,24 +67,42 @@ class Model(Method):
 
     @full_precision
     def _loss(self, r: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """r [2, B, dim]: the mean directions -> loss, and both directions' mean residual information and accuracy."""
+        """r [2, B, dim]: the mean directions -> loss, and both directions' mean residual
+        information and accuracy.
+        """
         r1, r2 = F.normalize(r, dim=-1)
         every1, every2 = dist.gather(r1), dist.gather(r2)
-        found = (self._direction(r1, r2, every1, every2, keys, "code1"), self._direction(r2, r1, every2, every1, keys, "code2"))
+        found = (
+            self._direction(r1, r2, every1, every2, keys, "code1"),
+            self._direction(r2, r1, every2, every1, keys, "code2"),
+        )
+
         residual, contrast, accuracy = (torch.stack(part) for part in zip(*found, strict=True))
-        loss = (self.config.beta * residual + contrast).sum()  # summed over the directions, as SimCLR's
+        # summed over the directions, as SimCLR's
+        loss = (self.config.beta * residual + contrast).sum()
         return loss, residual.detach().mean(), accuracy.mean()
 
     def _direction(
         self, x: Tensor, y: Tensor, every_x: Tensor, every_y: Tensor, keys: Tensor, purpose: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One code per sample from view x -> I(X; Z | Y), -I(Z; Y) as bounded by the batch, and the share that is found."""
+        """One code per sample from view x -> I(X; Z | Y), -I(Z; Y) as bounded by the batch, and the
+        share that is found.
+        """
         z = self.e.sample(x, keys, purpose)
         residual = self.e.log_prob((z * x).sum(1)) - self.b.log_prob((z * y).sum(1))
         own = dist.rank() * len(x) + torch.arange(len(x), device=x.device)
         itself = F.one_hot(own, len(every_x)).bool()
         logits = torch.cat(
-            [self.b.log_prob(z @ every_y.T), self.b.log_prob(z @ every_x.T).masked_fill(itself, float("-inf"))], 1
+            [
+                self.b.log_prob(z @ every_y.T),
+                self.b.log_prob(z @ every_x.T).masked_fill(itself, float("-inf")),
+            ],
+            1,
         )
+
         # differs: the authors' constant log(2B - 1), taken off, is not part of a loss.
-        return residual.mean(), F.cross_entropy(logits, own), (logits.detach().argmax(1) == own).float().mean()
+        return (
+            residual.mean(),
+            F.cross_entropy(logits, own),
+            (logits.detach().argmax(1) == own).float().mean(),
+        )

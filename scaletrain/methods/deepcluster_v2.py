@@ -1,4 +1,5 @@
-"""DeepCluster v2 (Caron et al., 2020, arXiv 2006.09882, appendix D), after facebookresearch/swav's main_deepclusterv2.py.
+"""DeepCluster v2 (Caron et al., 2020, arXiv 2006.09882, appendix D), after facebookresearch/swav's
+main_deepclusterv2.py.
 
 Family: clustering.
 """
@@ -25,26 +26,38 @@ from scaletrain.ops.precision import full_precision, unit
 class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
-    clusters: tuple[Count, ...] = (3000, 3000, 3000)  # one clustering and prototype head each
+    clusters: tuple[Count, ...] = (3000, 3000, 3000)
+    """One clustering and prototype head each."""
+
     temperature: Positive = 0.1
-    iterations: Count = 10  # of k-means
+    iterations: Count = 10
+    """Of k-means."""
 
 
 class Model(Method):
-    """Each epoch clusters the embeddings of the last one; every view must find the cluster of its sample."""
+    """Each epoch clusters the embeddings of the last one; every view must find the cluster of its
+    sample.
+    """
 
-    global_loss = True  # a mean over those samples of the batch whose cluster is known
+    # a mean over those samples of the batch whose cluster is known
+    global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_samples("method.clusters", max(config.clusters))
         self.config, self.seed = config, run_info.seed
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
-        for head, clusters in enumerate(config.clusters):  # set by k-means, not trained
+
+        # set by k-means, not trained
+        for head, clusters in enumerate(config.clusters):
             self.register_buffer(f"prototypes{head}", torch.zeros(clusters, config.dim))
-        self.banked = min(2, run_info.views[0][1])  # head h clusters the embeddings of large view h mod banked
+
+        # head h clusters the embeddings of large view h mod banked
+        self.banked = min(2, run_info.views[0][1])
         self.banks = nn.ModuleList(Bank(run_info.samples, config.dim) for _ in range(self.banked))
         self.assignments = Assignments(run_info.samples, config.clusters)
 
@@ -57,14 +70,19 @@ class Model(Method):
         return unit(z[: self.banked]).transpose(0, 1)
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
-        if clock.epoch == 0:  # no embeddings yet: one pass before training
+        # no embeddings yet: one pass before training
+        if clock.epoch == 0:
             for index, z in features(self._embed):
                 self._remember(index, z, "write")
+
         for head, clusters in enumerate(self.config.clusters):
             bank: Bank = self.banks[head % self.banked]  # type: ignore[assignment]
-            # differs: seeds are drawn from the whole data set by a hash, not from rank 0's shard, so ranks do not matter.
+            # differs: seeds are drawn from the whole data set by a hash, not from rank 0's shard,
+            # so ranks do not matter.
             key = int(rng.hash64(self.seed, clock.epoch, head))
-            centroids, assigned = spherical_kmeans(bank.rows, bank.start, clusters, self.config.iterations, key)
+            centroids, assigned = spherical_kmeans(
+                bank.rows, bank.start, clusters, self.config.iterations, key
+            )
             self.prototypes()[head].copy_(centroids)
             self.assignments.renew(head, assigned)
 
@@ -77,7 +95,11 @@ class Model(Method):
         z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
         target = self.assignments.read(batch.index)  # [B, heads]
         loss, accuracy = self._loss(z, target, batch.index)
-        return MethodOutput({"all": loss}, {"assignment_accuracy": accuracy} | self.assignments.shown(), h[0][0].detach())
+        return MethodOutput(
+            {"all": loss},
+            {"assignment_accuracy": accuracy} | self.assignments.shown(),
+            h[0][0].detach(),
+        )
 
     @full_precision
     def _loss(self, z: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +109,14 @@ class Model(Method):
         for head, prototypes in enumerate(self.prototypes()):
             logits = z @ prototypes.to(z).T / self.config.temperature  # [V, B, K]
             labels = target[:, head].expand(len(z), -1)
-            # Samples that no pass has embedded yet are left out: a sum over the known ones, divided by their global number.
+            # Samples that no pass has embedded yet are left out: a sum over the known ones, divided
+            # by their global number.
             known = dist.sum_nograd((target[:, head] >= 0).sum()) * len(z)
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum")
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum"
+            )
+
             losses.append(loss * dist.world() / known.clamp_min(1))
             hits.append((logits.argmax(-1) == labels).float().mean())
+
         return torch.stack(losses).mean(), torch.stack(hits).mean()

@@ -1,4 +1,5 @@
-"""DenseCL: dense contrastive learning (Wang et al., 2021, arXiv 2011.09157), after WXinlong/DenseCL.
+"""DenseCL: dense contrastive learning (Wang et al., 2021, arXiv 2011.09157), after
+WXinlong/DenseCL.
 
 Family: contrastive.
 """
@@ -23,17 +24,28 @@ from scaletrain.ops.precision import full_precision
 
 
 class Config(ComponentConfig):
-    hidden: Count = 2048  # of both heads
+    hidden: Count = 2048
+    """Of both heads."""
+
     dim: Count = 128
-    queue: Count = 65536  # keys of earlier steps over all ranks, in either queue
+    queue: Count = 65536
+    """Keys of earlier steps over all ranks, in either queue."""
+
     temperature: Positive = 0.2
-    dense: Share = 0.5  # lambda, share of the dense loss
-    tau: Share = 0.999  # the key encoder's momentum
-    shuffle: bool = True  # ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none
+    dense: Share = 0.5
+    """Lambda, share of the dense loss."""
+
+    tau: Share = 0.999
+    """The key encoder's momentum."""
+
+    shuffle: bool = True
+    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
 
 
 class Model(Method):
-    """MoCo v2, and the same once more for every cell of the last feature map against the cell of the key that looks like it."""
+    """MoCo v2, and the same once more for every cell of the last feature map against the cell of
+    the key that looks like it.
+    """
 
     targets: ClassVar[Mapping[str, str]] = {
         "target_backbone": "backbone",
@@ -41,13 +53,18 @@ class Model(Method):
         "target_dense_projector": "dense_projector",
     }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("densecl")
         self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
         self.shuffle = config.shuffle and run_info.norm_group > 0
-        if self.shuffle:  # else no sample needs another one of its batch
+
+        # else no sample needs another one of its batch
+        if self.shuffle:
             self.global_loss = True
+
         self.backbone, self.target_backbone = unpooled(make_backbone()), unpooled(make_backbone())
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim)
@@ -55,6 +72,7 @@ class Model(Method):
         # On the channels of each cell a dense layer is the paper's 1x1 convolution.
         self.dense_projector, self.target_dense_projector = plain(widths), plain(widths)
         self.start_targets()
+
         self.queue = Queue(config.queue, config.dim, noise=True)
         self.dense_queue = Queue(config.queue, config.dim, noise=True)
 
@@ -69,27 +87,43 @@ class Model(Method):
         f = _cells(per_view(self.backbone, x[:1]))  # [B, S, features]
         h = f.mean(1)
         q, dense_q = self.projector(h), pooled(self.dense_projector, f)
+
         with torch.no_grad():
             g = _cells(self._keys(x[1:], clock))
             k, dense_k = self.target_projector(g.mean(1)), pooled(self.target_dense_projector, g)
+
         loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
-        return MethodOutput({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
+        return MethodOutput(
+            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
+        )
 
     def _keys(self, x: Tensor, clock: Clock) -> Tensor:
         """[1, B, features, H, W] of the key encoder, whose only norms are in its backbone."""
-        return shuffled(self.target_backbone, x, self.seed, clock.step) if self.shuffle else per_view(self.target_backbone, x)
+        return (
+            shuffled(self.target_backbone, x, self.seed, clock.step)
+            if self.shuffle
+            else per_view(self.target_backbone, x)
+        )
 
     @full_precision
     def _loss(
         self, q: Tensor, k: Tensor, dense_q: Tensor, dense_k: Tensor, f: Tensor, g: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """q, k [B, dim]; dense_q, dense_k [B, S, dim]; f, g [B, S, features]: the cells of both backbones."""
-        same = (F.normalize(f, dim=2) @ F.normalize(g, dim=2).transpose(1, 2)).argmax(2)  # [B, S], section 3.3
+        """q, k [B, dim]; dense_q, dense_k [B, S, dim]; f, g [B, S, features]: the cells of both
+        backbones.
+        """
+        same = (F.normalize(f, dim=2) @ F.normalize(g, dim=2).transpose(1, 2)).argmax(
+            2
+        )  # [B, S], section 3.3
         positive = dense_k.gather(1, same[..., None].expand_as(dense_q))
         whole, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
-        dense, cells = key_contrast(dense_q, positive, self.dense_queue.rows, self.config.temperature)
+        dense, cells = key_contrast(
+            dense_q, positive, self.dense_queue.rows, self.config.temperature
+        )
+
         self.queue.push(F.normalize(k, dim=-1))
-        self.dense_queue.push(F.normalize(dense_k.mean(1), dim=-1))  # one pooled key per image
+        # one pooled key per image
+        self.dense_queue.push(F.normalize(dense_k.mean(1), dim=-1))
         shown |= {f"dense_{name}": value for name, value in cells.items()}
         shown |= {"global": whole.detach(), "dense": dense.detach()}
         return (1 - self.config.dense) * whole + self.config.dense * dense, shown

@@ -1,6 +1,8 @@
-"""DirectPred (Tian et al., 2021, arXiv 2102.06810) and DirectCopy (Wang et al., 2021, arXiv 2110.04947).
+"""DirectPred (Tian et al., 2021, arXiv 2102.06810) and DirectCopy (Wang et al., 2021, arXiv
+2110.04947).
 
-After facebookresearch/luckmatters. BYOL whose linear predictor is set from the correlation of its inputs and not trained.
+After facebookresearch/luckmatters. BYOL whose linear predictor is set from the correlation of its
+inputs and not trained.
 
 Family: without negatives.
 """
@@ -26,15 +28,24 @@ from scaletrain.ops.contrastive import cosine_distance, similarities
 class Config(ComponentConfig):
     hidden: Count = 512
     dim: Count = 128
-    tau: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.996  # of the target's moving average, constant
+    tau: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.996
+    """Of the target's moving average, constant."""
+
     predictor: Literal["directpred", "directcopy"] = "directpred"
-    rho: Share = 0.3  # share of the correlation that a step keeps
-    epsilon: Annotated[float, Field(ge=0.0)] = 0.01  # added to the predictor's spectrum
-    every: Count = 1  # steps between settings of the predictor
+    rho: Share = 0.3
+    """Share of the correlation that a step keeps."""
+
+    epsilon: Annotated[float, Field(ge=0.0)] = 0.01
+    """Added to the predictor's spectrum."""
+
+    every: Count = 1
+    """Steps between settings of the predictor."""
 
 
 class Correlation(DeferredState):
-    """F <- rho F + (1 - rho) E[f f^T] over all views of the global batch; the first step sets F whole. [dim, dim] float64."""
+    """F <- rho F + (1 - rho) E[f f^T] over all views of the global batch; the first step sets F
+    whole. [dim, dim] float64.
+    """
 
     matrix: Tensor
     steps: Tensor
@@ -53,6 +64,7 @@ class Correlation(DeferredState):
     def commit(self, parts: int = 1) -> None:
         if not self.staged:
             return
+
         f = torch.cat(self.staged).double()
         new = dist.sum_nograd(f.T @ f) / (len(f) * dist.world())
         keep = self.rho * (self.steps > 0).to(self.matrix)
@@ -65,13 +77,20 @@ class Correlation(DeferredState):
 
 
 class Model(Method):
-    """Two views; W_p f predicts the target's projection of the other view, W_p sharing the eigenvectors of f's correlation."""
+    """Two views; W_p f predicts the target's projection of the other view, W_p sharing the
+    eigenvectors of f's correlation.
+    """
 
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
     weight: Tensor
     spectrum: Tensor
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("directpred")
         self.config = config
@@ -79,9 +98,11 @@ class Model(Method):
         heads = (int(self.backbone.features), config.hidden, config.dim)  # type: ignore[arg-type]
         self.projector = mlp(heads, last_bias=False, group=run_info.norm_group)
         self.correlation = Correlation(config.dim, config.rho)
+
         # differs: the authors' predictor is random until the first step has set it.
         self.register_buffer("weight", torch.eye(config.dim))
-        self.register_buffer("spectrum", torch.zeros(config.dim, dtype=torch.float64))  # of F, ascending; by directpred only
+        # of F, ascending; by directpred only
+        self.register_buffer("spectrum", torch.zeros(config.dim, dtype=torch.float64))
         self.target_backbone = make_backbone()
         self.target_projector = mlp(heads, last_bias=False, group=run_info.norm_group)
 
@@ -94,18 +115,33 @@ class Model(Method):
         f = per_view(self.projector, y)
         self.correlation.stage(f)
         p1, p2 = F.linear(f, self.weight)
+
         with torch.no_grad():
             z1, z2 = per_view(self.target_projector, per_view(self.target_backbone, x))
-        loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)  # 4 more than the authors' -2 cos, summed
+
+        # 4 more than the authors' -2 cos, summed
+        loss = cosine_distance(p1, z2) + cosine_distance(p2, z1)
         return MethodOutput({"all": loss}, self._spectrum() | similarities(p1, z2), y[0].detach())
 
     def _spectrum(self) -> dict[str, Tensor]:
-        """Of F: (tr F)^2 / |F|^2, the number of dimensions in use, from 1 (collapse) to dim; two eigenvalues."""
+        """Of F: (tr F)^2 / |F|^2, the number of dimensions in use, from 1 (collapse) to dim; two
+        eigenvalues.
+        """
         trace, square = self.correlation.matrix.trace(), self.correlation.matrix.square().sum()
         rank = trace.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-        shown = {"correlation_rank": rank, "correlation_trace": trace, "predictor_norm": self.weight.norm()}
-        if self.config.predictor == "directpred":  # the other needs no decomposition
-            shown |= {"eigenvalue_largest": self.spectrum[-1].clone(), "eigenvalue_median": self.spectrum.median()}
+        shown = {
+            "correlation_rank": rank,
+            "correlation_trace": trace,
+            "predictor_norm": self.weight.norm(),
+        }
+
+        # the other needs no decomposition
+        if self.config.predictor == "directpred":
+            shown |= {
+                "eigenvalue_largest": self.spectrum[-1].clone(),
+                "eigenvalue_median": self.spectrum.median(),
+            }
+
         return shown
 
     @torch.no_grad()
@@ -114,12 +150,18 @@ class Model(Method):
             self.weight.copy_(self._predictor(self.correlation.matrix))
 
     def _predictor(self, correlation: Tensor) -> Tensor:
-        """Every rank computes it from the same sum; float64, since an eigenvalue near zero is a difference of large numbers."""
+        """Every rank computes it from the same sum; float64, since an eigenvalue near zero is a
+        difference of large numbers.
+        """
         if self.config.predictor == "directcopy":
-            return correlation + self.config.epsilon * torch.eye(len(correlation), out=torch.empty_like(correlation))
+            return correlation + self.config.epsilon * torch.eye(
+                len(correlation), out=torch.empty_like(correlation)
+            )
+
         s, q = torch.linalg.eigh(correlation)
         s = s.clamp_min(0)
         self.spectrum.copy_(s)
         p = (s / s.max().clamp_min(torch.finfo(s.dtype).tiny)).sqrt() + self.config.epsilon
         weight: Tensor = (q * p.clamp_min(1e-4)) @ q.T
+
         return weight

@@ -1,4 +1,5 @@
-"""Margin contrastive loss over two views (Hadsell et al., 2006, Dimensionality Reduction by Learning an Invariant Mapping).
+"""Margin contrastive loss over two views (Hadsell et al., 2006, Dimensionality Reduction by
+Learning an Invariant Mapping).
 
 Family: contrastive.
 """
@@ -19,16 +20,23 @@ from scaletrain.ops.distances import pair_distances
 class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
-    margin: Positive = 1.0  # alpha, of distances between 0 and 2
-    squared: bool = True  # Hadsell et al.: both terms squared; false: the plain distances of the textbooks
+    margin: Positive = 1.0
+    """Alpha, of distances between 0 and 2."""
+
+    squared: bool = True
+    """Hadsell et al.: both terms squared; false: the plain distances of the textbooks."""
 
 
 class Model(Method):
-    """Views of one sample are drawn together, those of others pushed apart until they are `margin` away. A small baseline."""
+    """Views of one sample are drawn together, those of others pushed apart until they are `margin`
+    away. A small baseline.
+    """
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("margin")
         self.config = config
@@ -43,14 +51,18 @@ class Model(Method):
 
     def _loss(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         positive, others, counts = pair_distances(z, squared=False)
-        short = (self.config.margin - others).clamp_min(0) * counts  # max(0, alpha - d(A, B))
+        # max(0, alpha - d(A, B))
+        short = (self.config.margin - others).clamp_min(0) * counts
         power = 2 if self.config.squared else 1
         negatives = counts.sum(1)
-        # differs: means over positives and over negatives are added up; a mean over all pairs would be one of negatives alone.
+        # differs: means over positives and over negatives are added up; a mean over all pairs would
+        # be one of negatives alone.
         loss = (positive**power).mean() + ((short**power).sum(-1) / negatives).mean()
         scalars = {
             "positive_distance": positive.detach().mean(),
             "negative_distance": ((others.detach() * counts).sum(-1) / negatives).mean(),
-            "active_negatives": ((short.detach() > 0).sum(-1) / negatives).mean(),  # share inside the margin
+            # share inside the margin
+            "active_negatives": ((short.detach() > 0).sum(-1) / negatives).mean(),
         }
+
         return loss, scalars

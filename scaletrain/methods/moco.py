@@ -1,4 +1,5 @@
-"""MoCo v1 and v2: momentum contrast (He et al., 2020, arXiv 1911.05722; arXiv 2003.04297), after facebookresearch/moco.
+"""MoCo v1 and v2: momentum contrast (He et al., 2020, arXiv 1911.05722; arXiv 2003.04297), after
+facebookresearch/moco.
 
 Family: contrastive.
 """
@@ -22,35 +23,58 @@ from scaletrain.ops.precision import full_precision
 
 
 class Config(ComponentConfig):
-    hidden: Natural = 2048  # of v2's MLP head; 0: v1's linear head
+    hidden: Natural = 2048
+    """Of v2's MLP head; 0: v1's linear head."""
+
     dim: Count = 128
-    queue: Count = 65536  # K, keys of earlier steps over all ranks
-    temperature: Positive = 0.2  # v1: .07
-    tau: Share = 0.999  # m, the key encoder's momentum, at the start
-    tau_end: Share = 0.999  # and at the end, by half a cosine: constant in the paper
-    symmetric: bool = False  # either view is the query once; their keys have queues of their own (solo-learn's v2+)
-    shuffle: bool = True  # ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none
+    queue: Count = 65536
+    """K, keys of earlier steps over all ranks."""
+
+    temperature: Positive = 0.2
+    """v1: .07."""
+
+    tau: Share = 0.999
+    """M, the key encoder's momentum, at the start."""
+
+    tau_end: Share = 0.999
+    """And at the end, by half a cosine: constant in the paper."""
+
+    symmetric: bool = False
+    """Either view is the query once; their keys have queues of their own (solo-learn's v2+)."""
+
+    shuffle: bool = True
+    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
 
 
 class Model(Method):
     """A query must find the key of its own image among the keys of earlier batches."""
 
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("moco")
         self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
         self.shuffle = config.shuffle and run_info.norm_group > 0
-        if self.shuffle:  # else no sample needs another one of its batch: its negatives are keys of the past
+
+        # else no sample needs another one of its batch: its negatives are keys of the past
+        if self.shuffle:
             self.global_loss = True
+
         self.backbone, self.target_backbone = make_backbone(), make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
         self.projector, self.target_projector = plain(widths), plain(widths)
         self.start_targets()
         self.sides = 2 if config.symmetric else 1
-        self.queues = nn.ModuleList(Queue(config.queue, config.dim, noise=True) for _ in range(self.sides))
+        self.queues = nn.ModuleList(
+            Queue(config.queue, config.dim, noise=True) for _ in range(self.sides)
+        )
 
     def ema(self, clock: Clock) -> float:
         # The authors move the key encoder before each forward pass; after each step is the same.
@@ -61,18 +85,29 @@ class Model(Method):
         h = per_view(self.backbone, x[: self.sides])
         q = pooled(self.projector, h)
         with torch.no_grad():
-            k = pooled(self.target_projector, self._keys(x[-self.sides :], clock)).flip(0)  # of the other view
+            # of the other view
+            k = pooled(self.target_projector, self._keys(x[-self.sides :], clock)).flip(0)
+
         sides = [self._side(q[i], k[i], i) for i in range(self.sides)]
-        shown = {name: torch.stack([side[1][name] for side in sides]).mean() for name in sides[0][1]}
-        return MethodOutput({"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach())
+        shown = {
+            name: torch.stack([side[1][name] for side in sides]).mean() for name in sides[0][1]
+        }
+        return MethodOutput(
+            {"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach()
+        )
 
     def _keys(self, x: Tensor, clock: Clock) -> Tensor:
         """[sides, B, features] of the key encoder, whose only norms are in its backbone."""
-        return shuffled(self.target_backbone, x, self.seed, clock.step) if self.shuffle else per_view(self.target_backbone, x)
+        return (
+            shuffled(self.target_backbone, x, self.seed, clock.step)
+            if self.shuffle
+            else per_view(self.target_backbone, x)
+        )
 
     @full_precision
     def _side(self, q: Tensor, k: Tensor, side: int) -> tuple[Tensor, dict[str, Tensor]]:
         queue: Queue = self.queues[side]  # type: ignore[assignment]
-        loss, shown = key_contrast(q, k, queue.rows, self.config.temperature)  # the queue of before this step
+        # the queue of before this step
+        loss, shown = key_contrast(q, k, queue.rows, self.config.temperature)
         queue.push(F.normalize(k, dim=-1))
         return loss, shown | {"queue_age": queue.age(self.batch)}

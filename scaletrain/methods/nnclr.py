@@ -1,4 +1,5 @@
-"""NNCLR: nearest neighbours as positives (Dwibedi et al., 2021, arXiv 2104.14548). No code is published; after solo-learn.
+"""NNCLR: nearest neighbours as positives (Dwibedi et al., 2021, arXiv 2104.14548). No code is
+published; after solo-learn.
 
 Family: contrastive.
 """
@@ -24,23 +25,37 @@ from scaletrain.ops.precision import full_precision
 class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 256
-    predictor: Count = 4096  # its hidden width
-    queue: Count = 98304  # support set; not verified
-    temperature: Positive = 0.1  # not verified
+    predictor: Count = 4096
+    """Its hidden width."""
+
+    queue: Count = 98304
+    """Support set; not verified."""
+
+    temperature: Positive = 0.1
+    """Not verified."""
 
 
 class Model(Method):
-    """A view's nearest neighbour among earlier embeddings must find the prediction from the sample's other view."""
+    """A view's nearest neighbour among earlier embeddings must find the prediction from the
+    sample's other view.
+    """
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("nnclr")
         self.config, self.batch = config, run_info.batch
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_norm="full", group=run_info.norm_group)
+        self.projector = mlp(
+            (width, config.hidden, config.hidden, config.dim),
+            last_norm="full",
+            group=run_info.norm_group,
+        )
+
         self.predictor = mlp((config.dim, config.predictor, config.dim), group=run_info.norm_group)
         self.queue = Queue(config.queue, config.dim, noise=True)
 
@@ -48,19 +63,31 @@ class Model(Method):
         h = per_view(self.backbone, batch.views[0])  # [2, B, features]
         z = per_view(self.projector, h)
         loss, shown = self._loss(z, per_view(self.predictor, z))
-        return MethodOutput({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h[0].detach())
+        return MethodOutput(
+            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h[0].detach()
+        )
 
     @full_precision
     def _loss(self, z: Tensor, p: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 3, mean of both directions. differs: the paper may add the transposed term; that is not verified."""
+        """Eq. 3, mean of both directions. differs: the paper may add the transposed term; that is
+        not verified.
+        """
         z, p = F.normalize(z.detach(), dim=-1), F.normalize(p, dim=-1)
-        nearest = [self._nearest(view) for view in z]  # the queue of before this step
-        self.queue.push(z[0])  # one view only
-        losses, hits = zip(self._direction(nearest[0], p[1]), self._direction(nearest[1], p[0]), strict=True)
+        # the queue of before this step
+        nearest = [self._nearest(view) for view in z]
+        # one view only
+        self.queue.push(z[0])
+
+        losses, hits = zip(
+            self._direction(nearest[0], p[1]), self._direction(nearest[1], p[0]), strict=True
+        )
         shown = {
-            "neighbour_similarity": torch.stack([(n * x).sum(1).mean() for n, x in zip(nearest, z, strict=True)]).mean(),
+            "neighbour_similarity": torch.stack(
+                [(n * x).sum(1).mean() for n, x in zip(nearest, z, strict=True)]
+            ).mean(),
             "contrast_accuracy": torch.stack(hits).mean(),
         } | similarities(nearest[0], p[1])
+
         return torch.stack(losses).mean(), shown
 
     def _nearest(self, z: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""PCL: prototypical contrastive learning (Li et al., 2021, arXiv 2005.04966), after salesforce/PCL. Family: contrastive."""
+"""PCL: prototypical contrastive learning (Li et al., 2021, arXiv 2005.04966), after salesforce/PCL.
+Family: contrastive.
+"""
 
 from __future__ import annotations
 
@@ -22,65 +24,109 @@ from scaletrain.ops.precision import full_precision, unit
 
 
 class Config(ComponentConfig):
-    hidden: Natural = 2048  # of v2's MLP head; 0: v1's linear head
+    hidden: Natural = 2048
+    """Of v2's MLP head; 0: v1's linear head."""
+
     dim: Count = 128
-    queue: Count = 16384  # r, keys of earlier steps over all ranks
-    negatives: Count = 16384  # prototypes without a sample in the batch, drawn for each step
-    temperature: Positive = 0.2  # of the keys, and the mean concentration of the prototypes
-    tau: Share = 0.999  # the key encoder's momentum
+    queue: Count = 16384
+    """R, keys of earlier steps over all ranks."""
+
+    negatives: Count = 16384
+    """Prototypes without a sample in the batch, drawn for each step."""
+
+    temperature: Positive = 0.2
+    """Of the keys, and the mean concentration of the prototypes."""
+
+    tau: Share = 0.999
+    """The key encoder's momentum."""
+
     clusters: tuple[Count, ...] = (25000, 50000, 100000)
-    iterations: Count = 20  # of k-means
-    smoothing: Positive = 10.0  # alpha of the concentration
-    warmup_epochs: Natural = 20  # without prototypes
-    shuffle: bool = True  # ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none
+    iterations: Count = 20
+    """Of k-means."""
+
+    smoothing: Positive = 10.0
+    """Alpha of the concentration."""
+
+    warmup_epochs: Natural = 20
+    """Without prototypes."""
+
+    shuffle: bool = True
+    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
 
 
 class Model(Method):
-    """MoCo; and a query must find the prototypes of its image's clusters, each with a temperature of its own."""
+    """MoCo; and a query must find the prototypes of its image's clusters, each with a temperature
+    of its own.
+    """
 
     whole_images = True
-    global_loss = True  # prototypes of the other samples of the batch are negatives
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    # prototypes of the other samples of the batch are negatives
+    global_loss = True
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("pcl")
         run_info.need_samples("method.clusters", max(config.clusters))
-        self.config, self.batch, self.seed, self.samples = config, run_info.batch, run_info.seed, run_info.samples
+        self.config, self.batch, self.seed, self.samples = (
+            config,
+            run_info.batch,
+            run_info.seed,
+            run_info.samples,
+        )
+
         self.shuffle = config.shuffle and run_info.norm_group > 0
         self.backbone, self.target_backbone = make_backbone(), make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
         self.projector, self.target_projector = plain(widths), plain(widths)
         self.start_targets()
+
         self.queue = Queue(config.queue, config.dim, noise=True)
-        for m, clusters in enumerate(config.clusters):  # set by k-means, not trained
+        # set by k-means, not trained
+        for m, clusters in enumerate(config.clusters):
             self.register_buffer(f"prototypes{m}", torch.zeros(clusters, config.dim))
-            self.register_buffer(f"concentration{m}", torch.ones(clusters))  # phi
+            # phi
+            self.register_buffer(f"concentration{m}", torch.ones(clusters))
+
         self.assignments = Assignments(run_info.samples, config.clusters)
 
     def ema(self, clock: Clock) -> float:
         return self.config.tau
 
     def _embed(self, batch: Batch) -> Tensor:
-        """[B, dim] of the momentum encoder. differs: the authors take centre crops, this the whole image."""
+        """[B, dim] of the momentum encoder. differs: the authors take centre crops, this the whole
+        image.
+        """
         return unit(self.target_projector(self.target_backbone(batch.views[0][0])))
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         """The E-step (section 3.2)."""
         if clock.epoch < self.config.warmup_epochs:
             return
+
         memory = Bank(self.samples, self.config.dim).to(self.queue.rows)
         self.target_backbone.eval()
         for index, z in features(self._embed):
             memory.write(index, z)
+
         self.target_backbone.train()
         for m, clusters in enumerate(self.config.clusters):
-            # differs: one start in place of the best of five, and an empty cluster stays where it is.
+            # differs: one start in place of the best of five, and an empty cluster stays where it
+            # is.
             key = int(rng.hash64(self.seed, "pcl", m))
-            centroids, assigned = kmeans(memory.rows, memory.start, clusters, self.config.iterations, key)
+            centroids, assigned = kmeans(
+                memory.rows, memory.start, clusters, self.config.iterations, key
+            )
             self.get_buffer(f"prototypes{m}").copy_(F.normalize(centroids, dim=1))
-            self.get_buffer(f"concentration{m}").copy_(self._concentration(memory.rows, centroids, assigned))
+            self.get_buffer(f"concentration{m}").copy_(
+                self._concentration(memory.rows, centroids, assigned)
+            )
             self.assignments.renew(m, assigned)
 
     def _concentration(self, rows: Tensor, centroids: Tensor, assigned: Tensor) -> Tensor:
@@ -88,9 +134,11 @@ class Model(Method):
         distance = (rows - centroids[assigned.clamp_min(0)]).norm(dim=1, keepdim=True)
         sums, count = group_sums(distance, assigned, len(centroids))
         phi = sums[:, 0] / count.clamp_min(1) / (count + self.config.smoothing).log()
-        phi = phi.where(count > 1, phi.where(count > 1, 0).max())  # one sample tells no spread
+        # one sample tells no spread
+        phi = phi.where(count > 1, phi.where(count > 1, 0).max())
         low, high = phi.quantile(torch.tensor([0.1, 0.9], dtype=phi.dtype, device=phi.device))
         phi = phi.clamp(low, high)
+
         # Rows that are all alike have no spread; and a tenth of the clusters could be such.
         return (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3) * self.config.temperature
 
@@ -99,43 +147,75 @@ class Model(Method):
         h = per_view(self.backbone, x[:1])[0]
         with torch.no_grad():
             k = self.target_projector(self._keys(x[1:], clock)[0])
+
         loss, shown = self._loss(self.projector(h), k, batch.index, clock)
-        return MethodOutput({"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach())
+        return MethodOutput(
+            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
+        )
 
     def _keys(self, x: Tensor, clock: Clock) -> Tensor:
         """[1, B, features] of the key encoder, whose only norms are in its backbone."""
-        return shuffled(self.target_backbone, x, self.seed, clock.step) if self.shuffle else per_view(self.target_backbone, x)
+        return (
+            shuffled(self.target_backbone, x, self.seed, clock.step)
+            if self.shuffle
+            else per_view(self.target_backbone, x)
+        )
 
     @full_precision
-    def _loss(self, q: Tensor, k: Tensor, index: Tensor, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, q: Tensor, k: Tensor, index: Tensor, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 11: InfoNCE, and the mean of ProtoNCE over the clusterings."""
         loss, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
         self.queue.push(F.normalize(k, dim=-1))
         if clock.epoch < self.config.warmup_epochs:
             return loss, shown
+
         own = self.assignments.read(index).T  # [M, b]
-        heads = [self._prototypes(F.normalize(q, dim=1), ids, m, clock.step) for m, ids in enumerate(own)]
+        heads = [
+            self._prototypes(F.normalize(q, dim=1), ids, m, clock.step) for m, ids in enumerate(own)
+        ]
         proto, hits = (torch.stack(values).mean() for values in zip(*heads, strict=True))
-        shown |= {"prototype_loss": proto.detach(), "prototype_accuracy": hits} | self.assignments.shown()
+        shown |= {
+            "prototype_loss": proto.detach(),
+            "prototype_accuracy": hits,
+        } | self.assignments.shown()
+
         return loss + proto, shown
 
     def _prototypes(self, q: Tensor, own: Tensor, m: int, step: int) -> tuple[Tensor, Tensor]:
-        """Cross entropy of each sample's prototype among those of the global batch and others that are drawn.
+        """Cross entropy of each sample's prototype among those of the global batch and others that
+        are drawn.
 
-        As in the authors' code, a prototype of two samples of the batch has two columns, each the other's negative. differs:
-        there the batch is that of one GPU, and prototypes beyond the highest number in use are never drawn. Samples that no
-        pass has embedded are left out: a sum over the known ones, divided by their global number.
+        As in the authors' code, a prototype of two samples of the batch has two columns, each the
+        other's negative. differs: there the batch is that of one GPU, and prototypes beyond the
+        highest number in use are never drawn. Samples that no pass has embedded are left out: a sum
+        over the known ones, divided by their global number.
         """
-        prototypes, phi = self.get_buffer(f"prototypes{m}").to(q), self.get_buffer(f"concentration{m}").to(q)
+        prototypes, phi = (
+            self.get_buffer(f"prototypes{m}").to(q),
+            self.get_buffer(f"concentration{m}").to(q),
+        )
+
         every = dist.gather_nograd(own)  # [B]
         taken = torch.zeros(len(phi) + 1, dtype=torch.bool, device=q.device)
         taken[every.where(every >= 0, len(phi))] = True
-        chance = rng.hash64(self.seed, "prototypes", step, m, torch.arange(len(phi), device=q.device))
-        drawn = chance.masked_fill(taken[:-1], torch.iinfo(torch.int64).max).argsort()[: self.config.negatives]
+        chance = rng.hash64(
+            self.seed, "prototypes", step, m, torch.arange(len(phi), device=q.device)
+        )
+        drawn = chance.masked_fill(taken[:-1], torch.iinfo(torch.int64).max).argsort()[
+            : self.config.negatives
+        ]
+
         columns = torch.cat([every.clamp_min(0), drawn])
         absent = torch.cat([every < 0, taken[drawn]])
-        logits = (q @ prototypes[columns].T / phi[columns]).masked_fill(absent, -torch.inf)  # [b, B + r]
+        logits = (q @ prototypes[columns].T / phi[columns]).masked_fill(
+            absent, -torch.inf
+        )  # [b, B + r]
         label, known = dist.rank() * len(q) + torch.arange(len(q), device=q.device), own >= 0
         total = dist.sum_nograd(known.sum()).clamp_min(1) / dist.world()
         hits = known & (columns[logits.argmax(1)] == own)
-        return F.cross_entropy(logits[known], label[known], reduction="sum") / total, hits.to(q.dtype).sum() / total
+
+        return F.cross_entropy(logits[known], label[known], reduction="sum") / total, hits.to(
+            q.dtype
+        ).sum() / total

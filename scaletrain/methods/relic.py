@@ -1,6 +1,8 @@
-"""ReLIC: Invariant Causal Mechanisms (Mitrovic et al., 2020, arXiv 2010.07922), with a target network.
+"""ReLIC: Invariant Causal Mechanisms (Mitrovic et al., 2020, arXiv 2010.07922), with a target
+network.
 
-No pretraining code was published; networks and optimizer are BYOL's, as the paper says of its better variant.
+No pretraining code was published; networks and optimizer are BYOL's, as the paper says of its
+better variant.
 
 Family: contrastive.
 """
@@ -27,18 +29,30 @@ from scaletrain.ops.precision import full_precision
 class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
-    tau: Share = 0.996  # of the target's moving average, cosine to 1
-    temperature: Positive = 0.1  # not verified
-    alpha: Annotated[float, Field(ge=0.0)] = 1.0  # not verified: weight of the invariance
+    tau: Share = 0.996
+    """Of the target's moving average, cosine to 1."""
+
+    temperature: Positive = 0.1
+    """Not verified."""
+
+    alpha: Annotated[float, Field(ge=0.0)] = 1.0
+    """Not verified: weight of the invariance."""
 
 
 class Model(Method):
-    """Each view finds its sample among all of the global batch, with the same distribution under both pairs of views."""
+    """Each view finds its sample among all of the global batch, with the same distribution under
+    both pairs of views.
+    """
 
     global_loss = True
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("relic")
         self.config = config
@@ -48,6 +62,7 @@ class Model(Method):
         self.projector = mlp(heads, last_bias=False, group=group)
         self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=group)
         self.target_backbone = make_backbone()
+
         self.target_projector = mlp(heads, last_bias=False, group=group)
 
     def ema(self, clock: Clock) -> float:
@@ -59,21 +74,36 @@ class Model(Method):
         online = per_view(self.predictor, per_view(self.projector, y))
         with torch.no_grad():
             target = per_view(self.target_projector, per_view(self.target_backbone, x))
+
         contrast, invariance, accuracy = self._loss(online, target)
-        scalars = {"contrast": contrast.detach(), "invariance": invariance.detach(), "contrast_accuracy": accuracy}
+        scalars = {
+            "contrast": contrast.detach(),
+            "invariance": invariance.detach(),
+            "contrast_accuracy": accuracy,
+        }
         scalars |= similarities(online[0], target[1])
-        return MethodOutput({"all": contrast + self.config.alpha * invariance}, scalars, y[0].detach())
+
+        return MethodOutput(
+            {"all": contrast + self.config.alpha * invariance}, scalars, y[0].detach()
+        )
 
     @full_precision
     def _loss(self, online: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[2, B, dim] each -> both directions' sum of -log p and of KL(p || p'), and the share of samples found."""
+        """[2, B, dim] each -> both directions' sum of -log p and of KL(p || p'), and the share of
+        samples found.
+        """
         o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
         own = dist.rank() * o.shape[1] + torch.arange(o.shape[1], device=o.device)
         every = dist.gather_nograd(t.transpose(0, 1)).transpose(0, 1)  # [2, B global, dim]
-        # log p(Y = j | x_i) of a view among the other view's targets: the positive and all negatives of the batch
-        log_p = F.log_softmax(o @ every.flip(0).transpose(1, 2) / self.config.temperature, dim=-1)  # [2, b, B]
+        # log p(Y = j | x_i) of a view among the other view's targets: the positive and all
+        # negatives of the batch
+        log_p = F.log_softmax(
+            o @ every.flip(0).transpose(1, 2) / self.config.temperature, dim=-1
+        )  # [2, b, B]
+
         contrast = F.nll_loss(log_p.flatten(0, 1), own.repeat(2)) * 2
-        # differs: the paper does not say where the divergence stops the gradient; here in its second argument (not verified).
+        # differs: the paper does not say where the divergence stops the gradient; here in its
+        # second argument (not verified).
         fixed = log_p.detach().flip(0)
         invariance = (log_p.exp() * (log_p - fixed)).sum(-1).mean(1).sum()
         return contrast, invariance, (log_p.detach().argmax(-1) == own).float().mean()

@@ -1,4 +1,5 @@
-"""ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119), equations 1 to 4 and Listing 1. No pretraining code was published.
+"""ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119), equations 1 to 4 and Listing 1. No pretraining
+code was published.
 
 Family: contrastive.
 """
@@ -28,29 +29,58 @@ Scale = Annotated[float, Field(ge=0.0)]
 class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
-    tau: Share = 0.996  # of the target's moving average, at the start
-    tau_end: Share = 1.0  # and at the end, by half a cosine
-    temperature: Positive = 0.3  # not verified: the digits are lost in the paper's text
-    contrast_scale: Scale = 0.3  # not verified
-    invariance_scale: Scale = 1.5  # not verified
-    negatives: Count = 10  # per anchor, drawn uniformly from the global batch (Table 21)
-    same_view: bool = True  # Listing 1 includes the pairs of a large view's online and target embedding
-    mask_probability: Share = 0.1  # per large view, where the batch has masks (data.masks)
-    mask_minimum: Share = 0.1  # not verified: least share of the view that the foreground covers
+    tau: Share = 0.996
+    """Of the target's moving average, at the start."""
+
+    tau_end: Share = 1.0
+    """And at the end, by half a cosine."""
+
+    temperature: Positive = 0.3
+    """Not verified: the digits are lost in the paper's text."""
+
+    contrast_scale: Scale = 0.3
+    """Not verified."""
+
+    invariance_scale: Scale = 1.5
+    """Not verified."""
+
+    negatives: Count = 10
+    """Per anchor, drawn uniformly from the global batch (Table 21)."""
+
+    same_view: bool = True
+    """Listing 1 includes the pairs of a large view's online and target embedding."""
+
+    mask_probability: Share = 0.1
+    """Per large view, where the batch has masks (data.masks)."""
+
+    mask_minimum: Share = 0.1
+    """Not verified: least share of the view that the foreground covers."""
 
 
 class Model(Method):
-    """Online embeddings of L large and S small views against target embeddings of the large views."""
+    """Online embeddings of L large and S small views against target embeddings of the large
+    views.
+    """
 
     global_loss = True
-    targets: ClassVar[Mapping[str, str]] = {"target_backbone": "backbone", "target_projector": "projector"}
+    targets: ClassVar[Mapping[str, str]] = {
+        "target_backbone": "backbone",
+        "target_projector": "projector",
+    }
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         if config.negatives >= run_info.batch:
-            raise ValueError(f"method.negatives={config.negatives} needs a larger batch than {run_info.batch}")
+            raise ValueError(
+                f"method.negatives={config.negatives} needs a larger batch than {run_info.batch}"
+            )
         if not config.same_view and run_info.views == ((run_info.views[0][0], 1),):
-            raise ValueError("method.same_view=false leaves no pair of views: data.views has a single one")
+            raise ValueError(
+                "method.same_view=false leaves no pair of views: data.views has a single one"
+            )
+
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
@@ -67,49 +97,77 @@ class Model(Method):
         large, masked = on_grey(batch, self.config.mask_probability, self.config.mask_minimum)
         h = [per_view(self.backbone, x) for x in (large, *batch.views[1:])]
         online = per_view(self.predictor, per_view(self.projector, torch.cat(h)))  # [L + S, B, dim]
-        with torch.no_grad():  # small views are never targets
-            target = per_view(self.target_projector, per_view(self.target_backbone, large))  # [L, B, dim]
+        # small views are never targets
+        with torch.no_grad():
+            target = per_view(
+                self.target_projector, per_view(self.target_backbone, large)
+            )  # [L, B, dim]
+
         return online, target, h[0].detach(), masked
 
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> MethodOutput:
         online, target, h, masked = embedded
         contrast, invariance, accuracy = self._terms(online, target, batch.keys)
         loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
-        shown = {"contrast": contrast.detach(), "invariance": invariance.detach(), "contrast_accuracy": accuracy}
+        shown = {
+            "contrast": contrast.detach(),
+            "invariance": invariance.detach(),
+            "contrast_accuracy": accuracy,
+        }
         shown |= similarities(online[0], target[-1]) | {"masked_views": masked.mean()}
+
         return MethodOutput({"all": loss}, shown, h[0])
 
     @full_precision
     def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Equations 1 and 2, averaged over the (L + S) * L pairs of Listing 1; and the share of samples found."""
+        """Equations 1 and 2, averaged over the (L + S) * L pairs of Listing 1; and the share of
+        samples found.
+        """
         o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
-        every_o, every_t = (dist.gather_nograd(x.transpose(0, 1)).transpose(0, 1) for x in (o, t))  # [views, B global, dim]
+        every_o, every_t = (
+            dist.gather_nograd(x.transpose(0, 1)).transpose(0, 1) for x in (o, t)
+        )  # [views, B global, dim]
         others = self._negatives(keys)  # [b, n]
         contrast, invariance, found = [], [], []
+
         for i in range(len(o)):
             for j in range(len(t)):
                 if i == j and not self.config.same_view:
                     continue
+
                 positive = (o[i] * t[j]).sum(-1, keepdim=True)
-                # The same negatives in both distributions: the divergence compares like events. differs: the second anchors
-                # at the target's embedding, since Listing 1's loss(o_i, t_j) has nothing else and small views have no target.
-                # All similarities are cheaper than a copy of each sample's negatives.
+                # The same negatives in both distributions: the divergence compares like events.
+                # differs: the second anchors at the target's embedding, since Listing 1's loss(o_i,
+                # t_j) has nothing else and small views have no target. All similarities are cheaper
+                # than a copy of each sample's negatives.
                 log_p = self._log_p(positive, (o[i] @ every_t[j].T).gather(1, others))
                 log_q = self._log_p(positive, (t[j] @ every_o[i].T).gather(1, others)).detach()
-                contrast.append(-log_p[:, 0].mean())  # eq. 1
-                # eq. 2: KL(p || sg q). Not verified: which argument the paper's stop-gradient is on.
+                # eq. 1
+                contrast.append(-log_p[:, 0].mean())
+                # eq. 2: KL(p || sg q). Not verified: which argument the paper's stop-gradient is
+                # on.
                 invariance.append((log_p.exp() * (log_p - log_q)).sum(1).mean())
                 found.append((log_p.detach().argmax(1) == 0).float().mean())
-        return torch.stack(contrast).mean(), torch.stack(invariance).mean(), torch.stack(found).mean()
+
+        return (
+            torch.stack(contrast).mean(),
+            torch.stack(invariance).mean(),
+            torch.stack(found).mean(),
+        )
 
     def _log_p(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Similarities [b, 1] and [b, n] -> [b, 1 + n] log-probabilities; the positive comes first."""
+        """Similarities [b, 1] and [b, n] -> [b, 1 + n] log-probabilities; the positive
+        comes first.
+        """
         return F.log_softmax(torch.cat([positive, negative], 1) / self.config.temperature, dim=1)
 
     def _negatives(self, keys: Tensor) -> Tensor:
-        """[b, n] positions in the global batch, uniform over the other samples, each at most once."""
+        """[b, n] positions in the global batch, uniform over the other samples, each at
+        most once.
+        """
         own = dist.rank() * len(keys) + torch.arange(len(keys), device=keys.device)
         others = len(keys) * dist.world() - 1
         order = rng.uniform(keys, "negatives", others).argsort(dim=1, stable=True)
         drawn: Tensor = (own[:, None] + 1 + order[:, : self.config.negatives]) % (others + 1)
+
         return drawn

@@ -1,4 +1,5 @@
-"""SimCLR (Chen et al., 2020, arXiv 2002.05709; v2's deeper head: arXiv 2006.10029), after google-research/simclr.
+"""SimCLR (Chen et al., 2020, arXiv 2002.05709; v2's deeper head: arXiv 2006.10029), after
+google-research/simclr.
 
 Family: contrastive.
 """
@@ -18,10 +19,13 @@ from scaletrain.ops.contrastive import nt_xent, similarities
 
 
 class Config(ComponentConfig):
-    layers: Count = 2  # of the projection head: 2 in v1, 3 in v2
+    layers: Count = 2
+    """Of the projection head: 2 in v1, 3 in v2."""
+
     dim: Count = 128
     temperature: Positive = 0.1
-    known_labels: Share = 0.0  # of the samples: their labels remove false negatives (a study of Addepalli et al., 2022)
+    known_labels: Share = 0.0
+    """Of the samples: their labels remove false negatives (a study of Addepalli et al., 2022)."""
 
 
 class Model(Method):
@@ -29,20 +33,26 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("simclr")
         self.config, self.seed = config, run_info.seed
         self.classes = 0 if config.known_labels else None
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no shift.
-        # differs: they start as PyTorch's do, not from N(0, .01); neither the norms behind them nor LARS see that scale.
+        # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no
+        # shift. differs: they start as PyTorch's do, not from N(0, .01); neither the norms behind
+        # them nor LARS see that scale.
         widths = (*[width] * config.layers, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="scale", group=run_info.norm_group)
+        self.projector = mlp(
+            widths, hidden_bias=False, last_bias=False, last_norm="scale", group=run_info.norm_group
+        )
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
-        h = pooled(self.backbone, batch.views[0])  # both views in one forward share their statistics
+        # both views in one forward share their statistics
+        h = pooled(self.backbone, batch.views[0])
         return pooled(self.projector, h), h.detach()
 
     def loss(self, embedded: tuple[Tensor, ...], batch: Batch, clock: Clock) -> MethodOutput:
@@ -51,9 +61,12 @@ class Model(Method):
         return MethodOutput({"all": loss}, similarities(z1, z2), h[0])
 
     def _known(self, batch: Batch) -> Tensor | None:
-        """Labels [B], -1 where the study must not know them; the same samples are known in every epoch."""
+        """Labels [B], -1 where the study must not know them; the same samples are known in every
+        epoch.
+        """
         if not self.config.known_labels:
             return None
+
         assert batch.labels is not None
         draw = rng.uniform(rng.hash64(self.seed, batch.index), "known label", 1)[:, 0]
         return batch.labels.where(draw < self.config.known_labels, -1)

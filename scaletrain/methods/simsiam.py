@@ -1,4 +1,5 @@
-"""SimSiam: simple siamese networks (Chen and He, 2020, arXiv 2011.10566), after facebookresearch/simsiam.
+"""SimSiam: simple siamese networks (Chen and He, 2020, arXiv 2011.10566), after
+facebookresearch/simsiam.
 
 Family: without negatives.
 """
@@ -22,37 +23,53 @@ from scaletrain.ops.precision import full_precision
 class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 2048
-    bottleneck: Count = 512  # hidden width of the predictor
+    bottleneck: Count = 512
+    """Hidden width of the predictor."""
 
 
 class Model(Method):
     """Two views; the prediction of each meets the other's projection, which carries no gradient."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("simsiam")
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         # differs: the authors' last layer has a frozen bias, which the norm behind it takes away.
         widths = (width, config.hidden, config.hidden, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, last_norm="plain", group=run_info.norm_group)
-        self.predictor = mlp((config.dim, config.bottleneck, config.dim), hidden_bias=False, group=run_info.norm_group)
+        self.projector = mlp(
+            widths, hidden_bias=False, last_bias=False, last_norm="plain", group=run_info.norm_group
+        )
+        self.predictor = mlp(
+            (config.dim, config.bottleneck, config.dim),
+            hidden_bias=False,
+            group=run_info.norm_group,
+        )
 
     def groups(self) -> Sequence[Group]:
-        return [Group("predictor", lambda name, _: name.startswith("predictor."), constant=True)]  # --fix-pred-lr
+        # --fix-pred-lr
+        return [Group("predictor", lambda name, _: name.startswith("predictor."), constant=True)]
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])  # [2, B, width]
         z = per_view(self.projector, y)
         p1, p2 = per_view(self.predictor, z)
         z1, z2 = z.detach()
-        # Eq. 2: D(p1, sg z2) / 2 + D(p2, sg z1) / 2 with D = -cos, which is -1 + |.|^2 / 2 of unit vectors.
+        # Eq. 2: D(p1, sg z2) / 2 + D(p2, sg z1) / 2 with D = -cos, which is -1 + |.|^2 / 2 of unit
+        # vectors.
         loss = (cosine_distance(p1, z2) + cosine_distance(p2, z1)) / 4 - 1
-        return MethodOutput({"all": loss}, {"spread": spread(z1)} | similarities(p1, z2), y[0].detach())
+
+        return MethodOutput(
+            {"all": loss}, {"spread": spread(z1)} | similarities(p1, z2), y[0].detach()
+        )
 
 
 @full_precision
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation of z / |z| in a channel, mean over channels, times sqrt(D): near 1, and 0 in collapse (figure 2)."""
+    """Standard deviation of z / |z| in a channel, mean over channels, times sqrt(D): near 1, and 0
+    in collapse (figure 2).
+    """
     deviation = F.normalize(z, dim=-1).std(0, correction=0).mean()
     return deviation * math.sqrt(z.shape[1])

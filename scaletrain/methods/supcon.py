@@ -1,4 +1,5 @@
-"""Supervised contrastive learning (Khosla et al., 2020, arXiv 2004.11362, eq. 2: L_out), after HobbitLong/SupContrast.
+"""Supervised contrastive learning (Khosla et al., 2020, arXiv 2004.11362, eq. 2: L_out), after
+HobbitLong/SupContrast.
 
 Family: supervised.
 """
@@ -23,18 +24,23 @@ class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     temperature: Positive = 0.1
-    base_temperature: Positive = (
-        0.07  # the authors' code multiplies the loss by temperature / base_temperature; the paper does not
-    )
+    base_temperature: Positive = 0.07
+    """The authors' code multiplies the loss by temperature / base_temperature; the paper does
+    not.
+    """
 
 
 class Model(Method):
-    """All views of all samples of a class attract, the views of the other classes repel: an upper reference."""
+    """All views of all samples of a class attract, the views of the other classes repel: an upper
+    reference.
+    """
 
     global_loss = True
     classes = 0
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("supcon")
         self.config = config
@@ -50,23 +56,29 @@ class Model(Method):
 
     @full_precision
     def _loss(self, z: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        z = F.normalize(z, dim=-1).transpose(0, 1)  # [b, V, D]: samples first, as they lie in the global batch
+        z = F.normalize(z, dim=-1).transpose(
+            0, 1
+        )  # [b, V, D]: samples first, as they lie in the global batch
         every = dist.gather(z).flatten(0, 1)  # [B V, D], A(i) and i itself
         anchors, views = z.flatten(0, 1), z.shape[1]
         own = labels.repeat_interleave(views)
         others = dist.gather_nograd(labels).repeat_interleave(views)
         place = dist.rank() * len(anchors) + torch.arange(len(anchors), device=z.device)
         itself = F.one_hot(place, len(every)).bool()
-        positive = (own[:, None] == others) & ~itself  # P(i)
+
+        # P(i)
+        positive = (own[:, None] == others) & ~itself
         similarity = anchors @ every.T
         logits = similarity / self.config.temperature
         log_p = logits - logits.masked_fill(itself, float("-inf")).logsumexp(1, keepdim=True)
-        loss = -(log_p * positive).sum(1) / positive.sum(1)  # at least the sample's other view is in P(i)
+        # at least the sample's other view is in P(i)
+        loss = -(log_p * positive).sum(1) / positive.sum(1)
         scalars = {
             "positive_similarity": _mean(similarity, positive),
             "negative_similarity": _mean(similarity, own[:, None] != others),
             "positives": positive.sum(1).to(z).mean(),
         }
+
         return loss.mean() * (self.config.temperature / self.config.base_temperature), scalars
 
 

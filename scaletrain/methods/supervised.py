@@ -1,4 +1,5 @@
-"""Supervised classification, the baseline beside SimCLR (Chen et al., 2020, arXiv 2002.05709, section 3 and table 1).
+"""Supervised classification, the baseline beside SimCLR (Chen et al., 2020, arXiv 2002.05709,
+section 3 and table 1).
 
 Family: supervised.
 """
@@ -24,7 +25,9 @@ class Config(ComponentConfig):
 class Model(Method):
     """Every view of a sample is classified by one linear layer on the encoder."""
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         self.classes = config.classes
         self.backbone = make_backbone()
@@ -38,6 +41,8 @@ class Model(Method):
 
     @full_precision
     def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """[V, B, classes], [B] -> cross entropy and share of right answers, means over views and samples."""
+        """[V, B, classes], [B] -> cross entropy and share of right answers, means over views and
+        samples.
+        """
         accuracy = (logits.detach().argmax(-1) == labels).float().mean()
         return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))), accuracy

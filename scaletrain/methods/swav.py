@@ -1,4 +1,5 @@
-"""SwAV: swapping assignments between views (Caron et al., 2020, arXiv 2006.09882), after facebookresearch/swav.
+"""SwAV: swapping assignments between views (Caron et al., 2020, arXiv 2006.09882), after
+facebookresearch/swav.
 
 Family: clustering.
 """
@@ -26,11 +27,18 @@ class Config(ComponentConfig):
     dim: Count = 128
     prototypes: Count = 3000
     temperature: Positive = 0.1
-    epsilon: Positive = 0.05  # of Sinkhorn-Knopp
+    epsilon: Positive = 0.05
+    """Of Sinkhorn-Knopp."""
+
     iterations: Count = 3
-    freeze_steps: Natural = 313  # one epoch at batch 4096
-    queue: Natural = 0  # rows kept per assigned view, over all ranks (3840 for batch 256); 0: no queue
-    queue_epoch: Natural = 15  # first epoch that fills it; it is used once full
+    freeze_steps: Natural = 313
+    """One epoch at batch 4096."""
+
+    queue: Natural = 0
+    """Rows kept per assigned view, over all ranks (3840 for batch 256); 0: no queue."""
+
+    queue_epoch: Natural = 15
+    """First epoch that fills it; it is used once full."""
 
 
 class Model(Method):
@@ -38,23 +46,39 @@ class Model(Method):
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         if run_info.views[0][1] < 2:
             raise ValueError("swav needs two large views to swap codes between; data.views has one")
         if config.queue % run_info.batch:
-            raise ValueError(f"method.queue={config.queue} is not a multiple of the global batch {run_info.batch}")
+            raise ValueError(
+                f"method.queue={config.queue} is not a multiple of the global batch "
+                f"{run_info.batch}"
+            )
+
         self.config, self.batch = config, run_info.batch
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
         self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
+
         with torch.no_grad():
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
-        self.queues = nn.ModuleList(Queue(config.queue, config.dim) for _ in range(2 if config.queue else 0))
+
+        self.queues = nn.ModuleList(
+            Queue(config.queue, config.dim) for _ in range(2 if config.queue else 0)
+        )
 
     def groups(self) -> Sequence[Group]:
-        return [Group("prototypes", lambda name, _: name == "prototypes.weight", frozen_steps=self.config.freeze_steps)]
+        return [
+            Group(
+                "prototypes",
+                lambda name, _: name == "prototypes.weight",
+                frozen_steps=self.config.freeze_steps,
+            )
+        ]
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         # One forward per crop size whose views share statistics; the heads see all views at once.
@@ -64,40 +88,54 @@ class Model(Method):
         return MethodOutput({"all": loss}, shown, h[0][0].detach())
 
     @full_precision
-    def _loss(self, z: Tensor, prototypes: Tensor, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, z: Tensor, prototypes: Tensor, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         z = F.normalize(z, dim=-1)
         scores = z @ prototypes.T  # [V, B, K]
         log_p = F.log_softmax(scores / self.config.temperature, dim=-1)
         losses, codes = [], []
+
         for i in range(2):
             q = self._codes(i, scores[i].detach(), prototypes.detach(), clock)
             losses += [-(q * log_p[v]).sum(1).mean() for v in range(len(z)) if v != i]
             codes.append(q)
             if self.config.queue and clock.epoch >= self.config.queue_epoch:
                 self.queues[i].push(z[i])  # type: ignore[operator]
+
         shown = {
-            # Of a sample's code: ln K, as the loss then is, where all samples look alike. Of their mean it is always ln K.
+            # Of a sample's code: ln K, as the loss then is, where all samples look alike. Of their
+            # mean it is always ln K.
             "code_entropy": torch.special.entr(torch.cat(codes)).sum(1).mean(),
             "prototypes_used": _used(scores[:2].detach()),
         }
+
         if self.queues:
             shown["queue_age"] = self.queues[0].age(self.batch)  # type: ignore[operator]
+
         return torch.stack(losses).mean(), shown
 
     def _codes(self, view: int, scores: Tensor, prototypes: Tensor, clock: Clock) -> Tensor:
-        """Assignments [B, K] of one view; a full queue takes part in the balancing and is cut off again."""
+        """Assignments [B, K] of one view; a full queue takes part in the balancing and is cut off
+        again.
+        """
         rows = len(scores)
+
         if self.config.queue and clock.epoch >= self.config.queue_epoch and self.queues[view].full:
             past = dist.mine(self.queues[view].rows).to(scores) @ prototypes.T  # type: ignore[arg-type]
             scores = torch.cat([past, scores])
+
         return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-rows:]
 
     def after_step(self, clock: Clock, write: Write) -> None:
-        # The authors normalise the prototypes before each forward; after each step is the same and keeps forward pure.
+        # The authors normalise the prototypes before each forward; after each step is the same and
+        # keeps forward pure.
         write("prototypes.weight", F.normalize(self.prototypes.weight, dim=1))
 
 
 def _used(scores: Tensor) -> Tensor:
     """[V, B, K] -> the share of prototypes that are a row's nearest, among as many as could be."""
     nearest = scores.argmax(-1).flatten()
-    return scores.new_zeros(scores.shape[2]).index_fill(0, nearest, 1).sum() / min(scores.shape[2], len(nearest))
+    return scores.new_zeros(scores.shape[2]).index_fill(0, nearest, 1).sum() / min(
+        scores.shape[2], len(nearest)
+    )

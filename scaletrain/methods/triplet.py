@@ -20,17 +20,26 @@ from scaletrain.ops.distances import pair_distances
 class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
-    margin: Positive = 0.2  # alpha, of squared distances between 0 and 4
-    squared: bool = True  # FaceNet; false: the plain distances of the textbooks
-    negatives: Literal["all", "hardest"] = "all"  # of the global batch, for each anchor and its positive
+    margin: Positive = 0.2
+    """Alpha, of squared distances between 0 and 4."""
+
+    squared: bool = True
+    """FaceNet; false: the plain distances of the textbooks."""
+
+    negatives: Literal["all", "hardest"] = "all"
+    """Of the global batch, for each anchor and its positive."""
 
 
 class Model(Method):
-    """A view is to be closer to its sample's other view than to any view of another sample, by a margin. A small baseline."""
+    """A view is to be closer to its sample's other view than to any view of another sample, by a
+    margin. A small baseline.
+    """
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("triplet")
         self.config = config
@@ -53,10 +62,13 @@ class Model(Method):
         else:  # max{0, d(A, P) - d(A, N) + alpha} for every N
             each = (positive[..., None] - others + self.config.margin).clamp_min(0) * counts
             hinge, active = each.sum(-1) / negatives, (each > 0).sum(-1) / negatives
+
         scalars = {
             "positive_distance": positive.detach().mean(),
             "negative_distance": ((others.detach() * counts).sum(-1) / negatives).mean(),
             "nearest_negative_distance": nearest.detach().mean(),
-            "active_triplets": active.to(positive.dtype).mean(),  # share that violates the margin
+            # share that violates the margin
+            "active_triplets": active.to(positive.dtype).mean(),
         }
+
         return hinge.mean(), scalars

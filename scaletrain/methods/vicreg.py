@@ -1,4 +1,5 @@
-"""VICReg: variance, invariance, covariance (Bardes et al., 2021, arXiv 2105.04906), after facebookresearch/vicreg.
+"""VICReg: variance, invariance, covariance (Bardes et al., 2021, arXiv 2105.04906), after
+facebookresearch/vicreg.
 
 Family: without negatives.
 """
@@ -29,44 +30,69 @@ class Config(ComponentConfig):
 
 
 class Model(Method):
-    """Two views agree, while the channels of each keep their variance and lose their covariance over the global batch."""
+    """Two views agree, while the channels of each keep their variance and lose their covariance
+    over the global batch.
+    """
 
     global_loss = True
 
-    def __init__(self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo) -> None:
+    def __init__(
+        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+    ) -> None:
         super().__init__()
         run_info.need_pair("vicreg")
         if run_info.batch < 2:
             raise ValueError("vicreg needs a variance over samples: set batch to at least 2")
+
         self.config = config
         self.backbone = make_backbone()
         width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.hidden, config.dim), last_bias=False, group=run_info.norm_group)
+        self.projector = mlp(
+            (width, config.hidden, config.hidden, config.dim),
+            last_bias=False,
+            group=run_info.norm_group,
+        )
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])
         z = per_view(self.projector, y)
         invariance, variance, covariance = self._loss(z)
         config = self.config
-        loss = config.invariance * invariance + config.variance * variance + config.covariance * covariance
+        loss = (
+            config.invariance * invariance
+            + config.variance * variance
+            + config.covariance * covariance
+        )
+
         parts = {"invariance": invariance, "variance": variance, "covariance": covariance}
         shown = {name: part.detach() for name, part in parts.items()} | similarities(z[0], z[1])
         return MethodOutput({"all": loss}, shown, y[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [2, B, D] -> s, the mean of both views' v and the sum of both views' c (eq. 1, 3, 5; weighed as in the code)."""
-        invariance = F.mse_loss(z[0], z[1])  # differs: eq. 5 sums over channels, the code takes their mean
+        """z [2, B, D] -> s, the mean of both views' v and the sum of both views' c (eq. 1, 3, 5;
+        weighed as in the code).
+        """
+        invariance = F.mse_loss(
+            z[0], z[1]
+        )  # differs: eq. 5 sums over channels, the code takes their mean
         variance, covariance = zip(*(_moments(view) for view in z), strict=True)
+
         return invariance, torch.stack(variance).mean(), torch.stack(covariance).sum()
 
 
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """z [b, D] -> the hinge on the standard deviations and the mean over channels of the squared covariances."""
+    """z [b, D] -> the hinge on the standard deviations and the mean over channels of the squared
+    covariances.
+    """
     every = dist.gather(z)
     every = every - every.mean(0)
     samples, channels = every.shape
     variance = every.square().sum(0) / (samples - 1)
-    # |X'X| = |XX'| for the Frobenius norm: B x B products, of which each rank computes its own rows, and no D x D matrix.
+    # |X'X| = |XX'| for the Frobenius norm: B x B products, of which each rank computes its own
+    # rows, and no D x D matrix.
     squares = (dist.mine(every) @ every.T).square().sum() * dist.world() / (samples - 1) ** 2
-    return F.relu(1 - (variance + 1e-4).sqrt()).mean(), (squares - variance.square().sum()) / channels
+
+    return F.relu(1 - (variance + 1e-4).sqrt()).mean(), (
+        squares - variance.square().sum()
+    ) / channels

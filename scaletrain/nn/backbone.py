@@ -1,7 +1,9 @@
-"""`model` of a recipe -> an encoder: [N, 3, H, W] images to [N, features] pooled features, without a classifier.
+"""`model` of a recipe -> an encoder: [N, 3, H, W] images to [N, features] pooled features, without
+a classifier.
 
-Our ResNets, or a network of the timm library under `timm/NAME`, always untrained and with its own parameter names. timm's
-batch norms are replaced by ours, so that cross-rank statistics, groups, views and skipped steps mean the same in it.
+Our ResNets, or a network of the timm library under `timm/NAME`, always untrained and with its own
+parameter names. timm's batch norms are replaced by ours, so that cross-rank statistics, groups,
+views and skipped steps mean the same in it.
 """
 
 from __future__ import annotations
@@ -24,9 +26,15 @@ def build(config: Model) -> nn.Module:
 
 
 def unpooled(net: nn.Module) -> nn.Module:
-    """The same network, which now gives its last feature map [N, features, H, W]. Raises ConfigError."""
+    """The same network, which now gives its last feature map [N, features, H, W]. Raises
+    ConfigError.
+    """
     if getattr(net, "pool", None) is not True:
-        raise ConfigError("model.name: the method needs the feature map before pooling, which only our own ResNets give")
+        raise ConfigError(
+            "model.name: the method needs the feature map before pooling, which only our own "
+            "ResNets give"
+        )
+
     net.pool = False  # type: ignore[assignment]
     return net
 
@@ -35,31 +43,51 @@ def _timm(config: Model) -> nn.Module:
     for key in ("width", "stem", "sk", "sobel", "zero_init"):
         value, plain = getattr(config, key), Model.model_fields[key].default
         if value != plain:
-            raise ConfigError(f"model.{key}={value} is for our own ResNets; with model.name={config.name} leave it at {plain}")
+            raise ConfigError(
+                f"model.{key}={value} is for our own ResNets; with model.name={config.name} leave "
+                f"it at {plain}"
+            )
+
     try:
         import timm
     except ModuleNotFoundError:
-        raise ConfigError(f"model.name={config.name} needs the timm library: pip install timm") from None
+        raise ConfigError(
+            f"model.name={config.name} needs the timm library: pip install timm"
+        ) from None
+
     name = config.name.removeprefix(TIMM)
-    if not timm.is_model(name):  # also keeps out timm's `hf-hub:` names, which would be fetched
+    # also keeps out timm's `hf-hub:` names, which would be fetched
+    if not timm.is_model(name):
         raise ConfigError(f"model.name: timm has no '{name}'{nearest(name, timm.list_models())}")
+
     net: Any = timm.create_model(name, pretrained=False, num_classes=0)
     if isinstance(getattr(net, "features", None), nn.Module):
-        raise ConfigError(f"model.name={config.name}: its layers are named 'features', where methods read the output's width")
+        raise ConfigError(
+            f"model.name={config.name}: its layers are named 'features', where methods read the "
+            "output's width"
+        )
+
     net.features = int(getattr(net, "head_hidden_size", net.num_features))
     for path, module in list(net.named_modules()):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             net.set_submodule(path, _ours(module, config))
+
     return net  # type: ignore[no-any-return]
 
 
 def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: Model) -> BatchNorm:
-    """Our norm with the parameters of one of timm's, and with its activation where that is part of it."""
+    """Our norm with the parameters of one of timm's, and with its activation where that is part of
+    it.
+    """
     from timm.layers.norm_act import BatchNormAct2d
 
     known = type(theirs) in (nn.BatchNorm2d, BatchNormAct2d)
     if not known or theirs.momentum is None or not theirs.track_running_stats:
-        raise ConfigError(f"model.name={config.name} normalises by a {type(theirs).__name__} that we have no replacement for")
+        raise ConfigError(
+            f"model.name={config.name} normalises by a {type(theirs).__name__} that we have no "
+            "replacement for"
+        )
+
     fused = (theirs.drop, theirs.act) if isinstance(theirs, BatchNormAct2d) else ()
     ours = BatchNormAct(
         *fused,
@@ -70,6 +98,7 @@ def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: Model) -> BatchNorm:
         eps=theirs.eps,
         momentum=theirs.momentum,
     )
+
     ours.weight, ours.bias = theirs.weight, theirs.bias
     return ours
 

@@ -1,7 +1,9 @@
-"""The parts of ResNets (He et al., 2016; v1.5: the stride sits in the 3x3 convolution), under torchvision's names.
+"""The parts of ResNets (He et al., 2016; v1.5: the stride sits in the 3x3 convolution), under
+torchvision's names.
 
-`sk` gives SimCLRv2's blocks (arXiv 2006.10029, after google-research/simclr's tf2/resnet.py): selective kernels
-(Li et al., arXiv 1903.06586) in the bottleneck, and ResNet-D's stem and shortcuts (He et al., arXiv 1812.01187).
+`sk` gives SimCLRv2's blocks (arXiv 2006.10029, after google-research/simclr's tf2/resnet.py):
+selective kernels (Li et al., arXiv 1903.06586) in the bottleneck, and ResNet-D's stem and shortcuts
+(He et al., arXiv 1812.01187).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from scaletrain.nn.norm import BatchNorm
 
 Norm = Callable[[int], BatchNorm]
-SK_RATIO, SK_LEAST = 1 / 16, 32  # channels that weigh the two kernels, as a share of the block's, and at least
+# channels that weigh the two kernels, as a share of the block's, and at least
+SK_RATIO, SK_LEAST = 1 / 16, 32
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -22,9 +25,15 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def deep_stem(width: int, norm: Norm) -> nn.Sequential:
-    """ResNet-D's three 3x3 convolutions in place of the 7x7 one, under timm's names; [N, 3, H, W] -> [N, width, H/2, W/2]."""
+    """ResNet-D's three 3x3 convolutions in place of the 7x7 one, under timm's names; [N, 3, H, W]
+    -> [N, width, H/2, W/2].
+    """
     half = width // 2
-    first, second = (conv(3, half, 3, 2), norm(half), nn.ReLU()), (conv(half, half, 3), norm(half), nn.ReLU())
+    first, second = (
+        (conv(3, half, 3, 2), norm(half), nn.ReLU()),
+        (conv(half, half, 3), norm(half), nn.ReLU()),
+    )
+
     return nn.Sequential(*first, *second, conv(half, width, 3))
 
 
@@ -52,7 +61,8 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, planes: int, stride: int, norm: Norm, sk: bool = False) -> None:
         super().__init__()
-        kernels = 2 if sk else 1  # both 3x3 kernels in one convolution
+        # both 3x3 kernels in one convolution
+        kernels = 2 if sk else 1
         self.conv1, self.bn1 = conv(inputs, planes, 1), norm(planes)
         self.conv2, self.bn2 = conv(planes, kernels * planes, 3, stride), norm(kernels * planes)
         self.select = Select(planes, norm) if sk else None
@@ -72,7 +82,9 @@ class Bottleneck(nn.Module):
 
 
 class Select(nn.Module):
-    """[N, 2 C, H, W], the outputs of two kernels, -> [N, C, H, W]: their mean with weights per image and channel."""
+    """[N, 2 C, H, W], the outputs of two kernels, -> [N, C, H, W]: their mean with weights per
+    image and channel.
+    """
 
     def __init__(self, channels: int, norm: Norm) -> None:
         super().__init__()
@@ -89,19 +101,31 @@ class Select(nn.Module):
 
 
 class Overlapping(nn.Module):
-    """Mean of 2x2 pixels at stride 1 with the size kept: at the lower and right edge, of the pixels that exist."""
+    """Mean of 2x2 pixels at stride 1 with the size kept: at the lower and right edge, of the pixels
+    that exist.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         means: Tensor = F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False)
         return means[..., 1:, 1:]
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm, pool: bool = False) -> nn.Sequential | None:
-    """Projection where the shape changes. pool: ResNet-D's average pooling in place of the stride, after TensorFlow's edges."""
+def _shortcut(
+    inputs: int, outputs: int, stride: int, norm: Norm, pool: bool = False
+) -> nn.Sequential | None:
+    """Projection where the shape changes. pool: ResNet-D's average pooling in place of the stride,
+    after TensorFlow's edges.
+    """
     if stride == 1 and inputs == outputs:
         return None
     if not pool:
         return nn.Sequential(conv(inputs, outputs, 1, stride), norm(outputs))
+
     # An odd side is padded with zeros that count: the last window is still divided by four.
-    mean = Overlapping() if stride == 1 else nn.AvgPool2d(2, stride, ceil_mode=True, divisor_override=4)
+    mean = (
+        Overlapping()
+        if stride == 1
+        else nn.AvgPool2d(2, stride, ceil_mode=True, divisor_override=4)
+    )
+
     return nn.Sequential(mean, conv(inputs, outputs, 1), norm(outputs))

@@ -1,4 +1,6 @@
-"""Projection and prediction heads: multi-layer perceptrons with the papers' choices of bias and norm."""
+"""Projection and prediction heads: multi-layer perceptrons with the papers' choices of bias and
+norm.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,32 @@ def plain(widths: Sequence[int]) -> nn.Sequential:
 
 
 def mlp(
-    widths: Sequence[int], *, hidden_bias: bool = True, last_bias: bool = True, last_norm: str = "none", group: int = 0
+    widths: Sequence[int],
+    *,
+    hidden_bias: bool = True,
+    last_bias: bool = True,
+    last_norm: str = "none",
+    group: int = 0,
 ) -> nn.Sequential:
     """Linear - BN - ReLU for every hidden width, then Linear and optionally a norm.
 
     last_norm: "none", "scale" (no shift: SimCLR), "plain" (neither: SimSiam) or "full".
     """
     layers: list[nn.Module] = []
+
     for inputs, outputs in pairwise(widths[:-1]):
-        layers += [nn.Linear(inputs, outputs, bias=hidden_bias), BatchNorm(outputs, group=group), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Linear(inputs, outputs, bias=hidden_bias),
+            BatchNorm(outputs, group=group),
+            nn.ReLU(inplace=True),
+        ]
+
     layers.append(nn.Linear(widths[-2], widths[-1], bias=last_bias))
     if last_norm != "none":
-        layers.append(BatchNorm(widths[-1], scale=last_norm != "plain", shift=last_norm == "full", group=group))
+        layers.append(
+            BatchNorm(
+                widths[-1], scale=last_norm != "plain", shift=last_norm == "full", group=group
+            )
+        )
+
     return nn.Sequential(*layers)

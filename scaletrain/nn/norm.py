@@ -1,9 +1,11 @@
-"""Batch normalisation over groups of the *global* batch, the same function on every device (design: section 4).
+"""Batch normalisation over groups of the *global* batch, the same function on every device (design:
+section 4).
 
-`group = 0` is cross-rank batch norm over the whole batch; `group = G` normalises every G consecutive samples of the global
-batch by themselves (G = 32 is the per-GPU norm of MoCo's eight GPUs). All views of one size go through in one forward
-[V * B, C, ...]; statistics are per view, [V, C], in one collective per layer and direction. Unequal slices per rank are
-exact for `group = 0`. Registered as custom operators, so that torch.compile sees no graph break.
+`group = 0` is cross-rank batch norm over the whole batch; `group = G` normalises every G
+consecutive samples of the global batch by themselves (G = 32 is the per-GPU norm of MoCo's eight
+GPUs). All views of one size go through in one forward [V * B, C, ...]; statistics are per view, [V,
+C], in one collective per layer and direction. Unequal slices per rank are exact for `group = 0`.
+Registered as custom operators, so that torch.compile sees no graph break.
 """
 
 from __future__ import annotations
@@ -22,18 +24,23 @@ from scaletrain.core import DeferredState
 
 _views, _rows = 1, 1
 
-Stats = tuple[Tensor, Tensor, Tensor]  # mean, variance, values per statistic
-_noted: list[Stats] | None = None  # the first run of what backward runs again leaves its statistics here
-_given: Iterator[Stats] | None = None  # and the second takes them
+# mean, variance, values per statistic
+Stats = tuple[Tensor, Tensor, Tensor]
+# the first run of what backward runs again leaves its statistics here
+_noted: list[Stats] | None = None
+# and the second takes them
+_given: Iterator[Stats] | None = None
 
 
 @contextmanager
 def views(count: int, rows: int = 1) -> Iterator[None]:
-    """Inside, the leading axis of every input is `count` views of equally many samples, each with statistics of its own.
+    """Inside, the leading axis of every input is `count` views of equally many samples, each with
+    statistics of its own.
 
     `rows`: consecutive rows that are one sample, so that groups are counted in samples.
     """
     global _views, _rows
+
     before = _views, _rows
     _views, _rows = count, rows
     try:
@@ -43,37 +50,52 @@ def views(count: int, rows: int = 1) -> Iterator[None]:
 
 
 def per_view(module: nn.Module, x: Tensor) -> Tensor:
-    """[V, B, ...] -> [V, B, D] in one forward, as if each view were forwarded alone (BYOL, SimSiam, VICReg, ReLICv2)."""
+    """[V, B, ...] -> [V, B, D] in one forward, as if each view were forwarded alone (BYOL, SimSiam,
+    VICReg, ReLICv2).
+    """
     with views(len(x)):
         out: Tensor = module(x.flatten(0, 1))
+
     return out.view(*x.shape[:2], *out.shape[1:])
 
 
 def pooled(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV). call: of which the module is a part."""
+    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV). call: of which
+    the module is a part.
+    """
     call = call or module
+
     if not any(isinstance(m, BatchNorm) and m.group for m in module.modules()):
         out: Tensor = call(x.flatten(0, 1))
         return out.view(*x.shape[:2], *out.shape[1:])
+
     # A group is G samples with all their views: neighbours only where the sample is the slow axis.
     with views(1, rows=len(x)):
         out = call(x.transpose(0, 1).flatten(0, 1))
+
     return out.view(x.shape[1], len(x), *out.shape[1:]).transpose(0, 1)
 
 
 def replayed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts for the first run of a forward and for its runs in backward (`context_fn` of torch.utils.checkpoint).
+    """Contexts for the first run of a forward and for its runs in backward (`context_fn` of
+    torch.utils.checkpoint).
 
-    The later ones take the statistics of the first: the same numbers, and nothing is sent or staged a second time.
+    The later ones take the statistics of the first: the same numbers, and nothing is sent or staged
+    a second time.
     """
     stats: list[Stats] = []
+
     return _Run(stats, None, _views, _rows), _Run(None, stats, _views, _rows)
 
 
 class _Run:
-    """May be entered again: each of several backward passes over one graph runs the forward once more."""
+    """May be entered again: each of several backward passes over one graph runs the forward once
+    more.
+    """
 
-    def __init__(self, noted: list[Stats] | None, given: list[Stats] | None, n_views: int, rows: int) -> None:
+    def __init__(
+        self, noted: list[Stats] | None, given: list[Stats] | None, n_views: int, rows: int
+    ) -> None:
         self.noted, self.given, self.views, self.rows = noted, given, n_views, rows
 
     def __enter__(self) -> None:
@@ -82,27 +104,36 @@ class _Run:
         _noted, _given = self.noted, None if self.given is None else iter(self.given)
         _views, _rows = self.views, self.rows
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         global _noted, _given, _views, _rows
         _noted, _given, _views, _rows = self.before
 
 
 @torch.no_grad()
 def shuffled(module: nn.Module, x: Tensor, *key: int | str) -> Tensor:
-    """per_view without gradient, the global batch taken in an order that depends on the key, and put back.
+    """per_view without gradient, the global batch taken in an order that depends on the key, and
+    put back.
 
-    The groups of batch norm then hold other samples than in the other network: MoCo's ShuffleBN (section 3.3), which keeps
-    statistics from telling a query which keys belong to its group.
+    The groups of batch norm then hold other samples than in the other network: MoCo's ShuffleBN
+    (section 3.3), which keeps statistics from telling a query which keys belong to its group.
     """
     order = rng.permutation(x.shape[1] * dist.world(), "shuffle", *key)
     y = per_view(module, dist.permute_nograd(x.transpose(0, 1), order).transpose(0, 1))
+
     return dist.permute_nograd(y.transpose(0, 1), order.argsort()).transpose(0, 1)
 
 
 class BatchNorm(DeferredState):
-    """Batch norm of [V * B, C, *spatial] with torchvision's parameter names; running statistics are staged.
+    """Batch norm of [V * B, C, *spatial] with torchvision's parameter names; running statistics are
+    staged.
 
-    A step with V views moves the running statistics V times, in closed form. eps 1e-5, momentum .1 as the papers' .9 decay.
+    A step with V views moves the running statistics V times, in closed form. eps 1e-5, momentum .1
+    as the papers' .9 decay.
     """
 
     running_mean: Tensor
@@ -110,7 +141,14 @@ class BatchNorm(DeferredState):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, features: int, *, scale: bool = True, shift: bool = True, group: int = 0, eps: float = 1e-5, momentum: float = 0.1
+        self,
+        features: int,
+        *,
+        scale: bool = True,
+        shift: bool = True,
+        group: int = 0,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
     ) -> None:
         super().__init__()
         self.group, self.eps, self.momentum = group, eps, momentum
@@ -119,19 +157,28 @@ class BatchNorm(DeferredState):
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
-        self.staged: list[tuple[Tensor, Tensor, Tensor, int]] = []  # (mean, var, samples per statistic, views)
+
+        # (mean, var, samples per statistic, views)
+        self.staged: list[tuple[Tensor, Tensor, Tensor, int]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+
         y: Tensor
         given = (None, None, None) if _given is None else next(_given)
-        y, mean, var, count = _batch_norm(x, self.weight, self.bias, _views, self.group * _rows, self.eps, *given)
+        y, mean, var, count = _batch_norm(
+            x, self.weight, self.bias, _views, self.group * _rows, self.eps, *given
+        )
+
         if _given is None:
             stats = mean.detach(), var.detach(), count
             self.staged.append((*stats, _views))
             if _noted is not None:
                 _noted.append(stats)
+
         return y
 
     @torch.no_grad()
@@ -140,44 +187,60 @@ class BatchNorm(DeferredState):
         for call in range(calls):
             same = self.staged[call::calls]
             count, n_views = same[0][2:]
-            # Groups of one view are averaged, as are those of other micro-batches and ranks: which holds which, is chance.
-            groups = [torch.stack([mean, var]).unflatten(1, (n_views, -1)) for mean, var, *_ in same]  # [2, V, G, C] each
+            # Groups of one view are averaged, as are those of other micro-batches and ranks: which
+            # holds which, is chance.
+            groups = [
+                torch.stack([mean, var]).unflatten(1, (n_views, -1)) for mean, var, *_ in same
+            ]  # [2, V, G, C] each
             stats = torch.cat(groups, 2).mean(2)
-            stats[1] *= (count / (count - 1).clamp_min(1)).to(stats)  # unbiased
+            # unbiased
+            stats[1] *= (count / (count - 1).clamp_min(1)).to(stats)
+
             if self.group and dist.world() > 1:
                 stats = dist.sum_nograd(stats) / dist.world()
-            decay = (1 - self.momentum) ** torch.arange(n_views - 1, -1, -1, device=stats.device, dtype=stats.dtype)
+
+            decay = (1 - self.momentum) ** torch.arange(
+                n_views - 1, -1, -1, device=stats.device, dtype=stats.dtype
+            )
             new = self.momentum * (stats * decay[:, None]).sum(1)
             keep = (1 - self.momentum) ** n_views
             self.running_mean.mul_(keep).add_(new[0])
             self.running_var.mul_(keep).add_(new[1])
             self.num_batches_tracked.add_(n_views)
+
         self.staged.clear()
 
     def discard(self) -> None:
         self.staged.clear()
 
 
-# --- the operator -----------------------------------------------------------------------------------------------------
+# --- the operator ---------------------------------------------------------------------------------
 
 
 def _layout(rows: int, n_views: int, group: int) -> tuple[int, int, int]:
-    """Rows [V * b] that share a statistic on this rank, and which of how many cross-rank slots they belong to.
+    """Rows [V * b] that share a statistic on this rank, and which of how many cross-rank slots they
+    belong to.
 
-    Ranks of one slot add up their sums; 0 slots: every statistic is complete on its rank and nothing is sent.
+    Ranks of one slot add up their sums; 0 slots: every statistic is complete on its rank and
+    nothing is sent.
     """
     rows, rest = divmod(rows, n_views)
     whole = rows * dist.world()
+
     if rest:
-        raise ValueError(f"{rows * n_views + rest} rows are not {n_views} views of equally many samples")
+        raise ValueError(
+            f"{rows * n_views + rest} rows are not {n_views} views of equally many samples"
+        )
     if group in (0, whole):
         return rows, 0, 1 if dist.world() > 1 else 0
     if rows % group == 0:
         return group, 0, 0
     if group % rows == 0 and whole % group == 0:
         return rows, dist.rank() // (group // rows), whole // group
+
     raise ValueError(
-        f"model.norm_group={group} does not fit {rows} samples per rank in a global batch of {whole}: it must divide the one "
+        f"model.norm_group={group} does not fit {rows} samples per rank in a global batch of "
+        f"{whole}: it must divide the one "
         "or be a multiple of it that divides the other; 0 normalises over the whole batch"
     )
 
@@ -186,6 +249,7 @@ def _reduce(sums: Tensor, slot: int, slots: int) -> Tensor:
     """Sums [n] over the ranks of this rank's slot, in one collective."""
     if not slots:
         return sums
+
     table = sums.new_zeros(slots, sums.numel())
     table[slot] = sums
     return dist.sum_nograd(table)[slot]
@@ -196,13 +260,16 @@ def _local_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         mean, invstd = torch.batch_norm_stats(x, eps)
         return mean, invstd**-2 - eps
+
     # The ignored running statistics only make a bfloat16 input return float32.
     zero = torch.zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     mean, var = torch.batch_norm_update_stats(x, zero, zero, 0.0)
     return mean, var
 
 
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def _affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
     if x.is_cuda:
         return torch.batch_norm_elemt(x, weight, bias, mean, (var + eps).rsqrt(), eps)
     return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
@@ -224,61 +291,103 @@ def _batch_norm(
     var: Tensor | None = None,
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [V * b, C, *spatial] -> y like x, mean [S, C], biased variance [S, C], values per statistic (0-d float64).
+    """x [V * b, C, *spatial] -> y like x, mean [S, C], biased variance [S, C], values per statistic
+    (0-d float64).
 
     The statistics are those of x, or those that are given.
     """
     rows, slot, slots = _layout(x.shape[0], n_views, group)
     pieces = x.split(rows)
+
     if mean is None or var is None or count is None:
         mean, var, count = _stats(pieces, slot, slots, eps)
     else:
-        mean, var, count = mean.clone(), var.clone(), count.clone()  # an operator's output is never its input
-    y = _join([_affine(p, weight, bias, m, v, eps) for p, m, v in zip(pieces, mean, var, strict=True)])
+        # an operator's output is never its input
+        mean, var, count = mean.clone(), var.clone(), count.clone()
+
+    y = _join(
+        [_affine(p, weight, bias, m, v, eps) for p, m, v in zip(pieces, mean, var, strict=True)]
+    )
     return y, mean, var, count
 
 
 def _stats(pieces: Sequence[Tensor], slot: int, slots: int, eps: float) -> Stats:
     local = [_local_stats(piece, eps) for piece in pieces]
     mean, var = torch.stack([m for m, _ in local]), torch.stack([v for _, v in local])
-    count = torch.full((1,), pieces[0].numel() // pieces[0].shape[1], dtype=torch.float64, device=mean.device)
+    count = torch.full(
+        (1,), pieces[0].numel() // pieces[0].shape[1], dtype=torch.float64, device=mean.device
+    )
+
     if slots:
-        # In float64, E[x^2] - E[x]^2 loses nothing that float32 had, and the message does not grow with the ranks.
+        # In float64, E[x^2] - E[x]^2 loses nothing that float32 had, and the message does not grow
+        # with the ranks.
         m, v = mean.double(), var.double()
-        sums = _reduce(torch.cat([(m * count).flatten(), ((v + m * m) * count).flatten(), count]), slot, slots)
+        sums = _reduce(
+            torch.cat([(m * count).flatten(), ((v + m * m) * count).flatten(), count]), slot, slots
+        )
         count = sums[-1:].clone()
         m, square = (sums[:-1] / count).view(2, *mean.shape)
         mean, var = m.to(mean.dtype), (square - m * m).clamp_min(0).to(var.dtype)
+
     return mean, var, count.squeeze(0)
 
 
 @torch.library.custom_op("scaletrain::batch_norm_backward", mutates_args=())
 def _batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, count: Tensor, n_views: int, group: int, eps: float
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    n_views: int,
+    group: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, scale and shift (the latter two of this rank's samples: engines average over ranks)."""
+    """Gradients of input, scale and shift (the latter two of this rank's samples: engines average
+    over ranks).
+    """
     rows, slot, slots = _layout(x.shape[0], n_views, group)
     invstd = (var + eps).rsqrt()
     parts = list(zip(dy.split(rows), x.split(rows), mean, var, invstd, strict=True))
-    if not slots and not x.is_cuda:  # complete on this rank: torch's own kernel does it in one call
+
+    # complete on this rank: torch's own kernel does it in one call
+    if not slots and not x.is_cuda:
         native = torch.ops.aten.native_batch_norm_backward
-        done = [native(g, p, weight, None, None, m, i, True, eps, [True, True, True]) for g, p, m, _, i in parts]
-        return _join([d[0] for d in done]), torch.stack([d[1] for d in done]).sum(0), torch.stack([d[2] for d in done]).sum(0)
-    local = torch.stack([torch.stack(_backward_sums(g, p, m, v, i, eps)) for g, p, m, v, i in parts])  # [S, 2, C]
+        done = [
+            native(g, p, weight, None, None, m, i, True, eps, [True, True, True])
+            for g, p, m, _, i in parts
+        ]
+
+        return (
+            _join([d[0] for d in done]),
+            torch.stack([d[1] for d in done]).sum(0),
+            torch.stack([d[2] for d in done]).sum(0),
+        )
+
+    local = torch.stack(
+        [torch.stack(_backward_sums(g, p, m, v, i, eps)) for g, p, m, v, i in parts]
+    )  # [S, 2, C]
     total = _reduce(local.double().flatten(), slot, slots).view_as(local) / count
     dx = [
         _backward_input(g, p, weight, m, v, i, t[0], t[1], eps)
         for (g, p, m, v, i), t in zip(parts, total.to(mean.dtype), strict=True)
     ]
     dw, db = local.sum(0).flip(0)
+
     return _join(dx), dw.clone(), db.clone()
 
 
-def _backward_sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, invstd: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _backward_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, invstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """Sum of dy and of dy * normalised x over one piece, [C] each."""
     if x.is_cuda:
-        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(dy, x, mean, invstd, None, True, False, False)
+        sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+            dy, x, mean, invstd, None, True, False, False
+        )
         return sum_dy, sum_dy_xmu * invstd
+
     native = torch.ops.aten.native_batch_norm_backward
     _, dw, db = native(dy, x, None, mean, var, mean, invstd, False, eps, [False, True, True])
     return db, dw
@@ -297,20 +406,34 @@ def _backward_input(
 ) -> Tensor:
     """scale * invstd * (dy - mean(dy) - xhat * mean(dy * xhat)), the means over the whole group."""
     if x.is_cuda:
-        one = torch.ones(1, dtype=torch.int32, device=x.device)  # the sums are divided by the count already
-        return torch.batch_norm_backward_elemt(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one)
+        # the sums are divided by the count already
+        one = torch.ones(1, dtype=torch.int32, device=x.device)
+        return torch.batch_norm_backward_elemt(
+            dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat / invstd, one
+        )
+
     native = torch.ops.aten.native_batch_norm_backward
     dx: Tensor = native(dy, x, weight, mean, var, mean, invstd, False, eps, [True, False, False])[0]
     scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-    return dx.add_(_affine(x, -scale * invstd * mean_dy_xhat, -scale * invstd * mean_dy, mean, var, eps))
+    return dx.add_(
+        _affine(x, -scale * invstd * mean_dy_xhat, -scale * invstd * mean_dy, mean, var, eps)
+    )
 
 
 @_batch_norm.register_fake
 def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_views: int, group: int, eps: float, *given: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_views: int,
+    group: int,
+    eps: float,
+    *given: Tensor | None,
 ) -> tuple[Tensor, ...]:
     rows, _, _ = _layout(x.shape[0], n_views, group)
-    stat = x.new_empty(x.shape[0] // rows, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    stat = x.new_empty(
+        x.shape[0] // rows, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
+    )
     return torch.empty_like(x), stat, torch.empty_like(stat), x.new_empty((), dtype=torch.float64)
 
 
@@ -328,9 +451,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mean, var, count = ctx.saved_tensors
-    dy = dy.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+    dy = dy.contiguous(
+        memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format
+    )
     dx, dw, db = _batch_norm_backward(dy, x, weight, mean, var, count, *ctx.layout)
-    scale, shift = dw.to(weight.dtype) if weight is not None else None, db.to(mean.dtype) if ctx.biased else None
+    scale, shift = (
+        dw.to(weight.dtype) if weight is not None else None,
+        db.to(mean.dtype) if ctx.biased else None,
+    )
+
     return dx, scale, shift, *(None,) * 6
 
 

@@ -1,6 +1,7 @@
 """ResNets with torchvision's parameter names, 18 to 295 layers deep and of any width.
 
-`width` multiplies every stage and the stem, as in SimCLR and ReLICv2; a fraction gives the narrow nets of small studies.
+`width` multiplies every stage and the stem, as in SimCLR and ReLICv2; a fraction gives the narrow
+nets of small studies.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
     "resnet200": (Bottleneck, (3, 24, 36, 3)),
-    # differs: ReLICv2 says only that its ResNet-295 has 87M parameters. 98 blocks and the stem are 295 convolutions; they are
-    # spread in ResNet-200's proportion of 2 to 3, which gives 87.5M.
+    # differs: ReLICv2 says only that its ResNet-295 has 87M parameters. 98 blocks and the stem are
+    # 295 convolutions; they are spread in ResNet-200's proportion of 2 to 3, which gives 87.5M.
     "resnet295": (Bottleneck, (3, 37, 55, 3)),
 }
 
@@ -33,7 +34,8 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
 class ResNet(nn.Module):
     """[N, 3, H, W] -> globally pooled features [N, features]; no classifier.
 
-    With `pool` off, the last feature map [N, features, H / 32, W / 32]; H / 8 and W / 8 with the CIFAR stem.
+    With `pool` off, the last feature map [N, features, H / 32, W / 32]; H / 8 and W / 8 with the
+    CIFAR stem.
     """
 
     layer1: nn.Sequential
@@ -44,20 +46,34 @@ class ResNet(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         if config.name not in LAYERS:
-            raise ConfigError(f"model.name: there is no '{config.name}'; known: {', '.join(LAYERS)}, timm/NAME")
+            raise ConfigError(
+                f"model.name: there is no '{config.name}'; known: {', '.join(LAYERS)}, timm/NAME"
+            )
+
         block, depths = LAYERS[config.name]
         base = round(64 * config.width)
-        if base < 1 + config.sk:  # the deep stem starts with half of it
+        # the deep stem starts with half of it
+        if base < 1 + config.sk:
             raise ConfigError(f"model.width={config.width} leaves no channel")
         if config.sk and block is Basic:
-            raise ConfigError(f"model.sk needs a network of bottlenecks, resnet50 or deeper; {config.name} has none")
+            raise ConfigError(
+                f"model.sk needs a network of bottlenecks, resnet50 or deeper; {config.name} has "
+                "none"
+            )
 
         def norm(channels: int) -> BatchNorm:
             return BatchNorm(channels, group=config.norm_group)
 
         make = partial(Bottleneck, sk=True) if config.sk else block
         cifar = config.stem == "cifar"
-        self.conv1 = conv(3, base, 3) if cifar else deep_stem(base, norm) if config.sk else conv(3, base, 7, 2)
+        self.conv1 = (
+            conv(3, base, 3)
+            if cifar
+            else deep_stem(base, norm)
+            if config.sk
+            else conv(3, base, 7, 2)
+        )
+
         self.bn1 = norm(base)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
         inputs = base
@@ -67,11 +83,18 @@ class ResNet(nn.Module):
             for i in range(depth):
                 blocks.append(make(inputs, planes, 2 if stage and not i else 1, norm))
                 inputs = planes * block.expansion
+
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+
         self.features, self.pool = inputs, True
         self.filters: Tensor | None
         ramp = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        self.register_buffer("filters", torch.stack([ramp, ramp.T])[:, None] if config.sobel else None, persistent=False)
+        self.register_buffer(
+            "filters",
+            torch.stack([ramp, ramp.T])[:, None] if config.sobel else None,
+            persistent=False,
+        )
+
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -88,9 +111,12 @@ class ResNet(nn.Module):
 
 @full_precision
 def edges(x: Tensor, filters: Tensor) -> Tensor:
-    """[N, 3, H, W] -> the same of the grey image's Sobel gradients, across and down, and black as the third colour.
+    """[N, 3, H, W] -> the same of the grey image's Sobel gradients, across and down, and black as
+    the third colour.
 
-    So the first layer, and its name and shape, are those of any network (DeepCluster, section 4: two input channels).
+    So the first layer, and its name and shape, are those of any network (DeepCluster, section 4:
+    two input channels).
     """
     slopes = F.conv2d(x.mean(1, keepdim=True), filters, padding=1)
+
     return F.pad(slopes, (0, 0, 0, 0, 0, 1))

@@ -1,4 +1,6 @@
-"""The stages of encoders: the parts that are sharded as one and, on request, run again in backward to save memory."""
+"""The stages of encoders: the parts that are sharded as one and, on request, run again in backward
+to save memory.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,23 @@ from scaletrain.nn.resnet import ResNet
 
 
 def stages(network: nn.Module) -> list[nn.Module]:
-    """The stages of a network of `model.name` from input to output; none for any other module. The stem is no stage."""
+    """The stages of a network of `model.name` from input to output; none for any other module. The
+    stem is no stage.
+    """
     if isinstance(network, ResNet):
         return [network.layer1, network.layer2, network.layer3, network.layer4]
+
     children, found = dict(network.named_children()), list[nn.Module]()
     for name in _timm_features(network):
-        top, _, inner = name.partition(".")  # `layer1` is a stage; `stages.0` and `blocks.3.1` lie in a list of stages
+        # `layer1` is a stage; `stages.0` and `blocks.3.1` lie in a list of stages
+        top, _, inner = name.partition(".")
         if top in children:
-            found += [m for m in (children[top].children() if inner else [children[top]]) if m not in found and _deep(m)]
+            found += [
+                m
+                for m in (children[top].children() if inner else [children[top]])
+                if m not in found and _deep(m)
+            ]
+
     return found
 
 
@@ -42,7 +53,8 @@ def networks(method: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 
 
 def channels_last_inputs(method: nn.Module) -> None:
-    """Hand every encoder its images channels last: convolutions follow their input, whatever the layout of their weights.
+    """Hand every encoder its images channels last: convolutions follow their input, whatever the
+    layout of their weights.
 
     For engines whose library takes row-major parameters only.
     """
@@ -51,18 +63,28 @@ def channels_last_inputs(method: nn.Module) -> None:
 
 
 def _channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in args)
+    return tuple(
+        x.contiguous(memory_format=torch.channels_last)
+        if isinstance(x, Tensor) and x.dim() == 4
+        else x
+        for x in args
+    )
 
 
 def recompute(method: nn.Module, chosen: bool | tuple[int, ...]) -> None:
-    """Keep only the inputs of the chosen stages (1 is the first; True: all) of every encoder; backward runs them again.
+    """Keep only the inputs of the chosen stages (1 is the first; True: all) of every encoder;
+    backward runs them again.
 
     Exact, running statistics included. Raises ConfigError for a stage that there is not.
     """
     for name, parts in networks(method):
         wanted = range(1, len(parts) + 1) if isinstance(chosen, bool) else chosen
         if wrong := [number for number in wanted if number > len(parts)]:
-            raise ConfigError(f"engine.activation_checkpointing: {name} has {len(parts)} stages, there is no stage {wrong[0]}")
+            raise ConfigError(
+                f"engine.activation_checkpointing: {name} has {len(parts)} stages, there is no "
+                f"stage {wrong[0]}"
+            )
+
         for number in wanted:
             _run_again(parts[number - 1])
 
@@ -75,4 +97,5 @@ def _run_again(stage: nn.Module) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=replayed, **kwargs)
 
-    stage.forward = twice  # within the module's hooks, by which engines gather its parameters
+    # within the module's hooks, by which engines gather its parameters
+    stage.forward = twice

@@ -15,10 +15,16 @@ R = TypeVar("R")
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Switch autocast off inside and turn half-precision tensor arguments into float32 (float64 stays)."""
+    """Switch autocast off inside and turn half-precision tensor arguments into float32 (float64
+    stays).
+    """
 
     def lift(value: object) -> object:
-        return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+        return (
+            value.float()
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+            else value
+        )
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

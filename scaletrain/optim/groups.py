@@ -1,4 +1,6 @@
-"""From a method's declared groups to a torch optimizer: who is decayed, adapted, frozen, and at what rate."""
+"""From a method's declared groups to a torch optimizer: who is decayed, adapted, frozen, and at
+what rate.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +21,40 @@ ParamGroup = dict[str, Any]
 def parameter_groups(method: Method, optim: Optim) -> list[ParamGroup]:
     """Parameter groups for a torch optimizer, in the order of method.groups(), then "all".
 
-    The first Group that matches a trainable parameter takes it. Each is cut in two halves of the same `name`: the first is
-    decayed and, under LARS, adapted; the second holds what `optim.exclude` names: no weight decay, no adaptation. A Group's
-    `weight_decay` replaces the optimizer's in the first half only; its `adapt`, unless None, holds for both halves.
-    Keys: params, names (aligned with params), name, lr_multiplier, constant, frozen_steps, weight_decay, adapt, momentum.
-    Empty halves are left out. Raises ValueError for a Group that takes no parameter and for names that are not unique.
+    The first Group that matches a trainable parameter takes it. Each is cut in two halves of the
+    same `name`: the first is decayed and, under LARS, adapted; the second holds what
+    `optim.exclude` names: no weight decay, no adaptation. A Group's `weight_decay` replaces the
+    optimizer's in the first half only; its `adapt`, unless None, holds for both halves. Keys:
+    params, names (aligned with params), name, lr_multiplier, constant, frozen_steps, weight_decay,
+    adapt, momentum. Empty halves are left out. Raises ValueError for a Group that takes no
+    parameter and for names that are not unique.
     """
     declared = [*method.groups(), Group("all", lambda name, param: True)]
+
     names = [group.name for group in declared]
     if len(set(names)) < len(names):
-        raise ValueError(f"{type(method).__name__}.groups() must have unique names other than 'all', got {names[:-1]}")
+        raise ValueError(
+            f"{type(method).__name__}.groups() must have unique names other than 'all', got "
+            f"{names[:-1]}"
+        )
+
     excluded = _excluded(method, optim.exclude)
-    halves: list[tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]] = [([], []) for _ in declared]
+    halves: list[tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]] = [
+        ([], []) for _ in declared
+    ]
+
     for name, p in method.named_parameters():
         if p.requires_grad:
             owner = next(i for i, group in enumerate(declared) if group.match(name, p))
             halves[owner][id(p) in excluded].append((name, p))
+
     for group, (plain, exempt) in zip(declared[:-1], halves, strict=False):
         if not plain and not exempt:
             raise ValueError(
                 f"{type(method).__name__}: group '{group.name}' takes no trainable parameter; "
                 "correct its match, its place in the order of groups, or remove it"
             )
+
     return [
         _param_group(group, optim, half, exempt=bool(i))
         for group, pair in zip(declared, halves, strict=True)
@@ -52,18 +66,24 @@ def parameter_groups(method: Method, optim: Optim) -> list[ParamGroup]:
 def _excluded(method: nn.Module, rule: str) -> set[int]:
     """ids of the parameters that `optim.exclude` takes from weight decay and adaptation.
 
-    Normalisation layers are known by their class and not by their name, which for a shortcut's norm is `downsample.1`.
+    Normalisation layers are known by their class and not by their name, which for a shortcut's norm
+    is `downsample.1`.
     """
     if rule == "none":
         return set()
     if rule == "ndim1":
         return {id(p) for p in method.parameters() if p.ndim <= 1}
-    result = {id(p) for name, p in method.named_parameters() if name.rpartition(".")[2].endswith("bias")}
+
+    result = {
+        id(p) for name, p in method.named_parameters() if name.rpartition(".")[2].endswith("bias")
+    }
     norms = (module for module in method.modules() if "Norm" in type(module).__name__)
     return result | {id(p) for norm in norms for p in norm.parameters(recurse=False)}
 
 
-def _param_group(group: Group, optim: Optim, members: list[tuple[str, Tensor]], *, exempt: bool) -> ParamGroup:
+def _param_group(
+    group: Group, optim: Optim, members: list[tuple[str, Tensor]], *, exempt: bool
+) -> ParamGroup:
     decay = optim.weight_decay if group.weight_decay is None else group.weight_decay
     momentum = optim.betas[0] if optim.name == "adamw" else optim.momentum
     return {
@@ -80,13 +100,17 @@ def _param_group(group: Group, optim: Optim, members: list[tuple[str, Tensor]], 
 
 
 def set_rates(groups: Iterable[ParamGroup], lr: float, base: float) -> None:
-    """Write group["lr"] for a step: the scheduled `lr`, or the undecayed `base` for constant groups, times the multiplier."""
+    """Write group["lr"] for a step: the scheduled `lr`, or the undecayed `base` for constant
+    groups, times the multiplier.
+    """
     for group in groups:
         group["lr"] = (base if group["constant"] else lr) * group["lr_multiplier"]
 
 
 def drop_frozen(groups: Iterable[ParamGroup], step: int) -> None:
-    """Drop the gradients of groups that are frozen at `step`: None and not zero, or decay and momentum would move them."""
+    """Drop the gradients of groups that are frozen at `step`: None and not zero, or decay and
+    momentum would move them.
+    """
     for group in groups:
         if step < group["frozen_steps"]:
             for p in group["params"]:
@@ -94,16 +118,21 @@ def drop_frozen(groups: Iterable[ParamGroup], step: int) -> None:
 
 
 def build(groups: list[ParamGroup], optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over parameter_groups(), or over these groups of what a rank holds of the parameters.
+    """The optimizer of a recipe over parameter_groups(), or over these groups of what a rank holds
+    of the parameters.
 
     Rates are zero until set_rates(). Raises ConfigError.
 
-    SGD and AdamW leave the choice of kernel to torch (foreach on accelerators, a loop on the CPU). Their fused kernels read
-    raw memory: a gradient or a restored buffer in another layout than its parameter gives wrong numbers without an error,
-    and fused SGD fails on a parameter whose first gradient comes after the first step.
+    SGD and AdamW leave the choice of kernel to torch (foreach on accelerators, a loop on the CPU).
+    Their fused kernels read raw memory: a gradient or a restored buffer in another layout than its
+    parameter gives wrong numbers without an error, and fused SGD fails on a parameter whose first
+    gradient comes after the first step.
     """
     if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
-        raise ConfigError("optim.nesterov needs optim.name=sgd and optim.momentum above 0; set optim.nesterov=false")
+        raise ConfigError(
+            "optim.nesterov needs optim.name=sgd and optim.momentum above 0; set "
+            "optim.nesterov=false"
+        )
     if not groups:
         raise ConfigError("the method has no trainable parameter to optimise")
     if optim.name == "lars":
@@ -117,5 +146,7 @@ def build(groups: list[ParamGroup], optim: Optim) -> torch.optim.Optimizer:
         )
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
-    adam = [group | {"betas": (group["momentum"], optim.betas[1])} for group in groups]  # Adam's momentum is its first beta
+
+    # Adam's momentum is its first beta
+    adam = [group | {"betas": (group["momentum"], optim.betas[1])} for group in groups]
     return torch.optim.AdamW(adam, lr=0.0)

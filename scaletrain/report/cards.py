@@ -10,18 +10,35 @@ from scaletrain.runtime.tables import plural
 
 
 def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for people on the results of one run(): the accuracies, on what they were measured, and the files."""
+    """Lines for people on the results of one run(): the accuracies, on what they were measured, and
+    the files.
+    """
     first = found[0]
     metrics = {name: value for result in found for name, value in result["metrics"].items()}
     # every accuracy comes with its mean over classes; the bare name is the top-1
-    parts = [(name, [metrics.get(name + part) for part in ("", "_top5", "_per_class")]) for name in metrics]
-    rows = [(name, *("-" if x is None else f"{x:.2f}" for x in values)) for name, values in parts if values[-1] is not None]
+    parts = [
+        (name, [metrics.get(name + part) for part in ("", "_top5", "_per_class")])
+        for name in metrics
+    ]
+
+    rows = [
+        (name, *("-" if x is None else f"{x:.2f}" for x in values))
+        for name, values in parts
+        if values[-1] is not None
+    ]
     text = [f"{first['encoder']} encoder, step {first['step']}, per cent", ""]
-    text += tables.render(("", "top-1", "top-5", "per class"), rows, width=tables.width()).splitlines()
+    text += tables.render(
+        ("", "top-1", "top-5", "per class"), rows, width=tables.width()
+    ).splitlines()
+
     text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]
     if subset := first["data"].get("labels"):
         text.append(f"of which labels: {subset['samples']:,} of {subset['file']}")
-    text.append(f"classes: {first['data']['classes']['count']:,}, matched {first['data']['classes']['matched']}")
+
+    text.append(
+        f"classes: {first['data']['classes']['count']:,}, matched "
+        f"{first['data']['classes']['matched']}"
+    )
     return [*text, *(f"result: {result['file']}" for result in found)]
 
 

@@ -1,7 +1,8 @@
-"""What can be trained: every method and auxiliary with its paper, family, recipes and published figures.
+"""What can be trained: every method and auxiliary with its paper, family, recipes and published
+figures.
 
-All of it is read where it stands: the paper in the first line of the docstring, the family in its line `Family: ...`, the
-figures in the head comments of the recipes.
+All of it is read where it stands: the paper in the first line of the docstring, the family in its
+line `Family: ...`, the figures in the head comments of the recipes.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from typing import Any
 from scaletrain.config import recipe
 from scaletrain.config.schema import components
 
-CONFIGS = Path(__file__).parents[2] / "configs"  # of a clone; an installed package has no recipes
-WIDTH = 100  # characters of a published figure
+# of a clone; an installed package has no recipes
+CONFIGS = Path(__file__).parents[2] / "configs"
+# characters of a published figure
+WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Entry:
     name: str
-    paper: str  # first line of the docstring
-    family: str  # "" where the file names none
-    recipes: Mapping[str, str]  # name -> published figure, "" where the head gives none
+    # first line of the docstring
+    paper: str
+    # "" where the file names none
+    family: str
+    # name -> published figure, "" where the head gives none
+    recipes: Mapping[str, str]
 
 
 def entries(kind: str, configs: Path = CONFIGS) -> list[Entry]:
@@ -35,21 +41,30 @@ def entries(kind: str, configs: Path = CONFIGS) -> list[Entry]:
     for path in sorted(configs.glob("*.yaml")):
         for name in _uses(recipe.read(path), kind):
             used.setdefault(name, {})[path.stem] = published(path.read_text())
+
     return [Entry(name, *_docstring(kind, name), used.get(name, {})) for name in components(kind)]
 
 
 def published(text: str) -> str:
     """The sentence after `Published:` in a recipe's head."""
-    head = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-    sentence = head.partition("Published: ")[2].partition("Not measured here")[0].strip().removesuffix(".")
+    head = " ".join(
+        line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")
+    )
+    sentence = (
+        head.partition("Published: ")[2].partition("Not measured here")[0].strip().removesuffix(".")
+    )
+
     return sentence if len(sentence) <= WIDTH else f"{sentence[:WIDTH].rsplit(' ', 1)[0]} ..."
 
 
 def _uses(raw: Mapping[str, Any], kind: str) -> list[str]:
     """Names of the leaves of a kind in a recipe."""
-    added = [item if isinstance(item, str) else str(item["name"]) for item in raw.get("auxiliaries", ())]
+    added = [
+        item if isinstance(item, str) else str(item["name"]) for item in raw.get("auxiliaries", ())
+    ]
     if kind == "auxiliaries":
         return added
+
     method = recipe.long("method", raw.get("method", {}))
     return [] if added or "name" not in method else [str(method["name"])]
 
@@ -66,8 +81,12 @@ def lines(kind: str, configs: Path = CONFIGS) -> list[str]:
     found = entries(kind, configs)
     wide = max((len(name) for entry in found for name in entry.recipes), default=0)
     result = []
+
     for entry in found:
         result.append(f"{entry.name}  {entry.paper}")
         result += [f"    family: {entry.family}"] if entry.family else []
-        result += [f"    {name:{wide}}  {figure}".rstrip() for name, figure in entry.recipes.items()]
+        result += [
+            f"    {name:{wide}}  {figure}".rstrip() for name, figure in entry.recipes.items()
+        ]
+
     return result

@@ -1,9 +1,11 @@
-"""Runs side by side: accuracy against epochs, images and time, and when each reaches the other's final accuracy.
+"""Runs side by side: accuracy against epochs, images and time, and when each reaches the other's
+final accuracy.
 
-Accuracies are those of the results in RUN/evals, all of one protocol and the same data, at the steps that were evaluated and
-nowhere in between. Hours are of training alone, every step once: the steps between two records of RUN/metrics.jsonl take the
-seconds per step of the latter. So waiting in a queue, start-up and what a resume repeats are free; the first step of a start,
-with compilation and whatever the method does before it, counts as an ordinary one.
+Accuracies are those of the results in RUN/evals, all of one protocol and the same data, at the
+steps that were evaluated and nowhere in between. Hours are of training alone, every step once: the
+steps between two records of RUN/metrics.jsonl take the seconds per step of the latter. So waiting
+in a queue, start-up and what a resume repeats are free; the first step of a start, with compilation
+and whatever the method does before it, counts as an ordinary one.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ class _Record(BaseModel):
     """What is read of a line of metrics.jsonl."""
 
     step: NonNegativeInt
-    steps_per_epoch: PositiveInt | None = None  # None: written before records had it
+    # None: written before records had it
+    steps_per_epoch: PositiveInt | None = None
     pace: FiniteFloat | None = Field(None, alias="speed/seconds_per_step")
 
 
 M = TypeVar("M", bound=BaseModel)
-Found = dict[str, dict[str, dict[str, list[Result]]]]  # by run, metric and protocol
+# by run, metric and protocol
+Found = dict[str, dict[str, dict[str, list[Result]]]]
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,13 @@ class Point:
     """One evaluated checkpoint."""
 
     step: int
-    epochs: float | None  # None: no record tells how long an epoch is
+    # None: no record tells how long an epoch is
+    epochs: float | None
     images: int
-    hours: float | None  # None: the records do not tell
-    accuracy: float  # per cent
+    # None: the records do not tell
+    hours: float | None
+    # per cent
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -54,43 +61,67 @@ class Reach:
 
     run: str
     other: str
-    accuracy: float  # per cent, of the other's last checkpoint
-    point: Point | None  # None: not reached
-    images_share: float | None  # of what the other took
+    # per cent, of the other's last checkpoint
+    accuracy: float
+    # None: not reached
+    point: Point | None
+    # of what the other took
+    images_share: float | None
     hours_share: float | None
 
 
-def compare(runs: Sequence[Path], metric: str | None = None, protocol: str | None = None) -> dict[str, Any]:
-    """`metric` of the trained encoders, by default the first that all runs have; points per run, reaches per ordered pair.
+def compare(
+    runs: Sequence[Path], metric: str | None = None, protocol: str | None = None
+) -> dict[str, Any]:
+    """`metric` of the trained encoders, by default the first that all runs have; points per run,
+    reaches per ordered pair.
 
-    All are of one protocol: the one that all runs have results of, with the whole training set, or the one whose digest begins
-    with `protocol`. Raises ConfigError where there is none or more than one.
+    All are of one protocol: the one that all runs have results of, with the whole training set, or
+    the one whose digest begins with `protocol`. Raises ConfigError where there is none or more than
+    one.
     """
     for path in runs:
         if not (path / "config.yaml").is_file():
             what = "it has no config.yaml" if path.is_dir() else "there is no such folder"
             raise ConfigError(f"no run folder {path}: {what}")
+
     if len(runs) < 2:
         raise ConfigError("one run has nothing to be compared with: name two or more")
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("a run is named twice")
 
     found = {str(run): _results(run) for run in runs}
-    common = [m for m in next(iter(found.values())) if all(m in metrics for metrics in found.values())]
-    metric = metric or next((m for m in common if _fitting(_shared(found, m), protocol)), next(iter(common), None))
+    common = [
+        m for m in next(iter(found.values())) if all(m in metrics for metrics in found.values())
+    ]
+    metric = metric or next(
+        (m for m in common if _fitting(_shared(found, m), protocol)), next(iter(common), None)
+    )
+
     if metric is None:
         raise ConfigError(
-            "these runs were not evaluated alike: no benchmark has results of all; scaletrain eval RUN knn makes them"
+            "these runs were not evaluated alike: no benchmark has results of all; scaletrain eval "
+            "RUN knn makes them"
         )
+
     for run, metrics in found.items():
         if metric not in metrics:
             known = ", ".join(metrics) or "none"
-            raise ConfigError(f"{run}/evals has no results of '{metric}'{nearest(metric, metrics)}; it has {known}")
+            raise ConfigError(
+                f"{run}/evals has no results of '{metric}'{nearest(metric, metrics)}; it has "
+                f"{known}"
+            )
 
     chosen = _one(found, metric, protocol)
     compared = {run: metrics[metric][chosen] for run, metrics in found.items()}
     points = {run: _points(Path(run), steps, metric) for run, steps in compared.items()}
-    others = [len(steps) for metrics in found.values() for digest, steps in metrics[metric].items() if digest != chosen]
+    others = [
+        len(steps)
+        for metrics in found.values()
+        for digest, steps in metrics[metric].items()
+        if digest != chosen
+    ]
+
     return {
         "metric": metric,
         "protocol": chosen,
@@ -104,31 +135,56 @@ def compare(runs: Sequence[Path], metric: str | None = None, protocol: str | Non
 def _shared(found: Found, metric: str) -> dict[str, Result]:
     """The protocols of which all runs have results of a metric, each with one of them."""
     first, *others = (metrics[metric] for metrics in found.values())
-    return {digest: steps[0] for digest, steps in first.items() if all(digest in other for other in others)}
+    return {
+        digest: steps[0]
+        for digest, steps in first.items()
+        if all(digest in other for other in others)
+    }
 
 
 def _fitting(shared: Mapping[str, Result], wanted: str | None) -> list[str]:
-    """The protocols that a table may be of: what was asked for, else those with the whole training set."""
+    """The protocols that a table may be of: what was asked for, else those with the whole training
+    set.
+    """
     return [
-        digest for digest, result in shared.items() if (digest.startswith(wanted) if wanted else result.data.labels is None)
+        digest
+        for digest, result in shared.items()
+        if (digest.startswith(wanted) if wanted else result.data.labels is None)
     ]
 
 
 def _one(found: Found, metric: str, wanted: str | None) -> str:
-    """The protocol of a table. Raises ConfigError, saying which there are and how they differ, unless it is clear."""
+    """The protocol of a table. Raises ConfigError, saying which there are and how they differ,
+    unless it is clear.
+    """
     shared = _shared(found, metric)
     fit = _fitting(shared, wanted)
     if len(fit) == 1:
         return fit[0]
 
     if not shared:
-        every = {digest: steps[0] for metrics in found.values() for digest, steps in metrics[metric].items()}
-        text = f"these runs were not evaluated alike: no protocol has results of '{metric}' of all; there are"
+        every = {
+            digest: steps[0]
+            for metrics in found.values()
+            for digest, steps in metrics[metric].items()
+        }
+        text = (
+            f"these runs were not evaluated alike: no protocol has results of '{metric}' of "
+            "all; there are"
+        )
+
         raise ConfigError(f"{text} {_listed(every)}")
+
     if wanted:
-        text = f"--protocol {wanted} is none, or more than one, of those with results of '{metric}' of all runs"
+        text = (
+            f"--protocol {wanted} is none, or more than one, of those with results of "
+            f"'{metric}' of all runs"
+        )
     else:
-        text = f"all runs have results of '{metric}' of " + (f"{len(fit)} protocols" if fit else "label subsets only")
+        text = f"all runs have results of '{metric}' of " + (
+            f"{len(fit)} protocols" if fit else "label subsets only"
+        )
+
     raise ConfigError(f"{text}; choose one by --protocol: {_listed(shared)}")
 
 
@@ -136,12 +192,15 @@ def _listed(found: Mapping[str, Result]) -> str:
     """Each protocol with those of its settings that are not the same in all."""
     described = {digest: result.described for digest, result in found.items()}
     keys = dict.fromkeys(key for settings in described.values() for key in settings)
-    differing = [key for key in keys if len({settings.get(key) for settings in described.values()}) > 1]
+    differing = [
+        key for key in keys if len({settings.get(key) for settings in described.values()}) > 1
+    ]
 
     texts = []
     for digest, settings in described.items():
         text = ", ".join(f"{key}={settings[key]}" for key in differing if key in settings)
         texts.append(f"{digest} ({text})" if text else digest)
+
     return ", ".join(texts)
 
 
@@ -150,17 +209,24 @@ def _reach(run: str, other: str, points: dict[str, list[Point]]) -> Reach:
     point = next((p for p in points[run] if p.accuracy >= last.accuracy), None)
     if point is None:
         return Reach(run, other, last.accuracy, None, None, None)
+
     hours = point.hours / last.hours if point.hours is not None and last.hours else None
-    return Reach(run, other, last.accuracy, point, point.images / last.images if last.images else None, hours)
+    return Reach(
+        run, other, last.accuracy, point, point.images / last.images if last.images else None, hours
+    )
 
 
 def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
-    """The results of the trained encoder by the name of each top-1 accuracy in them, then by protocol, ascending by step."""
+    """The results of the trained encoder by the name of each top-1 accuracy in them, then by
+    protocol, ascending by step.
+    """
     found: dict[str, dict[str, list[Result]]] = {}
+
     for result in results.read(run / "evals"):
         for name in result.metrics if result.encoder == "trained" else ():
             if f"{name}_per_class" in result.metrics:
                 found.setdefault(name, {}).setdefault(result.protocol, []).append(result)
+
     return dict(sorted(found.items()))
 
 
@@ -168,20 +234,33 @@ def _points(run: Path, cards: Sequence[Result], metric: str) -> list[Point]:
     settings, records = load.load(run / "config.yaml"), _records(run / "metrics.jsonl")
     per_epoch = records[-1].steps_per_epoch if records else None
     points = []
-    for c, spent in zip(cards, _hours(records, [card.step for card in cards], settings.monitor.every), strict=True):
+    for c, spent in zip(
+        cards, _hours(records, [card.step for card in cards], settings.monitor.every), strict=True
+    ):
         # a checkpoint of before they were kept is of a run whose batch never changed
         images = c.step * settings.batch if c.trained.samples is None else c.trained.samples
-        epochs = c.trained.epochs if c.trained.epochs is not None else c.step / per_epoch if per_epoch else None
+        epochs = (
+            c.trained.epochs
+            if c.trained.epochs is not None
+            else c.step / per_epoch
+            if per_epoch
+            else None
+        )
+
         points.append(Point(c.step, epochs, images, spent, c.metrics[metric]))
+
     return points
 
 
 def _hours(records: Sequence[_Record], steps: Sequence[int], every: int) -> list[float | None]:
     """What the first `steps` steps took; one is recorded in `every`."""
     paced = [(n, record.pace) for n, record in enumerate(records) if record.pace is not None]
-    if not paced or any(record.steps_per_epoch is None for record in records):  # old records have no pace
+    # old records have no pace
+    if not paced or any(record.steps_per_epoch is None for record in records):
         return [None] * len(steps)
-    # a run that was stopped has steps after its last record; they and records without a pace go at that of their neighbours
+
+    # a run that was stopped has steps after its last record; they and records without a pace go at
+    # that of their neighbours
     ends = [0, *(record.step + 1 for record in records), records[-1].step + 1 + every]
     paces = np.interp(np.arange(len(records) + 1), *np.transpose(paced))
     hours = np.cumsum([0.0, *np.diff(ends) * paces]) / 3600
@@ -193,8 +272,12 @@ def _records(path: Path) -> list[_Record]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
+
     # what follows the last end of a line was cut short by a crash
-    return [_parse(_Record, line, f"{path}, line {n}, is no record of a run") for n, line in enumerate(lines[:-1], 1)]
+    return [
+        _parse(_Record, line, f"{path}, line {n}, is no record of a run")
+        for n, line in enumerate(lines[:-1], 1)
+    ]
 
 
 def _parse(model: type[M], text: bytes, problem: str) -> M:
@@ -202,31 +285,59 @@ def _parse(model: type[M], text: bytes, problem: str) -> M:
         return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{problem} ({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})") from None
+        raise ConfigError(
+            f"{problem} ({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})"
+        ) from None
 
 
 def show(found: dict[str, Any], width: int | None = None) -> list[str]:
     """Lines for people on what compare() found: all points, then who reaches whom."""
     sets = ", ".join(f"{name} {found['described'][name]}" for name in ("train", "test"))
-    text = [f"{found['metric']}, top-1 accuracy in per cent", f"protocol {found['protocol']}: {sets}"]
+    text = [
+        f"{found['metric']}, top-1 accuracy in per cent",
+        f"protocol {found['protocol']}: {sets}",
+    ]
+
     for run, points in found["points"].items():
         rows = [(str(p["step"]), *_cells(p), f"{p['accuracy']:.2f}") for p in points]
         shown = tables.render(("step", "epochs", "images", "hours", "accuracy"), rows, width=width)
         text += ["", run, *shown.splitlines()]
+
     for reach in found["reached"]:
         text += ["", f"{reach['run']} to the final {reach['accuracy']:.2f} of {reach['other']}"]
         if reach["point"] is None:
             text.append("never")
             continue
-        share = {key: "-" if reach[key] is None else f"{reach[key]:.2f}" for key in ("images_share", "hours_share")}
+
+        share = {
+            key: "-" if reach[key] is None else f"{reach[key]:.2f}"
+            for key in ("images_share", "hours_share")
+        }
         epochs, images, hours = _cells(reach["point"])
-        costs = [("epochs", epochs, ""), ("images", images, share["images_share"]), ("hours", hours, share["hours_share"])]
-        text += tables.render(("", "it takes", "share of the other's"), costs, width=width).splitlines()
+        costs = [
+            ("epochs", epochs, ""),
+            ("images", images, share["images_share"]),
+            ("hours", hours, share["hours_share"]),
+        ]
+
+        text += tables.render(
+            ("", "it takes", "share of the other's"), costs, width=width
+        ).splitlines()
+
     if found["left_out"]:
-        text += ["", f"note: results that are left out, as they are of another protocol or other data: {found['left_out']}"]
+        text += [
+            "",
+            "note: results that are left out, as they are of another protocol or other data: "
+            f"{found['left_out']}",
+        ]
+
     return text
 
 
 def _cells(point: dict[str, Any]) -> tuple[str, str, str]:
     epochs, hours = (point[key] for key in ("epochs", "hours"))
-    return "-" if epochs is None else f"{epochs:.1f}", number(point["images"]), "-" if hours is None else f"{hours:.2f}"
+    return (
+        "-" if epochs is None else f"{epochs:.1f}",
+        number(point["images"]),
+        "-" if hours is None else f"{hours:.2f}",
+    )

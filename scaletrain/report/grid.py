@@ -1,4 +1,6 @@
-"""Grids: overrides with several values each, one run folder for every combination, one table of what came of them."""
+"""Grids: overrides with several values each, one run folder for every combination, one table of
+what came of them.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +24,46 @@ from scaletrain.runtime.durable import replacing
 if TYPE_CHECKING:
     from scaletrain.evals.results import Result
 
-SPEC, TABLE = "grid.json", "grid.csv"  # in the folder that holds the runs
-MOST = 10_000  # runs of a grid
+# in the folder that holds the runs
+SPEC, TABLE = "grid.json", "grid.csv"
+# runs of a grid
+MOST = 10_000
 
 
 def combinations(axes: Iterable[str], seeds: int) -> list[tuple[str, ...]]:
-    """('optim.lr=0.2,0.3', ...) -> every combination as overrides; `seeds` adds seed=0 ... to each. Raises ConfigError.
+    """('optim.lr=0.2,0.3', ...) -> every combination as overrides; `seeds` adds seed=0 ... to each.
+    Raises ConfigError.
 
-    Values are YAML: a comma inside brackets or quotes does not part two of them. An axis may also be a YAML file as in
-    configs/studies: a list whose items are lists of overrides, one item for each run.
+    Values are YAML: a comma inside brackets or quotes does not part two of them. An axis may also
+    be a YAML file as in configs/studies: a list whose items are lists of overrides, one item for
+    each run.
     """
-    choices = [_file(Path(axis)) if axis.endswith(".yaml") and "=" not in axis else _values(axis) for axis in axes]
+    choices = [
+        _file(Path(axis)) if axis.endswith(".yaml") and "=" not in axis else _values(axis)
+        for axis in axes
+    ]
+
     count = math.prod(map(len, choices)) * seeds
     if count > MOST:
         raise ConfigError(f"a grid of {count:,} runs is more than {MOST:,}: launch parts of it")
+
     if seeds > 1:
         choices.append([(f"seed={seed}",) for seed in range(seeds)])
-    keys = [key for points in choices for key in {text.partition("=")[0] for point in points for text in point}]
+
+    keys = [
+        key
+        for points in choices
+        for key in {text.partition("=")[0] for point in points for text in point}
+    ]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ConfigError(f"--grid names {', '.join(sorted(twice))} twice")
+
     elements = [tuple(itertools.chain(*points)) for points in itertools.product(*choices)]
     if len({folder(Path(), element) for element in elements}) < len(elements):
-        raise ConfigError("--grid names a value twice, or values whose folders would have the same name")
+        raise ConfigError(
+            "--grid names a value twice, or values whose folders would have the same name"
+        )
+
     return elements
 
 
@@ -57,7 +77,11 @@ def save(run: Path, grid: Sequence[Sequence[str]]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     known = elements(run) if (run / SPEC).exists() else []
     with replacing(run / SPEC, "draft") as file:
-        file.write(json.dumps(known + [list(new) for new in grid if list(new) not in known], indent=1).encode())
+        file.write(
+            json.dumps(
+                known + [list(new) for new in grid if list(new) not in known], indent=1
+            ).encode()
+        )
 
 
 def elements(run: Path) -> list[list[str]]:
@@ -65,29 +89,52 @@ def elements(run: Path) -> list[list[str]]:
     path = run / SPEC
     if not path.exists():
         raise ConfigError(f"{run} holds no grid: launch one with --grid or --seeds")
+
     try:
         return TypeAdapter(list[list[str]]).validate_json(path.read_bytes())
     except ValidationError:
-        raise ConfigError(f"{path} is no list of a grid's runs: delete it, and launch the grid again") from None
+        raise ConfigError(
+            f"{path} is no list of a grid's runs: delete it, and launch the grid again"
+        ) from None
 
 
 def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str, Any]]:
-    """A row for each run of the grid in `run`: its overrides, state, last scalars and evaluations; also as grid.csv."""
-    evaluated = {overrides: _evaluated(folder(run, overrides)) for overrides in map(tuple, elements(run))}
+    """A row for each run of the grid in `run`: its overrides, state, last scalars and evaluations;
+    also as grid.csv.
+    """
+    evaluated = {
+        overrides: _evaluated(folder(run, overrides)) for overrides in map(tuple, elements(run))
+    }
     names = _columns(result for found in evaluated.values() for result in found)
     rows = []
+
     for overrides, found in evaluated.items():
         place = folder(run, overrides)
         row = dict(item.split("=", 1) for item in overrides)
-        scores = {names[name, result.protocol]: _short(value) for result in found for name, value in _figures(result)}
-        rows.append({**row, **({"state": states.get(place, "")} if states else {}), **_reached(place), **scores})
+        scores = {
+            names[name, result.protocol]: _short(value)
+            for result in found
+            for name, value in _figures(result)
+        }
+
+        rows.append(
+            {
+                **row,
+                **({"state": states.get(place, "")} if states else {}),
+                **_reached(place),
+                **scores,
+            }
+        )
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+
     with replacing(run / TABLE, "draft") as file:
         file.write(text.getvalue().encode())
+
     return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
@@ -96,8 +143,13 @@ def _file(path: Path) -> list[tuple[str, ...]]:
         points = TypeAdapter(list[list[str]]).validate_python(document(path), strict=True)
     except ValidationError:
         points = []
+
     if not points or not all(point and all("=" in text for text in point) for point in points):
-        raise ConfigError(f"--grid {path}: write a list of lists of overrides, e.g. - [optim.lr=0.2, method.tau=0.99]")
+        raise ConfigError(
+            f"--grid {path}: write a list of lists of overrides, e.g. - [optim.lr=0.2, "
+            "method.tau=0.99]"
+        )
+
     return [tuple(point) for point in points]
 
 
@@ -107,9 +159,15 @@ def _values(axis: str) -> list[tuple[str, ...]]:
         values, fault = parse(f"[{text}]"), ""
     except ConfigError as error:
         values, fault = [], f"; {error}"
+
     if not key or not values:
-        raise ConfigError(f"--grid {brief(axis)}: write KEY=VALUE,VALUE, e.g. --grid optim.lr=0.2,0.3{fault}")
-    return [(f"{key}={json.dumps(v, default=str) if not isinstance(v, str) else v}",) for v in values]
+        raise ConfigError(
+            f"--grid {brief(axis)}: write KEY=VALUE,VALUE, e.g. --grid optim.lr=0.2,0.3{fault}"
+        )
+
+    return [
+        (f"{key}={json.dumps(v, default=str) if not isinstance(v, str) else v}",) for v in values
+    ]
 
 
 def _reached(run: Path) -> dict[str, Any]:
@@ -117,9 +175,11 @@ def _reached(run: Path) -> dict[str, Any]:
     path = run / "metrics.jsonl"
     last: dict[str, Any] = {}
     for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
-        with contextlib.suppress(ValueError, TypeError):  # cut short by a crash, or damaged
+        # cut short by a crash, or damaged
+        with contextlib.suppress(ValueError, TypeError):
             last = dict(json.loads(line))
             break
+
     names = {"step": "step", "train/loss": "loss", "speed/images_per_second": "images/s"}
     return {short: _short(last[name]) for name, short in names.items() if name in last}
 
@@ -129,7 +189,9 @@ def _evaluated(run: Path) -> list[Result]:
     from scaletrain.evals import results
 
     found = results.read(run / "evals")
-    return list({result.protocol: result for result in found if result.encoder == "trained"}.values())
+    return list(
+        {result.protocol: result for result in found if result.encoder == "trained"}.values()
+    )
 
 
 def _figures(result: Result) -> list[tuple[str, Any]]:
@@ -139,9 +201,15 @@ def _figures(result: Result) -> list[tuple[str, Any]]:
 def _columns(found: Iterable[Result]) -> dict[tuple[str, str], str]:
     """The column of each metric and protocol: no column holds two protocols.
 
-    The plain name of a metric is that of its only protocol with the whole training set; else the protocol's digest is added.
+    The plain name of a metric is that of its only protocol with the whole training set; else the
+    protocol's digest is added.
     """
-    whole = {(name, result.protocol): result.data.labels is None for result in found for name, _ in _figures(result)}
+    whole = {
+        (name, result.protocol): result.data.labels is None
+        for result in found
+        for name, _ in _figures(result)
+    }
+
     rivals = Counter(name for (name, _), full in whole.items() if full)
     return {(n, p): n if full and rivals[n] == 1 else f"{n} {p}" for (n, p), full in whole.items()}
 

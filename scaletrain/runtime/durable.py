@@ -30,8 +30,11 @@ def flush(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, tag: str) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and on disk, or not at all. `tag` keeps temporary names apart."""
+    """A binary file that appears under `path` complete and on disk, or not at all. `tag` keeps
+    temporary names apart.
+    """
     temporary = path.with_name(f"{path.name}.{tag}.tmp")
+
     try:
         with temporary.open("wb") as file:
             yield file
@@ -44,7 +47,9 @@ def replacing(path: Path, tag: str) -> Iterator[BinaryIO]:
 
 
 def drop_records(path: Path, start_step: int) -> None:
-    """Remove from a file of JSON lines those whose `step` is at or after `start_step`, and what is damaged. All or nothing."""
+    """Remove from a file of JSON lines those whose `step` is at or after `start_step`, and what is
+    damaged. All or nothing.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -57,18 +62,21 @@ def drop_records(path: Path, start_step: int) -> None:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):  # cut short by a crash, or damaged since
             continue
+
     if kept != lines:
         with replacing(path, str(os.getpid())) as file:
             file.writelines(kept)
 
 
 class Records:
-    """A file of JSON lines that is a by-product: what cannot be written is said once, waits, and never raises.
+    """A file of JSON lines that is a by-product: what cannot be written is said once, waits, and
+    never raises.
 
     Each line is there whole or not at all, unless the process is killed in between.
     """
 
-    KEPT = 10_000  # lines that wait at most
+    # lines that wait at most
+    KEPT = 10_000
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -82,9 +90,15 @@ class Records:
             self._write()
         except OSError as error:
             if not self._failed:
-                log.warning("%s cannot be written (%s); the run goes on and tries again later", self._path, error.strerror)
+                log.warning(
+                    "%s cannot be written (%s); the run goes on and tries again later",
+                    self._path,
+                    error.strerror,
+                )
+
             self._failed = True
             return
+
         self._waiting.clear()
         self._failed = False
 
@@ -98,5 +112,6 @@ class Records:
                 while data:
                     data = data[file.write(data) :]
             except OSError:
-                file.truncate(size)  # possible on a full disk too
+                # possible on a full disk too
+                file.truncate(size)
                 raise

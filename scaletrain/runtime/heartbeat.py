@@ -1,4 +1,6 @@
-"""Signs of life of a process that loads data. Those of a loader worker lie in memory that the main process watches."""
+"""Signs of life of a process that loads data. Those of a loader worker lie in memory that the main
+process watches.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ from numpy.typing import NDArray
 
 Signs = NDArray[np.int64]
 
-SAMPLE, BEATS, WATCHED = range(3)  # the sample being read, or -1; signs of life so far; 1 while silence means trouble
-WIDTH = 8  # numbers per worker: 64 bytes, so that no two workers write to one cache line
+# the sample being read, or -1; signs of life so far; 1 while silence means trouble
+SAMPLE, BEATS, WATCHED = range(3)
+# numbers per worker: 64 bytes, so that no two workers write to one cache line
+WIDTH = 8
 
 _signs: Signs = np.zeros(WIDTH, np.int64)
 
@@ -49,7 +53,9 @@ def watched() -> AbstractContextManager[None]:
 
 
 def unwatched() -> AbstractContextManager[None]:
-    """Inside, silence is no trouble: in waits that have time limits of their own, or depend on other processes."""
+    """Inside, silence is no trouble: in waits that have time limits of their own, or depend on
+    other processes.
+    """
     return _set(0) if _reads() else nullcontext()
 
 

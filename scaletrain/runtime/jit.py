@@ -1,4 +1,6 @@
-"""Compilation of numeric loops by numba: once per machine, kept in a cache, without threads, so safe to fork."""
+"""Compilation of numeric loops by numba: once per machine, kept in a cache, without threads, so
+safe to fork.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """Compiled, with numba's options, at its first call. The cache lies beside the file or, if that is read-only, where
-    NUMBA_CACHE_DIR or the user's cache folder is; processes may share it. Without any such folder every run compiles anew.
+    """Compiled, with numba's options, at its first call. The cache lies beside the file or, if that
+    is read-only, where NUMBA_CACHE_DIR or the user's cache folder is; processes may share it.
+    Without any such folder every run compiles anew.
     """
     try:
         return cast(Function, njit(cache=True, **options)(function))
@@ -26,5 +29,7 @@ def inlined(function: Function) -> Function:
 
 
 def summed(function: Function) -> Function:
-    """Compiled; sums over elements may be taken in any order, one and the same at every call, which is several times faster."""
+    """Compiled; sums over elements may be taken in any order, one and the same at every call, which
+    is several times faster.
+    """
     return compiled(function, fastmath={"reassoc", "nsz"})

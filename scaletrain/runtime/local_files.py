@@ -1,4 +1,5 @@
-"""Local files of any origin: opened without waiting for a pipe or touching a device, and read up to a limit.
+"""Local files of any origin: opened without waiting for a pipe or touching a device, and read up to
+a limit.
 
 What is wrong is an OSError, whose `strerror` says it.
 """
@@ -12,7 +13,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def open_file(path: str | Path) -> int:
@@ -25,6 +31,7 @@ def open_file(path: str | Path) -> int:
     except OSError:
         os.close(file)
         raise
+
     return file
 
 
@@ -45,8 +52,10 @@ def read(path: str | Path, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes."""
     with reader(path) as file:
         data = file.read(limit + 1)
+
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+
     return data
 
 
@@ -54,4 +63,8 @@ def _check_regular(path: str | Path, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')} and not a file", str(path))
+        raise OSError(
+            errno.EINVAL,
+            f"it is {_KINDS.get(stat.S_IFMT(mode), 'something else')} and not a file",
+            str(path),
+        )

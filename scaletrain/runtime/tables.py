@@ -9,19 +9,30 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-GAP = "  "  # between columns
-NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?( \S+)?")  # perhaps with its unit
+# between columns
+GAP = "  "
+# perhaps with its unit
+NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?( \S+)?")
 
 
-def show(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", notes: Sequence[str] = ()) -> None:
+def show(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+) -> None:
     """Print a table; see render."""
     print(render(columns, rows, title=title, notes=notes, width=width()))
 
 
 def width() -> int | None:
-    """Characters of a line, by COLUMNS or the terminal; None for a pipe or a file, where lines may have any length."""
+    """Characters of a line, by COLUMNS or the terminal; None for a pipe or a file, where lines may
+    have any length.
+    """
     if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
         return shutil.get_terminal_size().columns
+
     return None
 
 
@@ -33,28 +44,40 @@ def render(
     notes: Sequence[str] = (),
     width: int | None = None,
 ) -> str:
-    """A line per row under a line of headings, with `title` above and `notes` below; an empty row is an empty line.
+    """A line per row under a line of headings, with `title` above and `notes` below; an empty row
+    is an empty line.
 
-    Columns of numbers are flush right. Where the lines are longer than `width`, each row becomes a block instead: its first
-    cell, and under it a line per column. Nothing is cut off.
+    Columns of numbers are flush right. Where the lines are longer than `width`, each row becomes a
+    block instead: its first cell, and under it a line per column. Nothing is cut off.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     lines = _lines([list(columns), *cells])
+
     if width is not None and max(map(len, lines), default=0) > width:
         lines = _blocks(columns, cells, width)
-    return "\n".join([*([wrap(title, width)] if title else []), *lines, *(wrap(note, width) for note in notes)])
+
+    return "\n".join(
+        [*([wrap(title, width)] if title else []), *lines, *(wrap(note, width) for note in notes)]
+    )
 
 
 def wrap(text: str, width: int | None, indent: int = 0) -> str:
-    """Text over several lines of at most `width` characters, the later ones indented; words stay whole."""
+    """Text over several lines of at most `width` characters, the later ones indented; words stay
+    whole.
+    """
     if width is None or len(text) <= width:
         return text
+
     hang = " " * min(indent, width // 2)
-    return textwrap.fill(text, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 shard`, `2 shards`, `1,000 processes`: a count with the noun in the form that goes with it."""
+    """`1 shard`, `2 shards`, `1,000 processes`: a count with the noun in the form that goes with
+    it.
+    """
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
 
@@ -64,11 +87,16 @@ def _lines(cells: Sequence[Sequence[str]]) -> list[str]:
     head, *rows = cells
     columns = list(zip(*(row for row in cells if row), strict=True))
     widths = [max(map(len, column)) for column in columns]
-    right = [all(NUMBER.fullmatch(cell) for cell in column[1:] if cell not in ("", "-")) for column in columns]
+    right = [
+        all(NUMBER.fullmatch(cell) for cell in column[1:] if cell not in ("", "-"))
+        for column in columns
+    ]
 
     def line(row: Sequence[str]) -> str:
         places = zip(row, widths, right, strict=True) if row else ()
-        return GAP.join(cell.rjust(wide) if number else cell.ljust(wide) for cell, wide, number in places).rstrip()
+        return GAP.join(
+            cell.rjust(wide) if number else cell.ljust(wide) for cell, wide, number in places
+        ).rstrip()
 
     return [*([line(head)] if any(head) else []), *map(line, rows)]
 
@@ -82,4 +110,5 @@ def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
         for name, cell in zip(columns[1:], others, strict=True):
             text = f"{GAP}{name.ljust(wide)}{GAP}{cell}" if name else f"{GAP}{cell}"
             lines += [wrap(text, width, len(GAP) * 2 + wide)] if cell else []
+
     return lines

@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-WAIT, COPY, FORWARD, BACKWARD, UPDATE = "waiting for data", "host to device", "forward", "backward", "optimizer + EMA"
+WAIT, COPY, FORWARD, BACKWARD, UPDATE = (
+    "waiting for data",
+    "host to device",
+    "forward",
+    "backward",
+    "optimizer + EMA",
+)
 
 Listener = Callable[[str], AbstractContextManager[None]]
 

@@ -21,7 +21,8 @@ def need(library: str) -> None:
     """Raise ConfigError unless the library of an engine, which is an extra, is installed."""
     if not installed(library):
         raise ConfigError(
-            f"engine.name={library} needs {library}: pip install 'scaletrain[{library}]', or choose another engine.name"
+            f"engine.name={library} needs {library}: pip install 'scaletrain[{library}]', or "
+            "choose another engine.name"
         )
 
 
@@ -38,4 +39,5 @@ def commit() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
     return done.stdout.strip()

@@ -20,10 +20,13 @@ def run_info_of(config: Config, samples: int, steps_per_epoch: int) -> RunInfo:
     sizes: dict[int, int] = {}
     for view in config.data.views:
         sizes[view.size] = sizes.get(view.size, 0) + view.count
+
     views = tuple((size, count) for size, count in sorted(sizes.items(), reverse=True) if count)
     beside = config.data.support
     rows = 0 if beside is None else beside.classes * beside.per_class
-    return RunInfo(samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed, rows)
+    return RunInfo(
+        samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed, rows
+    )
 
 
 def build_method(config: Config, run_info: RunInfo) -> Method:
@@ -31,7 +34,9 @@ def build_method(config: Config, run_info: RunInfo) -> Method:
     torch.manual_seed(config.seed)
     leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
     return auxiliaries.attach(
-        leaf.Model(config.method, lambda: backbone.build(config.model), run_info), config.auxiliaries, run_info
+        leaf.Model(config.method, lambda: backbone.build(config.model), run_info),
+        config.auxiliaries,
+        run_info,
     )
 
 
@@ -39,8 +44,12 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run. Raises ConfigError for what does not fit them."""
     total = config.steps or round(config.epochs * steps_per_epoch)
     if total < 1:
-        raise ConfigError(f"epochs={config.epochs:g} is less than one step of the {steps_per_epoch} per epoch")
-    schedule.lr(config.optim, config.batch, 0, steps_per_epoch, total)  # raises when the warm-up is longer
+        raise ConfigError(
+            f"epochs={config.epochs:g} is less than one step of the {steps_per_epoch} per epoch"
+        )
+
+    # raises when the warm-up is longer
+    schedule.lr(config.optim, config.batch, 0, steps_per_epoch, total)
     return total
 
 

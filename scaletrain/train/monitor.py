@@ -1,7 +1,9 @@
-"""What a run shows of itself: TensorBoard, metrics.jsonl, console progress, speed, and signs of collapse.
+"""What a run shows of itself: TensorBoard, metrics.jsonl, console progress, speed, and signs of
+collapse.
 
-Every rank makes a Monitor and calls it; only rank 0 writes. `train/loss` is of the global batch; every other number that comes
-from samples (parts of the loss, embedding statistics, images) is of rank 0's slice, so that watching costs no collective.
+Every rank makes a Monitor and calls it; only rank 0 writes. `train/loss` is of the global batch;
+every other number that comes from samples (parts of the loss, embedding statistics, images) is of
+rank 0's slice, so that watching costs no collective.
 """
 
 from __future__ import annotations
@@ -30,19 +32,27 @@ from scaletrain.train.resume import BEGINNING, Start
 from scaletrain.train.tensorboard_writer import Board
 
 GRID_SAMPLES = 8
-RANK_SAMPLES = 1024  # rows of the embedding whose singular values are taken: bounds the cost at any batch size
+# rows of the embedding whose singular values are taken: bounds the cost at any batch size
+RANK_SAMPLES = 1024
 
 
 class Monitor:
-    """Records a run under `run`: `tensorboard/`, `metrics.jsonl` (one JSON object per recorded step) and the console.
+    """Records a run under `run`: `tensorboard/`, `metrics.jsonl` (one JSON object per recorded
+    step) and the console.
 
-    Which steps are recorded depends on the step alone, so that a resumed run continues the very curves of the first one.
-    What was recorded at or after the step it starts from is dropped, for it will be computed again. A file that cannot be
-    written is said and never ends the run.
+    Which steps are recorded depends on the step alone, so that a resumed run continues the very
+    curves of the first one. What was recorded at or after the step it starts from is dropped, for
+    it will be computed again. A file that cannot be written is said and never ends the run.
     """
 
     def __init__(
-        self, run: Path, config: cfg.Config, *, total_steps: int, steps_per_epoch: int, start: Start = BEGINNING
+        self,
+        run: Path,
+        config: cfg.Config,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        start: Start = BEGINNING,
     ) -> None:
         self._active = dist.main()
         self._every, self._images_every = config.monitor.every, config.monitor.images_every
@@ -50,14 +60,18 @@ class Monitor:
         self._updates = start.updates
         if not self._active:
             return
+
         run.mkdir(parents=True, exist_ok=True)
         durable.drop_records(run / "metrics.jsonl", start.updates)
         self._metrics = durable.Records(run / "metrics.jsonl")
         self._board = Board(run / "tensorboard", start.updates)
         self._board.text("config", f"```yaml\n{load.dump(config)}```", start.updates)
         self._board.flush()
+
         self._pace = Pace(config.batch)
-        self._screen = Screen(total_steps, math.ceil(total_steps / max(1, steps_per_epoch)), start.step)
+        self._screen = Screen(
+            total_steps, math.ceil(total_steps / max(1, steps_per_epoch)), start.step
+        )
 
     def step(
         self,
@@ -71,17 +85,23 @@ class Monitor:
     ) -> None:
         """Note the step that began at `clock`.
 
-        rates: learning rate by group; waited: seconds without data; ema: tau; more: scalars that are known elsewhere.
+        rates: learning rate by group; waited: seconds without data; ema: tau; more: scalars that
+        are known elsewhere.
         """
         if not self._active:
             return
+
         step = self._start.offset + clock.step
         self._updates = step + 1
         self._pace.add(waited, result.skipped)
         self._screen.advance(clock.step + 1)
+
         if clock.every(self._images_every):
             for views in batch.views:
-                self._board.image(f"views/{views.shape[-1]}px", grid(views, batch.pixel_range), step)
+                self._board.image(
+                    f"views/{views.shape[-1]}px", grid(views, batch.pixel_range), step
+                )
+
         if clock.every(self._every) or clock.step == self._total - 1:
             # Tensors are read only here: reading one makes the host wait for the device.
             self._record(clock, self._scalars(result, rates, ema) | dict(more or {}), rates)
@@ -93,14 +113,18 @@ class Monitor:
             self._board.text("notes", text, self._updates)
 
     def finish(self, run: Path, checkpoint: Path) -> None:
-        """The last line of a run that has reached its end: what it did, where that is, and what to do with it."""
+        """The last line of a run that has reached its end: what it did, where that is, and what to
+        do with it.
+        """
         if not self._active or self._updates == self._start.updates:
             return
+
         steps, seconds = self._updates - self._start.updates, self._pace.seconds
         images = steps * self._batch
         rate = images / max(seconds, 1e-9)
         self.note(
-            f"done: {plural(steps, 'step')}, {plural(images, 'image')} in {duration(seconds)} ({rate:.0f} images/s); "
+            f"done: {plural(steps, 'step')}, {plural(images, 'image')} in {duration(seconds)} "
+            f"({rate:.0f} images/s); "
             f"checkpoint {checkpoint}; next: scaletrain eval {shlex.quote(str(run))} knn"
         )
 
@@ -111,22 +135,29 @@ class Monitor:
             self._screen.close()
             self._board.close()
 
-    def _scalars(self, result: StepResult, rates: Mapping[str, float], ema: float | None) -> dict[str, float]:
+    def _scalars(
+        self, result: StepResult, rates: Mapping[str, float], ema: float | None
+    ) -> dict[str, float]:
         scalars = {f"train/{name}": float(value) for name, value in result.scalars.items()}
         scalars["train/loss"] = result.loss
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
         if ema is not None:
             scalars["ema"] = ema
+
         scalars["grad_norm"] = float(result.grad_norm)
         scalars |= {f"trust/{name}": float(value) for name, value in result.trust.items()}
         if result.embedding is not None:
-            scalars |= {f"embedding/{name}": value for name, value in collapse(result.embedding).items()}
+            scalars |= {
+                f"embedding/{name}": value for name, value in collapse(result.embedding).items()
+            }
+
         return scalars | self._pace.read() | memory()
 
     def _record(self, clock: Clock, scalars: dict[str, float], rates: Mapping[str, float]) -> None:
         step = self._start.offset + clock.step
         for name, value in scalars.items():
             self._board.scalar(name, value, step)
+
         self._board.flush()
         # JSON has no word for NaN and infinity; null keeps the line readable by every parser.
         numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
@@ -138,6 +169,7 @@ class Monitor:
             "samples": self._start.after(clock.step, self._batch),
             "time": time.time(),
         }
+
         self._metrics.add(place | numbers)
         left = self._pace.seconds_per_step * (self._total - clock.step - 1)
         rate = rates.get("all", next(iter(rates.values()), 0.0))
@@ -147,13 +179,16 @@ class Monitor:
 def collapse(embedding: Tensor) -> dict[str, float]:
     """Signs of collapse in an embedding [B, D], rows L2-normalised first.
 
-    std: mean over channels of the standard deviation over the batch (SimSiam, section 4.1); 0 when all rows agree.
-    std_ratio: the same divided by 1 / sqrt(D), its value for isotropic directions; about 1 is healthy.
-    effective_rank: exp of the entropy of the normalised singular values (Roy and Vetterli, 2007), in [1, min(B, D)].
+    std: mean over channels of the standard deviation over the batch (SimSiam, section 4.1); 0 when
+    all rows agree. std_ratio: the same divided by 1 / sqrt(D), its value for isotropic directions;
+    about 1 is healthy. effective_rank: exp of the entropy of the normalised singular values (Roy
+    and Vetterli, 2007), in [1, min(B, D)].
     """
     x = torch.nn.functional.normalize(embedding.detach().float(), dim=1)  # [B, D]
+
     if not x.isfinite().all():
         return dict.fromkeys(("std", "std_ratio", "effective_rank"), math.nan)
+
     std = float(x.std(dim=0, correction=0).mean())
     sigma = torch.linalg.svdvals(x[:RANK_SAMPLES].cpu())
     p = sigma / sigma.sum().clamp_min(1e-12)
@@ -165,11 +200,16 @@ def collapse(embedding: Tensor) -> dict[str, float]:
 
 
 def grid(views: Tensor, pixel_range: Tensor) -> Tensor:
-    """[V, B, 3, H, W] as the network sees them -> one picture [3, h, w] uint8: a row per sample, a column per view."""
-    shown = views[:, :GRID_SAMPLES].detach().float().transpose(0, 1).flatten(0, 1)  # [b * V, 3, H, W]
+    """[V, B, 3, H, W] as the network sees them -> one picture [3, h, w] uint8: a row per sample, a
+    column per view.
+    """
+    shown = (
+        views[:, :GRID_SAMPLES].detach().float().transpose(0, 1).flatten(0, 1)
+    )  # [b * V, 3, H, W]
     black, white = pixel_range.to(shown).view(2, 1, 3, 1, 1)
     pixels = ((shown - black) / (white - black)).clamp(0, 1).mul(255).round().byte().cpu()
     picture: Tensor = make_grid(pixels, nrow=views.shape[0], padding=2)
+
     return picture
 
 
@@ -179,6 +219,7 @@ def memory() -> dict[str, float]:
     if torch.cuda.is_available():
         peak["memory/cuda_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
         peak["memory/cuda_reserved_mb"] = torch.cuda.max_memory_reserved() / 2**20
+
     return peak
 
 
@@ -193,12 +234,17 @@ class Unwatched:
 
 @contextmanager
 def profile(run: Path, enabled: bool) -> Iterator[Steps]:
-    """Trace steps 5 to 10 (from 0) of this session into RUN/profile/rank<r>.json ; call `.step()` after each."""
+    """Trace steps 5 to 10 (from 0) of this session into RUN/profile/rank<r>.json ; call `.step()`
+    after each.
+    """
     if not enabled:
         yield Unwatched()
         return
+
     path = run / "profile" / f"rank{dist.rank()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     schedule = torch.profiler.schedule(wait=4, warmup=1, active=6, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as recorder:
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(path))
+    ) as recorder:
         yield recorder

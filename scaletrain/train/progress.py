@@ -27,7 +27,8 @@ class Pace:
     """Throughput clock of this session (a resumed run starts a new one); seconds are wall clock."""
 
     def __init__(self, batch: int) -> None:
-        self._batch = batch  # global
+        # global
+        self._batch = batch
         self._begin = self._first = self._last = self._now = time.perf_counter()
         self._steps = self._recent = self._skipped = 0
         self._waited = 0.0
@@ -36,6 +37,7 @@ class Pace:
         self._now = time.perf_counter()
         if self._steps == 0:
             self._first = self._now
+
         self._steps += 1
         self._recent += 1
         self._waited += waited
@@ -48,13 +50,20 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of this session, without its first step where there are more: that one also starts workers and compiles."""
-        return self._now - self._begin if self._steps < 2 else (self._now - self._first) / (self._steps - 1)
+        """Of this session, without its first step where there are more: that one also starts
+        workers and compiles.
+        """
+        return (
+            self._now - self._begin
+            if self._steps < 2
+            else (self._now - self._first) / (self._steps - 1)
+        )
 
     def read(self) -> dict[str, float]:
         """Scalars of the interval since the last reading, which this ends.
 
-        Its seconds per step are absent when its only step was the session's first, which seconds_per_step leaves out too.
+        Its seconds per step are absent when its only step was the session's first, which
+        seconds_per_step leaves out too.
         """
         elapsed = max(self._now - self._last, 1e-9)
         scalars = {
@@ -62,21 +71,27 @@ class Pace:
             "speed/data_wait_share": min(1.0, self._waited / elapsed),
             "steps/skipped": float(self._skipped),
         }
+
         if steps := self._recent - (self._recent == self._steps):
             scalars["speed/seconds_per_step"] = (self._now - max(self._first, self._last)) / steps
+
         self._last, self._waited, self._recent, self._skipped = self._now, 0.0, 0, 0
         return scalars
 
 
 class Screen:
-    """A live bar on a terminal, else a plain line per record. A terminal that is gone is no error."""
+    """A live bar on a terminal, else a plain line per record. A terminal that is gone is no
+    error.
+    """
 
     def __init__(self, total: int, epochs: int, start: int) -> None:
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
         self._total, self._epochs = total, epochs
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), console=self._console)
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=20), console=self._console
+            )
             self._task = self._bar.add_task("starting", total=total, completed=start)
             self._bar.start()
 
@@ -87,10 +102,13 @@ class Screen:
 
     def report(self, clock: Clock, scalars: Mapping[str, float], rate: float, left: float) -> None:
         line = (
-            f"epoch {clock.epoch + 1}/{self._epochs} step {clock.step + 1}/{self._total} loss {scalars['train/loss']:.4g} "
-            f"lr {rate:.3g} img/s {scalars['speed/images_per_second']:.0f} data {scalars['speed/data_wait_share']:.0%} "
+            f"epoch {clock.epoch + 1}/{self._epochs} step {clock.step + 1}/{self._total} loss "
+            f"{scalars['train/loss']:.4g} "
+            f"lr {rate:.3g} img/s {scalars['speed/images_per_second']:.0f} data "
+            f"{scalars['speed/data_wait_share']:.0%} "
             f"left {duration(left)}"
         )
+
         if self._bar:
             with contextlib.suppress(OSError):
                 self._bar.update(self._task, description=line)

@@ -1,4 +1,6 @@
-"""Where a run resumes: its place in the schedule, and whether its data is still what it was trained on."""
+"""Where a run resumes: its place in the schedule, and whether its data is still what it was trained
+on.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,20 @@ from typing import Any
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 
-SHOWN = 12  # digits of a sha256
+# digits of a sha256
+SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Start:
     """The state of a run beside its tensors."""
 
-    step: int = 0  # place in the schedule and in the data: the next step there
-    updates: int = 0  # optimizer steps made so far; differs from `step` once the batch or the data has changed
-    samples: int = 0  # training samples drawn so far
+    # place in the schedule and in the data: the next step there
+    step: int = 0
+    # optimizer steps made so far; differs from `step` once the batch or the data has changed
+    updates: int = 0
+    # training samples drawn so far
+    samples: int = 0
 
     @property
     def offset(self) -> int:
@@ -38,14 +44,19 @@ class Start:
 BEGINNING = Start()
 
 
-def start_of(updates: int, meta: Mapping[str, Any], config: Config, epoch: int, changed: bool) -> tuple[Start, str]:
-    """Where a checkpoint after so many `updates` goes on under `config`, and a sentence if its place was converted.
+def start_of(
+    updates: int, meta: Mapping[str, Any], config: Config, epoch: int, changed: bool
+) -> tuple[Start, str]:
+    """Where a checkpoint after so many `updates` goes on under `config`, and a sentence if its
+    place was converted.
 
-    epoch: samples that count as one. changed: an epoch is not what it was for the checkpoint. The place is kept in samples:
-    of the epoch that was begun, or, where epochs differ, of all since the start.
+    epoch: samples that count as one. changed: an epoch is not what it was for the checkpoint. The
+    place is kept in samples: of the epoch that was begun, or, where epochs differ, of all since the
+    start.
     """
     clock, batch = meta["clock"], meta["config"]["batch"]
     step, steps_per_epoch = clock["step"], clock.get("steps_per_epoch") or epoch // batch
+
     samples = meta.get("samples", updates * batch)
     now = epoch // config.batch
     if (batch, steps_per_epoch) == (config.batch, now):
@@ -56,50 +67,79 @@ def start_of(updates: int, meta: Mapping[str, Any], config: Config, epoch: int, 
     else:
         epochs, within = divmod(step, steps_per_epoch)
         seen, place = within * batch, epochs * now + within * batch // config.batch
+
     again = seen % config.batch
     text = (
         f"{step:,} steps of {batch:,} samples, {steps_per_epoch:,} an epoch, "
         f"count as {place:,} steps of {config.batch:,}, {now:,} an epoch"
     )
-    return Start(place, updates, samples), text + (f"; {again:,} samples come again" if again else "")
+
+    return Start(place, updates, samples), text + (
+        f"; {again:,} samples come again" if again else ""
+    )
 
 
 def check_end(start: Start, total: int) -> None:
-    """Raises ConfigError where a changed schedule ends before the place that the run has reached."""
+    """Raises ConfigError where a changed schedule ends before the place that the run has
+    reached.
+    """
     if start.step > total:
         raise ConfigError(
-            f"this run has made {start.step:,} steps already, and the changed schedule ends after {total:,}: "
+            f"this run has made {start.step:,} steps already, and the changed schedule ends after "
+            f"{total:,}: "
             "raise epochs or steps"
         )
 
 
-# --- identity of the data ---------------------------------------------------------------------------------------------
+# --- identity of the data -------------------------------------------------------------------------
 
 
 def other_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """What differs between the data of a checkpoint and that of this start, a line each; none known of `before` is none."""
+    """What differs between the data of a checkpoint and that of this start, a line each; none known
+    of `before` is none.
+    """
     if before is None:
         return []
+
     lines = []
     for name in ("sources", "support"):
-        lines += _differences(before.get(name) or (), now.get(name) or (), "labelled samples: " if name == "support" else "")
+        lines += _differences(
+            before.get(name) or (),
+            now.get(name) or (),
+            "labelled samples: " if name == "support" else "",
+        )
+
     if bool(before.get("masks")) != bool(now.get("masks")):
-        lines.append(f"masks: {'with' if before.get('masks') else 'without'} -> {'with' if now.get('masks') else 'without'}")
+        lines.append(
+            f"masks: {'with' if before.get('masks') else 'without'} -> "
+            f"{'with' if now.get('masks') else 'without'}"
+        )
+
     return lines
 
 
-def _differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+def _differences(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], what: str
+) -> list[str]:
     lines = []
     for n in range(max(len(before), len(now))):
         old, new = (side[n] if n < len(side) else None for side in (before, now))
-        if old is None or new is None or any(old.get(key) != new.get(key) for key in ("sha256", "samples", "weight", "labels")):
+        if (
+            old is None
+            or new is None
+            or any(
+                old.get(key) != new.get(key) for key in ("sha256", "samples", "weight", "labels")
+            )
+        ):
             lines.append(f"{what}{_described(old)} -> {_described(new)}")
+
     return lines
 
 
 def _described(source: Mapping[str, Any] | None) -> str:
     if source is None:
         return "nothing"
+
     sha256 = f", sha256 {source['sha256'][:SHOWN]}" if source.get("sha256") else ""
     weight = f", weight {source['weight']:g}" if source.get("weight") is not None else ""
     labels = f", label subset {source['labels'][:SHOWN]}" if source.get("labels") else ""

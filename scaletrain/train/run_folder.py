@@ -26,7 +26,8 @@ from scaletrain.config.schema import Config
 from scaletrain.runtime import durable
 
 CONFIG, LOCK, LEASE, CHANGES = "config.yaml", ".lock", ".lease", "changes.jsonl"
-BEAT = 5.0  # seconds between signs of life of a lease
+# seconds between signs of life of a lease
+BEAT = 5.0
 
 
 class BusyError(ConfigError):
@@ -47,8 +48,11 @@ class StorageError(ConfigError):
 
 
 def on_main(work: Callable[[], None]) -> None:
-    """Run on rank 0; every rank raises what it raised. A run folder that cannot be written is a StorageError."""
+    """Run on rank 0; every rank raises what it raised. A run folder that cannot be written is a
+    StorageError.
+    """
     problem: Exception | None = None
+
     if dist.main():
         try:
             work()
@@ -57,15 +61,17 @@ def on_main(work: Callable[[], None]) -> None:
         except OSError as error:
             text = f"cannot write the run folder: {error}; choose another with --run"
             problem = StorageError(text, exit_codes.of(error))
+
     if problem := dist.broadcast_object(problem):
         raise problem
 
 
-# --- access -----------------------------------------------------------------------------------------------------------
+# --- access ---------------------------------------------------------------------------------------
 
 
 def restrict(run: Path, umask: str | None, until: contextlib.ExitStack) -> None:
-    """Close to other users what this process writes, unless `umask` (octal, e.g. 027) or the folder's own access says else.
+    """Close to other users what this process writes, unless `umask` (octal, e.g. 027) or the
+    folder's own access says else.
 
     A run folder that exists keeps the access that it has: --umask is for its first start.
     """
@@ -78,8 +84,13 @@ def restrict(run: Path, umask: str | None, until: contextlib.ExitStack) -> None:
         mask = int(umask, 8)
     except ValueError:
         mask = -1
+
     if not 0 <= mask <= 0o777 or mask & 0o700:
-        raise ConfigError(f"--umask {umask}: give an octal number that leaves you all rights, e.g. 027 for your group to read")
+        raise ConfigError(
+            f"--umask {umask}: give an octal number that leaves you all rights, e.g. 027 for your "
+            "group to read"
+        )
+
     until.callback(os.umask, os.umask(mask))
 
 
@@ -88,9 +99,11 @@ def check_owner(run: Path) -> None:
     state = run.stat()
     if state.st_uid != os.getuid():
         raise ConfigError(
-            f"{run} belongs to {_user(state.st_uid)}, and you are {_user(os.getuid())}: train in a folder of your own, "
+            f"{run} belongs to {_user(state.st_uid)}, and you are {_user(os.getuid())}: train in a "
+            "folder of your own, "
             "e.g. in a copy of it (evaluation and export read other users' runs)"
         )
+
     warn_if_open(run)
 
 
@@ -108,14 +121,17 @@ def _user(number: int) -> str:
     return f"user {number}"
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 
 def claim(run: Path, config: Config, change: bool, until: contextlib.ExitStack) -> None:
-    """Make the run folder and hold it; refuse that of a run with another configuration, or one that another process holds."""
+    """Make the run folder and hold it; refuse that of a run with another configuration, or one that
+    another process holds.
+    """
     run.mkdir(parents=True, exist_ok=True)
     check_owner(run)
     _hold(run, until)
+
     if (found := differences(run, config)) and not change:
         shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in found)
         raise ConfigError(
@@ -127,16 +143,23 @@ def claim(run: Path, config: Config, change: bool, until: contextlib.ExitStack) 
 def differences(run: Path, config: Config) -> list[tuple[str, object, object]]:
     """The keys in which a configuration differs from that of the run folder, with both values."""
     path = run / CONFIG
-    # without a checkpoint there is nothing to protect: a start that was refused leaves only its configuration
+    # without a checkpoint there is nothing to protect: a start that was refused leaves only its
+    # configuration
     if not path.exists() or not any((run / "checkpoints").glob("step-*")):
         return []
+
     return [item for item in load.diff(load.load(path), config) if not _one_place(*item)]
 
 
 def _one_place(key: str, old: object, new: object) -> bool:
     """Whether two values of a key are spellings of one file or folder."""
-    place = key.rpartition(".")[2] in configuration.PATHS and isinstance(old, str) and isinstance(new, str)
+    place = (
+        key.rpartition(".")[2] in configuration.PATHS
+        and isinstance(old, str)
+        and isinstance(new, str)
+    )
     real = [list(map(os.path.realpath, recipe.listed(str(value)))) for value in (old, new)]
+
     return place and bool(old) and real[0] == real[1]
 
 
@@ -151,24 +174,32 @@ def log_change(run: Path, step: int, what: list[str]) -> None:
         file.write(json.dumps({"time": time.time(), "step": step, "changes": what}) + "\n")
 
 
-# --- one process at a time --------------------------------------------------------------------------------------------
+# --- one process at a time ------------------------------------------------------------------------
 
 
 def _hold(run: Path, until: contextlib.ExitStack) -> None:
-    """Keep other processes out until the stack is closed, at the latest by the end of this process."""
+    """Keep other processes out until the stack is closed, at the latest by the end of this
+    process.
+    """
     lock = until.enter_context((run / LOCK).open("a+"))
-    # a predecessor that is being killed may take a moment, one on a lost node until the file system gives up its lock
+
+    # a predecessor that is being killed may take a moment, one on a lost node until the file system
+    # gives up its lock
     for patience in range(240 if "SLURM_RESTART_COUNT" in os.environ else 20, -1, -1):
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                Lease(run).hold(until)  # a file system without locks
+                # a file system without locks
+                Lease(run).hold(until)
                 return
+
             if not patience:
                 raise BusyError(f"{run} is being trained by {_holder(lock)}") from None
+
             time.sleep(0.25)
+
     lock.truncate(0)
     lock.write(f"{_myself()}\n")
     lock.flush()
@@ -180,13 +211,17 @@ def _holder(lock: TextIO) -> str:
 
 
 def _myself() -> str:
-    return f"process {os.getpid()} on {platform.node()}, job {os.environ.get('SLURM_JOB_ID', 'none')}"
+    return (
+        f"process {os.getpid()} on {platform.node()}, job {os.environ.get('SLURM_JOB_ID', 'none')}"
+    )
 
 
 class Lease:
-    """Holds a run folder where the file system has no locks: a file that its holder rewrites every few seconds.
+    """Holds a run folder where the file system has no locks: a file that its holder rewrites every
+    few seconds.
 
-    A file that has not changed for three beats is that of a dead process. Clocks of machines are never compared.
+    A file that has not changed for three beats is that of a dead process. Clocks of machines are
+    never compared.
     """
 
     def __init__(self, run: Path) -> None:
@@ -199,13 +234,18 @@ class Lease:
         before = self._read()
         if before:
             what = "waiting to see whether another process trains there"
-            print(f"{self._run} is on a file system without locks: {what} ({3 * BEAT:g} s)", flush=True)
+            print(
+                f"{self._run} is on a file system without locks: {what} ({3 * BEAT:g} s)",
+                flush=True,
+            )
+
             for _ in range(12):
                 time.sleep(BEAT / 4)
                 self._refuse_if(self._read() not in (before, ""))
 
         self._beat()
-        time.sleep(BEAT)  # of two that take it at once, the later one stays
+        # of two that take it at once, the later one stays
+        time.sleep(BEAT)
         self._refuse_if(not self._mine())
         threading.Thread(target=self._go_on, name="lease", daemon=True).start()
         until.callback(self._release)
@@ -232,10 +272,16 @@ class Lease:
 
     def _go_on(self) -> None:
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(OSError):  # storage that is away for a moment
+            # storage that is away for a moment
+            with contextlib.suppress(OSError):
                 if not self._mine():
-                    print(f"error: another process has taken over {self._run}: this one ends", file=sys.stderr, flush=True)
+                    print(
+                        f"error: another process has taken over {self._run}: this one ends",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     os._exit(exit_codes.RETRY)
+
                 self._beat()
 
     def _release(self) -> None:

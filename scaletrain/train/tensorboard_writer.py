@@ -1,4 +1,6 @@
-"""TensorBoard's files as a by-product of a run: what cannot be written is said once and never ends it."""
+"""TensorBoard's files as a by-product of a run: what cannot be written is said once and never ends
+it.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ class Board:
         self._writer: Any = None
         self._hook = threading.excepthook
         threading.excepthook = _quietly(self._hook)
+
         self._open()
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -51,7 +54,8 @@ class Board:
     def _open(self) -> None:
         def begin() -> None:
             self._writer = SummaryWriter(self._folder, purge_step=self._purge)
-            self._purge = None  # only what is older than this start disappears
+            # only what is older than this start disappears
+            self._purge = None
 
         self._guard(begin)
 
@@ -62,14 +66,24 @@ class Board:
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except (OSError, ValueError) as error:  # ValueError: its file was closed by an earlier failure
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: its file was closed by an earlier failure
             if not self._failed:
-                log.warning("%s cannot be written (%s); the run goes on and tries again later", self._folder, error)
+                log.warning(
+                    "%s cannot be written (%s); the run goes on and tries again later",
+                    self._folder,
+                    error,
+                )
+
             self._failed, self._writer = True, None
 
 
 def _quietly(before: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """TensorBoard's thread hands its error to the next call; it need not print its traceback as well."""
+    """TensorBoard's thread hands its error to the next call; it need not print its traceback as
+    well.
+    """
 
     def hook(what: threading.ExceptHookArgs) -> None:
         if type(what.thread).__name__ != "_AsyncWriterThread":

@@ -1,4 +1,6 @@
-"""What a run on synthetic data is for: its speed by part, its memory, and the loader speed that would feed it."""
+"""What a run on synthetic data is for: its speed by part, its memory, and the loader speed that
+would feed it.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,26 @@ from scaletrain.train import monitor
 from scaletrain.train.progress import number
 
 FILE = "throughput_check.json"
-REST = "the rest"  # agreement of the ranks, gradient norm, monitor, checkpoints
+# agreement of the ranks, gradient norm, monitor, checkpoints
+REST = "the rest"
 PARTS = (WAIT, COPY, FORWARD, BACKWARD, UPDATE, REST)
-WARM_UP = 10  # steps at the start that are not counted, or half of them if there are fewer than twice as many
-KEPT = 1000  # steps; bounds the memory of a long run
+# steps at the start that are not counted, or half of them if there are fewer than twice as many
+WARM_UP = 10
+# steps; bounds the memory of a long run
+KEPT = 1000
 
 
 class Timer:
-    """Cuts steps into named parts that add up to them exactly: each moment belongs to the innermost open mark.
+    """Cuts steps into named parts that add up to them exactly: each moment belongs to the innermost
+    open mark.
 
-    `stamp()` notes a moment, which may lie ahead as a CUDA event's does; `seconds(b, a)`, from a to b, is left to read().
+    `stamp()` notes a moment, which may lie ahead as a CUDA event's does; `seconds(b, a)`, from a to
+    b, is left to read().
     """
 
-    def __init__(self, stamp: Callable[[], Any], seconds: Callable[[Any, Any], float], skip: int = 0) -> None:
+    def __init__(
+        self, stamp: Callable[[], Any], seconds: Callable[[Any, Any], float], skip: int = 0
+    ) -> None:
         self._stamp, self._seconds, self._skip = stamp, seconds, skip
         self._steps: deque[list[tuple[Any, str]]] = deque(maxlen=KEPT)
         self._open = [REST]
@@ -63,6 +72,7 @@ class Timer:
             self._skip -= 1
         else:
             self._steps.append(self._cuts)
+
         self._cuts = [self._cuts[-1]]
 
     def read(self) -> list[dict[str, float]]:
@@ -73,26 +83,40 @@ class Timer:
             for (start, name), (stop, _) in itertools.pairwise(cuts):
                 parts[name] += self._seconds(stop, start)
             result.append(dict(parts))
+
         return result
 
 
 @contextmanager
-def measuring(config: Config, run: Path, steps: int, device: torch.device) -> Iterator[monitor.Steps]:
-    """Time the coming `steps` of a run on synthetic data; call `.step()` after each. Other runs are not timed.
+def measuring(
+    config: Config, run: Path, steps: int, device: torch.device
+) -> Iterator[monitor.Steps]:
+    """Time the coming `steps` of a run on synthetic data; call `.step()` after each. Other runs are
+    not timed.
 
-    On CUDA the parts are cut by events on the device's own time line, where the host never waits for them.
+    On CUDA the parts are cut by events on the device's own time line, where the host never waits
+    for them.
     """
     if config.data.path != SYNTHETIC:
         yield monitor.Unwatched()
         return
-    stamp, seconds = (_event, _between) if device.type == "cuda" else (time.perf_counter, operator.sub)
+
+    stamp, seconds = (
+        (_event, _between) if device.type == "cuda" else (time.perf_counter, operator.sub)
+    )
     timer = Timer(stamp, seconds, skip=min(WARM_UP, steps // 2))
+
     with timing.listening(timer.span):
         yield timer
+
     if device.type == "cuda":
         torch.cuda.synchronize()
+
     measured = timer.read()
-    everyone = dist.gather_objects({**summary(measured), "memory": monitor.memory()} if measured else None)
+    everyone = dist.gather_objects(
+        {**summary(measured), "memory": monitor.memory()} if measured else None
+    )
+
     if dist.main() and measured:
         result = report(config, everyone, len(measured))
         (run / FILE).write_text(json.dumps(result, indent=1) + "\n")
@@ -100,28 +124,39 @@ def measuring(config: Config, run: Path, steps: int, device: torch.device) -> It
 
 
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """One rank's milliseconds: median and 95th percentile of the steps, and the mean of each part over the middle half of them.
+    """One rank's milliseconds: median and 95th percentile of the steps, and the mean of each part
+    over the middle half of them.
 
-    The middle half by duration leaves out steps that write a checkpoint or record scalars; its parts add up to its step.
+    The middle half by duration leaves out steps that write a checkpoint or record scalars; its
+    parts add up to its step.
     """
     ordered = sorted(steps, key=lambda parts: sum(parts.values()))
     totals = [1000 * sum(parts.values()) for parts in ordered]
     middle = ordered[len(steps) // 4 : len(steps) - len(steps) // 4]
+
     return {
         "median": statistics.median(totals),
         "p95": totals[int(0.95 * (len(totals) - 1))],
-        "parts": {name: 1000 * statistics.fmean(parts.get(name, 0.0) for parts in middle) for name in PARTS},
+        "parts": {
+            name: 1000 * statistics.fmean(parts.get(name, 0.0) for parts in middle)
+            for name in PARTS
+        },
     }
 
 
 def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     """What is written to RUN/throughput_check.json, from the summary of every rank."""
     world, local = len(ranks), dist.local_world()
-    step = statistics.fmean(r["median"] for r in ranks)  # ms; the ranks step together
+    # ms; the ranks step together
+    step = statistics.fmean(r["median"] for r in ranks)
     parts = {name: statistics.fmean(r["parts"][name] for r in ranks) for name in PARTS}
     busy = sum(parts.values()) - parts[WAIT]
     needed = 1000 * config.batch / world / busy
-    memory = {name.removeprefix("memory/"): max(r["memory"][name] for r in ranks) for name in ranks[0]["memory"]}
+    memory = {
+        name.removeprefix("memory/"): max(r["memory"][name] for r in ranks)
+        for name in ranks[0]["memory"]
+    }
+
     views = sum(view.count for view in config.data.views)
     return {
         "batch": config.batch,
@@ -144,27 +179,39 @@ def show(result: Mapping[str, Any], run: Path) -> None:
     table = Table("part", "ms", "share", *(["ms, slowest rank"] if many else []), box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
+
     parts, slowest = result["parts_ms"], result["parts_ms_slowest"]
     whole = sum(parts.values())
     for name, ms in parts.items():
-        table.add_row(name, f"{ms:.2f}", f"{ms / whole:.1%}", *([f"{slowest[name]:.2f}"] if many else []))
+        table.add_row(
+            name, f"{ms:.2f}", f"{ms / whole:.1%}", *([f"{slowest[name]:.2f}"] if many else [])
+        )
+
     table.add_row("step", f"{whole:.2f}", "100 %")
     speed, loader, memory = result["step_ms"], result["loader_images_per_second"], result["memory"]
     console.print(
-        f"throughput check: {number(result['images_per_second'])} images/s, {number(result['views_per_second'])} views/s; batch "
-        f"{result['batch']} on {plural(result['processes'], 'process')}, {plural(result['steps_measured'], 'step')} measured "
+        f"throughput check: {number(result['images_per_second'])} images/s, "
+        f"{number(result['views_per_second'])} views/s; batch "
+        f"{result['batch']} on {plural(result['processes'], 'process')}, "
+        f"{plural(result['steps_measured'], 'step')} measured "
         "after the warm-up\n"
-        f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; by part, mean over the middle half:"
+        f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; by "
+        "part, mean over the middle half:"
     )
+
     console.print(table)
     device = (
-        f"; CUDA {memory['cuda_peak_mb']:.0f} MB allocated, {memory['cuda_reserved_mb']:.0f} MB reserved"
+        f"; CUDA {memory['cuda_peak_mb']:.0f} MB allocated, {memory['cuda_reserved_mb']:.0f} MB "
+        "reserved"
         if "cuda_peak_mb" in memory
         else ""
     )
+
     console.print(
-        f"memory: peak of the largest process {memory['rss_peak_mb']:.0f} MB without its loader workers{device}\n"
-        f"loader: to feed this, {number(loader['process'])} images/s per process, {number(loader['node'])} per node; "
+        f"memory: peak of the largest process {memory['rss_peak_mb']:.0f} MB without its loader "
+        f"workers{device}\n"
+        f"loader: to feed this, {number(loader['process'])} images/s per process, "
+        f"{number(loader['node'])} per node; "
         f"`scaletrain doctor --run {run} --data FOLDER` tells the cores that takes"
     )
 

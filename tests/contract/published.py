@@ -23,7 +23,10 @@ PUBLISHED = {
     "relicv2_r50_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1.5e-6),
     "relicv2_r50_in1k_100ep": (4096, 100, 0.0, 4.8, 0.0, 1.5e-6),
     "relicv2_r50_in1k_200ep": (4096, 200, 0.0, 4.8, 0.0, 1.5e-6),
-    **{f"byol_{size}_in1k": (4096, 1000, 0.0, 3.2, 0.0, 1.5e-6) for size in ("r50x2", "r50x4", "r200x2")},
+    **{
+        f"byol_{size}_in1k": (4096, 1000, 0.0, 3.2, 0.0, 1.5e-6)
+        for size in ("r50x2", "r50x4", "r200x2")
+    },
     **{f"simclr_{size}_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1e-6) for size in ("r50x2", "r50x4")},
     **{
         f"relicv2_{size}_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1.5e-6)
@@ -33,12 +36,18 @@ PUBLISHED = {
     "simclr_r18_cifar10": (512, 1000, 0.0, 2.0, 0.0, 1e-4),
     "swav_r18_cifar10": (256, 1000, 0.0, 0.6, 0.0, 1e-6),
     "deepcluster_v2_r18_cifar10": (256, 1000, 0.0, 0.6, 0.0006, 1e-6),
-    **{f"{method}_r50_in1k": (256, 200, 0.03, 0.03, 0.0, 1e-4) for method in ("moco", "densecl", "pcl")},
+    **{
+        f"{method}_r50_in1k": (256, 200, 0.03, 0.03, 0.0, 1e-4)
+        for method in ("moco", "densecl", "pcl")
+    },
     "mocov1_r50_in1k": (256, 200, 0.03, 0.03, 0.0003, 1e-4),
     "moco_r50_in1k_800ep": (256, 800, 0.03, 0.03, 0.0, 1e-4),
     "nnclr_r50_in1k": (4096, 1000, 0.0, 4.8, 0.0, 1e-6),
     "pirl_r50_in1k": (1024, 800, 0.12, 0.12, 1.2e-4, 1e-4),
-    **{f"{method}_r18_cifar10": (256, 1000, 0.0, 0.3, 0.0, 1e-4) for method in ("moco", "densecl", "pcl")},
+    **{
+        f"{method}_r18_cifar10": (256, 1000, 0.0, 0.3, 0.0, 1e-4)
+        for method in ("moco", "densecl", "pcl")
+    },
     "pirl_r18_cifar10": (256, 1000, 0.0, 0.03, 0.0, 1e-4),
     "nnclr_r18_cifar10": (256, 1000, 0.0, 0.4, 0.0, 1e-5),
     "relicv2_r18_cifar10": (256, 1000, 0.0, 1.0, 0.0, 1e-5),
@@ -72,7 +81,10 @@ PUBLISHED = {
     "simclr_suncet_r18_cifar10": (512, 1000, 0.0, 2.0, 0.0, 1e-4),
     "swav_suncet_r18_cifar10": (256, 1000, 0.0, 0.6, 0.0, 1e-6),
     **{f"{method}_r50_in1k": (4096, 100, 0.0, 4.8, 0.0, 1e-6) for method in ("margin", "triplet")},
-    **{f"{method}_r18_cifar10": (512, 1000, 0.0, 2.0, 0.0, 1e-4) for method in ("margin", "triplet")},
+    **{
+        f"{method}_r18_cifar10": (512, 1000, 0.0, 2.0, 0.0, 1e-4)
+        for method in ("margin", "triplet")
+    },
     "moco_rotation_r18_cifar10": (256, 200, 0.0, 0.3, 0.0, 1e-4),
     "supervised_r50_in1k": (4096, 90, 0.0, 1.6, 0.0, 1e-4),
     "supervised_r18_cifar10": (1024, 500, 0.0, 0.8, 0.0, 1e-4),
@@ -80,7 +92,8 @@ PUBLISHED = {
     "supcon_r18_cifar10": (1024, 1000, 0.0, 0.5, 0.0005, 1e-4),
 }
 
-# Linear top-1 in the sources. Some are recalled, or taken from another paper: such a recipe must say "not verified".
+# Linear top-1 in the sources. Some are recalled, or taken from another paper: such a recipe must
+# say "not verified".
 ACCURACY = {
     "byol_r50_in1k": 74.3,
     "byol_r50_in1k_200ep": 71.8,

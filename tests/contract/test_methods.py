@@ -32,20 +32,25 @@ each_objective = pytest.mark.parametrize("method", [*METHODS, *small.JOINED])
 
 
 def test_the_folder_is_listed() -> None:
-    assert {p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base")} == set(METHODS)
+    assert {p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base")} == set(
+        METHODS
+    )
     assert {"byol", "deepcluster_v2", "relicv2", "simclr", "swav"} <= set(METHODS)
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 FORBIDDEN = {
     r"torch\.distributed|\bc10d\b": "torch.distributed: go through scaletrain.dist",
     r"scaletrain(\.| import .*\b)(engines|data|monitor|train)\b": "a room to its right",
     r"\.cuda\(|\.cpu\(|\bis_cuda\b|[\"'](cuda|cpu)[\"':]": "a device by name",
-    r"device=(?!\w+(\.\w+)*\.device\b)|\bself\.device\b|torch\.device\(": "a device other than a tensor's own",
-    r"\bif\b[^:\n]*\b(distributed|is_initialized)\b|\bif\b[^:\n]*\b(rank|world|main)\(\)": "a decision about ranks",
+    r"device=(?!\w+(\.\w+)*\.device\b)|\bself\.device\b|torch\.device\(": "a device other than a "
+    "tensor's own",
+    r"\bif\b[^:\n]*\b(distributed|is_initialized)\b": "a decision about ranks",
+    r"\bif\b[^:\n]*\b(rank|world|main)\(\)": "a decision about ranks",
     r"\bprint\(|\blogging\b|\blog\.(info|warning)\b": "logging",
-    r"torch\.(manual_seed|rand\w*|bernoulli)\b|\.(bernoulli_|random_)\(|\bF\.dropout|\bnn\.Dropout": "unkeyed chance",
+    r"torch\.(manual_seed|rand\w*|bernoulli)\b|\.(bernoulli_|random_)\(": "unkeyed chance",
+    r"\bF\.dropout|\bnn\.Dropout": "unkeyed chance",
     r"math\.(cos|pi)\b": "schedule arithmetic: Clock has it",
 }
 
@@ -54,7 +59,9 @@ def faults(source: str) -> list[str]:
     """What a method's file must not contain; comments and texts do not count."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
             node.body[0] = ast.Pass()
     code = ast.unparse(tree)
     found = [why for pattern, why in FORBIDDEN.items() if re.search(pattern, code)]
@@ -96,7 +103,13 @@ def test_a_forbidden_line_is_found(source: str) -> None:
 
 def test_an_innocent_file_is_let_through() -> None:
     code = '"""No torch.distributed here."""\nfrom scaletrain import dist\n'
-    assert faults(code + "x = torch.arange(3, device=keys.device) + dist.rank() * 3 / dist.world()  # if distributed") == []
+    assert (
+        faults(
+            code + "x = torch.arange(3, device=keys.device) + dist.rank() * 3 / dist.world()  # if "
+            "distributed"
+        )
+        == []
+    )
 
 
 @each_method
@@ -109,7 +122,7 @@ def test_the_defaults_are_valid_and_say_their_name(method: str) -> None:
         load.build({"method": {"name": method, "nonsense": 1}})
 
 
-# --- forward ----------------------------------------------------------------------------------------------------------
+# --- forward --------------------------------------------------------------------------------------
 
 
 def values(engine: Engine) -> dict[str, Tensor]:
@@ -127,7 +140,9 @@ def staged(engine: Engine) -> list[DeferredState]:
 
 
 def traces_of_forward(engine: Engine, batch: Batch) -> list[str]:
-    """What two forwards with a discard in between leave behind, in words; nothing, for a pure one."""
+    """What two forwards with a discard in between leave behind, in words; nothing, for a
+    pure one.
+    """
     before, chance = values(engine), torch.get_rng_state()
     outs = []
     for _ in range(2):
@@ -137,9 +152,15 @@ def traces_of_forward(engine: Engine, batch: Batch) -> list[str]:
     found = changed(before, values(engine))
     for module in staged(engine):
         module.commit()
-    found += [f"still staged: {name}" for name in changed(before, values(engine)) if name not in found]
+    found += [
+        f"still staged: {name}" for name in changed(before, values(engine)) if name not in found
+    ]
     found += ["chance"] * (not torch.equal(chance, torch.get_rng_state()))
-    return found + [f"loss {name}" for name, loss in outs[0].losses.items() if not torch.equal(loss, outs[1].losses[name])]
+    return found + [
+        f"loss {name}"
+        for name, loss in outs[0].losses.items()
+        if not torch.equal(loss, outs[1].losses[name])
+    ]
 
 
 def trained(method: str, steps: int = 3) -> tuple[configuration.Config, Engine]:
@@ -197,21 +218,27 @@ def test_what_forward_returns(method: str) -> None:
     out: MethodOutput = engine.method(batch, CLOCK)
     names = {"all", *method.split("+")[1:]} | {group.name for group in engine.method.groups()}
     assert out.losses.keys() <= names
-    assert all(loss.dim() == 0 and loss.requires_grad and loss.isfinite() for loss in out.losses.values())
+    assert all(
+        loss.dim() == 0 and loss.requires_grad and loss.isfinite() for loss in out.losses.values()
+    )
     assert all(s.dim() == 0 and not s.requires_grad and s.isfinite() for s in out.scalars.values())
     assert out.embedding is not None
     assert out.embedding.shape == (len(batch), engine.method.backbone.features)
     assert not out.embedding.requires_grad
 
 
-# --- declarations -----------------------------------------------------------------------------------------------------
+# --- declarations ---------------------------------------------------------------------------------
 
 
 @each_objective
 def test_targets_are_moved_by_their_average_alone(method: str) -> None:
     cfg, engine = trained(method)
     model = engine.method
-    own = {f"{target}.{name}" for target in model.targets for name, _ in model.get_submodule(target).named_parameters()}
+    own = {
+        f"{target}.{name}"
+        for target in model.targets
+        for name, _ in model.get_submodule(target).named_parameters()
+    }
     optimised = {name for group in engine.optimizer.param_groups for name in group["names"]}
     assert not own & optimised
     assert own | optimised == {name for name, _ in model.named_parameters()}
@@ -219,7 +246,10 @@ def test_targets_are_moved_by_their_average_alone(method: str) -> None:
     clock = Clock(3, TOTAL, 0, small.STEPS_PER_EPOCH)
     out = model(small.batch(cfg, 3), clock)
     torch.stack(list(out.losses.values())).sum().backward()
-    assert all(model.get_parameter(name).grad is None and not model.get_parameter(name).requires_grad for name in own)
+    assert all(
+        model.get_parameter(name).grad is None and not model.get_parameter(name).requires_grad
+        for name in own
+    )
     for module in staged(engine):
         module.discard()
     engine.optimizer.zero_grad()
@@ -227,11 +257,17 @@ def test_targets_are_moved_by_their_average_alone(method: str) -> None:
     for target, online in model.targets.items():
         tau = model.ema(clock)
         assert 0 <= tau < 1
-        pairs = zip(model.get_submodule(target).named_parameters(), model.get_submodule(online).named_parameters(), strict=True)
+        pairs = zip(
+            model.get_submodule(target).named_parameters(),
+            model.get_submodule(online).named_parameters(),
+            strict=True,
+        )
         for (name, new), (same, followed) in pairs:
             assert name == same
             old = before[f"method.{target}.{name}"]
-            torch.testing.assert_close(new, tau * old + (1 - tau) * followed, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(
+                new, tau * old + (1 - tau) * followed, rtol=1e-12, atol=1e-14
+            )
             assert not torch.equal(new, old)
 
 
@@ -244,7 +280,7 @@ def test_groups_take_parameters(method: str) -> None:
     assert len(names) == len(set(names))
 
 
-# --- skipped steps and resume -----------------------------------------------------------------------------------------
+# --- skipped steps and resume ---------------------------------------------------------------------
 
 
 def broken(batch: Batch, sample: int) -> Batch:
@@ -260,7 +296,9 @@ def test_a_skipped_step_leaves_no_trace(method: str, caplog: pytest.LogCaptureFi
     bad, good = broken(small.batch(cfg, 9), 4), small.batch(cfg, 3)
     with caplog.at_level(logging.WARNING, "scaletrain"):
         assert tried.step(bad, clock, 0.2, 0.2).skipped
-    named = re.findall(r"step (\d+) skipped: the loss of rank (\d+) is not finite; samples ([\d, ]+)", caplog.text)
+    named = re.findall(
+        r"step (\d+) skipped: the loss of rank (\d+) is not finite; samples ([\d, ]+)", caplog.text
+    )
     assert [(step, rank) for step, rank, _ in named] == [("3", "0")]
     assert str(int(bad.index[4])) in named[0][2].split(", ")
     results = [engine.step(good, clock, 0.2, 0.2) for engine in (plain, tried)]
@@ -270,12 +308,18 @@ def test_a_skipped_step_leaves_no_trace(method: str, caplog: pytest.LogCaptureFi
     assert small.run(plain, cfg, 4, 5) == small.run(tried, cfg, 4, 5)
 
 
-def test_a_gradient_that_is_not_finite_is_named_although_the_loss_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gradient_that_is_not_finite_is_named_although_the_loss_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     cfg, engine = trained(METHODS[0], 1)
-    next(iter(engine.method.backbone.parameters())).register_hook(lambda gradient: gradient * float("inf"))
+    next(iter(engine.method.backbone.parameters())).register_hook(
+        lambda gradient: gradient * float("inf")
+    )
     before = values(engine)
     with caplog.at_level(logging.WARNING, "scaletrain"):
-        assert engine.step(small.batch(cfg, 1), dataclasses.replace(CLOCK, step=1), 0.2, 0.2).skipped
+        assert engine.step(
+            small.batch(cfg, 1), dataclasses.replace(CLOCK, step=1), 0.2, 0.2
+        ).skipped
     assert "step 1 skipped: the gradient of rank 0 is not finite; samples " in caplog.text
     assert changed(before, values(engine)) == []
 
@@ -298,8 +342,13 @@ class InMemory:
 
 def save(engine: Engine) -> InMemory:
     state = engine.state()
-    assert all(piece.start == 0 and piece.data.shape == (torch.Size(piece.shape).numel(),) for piece in state.values())
-    return InMemory({name: dataclasses.replace(piece, data=piece.data.clone()) for name, piece in state.items()})
+    assert all(
+        piece.start == 0 and piece.data.shape == (torch.Size(piece.shape).numel(),)
+        for piece in state.values()
+    )
+    return InMemory(
+        {name: dataclasses.replace(piece, data=piece.data.clone()) for name, piece in state.items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -321,12 +370,18 @@ def uninterrupted() -> Callable[[str], tuple[list[float], dict[str, Tensor], dic
 
 
 @each_objective
-@pytest.mark.parametrize("cut", [1, 3, 4])  # before a frozen group moves, within an epoch, at its end
-def test_a_restored_engine_goes_on_bit_for_bit(method: str, cut: int, uninterrupted: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize(
+    "cut", [1, 3, 4]
+)  # before a frozen group moves, within an epoch, at its end
+def test_a_restored_engine_goes_on_bit_for_bit(
+    method: str, cut: int, uninterrupted: Callable[[str], Any]
+) -> None:
     losses, end, saved = uninterrupted(method)
     cfg = small.config(method)
     engine = small.engine(cfg)
-    for tensor in engine.method.state_dict().values():  # another start, all of which must be overwritten
+    for (
+        tensor
+    ) in engine.method.state_dict().values():  # another start, all of which must be overwritten
         tensor.fill_(3)
     engine.restore(saved[cut])
     assert small.run(engine, cfg, cut, 6) == losses[cut:]

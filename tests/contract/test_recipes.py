@@ -1,4 +1,6 @@
-"""Every recipe loads, holds the values that its source gives, and takes two real steps in miniature."""
+"""Every recipe loads, holds the values that its source gives, and takes two real steps in
+miniature.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def recipe(name: str, *overrides: str) -> Config:
 def shrunken(name: str) -> Config:
     """The recipe with all its options and views, smaller in everything that only costs time."""
     full = recipe(name)
-    sides = dict(zip(sorted({view.size for view in full.data.views}, reverse=True), (16, 8), strict=False))
+    sides = dict(
+        zip(sorted({view.size for view in full.data.views}, reverse=True), (16, 8), strict=False)
+    )
     method = full.method.model_dump()
     return recipe(
         name,
@@ -74,7 +78,9 @@ def shrunken(name: str) -> Config:
 
 def head_of(name: str) -> str:
     text = (CONFIGS / f"{name}.yaml").read_text()
-    return " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return " ".join(
+        line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")
+    )
 
 
 def network(name: str) -> tuple[str, float, bool, str]:
@@ -82,11 +88,18 @@ def network(name: str) -> tuple[str, float, bool, str]:
     found = re.search(r"_r(\d+)(?:x(\d))?(sk)?_(in1k|cifar10|jft)", name)
     assert found
     depth, width, sk, data = found.groups()
-    return f"resnet{depth}", float(width or 1), bool(sk), "cifar" if data == "cifar10" else "imagenet"
+    return (
+        f"resnet{depth}",
+        float(width or 1),
+        bool(sk),
+        "cifar" if data == "cifar10" else "imagenet",
+    )
 
 
 def test_every_method_has_its_recipes() -> None:
-    assert {f"{method}_{setting}" for method in METHODS for setting in ("r50_in1k", "r18_cifar10")} <= set(PUBLISHED)
+    assert {
+        f"{method}_{setting}" for method in METHODS for setting in ("r50_in1k", "r18_cifar10")
+    } <= set(PUBLISHED)
     assert set(RECIPES) == {*PUBLISHED, "relicv2_r50_jft", "demo_fashion_mnist"}
 
 
@@ -113,14 +126,21 @@ def test_published_schedule(name: str) -> None:
     per_epoch = (50_000 if "cifar10" in name else 1_281_167) // config.batch
     total = int(config.epochs) * per_epoch
     warmup = round(config.optim.warmup_epochs * per_epoch)
-    rates = [schedule.lr(config.optim, config.batch, step, per_epoch, total) for step in (0, warmup, total)]
-    assert (config.batch, config.epochs, *rates, config.optim.weight_decay) == pytest.approx(PUBLISHED[name])
+    rates = [
+        schedule.lr(config.optim, config.batch, step, per_epoch, total)
+        for step in (0, warmup, total)
+    ]
+    assert (config.batch, config.epochs, *rates, config.optim.weight_decay) == pytest.approx(
+        PUBLISHED[name]
+    )
     unusual = {
         "supervised_r50_in1k": 5,
         "deepcluster_v2_r18_cifar10": 11,
         "simclrv2_r50sk_in1k": 40,
         "simclrv2_r152x3sk_in1k": 40,
-        **dict.fromkeys(("simsiam_r50_in1k", "simsiam_rotation_r50_in1k", "moco_rotation_r50_in1k"), 0),
+        **dict.fromkeys(
+            ("simsiam_r50_in1k", "simsiam_rotation_r50_in1k", "moco_rotation_r50_in1k"), 0
+        ),
         **dict.fromkeys(("moco_r50_in1k", "moco_r50_in1k_800ep", "mocov1_r50_in1k"), 0),
         **dict.fromkeys(("densecl_r50_in1k", "pcl_r50_in1k", "pirl_r50_in1k"), 0),
         "directpred_r18_cifar10": 0,
@@ -128,7 +148,9 @@ def test_published_schedule(name: str) -> None:
         "deepcluster_r18_cifar10": 0,
     }
     assert config.optim.warmup_epochs == unusual.get(name, 10)
-    assert (config.model.name, config.model.width, config.model.sk, config.model.stem) == network(name)
+    assert (config.model.name, config.model.width, config.model.sk, config.model.stem) == network(
+        name
+    )
     assert (config.data.path, config.steps) == ("", 0)
     if found := re.search(r"_(\d+)ep$", name):
         assert config.epochs == int(found[1])
@@ -140,19 +162,29 @@ def test_large_collections_are_counted_in_epochs_of_imagenet() -> None:
     assert config.model_copy(update={"data": usual.data}) == usual
     assert config.data == usual.data.model_copy(update={"epoch_samples": 1_281_167})
     plan = planned(
-        config.data.model_copy(update={"path": "synthetic", "synthetic_samples": 300_000_000}), None, seed=0, batch=config.batch
+        config.data.model_copy(update={"path": "synthetic", "synthetic_samples": 300_000_000}),
+        None,
+        seed=0,
+        batch=config.batch,
     )
     total = total_steps(config, plan.steps_per_epoch)
     assert (plan.samples, plan.steps_per_epoch, total) == (300_000_000, 312, 312_000)
-    rates = [schedule.lr(config.optim, config.batch, step, plan.steps_per_epoch, total) for step in (0, 3120, total)]
+    rates = [
+        schedule.lr(config.optim, config.batch, step, plan.steps_per_epoch, total)
+        for step in (0, 3120, total)
+    ]
     assert rates == pytest.approx([0, 4.8, 0], abs=1e-3)
 
 
 def test_memories_of_every_sample_need_whole_epochs(tmp_path: Path) -> None:
     config = shrunken("deepcluster_v2_r50_in1k")
-    virtual = config.model_copy(update={"data": config.data.model_copy(update={"epoch_samples": SAMPLES})})
+    virtual = config.model_copy(
+        update={"data": config.data.model_copy(update={"epoch_samples": SAMPLES})}
+    )
     with pytest.raises(
-        ConfigError, match=r"deepcluster_v2 carries every sample's embedding .* without data.mixture and data.ep"
+        ConfigError,
+        match=r"deepcluster_v2 carries every sample's embedding .* without data.mixture and "
+        r"data.ep",
     ):
         train(virtual, tmp_path / "run")
 
@@ -160,11 +192,19 @@ def test_memories_of_every_sample_need_whole_epochs(tmp_path: Path) -> None:
 def test_tau_follows_the_length() -> None:
     """The authors' presets for BYOL, and the best of ReLICv2's ablation at a short length."""
     taus = {
-        ending: recipe(f"byol_r50_in1k{ending}").method.model_dump()["tau"] for ending in ("", "_100ep", "_200ep", "_300ep")
+        ending: recipe(f"byol_r50_in1k{ending}").method.model_dump()["tau"]
+        for ending in ("", "_100ep", "_200ep", "_300ep")
     }
     assert taus == {"": 0.996, "_100ep": 0.99, "_200ep": 0.99, "_300ep": 0.99}
-    methods = [recipe(f"relicv2_r50_in1k{ending}").method.model_dump() for ending in ("", "_100ep", "_200ep")]
-    assert [(method["tau"], method["tau_end"]) for method in methods] == [(0.996, 1), (0.99, 0.99), (0.99, 0.99)]
+    methods = [
+        recipe(f"relicv2_r50_in1k{ending}").method.model_dump()
+        for ending in ("", "_100ep", "_200ep")
+    ]
+    assert [(method["tau"], method["tau_end"]) for method in methods] == [
+        (0.996, 1),
+        (0.99, 0.99),
+        (0.99, 0.99),
+    ]
 
 
 def test_a_variant_changes_nothing_else() -> None:
@@ -182,13 +222,29 @@ def test_a_variant_changes_nothing_else() -> None:
 
 def test_wide_swav_and_simclrv2() -> None:
     twice, four = (recipe(f"swav_{size}_in1k") for size in ("r50x2", "r50x4"))
-    assert [(v.size, v.count, v.scale) for v in twice.data.views] == [(224, 2, (0.14, 1)), (96, 4, (0.05, 0.14))]
-    assert [(v.size, v.count, v.scale) for v in four.data.views] == [(224, 2, (0.08, 1)), (96, 4, (0.08, 0.14))]
+    assert [(v.size, v.count, v.scale) for v in twice.data.views] == [
+        (224, 2, (0.14, 1)),
+        (96, 4, (0.05, 0.14)),
+    ]
+    assert [(v.size, v.count, v.scale) for v in four.data.views] == [
+        (224, 2, (0.08, 1)),
+        (96, 4, (0.08, 0.14)),
+    ]
     for config, queue, first in ((twice, 0, 15), (four, 2560, 0)):
         method = config.method.model_dump()
-        assert (method["hidden"], method["queue"], method["queue_epoch"], method["freeze_steps"]) == (8192, queue, first, 313)
+        assert (
+            method["hidden"],
+            method["queue"],
+            method["queue_epoch"],
+            method["freeze_steps"],
+        ) == (8192, queue, first, 313)
     method = recipe("simclrv2_r50sk_in1k").method.model_dump()
-    assert (method["name"], method["layers"], method["dim"], method["temperature"]) == ("simclr", 3, 128, 0.1)
+    assert (method["name"], method["layers"], method["dim"], method["temperature"]) == (
+        "simclr",
+        3,
+        128,
+        0.1,
+    )
 
 
 def test_simclr_sees_pixels_between_0_and_1() -> None:
@@ -200,9 +256,19 @@ def test_simclr_sees_pixels_between_0_and_1() -> None:
 def test_lars_variants() -> None:
     def variant(name: str) -> tuple[object, ...]:
         optim = recipe(name).optim
-        return optim.trust_coefficient, optim.trust_clip, optim.lars_norm, optim.lars_momentum, optim.exclude
+        return (
+            optim.trust_coefficient,
+            optim.trust_clip,
+            optim.lars_norm,
+            optim.lars_momentum,
+            optim.exclude,
+        )
 
-    jax, tf, larc = ("sum", "outside", "norm_bias"), ("sum", "inside", "norm_bias"), ("parts", "outside", "none")
+    jax, tf, larc = (
+        ("sum", "outside", "norm_bias"),
+        ("sum", "inside", "norm_bias"),
+        ("parts", "outside", "none"),
+    )
     assert variant("byol_r50_in1k") == variant("relicv2_r50_in1k") == (1e-3, False, *jax)
     for name in ("simclr_r50_in1k", "simclr_r18_cifar10", "c_simclr_r50_in1k", "c_byol_r50_in1k"):
         assert variant(name) == (1e-3, False, *tf)
@@ -218,30 +284,61 @@ def test_byol_and_relicv2_views() -> None:
     assert (first.blur, first.solarize, second.blur, second.solarize) == (1, 0, 0.1, 0.2)
     assert first.model_copy(update={"blur": 0.1, "solarize": 0.2}) == second
     views = recipe("relicv2_r50_in1k").data.views
-    assert [(v.size, v.scale, v.blur, v.solarize) for v in views] == [  # Table 16: odd, even, odd, even; odd, even
+    assert [
+        (v.size, v.scale, v.blur, v.solarize) for v in views
+    ] == [  # Table 16: odd, even, odd, even; odd, even
         *[(224, (0.14, 1), 0.1, 0.2), (224, (0.08, 1), 1, 0)] * 2,
         *[(96, (0.05, 0.14), 0.1, 0.2), (96, (0.08, 1), 1, 0)],
     ]
     for view in (first, second, *views):
-        assert (view.interpolation, view.antialias, view.crop, view.flip, view.jitter) == ("keys", False, 1, 0.5, 0.8)
-        assert (view.brightness, view.contrast, view.saturation, view.hue, view.grayscale) == (0.4, 0.4, 0.2, 0.1, 0.2)
+        assert (view.interpolation, view.antialias, view.crop, view.flip, view.jitter) == (
+            "keys",
+            False,
+            1,
+            0.5,
+            0.8,
+        )
+        assert (view.brightness, view.contrast, view.saturation, view.hue, view.grayscale) == (
+            0.4,
+            0.4,
+            0.2,
+            0.1,
+            0.2,
+        )
 
 
 def test_cifar_views() -> None:
     """Of VICReg and SimSiam in solo-learn, and of DirectPred in luckmatters."""
-    fields = ("scale", "brightness", "contrast", "saturation", "hue", "blur", "solarize", "interpolation")
+    fields = (
+        "scale",
+        "brightness",
+        "contrast",
+        "saturation",
+        "hue",
+        "blur",
+        "solarize",
+        "interpolation",
+    )
     for name, *expected in (
         ("vicreg", (0.2, 1), 0.4, 0.4, 0.2, 0.1, 0, 0.1, "bicubic"),
         ("simsiam", (0.08, 1), 0.4, 0.4, 0.4, 0.1, 0.5, 0, "bicubic"),
         ("directpred", (0.08, 1), 0.4, 0.4, 0.4, 0.1, 0, 0, "bilinear"),
     ):
         (view,) = recipe(f"{name}_r18_cifar10").data.views
-        assert (view.count, view.flip, view.jitter, view.grayscale, view.antialias) == (2, 0.5, 0.8, 0.2, True)
+        assert (view.count, view.flip, view.jitter, view.grayscale, view.antialias) == (
+            2,
+            0.5,
+            0.8,
+            0.2,
+            True,
+        )
         assert [getattr(view, field) for field in fields] == expected
 
 
 def test_suncet_batches_and_weights() -> None:
-    """The authors' 20 classes of 2 on each of 64 GPUs; beside SimCLR's doubled loss their weight of 1 is 4."""
+    """The authors' 20 classes of 2 on each of 64 GPUs; beside SimCLR's doubled loss their weight of
+    1 is 4.
+    """
     for name, weight in (("simclr", 4), ("swav", 1)):
         config = recipe(f"{name}_suncet_r50_in1k")
         asked = config.data.support
@@ -249,11 +346,17 @@ def test_suncet_batches_and_weights() -> None:
         assert (asked.classes, asked.per_class, asked.epochs) == (20, 2 * 64, 250)
         for setting in ("r50_in1k", "r18_cifar10"):
             (auxiliary,) = recipe(f"{name}_suncet_{setting}").auxiliaries
-            assert (auxiliary.model_dump()["weight"], auxiliary.model_dump()["temperature"]) == (weight, 0.1)
+            assert (auxiliary.model_dump()["weight"], auxiliary.model_dump()["temperature"]) == (
+                weight,
+                0.1,
+            )
 
 
 def test_multicrop_views() -> None:
-    usual, small = [(224, 2, (0.14, 1)), (96, 6, (0.05, 0.14))], [(160, 2, (0.08, 1)), (96, 4, (0.05, 0.14))]
+    usual, small = (
+        [(224, 2, (0.14, 1)), (96, 6, (0.05, 0.14))],
+        [(160, 2, (0.08, 1)), (96, 4, (0.05, 0.14))],
+    )
     for name, expected in (
         ("swav_r50_in1k", usual),
         ("deepcluster_v2_r50_in1k", usual),
@@ -262,7 +365,12 @@ def test_multicrop_views() -> None:
         views = recipe(name).data.views
         assert [(v.size, v.count, v.scale) for v in views] == expected
         for view in views:
-            assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.2)
+            assert (view.brightness, view.contrast, view.saturation, view.hue) == (
+                0.8,
+                0.8,
+                0.8,
+                0.2,
+            )
             # in pixels of the view, whatever its size
             assert [s * view.size / 224 for s in view.sigma] == pytest.approx([0.1, 2], rel=1e-4)
 
@@ -271,7 +379,9 @@ def test_multicrop_views() -> None:
 def test_two_steps(name: str, tmp_path: Path) -> None:
     config = shrunken(name)
     train(config, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [0, 1]
     assert all(math.isfinite(line["train/loss"]) and not line["steps/skipped"] for line in lines)
     saved = reader.latest(tmp_path / "run" / "checkpoints")

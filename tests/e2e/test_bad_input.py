@@ -41,7 +41,10 @@ def images(folder: Path, count: int = 16) -> Path:
     draw = np.random.default_rng(0)
     for i in range(count):
         (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / f"class{i % 2}" / f"{i}.png"), draw.integers(0, 256, (18, 18, 3), dtype=np.uint8))
+        cv2.imwrite(
+            str(folder / f"class{i % 2}" / f"{i}.png"),
+            draw.integers(0, 256, (18, 18, 3), dtype=np.uint8),
+        )
     return folder
 
 
@@ -66,7 +69,9 @@ def recipe(tmp_path: Path) -> Path:
 
 def train(recipe: Path, run: Path, *overrides: object) -> Any:
     arguments = ["train", str(recipe), *map(str, overrides), "--run", str(run)]
-    return CliRunner(env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}).invoke(cli.app, arguments)
+    return CliRunner(
+        env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}
+    ).invoke(cli.app, arguments)
 
 
 def refused(result: Any, *texts: str) -> None:
@@ -81,8 +86,13 @@ def refused(result: Any, *texts: str) -> None:
 def test_data_folder(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(train(recipe, tmp_path / "run"), "data.path is empty")
-    refused(train(recipe, tmp_path / "run", f"data.path={tmp_path / 'nowhere'}"), str(tmp_path / "nowhere"))
-    refused(train(recipe, tmp_path / "run", f"data.path={tmp_path / 'empty'}"), str(tmp_path / "empty"))
+    refused(
+        train(recipe, tmp_path / "run", f"data.path={tmp_path / 'nowhere'}"),
+        str(tmp_path / "nowhere"),
+    )
+    refused(
+        train(recipe, tmp_path / "run", f"data.path={tmp_path / 'empty'}"), str(tmp_path / "empty")
+    )
 
 
 def test_class_folder_without_images(tmp_path: Path) -> None:
@@ -93,7 +103,9 @@ def test_class_folder_without_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["truncated", "altered"])
-def test_shard_damaged_after_indexing(fault: str, shards: Path, recipe: Path, tmp_path: Path) -> None:
+def test_shard_damaged_after_indexing(
+    fault: str, shards: Path, recipe: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "train"
     copy.mkdir()
     for path in shards.iterdir():
@@ -113,12 +125,26 @@ def test_batch_that_does_not_divide(shards: Path, recipe: Path, tmp_path: Path) 
     data = f"data.path={shards}"
     refused(train(recipe, tmp_path / "run", data, "data.lanes=3"), "3", "8", "lanes")
     refused(train(recipe, tmp_path / "run", data, "batch=64"), "64", "16")
-    ranks = script("launchers/local.py", "--procs", 2, recipe, data, "batch=9", "data.lanes=3", "--run", tmp_path / "run2")
+    ranks = script(
+        "launchers/local.py",
+        "--procs",
+        2,
+        recipe,
+        data,
+        "batch=9",
+        "data.lanes=3",
+        "--run",
+        tmp_path / "run2",
+    )
     refused(ranks, "9", "2")
 
 
 def test_misspelt_key(recipe: Path, tmp_path: Path) -> None:
-    refused(train(recipe, tmp_path / "run", "optim.weight_decai=0"), "optim.weight_decai", "did you mean 'optim.weight_decay'")
+    refused(
+        train(recipe, tmp_path / "run", "optim.weight_decai=0"),
+        "optim.weight_decai",
+        "did you mean 'optim.weight_decay'",
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -127,14 +153,19 @@ def test_run_folder(shards: Path, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(train(recipe, tmp_path / "file" / "run", data), "cannot write the run folder")
     assert train(recipe, tmp_path / "run", data).exit_code == 0
-    refused(train(recipe, tmp_path / "run", data, "optim.lr=0.2"), "optim.lr: 0.1 -> 0.2", "--change")
+    refused(
+        train(recipe, tmp_path / "run", data, "optim.lr=0.2"), "optim.lr: 0.1 -> 0.2", "--change"
+    )
     assert train(recipe, tmp_path / "run", data, "steps=6").exit_code == 2
     changed = train(recipe, tmp_path / "run", data, "steps=6", "--change")
     assert changed.exit_code == 0
     saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == 6
-    losses = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert losses == [0, 1, 2, 3, 4, 5]
 
 
@@ -143,10 +174,15 @@ def test_checkpoint_of_another_model(shards: Path, recipe: Path, tmp_path: Path)
     assert train(recipe, tmp_path / "run", data).exit_code == 0
     other = train(recipe, tmp_path / "run", data, "model.width=0.125", "--change")
     refused(other, "belongs to another model", "backbone")
-    refused(train(recipe, tmp_path / "run", data, "method=simclr", "--change"), "belongs to another model")
+    refused(
+        train(recipe, tmp_path / "run", data, "method=simclr", "--change"),
+        "belongs to another model",
+    )
 
 
-def test_a_flipped_bit_is_refused_by_name_and_the_step_before_is_used(shards: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_is_refused_by_name_and_the_step_before_is_used(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
     data = f"data.path={shards}"
     assert train(recipe, tmp_path / "run", data).exit_code == 0
     newest = next((tmp_path / "run" / "checkpoints" / "step-00000004").glob("*.safetensors"))
@@ -159,23 +195,37 @@ def test_a_flipped_bit_is_refused_by_name_and_the_step_before_is_used(shards: Pa
     assert "resumed from step 2" in again.stdout + again.stderr
 
 
-def test_init_takes_a_backbone_and_refuses_another(shards: Path, recipe: Path, tmp_path: Path) -> None:
+def test_init_takes_a_backbone_and_refuses_another(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(5)
     fitting = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
     fitting.bn1.running_mean.fill_(0.25)
-    foreign = fitting.state_dict() | {"fc.weight": torch.zeros(10, fitting.features), "fc.bias": torch.zeros(10)}
+    foreign = fitting.state_dict() | {
+        "fc.weight": torch.zeros(10, fitting.features),
+        "fc.bias": torch.zeros(10),
+    }
     files.export(foreign, tmp_path / "fits.safetensors", {})
-    files.export(resnet.ResNet(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {})
+    files.export(
+        resnet.ResNet(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {}
+    )
     arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "checkpoint.every_steps=1")
     refused(
-        train(recipe, tmp_path / "a", *arguments, "--init", tmp_path / "wide.safetensors"), "wide.safetensors", "conv1.weight"
+        train(recipe, tmp_path / "a", *arguments, "--init", tmp_path / "wide.safetensors"),
+        "wide.safetensors",
+        "conv1.weight",
     )
-    assert train(recipe, tmp_path / "b", *arguments, "--init", tmp_path / "fits.safetensors").exit_code == 0
+    assert (
+        train(recipe, tmp_path / "b", *arguments, "--init", tmp_path / "fits.safetensors").exit_code
+        == 0
+    )
     saved = reader.latest(tmp_path / "b" / "checkpoints")
     assert saved is not None
     for prefix in ("backbone", "target_backbone"):
         weight = saved.read(f"method.{prefix}.conv1.weight").view_as(fitting.conv1.weight)
-        torch.testing.assert_close(weight, nn.Parameter(fitting.conv1.weight.detach()).data, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            weight, nn.Parameter(fitting.conv1.weight.detach()).data, rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +233,11 @@ def test_init_takes_a_backbone_and_refuses_another(shards: Path, recipe: Path, t
     [
         ("module.", (), "its names begin with 'module.'"),
         ("module.encoder_q.", (), "its names begin with 'module.encoder_q.'"),
-        ("", ("num_batches_tracked",), "20 counters num_batches_tracked are not in it and start at zero"),
+        (
+            "",
+            ("num_batches_tracked",),
+            "20 counters num_batches_tracked are not in it and start at zero",
+        ),
     ],
 )
 def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
@@ -191,30 +245,62 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
 ) -> None:
     torch.manual_seed(5)
     network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
-    tensors = {prefix + name: value for name, value in network.state_dict().items() if not name.endswith(dropped or "none")}
+    tensors = {
+        prefix + name: value
+        for name, value in network.state_dict().items()
+        if not name.endswith(dropped or "none")
+    }
     tensors |= {f"{prefix}fc.weight": torch.zeros(10, network.features), "queue": torch.zeros(3)}
     files.export(tensors, tmp_path / "file.safetensors", {})
-    arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "--init", tmp_path / "file.safetensors")
-    if not prefix:  # a queue among the backbone's own names cannot be told from a part of another network
-        refused(train(recipe, tmp_path / "run", *arguments), "queue is (3,) in the file and absent in the model")
+    arguments = (
+        f"data.path={shards}",
+        "steps=1",
+        "optim.lr=1e-12",
+        "--init",
+        tmp_path / "file.safetensors",
+    )
+    if (
+        not prefix
+    ):  # a queue among the backbone's own names cannot be told from a part of another network
+        refused(
+            train(recipe, tmp_path / "run", *arguments),
+            "queue is (3,) in the file and absent in the model",
+        )
         del tensors["queue"]
         files.export(tensors, tmp_path / "file.safetensors", {})
     begun = train(recipe, tmp_path / "run", *arguments)
     assert begun.exit_code == 0, begun.stderr
     assert note in begun.stdout
-    assert f"not of the backbone and were left out: {prefix}fc.weight{', queue' if prefix else ''}" in begun.stdout
+    assert (
+        f"not of the backbone and were left out: {prefix}fc.weight{', queue' if prefix else ''}"
+        in begun.stdout
+    )
     saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     weight = saved.read("method.target_backbone.conv1.weight").view_as(network.conv1.weight)
     torch.testing.assert_close(weight, network.conv1.weight.detach(), rtol=0, atol=1e-6)
 
 
-def test_init_refuses_a_file_of_several_networks_that_fit(shards: Path, recipe: Path, tmp_path: Path) -> None:
+def test_init_refuses_a_file_of_several_networks_that_fit(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
     network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar")).state_dict()
-    both = {f"module.encoder_{which}.{name}": value for which in "qk" for name, value in network.items()}
+    both = {
+        f"module.encoder_{which}.{name}": value for which in "qk" for name, value in network.items()
+    }
     files.export(both, tmp_path / "moco.safetensors", {})
-    result = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1", "--init", tmp_path / "moco.safetensors")
-    refused(result, "several networks that fit this model, behind 'module.encoder_k.', 'module.encoder_q.'")
+    result = train(
+        recipe,
+        tmp_path / "run",
+        f"data.path={shards}",
+        "steps=1",
+        "--init",
+        tmp_path / "moco.safetensors",
+    )
+    refused(
+        result,
+        "several networks that fit this model, behind 'module.encoder_k.', 'module.encoder_q.'",
+    )
 
 
 @pytest.mark.parametrize("threads", ["4,2", "abc", "0", "-1", "1e3"])
@@ -225,10 +311,14 @@ def test_odd_numbers_of_threads_are_no_error(
     begun = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1")
     torch.set_num_threads(1)
     assert begun.exit_code == 0, begun.stderr
-    assert (f"warning: OMP_NUM_THREADS={threads} is no number of threads" in begun.stderr) == (threads != "4,2")
+    assert (f"warning: OMP_NUM_THREADS={threads} is no number of threads" in begun.stderr) == (
+        threads != "4,2"
+    )
 
 
-def test_disk_full_while_saving_keeps_the_last_good_checkpoint(shards: Path, recipe: Path, tmp_path: Path) -> None:
+def test_disk_full_while_saving_keeps_the_last_good_checkpoint(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
     """The file size limit makes writing fail as a full disk does, from the second checkpoint on."""
     run = tmp_path / "run"
     assert train(recipe, run, f"data.path={shards}", "steps=2").exit_code == 0
@@ -238,8 +328,20 @@ def test_disk_full_while_saving_keeps_the_last_good_checkpoint(shards: Path, rec
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-    command = [sys.executable, "-m", "scaletrain", "train", str(recipe), f"data.path={shards}", "--run", str(run), "--change"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=limit)
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain",
+        "train",
+        str(recipe),
+        f"data.path={shards}",
+        "--run",
+        str(run),
+        "--change",
+    ]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, check=False, preexec_fn=limit
+    )
     refused(done, "step-00000004", "step 2")
     saved = reader.latest(run / "checkpoints")
     assert saved is not None

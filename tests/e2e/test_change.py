@@ -41,8 +41,22 @@ def write(folder: Path, name: str, seed: int, count: int = 36) -> Path:
         place = folder / f"images-{name}-{seed}" / f"class{i % 2}"
         place.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(place / f"{i:02d}.png"), draw.integers(0, 256, (18, 18, 3), dtype=np.uint8))
-    command = [sys.executable, "shards/folder.py", str(place.parent), str(folder / name), "--per-shard", "12", "--force"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "shards/folder.py",
+        str(place.parent),
+        str(folder / name),
+        "--per-shard",
+        "12",
+        "--force",
+    ]
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     return folder / name
 
 
@@ -71,17 +85,21 @@ def run(begun: Path, tmp_path: Path) -> Path:
 
 def train(run: Path, *arguments: object) -> Any:
     words = ["train", str(run.parent / "recipe.yaml"), *map(str, arguments), "--run", str(run)]
-    return CliRunner(env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}).invoke(cli.app, words)
+    return CliRunner(
+        env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}
+    ).invoke(cli.app, words)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- the data ---------------------------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------------------
 
 
-def test_other_shards_under_the_same_path_are_refused_until_accepted(run: Path, tmp_path: Path) -> None:
+def test_other_shards_under_the_same_path_are_refused_until_accepted(
+    run: Path, tmp_path: Path
+) -> None:
     data = write(tmp_path, "train", 0)
     assert train(run, f"data.path={data}", "--change").exit_code == 0  # the same bytes elsewhere
     shutil.rmtree(run / "checkpoints" / "step-00000008")
@@ -122,7 +140,11 @@ def by_another_working_directory(shards: Path, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("spell", [by_slash, by_link, by_another_working_directory])
 def test_spellings_of_one_folder_are_one_data_set(
-    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spell: Callable[[Path, Path], str]
+    run: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spell: Callable[[Path, Path], str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     resumed = train(run, f"data.path={spell(shards, tmp_path)}")
@@ -133,14 +155,19 @@ def test_spellings_of_one_folder_are_one_data_set(
     assert "nothing left to train" in train(run, f"data.path={shards}").stdout
 
 
-# --- batch and schedule -----------------------------------------------------------------------------------------------
+# --- batch and schedule ---------------------------------------------------------------------------
 
 
 def test_a_changed_batch_keeps_the_place_in_samples(run: Path, shards: Path) -> None:
-    """3 steps of 8 are 1 of 16 with 8 samples again; the 3 steps to the end draw 48 samples more."""
+    """3 steps of 8 are 1 of 16 with 8 samples again; the 3 steps to the end draw 48 samples
+    more.
+    """
     changed = train(run, f"data.path={shards}", "batch=16", "--change")
     assert changed.exit_code == 0, changed.stderr
-    assert "3 steps of 8 samples, 4 an epoch, count as 1 steps of 16, 2 an epoch; 8 samples come again" in changed.stdout
+    assert (
+        "3 steps of 8 samples, 4 an epoch, count as 1 steps of 16, 2 an epoch; 8 samples come again"
+        in changed.stdout
+    )
     assert "done: 3 steps, 48 images in" in changed.stdout
     assert [(r["step"], r["samples"], r["epochs"]) for r in records(run)] == [
         (0, 8, 0.25),
@@ -154,7 +181,9 @@ def test_a_changed_batch_keeps_the_place_in_samples(run: Path, shards: Path) -> 
     assert saved is not None
     assert (saved.step, saved.meta["clock"]["step"], saved.meta["samples"]) == (6, 4, 72)
 
-    evaluated = CliRunner().invoke(cli.app, ["eval", str(run), "knn", "--test", str(shards), "--set", "features.workers=0"])
+    evaluated = CliRunner().invoke(
+        cli.app, ["eval", str(run), "knn", "--test", str(shards), "--set", "features.workers=0"]
+    )
     assert evaluated.exit_code == 0, evaluated.output
     (result,) = (run / "evals").glob("*.json")
     assert json.loads(result.read_text())["trained"] == {"samples": 72, "epochs": 2.0}
@@ -167,7 +196,10 @@ def test_a_changed_batch_keeps_the_place_in_samples(run: Path, shards: Path) -> 
 def test_a_schedule_that_ends_before_the_place_reached_is_refused(run: Path, shards: Path) -> None:
     refused = train(run, f"data.path={shards}", "epochs=0.5", "--change")
     assert refused.exit_code == 2
-    assert "this run has made 3 steps already, and the changed schedule ends after 2: raise epochs or steps" in refused.stderr
+    assert (
+        "this run has made 3 steps already, and the changed schedule ends after 2: raise epochs or "
+        "steps" in refused.stderr
+    )
     assert train(run, f"data.path={shards}").exit_code == 0  # nothing was changed by the attempt
 
 
@@ -182,14 +214,19 @@ def test_a_run_of_an_earlier_version_resumes_with_a_notice(run: Path, shards: Pa
 
     resumed = train(run, f"data.path={shards}")
     assert resumed.exit_code == 0, resumed.stderr
-    assert "is of an earlier version and does not say which data it was trained on: not checked" in resumed.stdout
+    assert (
+        "is of an earlier version and does not say which data it was trained on: not checked"
+        in resumed.stdout
+    )
     assert records(run)[-1]["samples"] == 64
 
 
-# --- the end ----------------------------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------------------
 
 
 def test_the_last_line_says_what_was_done_and_what_is_next(run: Path, shards: Path) -> None:
     last = train(run, f"data.path={shards}").stdout.strip().splitlines()[-1]
     assert last.startswith("done: 5 steps, 40 images in 00:00:")
-    assert last.endswith(f"checkpoint {run}/checkpoints/step-00000008; next: scaletrain eval {run} knn")
+    assert last.endswith(
+        f"checkpoint {run}/checkpoints/step-00000008; next: scaletrain eval {run} knn"
+    )

@@ -1,4 +1,6 @@
-"""`launchers/demo.py` in a copy of the tree, over a few made-up images: killed in mid-training, gone on with, run again."""
+"""`launchers/demo.py` in a copy of the tree, over a few made-up images: killed in mid-training,
+gone on with, run again.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHANGES = (
-    *("batch=32", "epochs=2", "data.lanes=8", "data.workers=0", "data.views.0.size=16", "model.width=0.0625"),
+    *(
+        "batch=32",
+        "epochs=2",
+        "data.lanes=8",
+        "data.workers=0",
+        "data.views.0.size=16",
+        "model.width=0.0625",
+    ),
     *("checkpoint.every_steps=5", "monitor.every=1", "monitor.images_every=0"),
 )
 STEPS = 40  # two epochs of 640 images
@@ -39,7 +48,9 @@ def images(tmp_path: Path) -> Path:
             image[2 * label + 4 : 2 * label + 8] += 120
         for array, kind in ((pixels, "images-idx3"), (labels, "labels-idx1")):
             head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+            (folder / f"{prefix}-{kind}-ubyte.gz").write_bytes(
+                gzip.compress(head + array.tobytes())
+            )
     return folder
 
 
@@ -47,14 +58,21 @@ def images(tmp_path: Path) -> Path:
 def clone(tmp_path: Path) -> Path:
     """The demonstration keeps everything below its own tree."""
     for name in ("configs", "launchers", "shards"):
-        shutil.copytree(ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / name, tmp_path / "clone" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     return tmp_path / "clone"
 
 
 def start(clone: Path, *arguments: object) -> subprocess.Popen[str]:
     """As a user would, from another folder."""
     command = [sys.executable, str(clone / "launchers" / "demo.py"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HOME": str(clone.parent)}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+        "HOME": str(clone.parent),
+    }
     return subprocess.Popen(
         command,
         cwd=clone.parent,
@@ -87,7 +105,11 @@ def metrics(clone: Path) -> list[str]:
 
 def table(text: str) -> dict[str, tuple[float, ...]]:
     """Per cent of kNN and of the probe, by row."""
-    rows = re.findall(r"^ *(raw pixels|untrained encoder|trained encoder) +(\d+\.\d) +(\d+\.\d) *$", text, re.MULTILINE)
+    rows = re.findall(
+        r"^ *(raw pixels|untrained encoder|trained encoder) +(\d+\.\d) +(\d+\.\d) *$",
+        text,
+        re.MULTILINE,
+    )
     return {name: (float(knn), float(linear)) for name, knn, linear in rows}
 
 
@@ -115,12 +137,20 @@ def test_killed_in_training_gone_on_with_and_run_again(images: Path, clone: Path
     found = table(second)
     assert list(found) == ["raw pixels", "untrained encoder", "trained encoder"]
     assert all(value > 15 for row in found.values() for value in row), "chance is 10 %"
-    for place in ("demo/run", "demo/shards/train", "demo/run/tensorboard", "tensorboard --logdir", "shards/folder.py"):
+    for place in (
+        "demo/run",
+        "demo/shards/train",
+        "demo/run/tensorboard",
+        "tensorboard --logdir",
+        "shards/folder.py",
+    ):
         assert place in second
     assert any((clone / "demo" / "run" / "tensorboard").iterdir())
 
     third = finish(start(clone, images, *CHANGES))
-    assert third.count("skipped: ") == 10  # images, shards, verification, training and two results of three encoders
+    assert (
+        third.count("skipped: ") == 10
+    )  # images, shards, verification, training and two results of three encoders
     assert table(third) == found
     assert len(metrics(clone)) == STEPS
 
@@ -133,9 +163,13 @@ def test_killed_in_training_gone_on_with_and_run_again(images: Path, clone: Path
 
 def test_one_clear_error(images: Path, clone: Path) -> None:
     (images / "t10k-labels-idx1-ubyte.gz").unlink()
-    assert f"{images} has no t10k-labels-idx1-ubyte.gz; give the folder that holds" in refused(start(clone, images))
+    assert f"{images} has no t10k-labels-idx1-ubyte.gz; give the folder that holds" in refused(
+        start(clone, images)
+    )
     assert "one folder of images, not 2" in refused(start(clone, images, images))
     with (clone / "demo" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert f"another demonstration is at work in {clone / 'demo'}" in refused(start(clone, images))
+        assert f"another demonstration is at work in {clone / 'demo'}" in refused(
+            start(clone, images)
+        )
     assert [path.name for path in (clone / "demo").iterdir()] == [".lock"]

@@ -1,4 +1,6 @@
-"""Where the demonstration takes Fashion-MNIST from: a folder, the system, a download, Debian's package, torchvision."""
+"""Where the demonstration takes Fashion-MNIST from: a folder, the system, a download,
+Debian's package, torchvision.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import torchvision
 from launchers import demo
 
 APT = """#!/bin/sh
-# Finds the package only with fresh lists of one's own, as on a system whose lists were never fetched.
+# Finds the package only with fresh lists of one's own, as where lists were never fetched.
 case "$*" in
 *Dir::State::Lists=*download*) test -e "$0.updated" && cp {package} . ;;
 *Dir::State::Lists=*update) touch "$0.updated" ;;
@@ -50,7 +52,9 @@ def test_the_given_folder_goes_first(place: Path) -> None:
     fill(place / "system")
     assert demo.find(fill(place / "mine")) == place / "mine"
     (place / "mine" / demo.FILES[2]).unlink()
-    with pytest.raises(demo.DemoError, match=rf"mine has no {demo.FILES[2]}; give the folder that holds"):
+    with pytest.raises(
+        demo.DemoError, match=rf"mine has no {demo.FILES[2]}; give the folder that holds"
+    ):
         demo.find(place / "mine")
 
 
@@ -65,15 +69,20 @@ def test_then_the_system_and_then_earlier_downloads(place: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb", path=os.defpath), reason="no dpkg-deb")
 @pytest.mark.parametrize("leftover", [False, True])
-def test_the_debian_package_is_unpacked_and_kept(place: Path, leftover: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_debian_package_is_unpacked_and_kept(
+    place: Path, leftover: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(place / "tree" / demo.SYSTEM)
     (place / "tree" / "DEBIAN").mkdir()
     (place / "tree" / "DEBIAN" / "control").write_text(
-        f"Package: {demo.PACKAGE}\nVersion: 1\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\nDescription: none\n"
+        f"Package: {demo.PACKAGE}\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: Nobody <nobody@example.org>\nDescription: none\n"
     )
     package = place / f"{demo.PACKAGE}_1_all.deb"
     monkeypatch.setenv("PATH", f"{place / 'bin'}{os.pathsep}{os.defpath}")
-    subprocess.run(["dpkg-deb", "--build", str(place / "tree"), str(package)], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--build", str(place / "tree"), str(package)], check=True, capture_output=True
+    )
     (place / "bin" / "apt-get").write_text(APT.format(package=package))
     (place / "bin" / "apt-get").chmod(0o755)
     if leftover:  # of an attempt that ended half-way
@@ -81,12 +90,16 @@ def test_the_debian_package_is_unpacked_and_kept(place: Path, leftover: bool, mo
         (place / "demo" / "data" / demo.FILES[0]).write_bytes(b"half")
     assert demo.find(None) == place / "demo" / "data"
     assert {path.name for path in (place / "demo" / "data").iterdir()} == set(demo.FILES)
-    assert [path.name for path in (place / "demo").iterdir()] == ["data"], "no temporary folder stays"
+    assert [path.name for path in (place / "demo").iterdir()] == ["data"], (
+        "no temporary folder stays"
+    )
     package.unlink()
     assert demo.find(None) == place / "demo" / "data"
 
 
-def test_then_torchvision(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_then_torchvision(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a download that broke off has left is not taken for the data set."""
     ends = iter([ConnectionResetError("reset"), None])
 
@@ -102,7 +115,10 @@ def test_then_torchvision(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert demo.find(None) == place / "demo" / "data"
     assert [path.name for path in (place / "demo").iterdir()] == ["data"]
     out = capsys.readouterr().out
-    assert out.count("Debian package dataset-fashion-mnist: not available (there is no apt-get here)") == 2
+    assert (
+        out.count("Debian package dataset-fashion-mnist: not available (there is no apt-get here)")
+        == 2
+    )
     assert "torchvision's download: not available (reset)" in out
 
 

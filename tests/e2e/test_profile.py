@@ -24,12 +24,22 @@ monitor: {every: 1, images_every: 0}
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_trace_of_training(wanted: bool, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = ["train", str(tmp_path / "recipe.yaml"), "--run", str(tmp_path / "run"), *["--profile"] * wanted]
-    done = CliRunner(env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}).invoke(cli.app, command)
+    command = [
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        "--run",
+        str(tmp_path / "run"),
+        *["--profile"] * wanted,
+    ]
+    done = CliRunner(
+        env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}
+    ).invoke(cli.app, command)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "profile").exists() == wanted
     if wanted:
         trace = json.loads((tmp_path / "run" / "profile" / "rank0.json").read_text())
         names = [event.get("name", "") for event in trace["traceEvents"]]
         assert {f"ProfilerStep#{step}" for step in (5, 6, 7)} <= set(names)
-        assert names.count("aten::convolution_backward") == 3 * 20  # a ResNet-18 has 20 convolutions; targets have no gradient
+        assert (
+            names.count("aten::convolution_backward") == 3 * 20
+        )  # a ResNet-18 has 20 convolutions; targets have no gradient

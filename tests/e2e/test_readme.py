@@ -38,7 +38,9 @@ def photographs(folder: Path) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """What a clone's root has that the commands use, and `scaletrain` and `python` of this interpreter first on the PATH."""
+    """What a clone's root has that the commands use, and `scaletrain` and `python` of this
+    interpreter first on the PATH.
+    """
     for name in ("configs", "launchers", "shards"):
         (tmp_path / name).symlink_to(ROOT / name)
     photographs(tmp_path / "photos")
@@ -80,9 +82,16 @@ def test_commands(workplace: Path) -> None:
     assert "64 images in 2 classes" in text
     assert "sound" in text
     assert "changes of the recipe" in text
-    assert {path.name for path in (workplace / RUN / "checkpoints").glob("step-*")} == {"step-00000002", "step-00000003"}
+    assert {path.name for path in (workplace / RUN / "checkpoints").glob("step-*")} == {
+        "step-00000002",
+        "step-00000003",
+    }
     results = sorted(path.name.rpartition("-")[0] for path in (workplace / RUN / "evals").iterdir())
-    assert results == ["knn-step-2", "knn-step-2", "linear-step-2"]  # knn with all labels, and with a subset of them
+    assert results == [
+        "knn-step-2",
+        "knn-step-2",
+        "linear-step-2",
+    ]  # knn with all labels, and with a subset of them
     with safe_open(workplace / "encoder.safetensors", "pt") as file:
         assert file.metadata()["step"] == "2"
         assert "layer4.1.conv2.weight" in file.keys()  # noqa: SIM118
@@ -95,7 +104,9 @@ def test_the_quickstart_is_two_targets() -> None:
 
 
 def commands() -> list[list[str]]:
-    """Every command of ours in the blocks that are not run, as words: script or subcommand first."""
+    """Every command of ours in the blocks that are not run, as words: script or subcommand
+    first.
+    """
     text = "\n".join(blocks("console")).replace("\\\n", " ")
     found = []
     for line in text.splitlines():
@@ -113,7 +124,9 @@ def test_options_of_commands_that_are_not_run_exist(words: list[str]) -> None:
         deeper = 3 if words[1] == "show" else 2
         command = [sys.executable, "-m", "scaletrain", *words[1:deeper]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--help"], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
     used = {word.partition("=")[0] for word in words if word.startswith("--")}
@@ -126,6 +139,8 @@ def test_everything_named_is_there() -> None:
     for link in links:
         assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
     for heading in re.findall(r"\]\(#([^)]+)\)", README):
-        assert re.search(rf"^## {heading.replace('-', ' ')}$", README, re.MULTILINE | re.IGNORECASE), heading
+        assert re.search(
+            rf"^## {heading.replace('-', ' ')}$", README, re.MULTILINE | re.IGNORECASE
+        ), heading
     for path in re.findall(r"(?:configs|shards|launchers)/\w+\.(?:yaml|py)", README):
         assert (ROOT / path).is_file(), path

@@ -1,4 +1,6 @@
-"""kill -9 in mid-epoch, resume: everything equals the uninterrupted run, bit for bit at the same world size."""
+"""kill -9 in mid-epoch, resume: everything equals the uninterrupted run, bit for bit at the same
+world size.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,10 @@ checkpoint: {every_steps: 3, keep_last: 20}
 monitor: {every: 1, images_every: 0}
 """
 METHODS = {  # between them: moving averages, a queue, a sharded memory, clusterings, masks' keys
-    "swav": "method: {name: swav, hidden: 24, dim: 8, prototypes: 6, queue: 24, queue_epoch: 0, freeze_steps: 2}",
-    "deepcluster_v2": "method: {name: deepcluster_v2, hidden: 24, dim: 8, clusters: [5, 4], iterations: 4}",
+    "swav": "method: {name: swav, hidden: 24, dim: 8, prototypes: 6, queue: 24, queue_epoch: 0, "
+    "freeze_steps: 2}",
+    "deepcluster_v2": "method: {name: deepcluster_v2, hidden: 24, dim: 8, clusters: [5, 4], "
+    "iterations: 4}",
     "relicv2": "method: {name: relicv2, hidden: 24, dim: 8, negatives: 3, tau: 0.9}",
 }
 
@@ -50,13 +54,27 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         where.mkdir(exist_ok=True)
         cv2.imwrite(str(where / f"{i:03d}.png"), draw.integers(0, 256, (20, 20, 3), dtype=np.uint8))
     out = tmp_path_factory.mktemp("shards") / "train"
-    command = [sys.executable, str(ROOT / "shards" / "folder.py"), str(folder), str(out), "--per-shard", "16"]
+    command = [
+        sys.executable,
+        str(ROOT / "shards" / "folder.py"),
+        str(folder),
+        str(out),
+        "--per-shard",
+        "16",
+    ]
     subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True)
     return out
 
 
 def start(recipe: Path, run: Path, world: int, *overrides: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(ROOT / "launchers" / "local.py"), "--procs", str(world), str(recipe), *overrides]
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "local.py"),
+        "--procs",
+        str(world),
+        str(recipe),
+        *overrides,
+    ]
     return subprocess.Popen([*command, "--run", str(run)], env=ENVIRONMENT, start_new_session=True)
 
 
@@ -65,7 +83,9 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def resumed(run: Path, before: list[dict[str, float]]) -> int:
-    """The step that the last start went on from: what was recorded before it is untouched, times included."""
+    """The step that the last start went on from: what was recorded before it is untouched, times
+    included.
+    """
     kept = sum(a == b for a, b in zip(before, metrics(run), strict=False))
     assert kept > 0, "it began anew"
     return kept
@@ -101,14 +121,18 @@ def final(run: Path) -> dict[str, torch.Tensor]:
 
 # with three ranks, the order in which DDP adds them up shows as well
 @pytest.mark.parametrize(("method", "world"), [("swav", 2), ("deepcluster_v2", 2), ("relicv2", 3)])
-def test_killed_and_resumed_equals_undisturbed(method: str, world: int, shards: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_undisturbed(
+    method: str, world: int, shards: Path, tmp_path: Path
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{RECIPE}\n{METHODS[method]}\n")
     data = f"data.path={shards}"
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(start(recipe, undisturbed, world, data))
     process = start(recipe, killed, world, data)
-    kill_after(process, killed, 13)  # epochs have 8 steps, checkpoints come every 3: mid-epoch, off a checkpoint
+    kill_after(
+        process, killed, 13
+    )  # epochs have 8 steps, checkpoints come every 3: mid-epoch, off a checkpoint
     before = metrics(killed)
     finish(start(recipe, killed, world, data))
     assert resumed(killed, before) in (9, 12, 15)
@@ -123,7 +147,9 @@ def test_killed_and_resumed_equals_undisturbed(method: str, world: int, shards: 
 
 
 def test_another_world_size_at_every_resume(shards: Path, tmp_path: Path) -> None:
-    """2 -> 1 -> 3 ranks, killed in between, against one process all the way: equal to float64 rounding."""
+    """2 -> 1 -> 3 ranks, killed in between, against one process all the way: equal to float64
+    rounding.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{RECIPE}\n{METHODS['deepcluster_v2']}\n")
     data = f"data.path={shards}"

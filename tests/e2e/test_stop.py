@@ -1,4 +1,6 @@
-"""A request to stop that reaches one rank, a cancelled launcher, a second start in the same folder."""
+"""A request to stop that reaches one rank, a cancelled launcher, a second start in the same
+folder.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ STEPS = 60
 RECIPE = f"""
 batch: 8
 steps: {STEPS}
-data: {{path: synthetic, synthetic_samples: 32, lanes: 4, workers: 1, views: [{{size: 16, count: 2}}]}}
+data: {{path: synthetic, synthetic_samples: 32, lanes: 4, workers: 1,
+  views: [{{size: 16, count: 2}}]}}
 model: {{name: resnet18, width: 0.0625, stem: cifar}}
 method: {{name: byol, hidden: 24, dim: 8}}
 optim: {{lr: 0.3, lr_scaling: none, warmup_epochs: 0}}
@@ -36,12 +39,25 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def start(tmp_path: Path, run: str) -> subprocess.Popen[str]:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [sys.executable, str(ROOT / "launchers" / "local.py"), "--procs", "2", str(recipe), "--run", str(tmp_path / run)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "local.py"),
+        "--procs",
+        "2",
+        str(recipe),
+        "--run",
+        str(tmp_path / run),
+    ]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < step:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or (run / "metrics.jsonl").read_text().count("\n") < step
+    ):
         assert process.poll() is None
         time.sleep(0.02)
 
@@ -63,7 +79,11 @@ def listening(processes: set[int]) -> set[str]:
         for handle in Path(f"/proc/{process}/fd").iterdir():
             with contextlib.suppress(OSError):
                 owned.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
     return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in owned}
 
 
@@ -73,8 +93,18 @@ def test_asked_in_the_pass_before_an_epoch_it_leaves_at_once(tmp_path: Path) -> 
     long = "{name: deepcluster_v2, hidden: 24, dim: 8, clusters: [5, 4], iterations: 4}"
     text = RECIPE.replace("synthetic_samples: 32", "synthetic_samples: 400000")
     recipe.write_text(text.replace("{name: byol, hidden: 24, dim: 8}", long))
-    command = [sys.executable, "-m", "scaletrain", "train", str(recipe), "--run", str(tmp_path / "run")]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain",
+        "train",
+        str(recipe),
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         while not (tmp_path / "run" / "config.yaml").exists():
             assert process.poll() is None
             time.sleep(0.05)
@@ -82,7 +112,9 @@ def test_asked_in_the_pass_before_an_epoch_it_leaves_at_once(tmp_path: Path) -> 
         process.send_signal(signal.SIGUSR2)
         out, errors = process.communicate(timeout=60)
         assert process.returncode == 140, errors
-    assert "stopped at step 0 on SIGUSR2, in a pass between steps: back to the last checkpoint" in out
+    assert (
+        "stopped at step 0 on SIGUSR2, in a pass between steps: back to the last checkpoint" in out
+    )
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
@@ -114,13 +146,17 @@ def close_the_terminal(launcher: int) -> None:
     os.kill(launcher, signal.SIGHUP)
 
 
-@pytest.mark.parametrize(("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (close_the_terminal, 129, "SIGHUP")])
+@pytest.mark.parametrize(
+    ("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (close_the_terminal, 129, "SIGHUP")]
+)
 def test_asked_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(
     tmp_path: Path, ask: Callable[[int], None], code: int, name: str
 ) -> None:
     with start(tmp_path, "run") as process:
         wait_for_step(tmp_path / "run", 6, process)
-        assert listening({process.pid, rank_process(process.pid, 0), rank_process(process.pid, 1)}) == {"0100007F"}  # 127.0.0.1
+        assert listening(
+            {process.pid, rank_process(process.pid, 0), rank_process(process.pid, 1)}
+        ) == {"0100007F"}  # 127.0.0.1
         ask(process.pid)
         out, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors

@@ -31,7 +31,17 @@ def test_two_nodes_train_what_the_local_launcher_trains(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+    ]
     agent += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1", "-m", "--"]
     train = ["scaletrain", "train", str(recipe), "--run", str(tmp_path / "nodes")]
     nodes = [subprocess.Popen([*agent, *train], env=environment) for _ in range(2)]

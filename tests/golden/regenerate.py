@@ -1,6 +1,8 @@
-"""The first losses of every method in miniature. `python tests/golden/regenerate.py` writes them to losses.json.
+"""The first losses of every method in miniature. `python tests/golden/regenerate.py` writes them to
+losses.json.
 
-Run it only when a change is meant to alter the numbers, and say so with the change: a refactor never needs it.
+Run it only when a change is meant to alter the numbers, and say so with the change: a refactor
+never needs it.
 """
 
 from __future__ import annotations
@@ -22,14 +24,19 @@ from scaletrain.config.schema import components  # noqa: E402
 
 
 def losses(method: str) -> list[float]:
-    """Float64, from parameters that do not depend on the processor, as torch's float32 normal draws do."""
+    """Float64, from parameters that do not depend on the processor, as torch's float32 normal draws
+    do.
+    """
     cfg = small.config(method)
     engine = small.engine(cfg)
     draw = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for _, p in sorted(engine.method.named_parameters()):
             if p.dim() > 1:
-                p.copy_((torch.rand(p.shape, generator=draw, dtype=p.dtype) - 0.5) * (12 / p[0].numel()) ** 0.5)
+                p.copy_(
+                    (torch.rand(p.shape, generator=draw, dtype=p.dtype) - 0.5)
+                    * (12 / p[0].numel()) ** 0.5
+                )
             else:
                 p.copy_(0.5 + torch.rand(p.shape, generator=draw, dtype=p.dtype))
     return small.run(engine, cfg, 0, STEPS)

@@ -10,7 +10,10 @@ import regenerate
 from scaletrain.config.schema import components
 
 KNOWN: dict[str, list[float]] = json.loads(regenerate.FILE.read_text())
-FIX = "if the change is meant, run `make golden` (python tests/golden/regenerate.py) and say why in the commit"
+FIX = (
+    "if the change is meant, run `make golden` (python tests/golden/regenerate.py) and say why "
+    "in the commit"
+)
 
 
 def test_every_method_has_golden_losses() -> None:

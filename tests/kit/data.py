@@ -32,7 +32,9 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def write_shards(folder: Path, counts: tuple[int, ...], masks: bool = False, suffix: str = "png") -> Path:
+def write_shards(
+    folder: Path, counts: tuple[int, ...], masks: bool = False, suffix: str = "png"
+) -> Path:
     """Shards of `counts` samples; sample i holds picture(i) and label i % 7."""
     folder.mkdir(parents=True)
     number = 0
@@ -53,7 +55,8 @@ def write_shards(folder: Path, counts: tuple[int, ...], masks: bool = False, suf
 def children(parent: int = 0) -> list[int]:
     """Processes that `parent`, or this process, has forked and that still run, in order.
 
-    Other programs that it has started, such as the daemons of a SLURM cluster, have a command line of their own.
+    Other programs that it has started, such as the daemons of a SLURM cluster, have a command line
+    of their own.
     """
     found, parent = [], parent or os.getpid()
     command = Path(f"/proc/{parent}/cmdline").read_bytes()

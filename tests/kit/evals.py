@@ -20,11 +20,16 @@ from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import results
 from scaletrain.nn import resnet
 
-COLOURS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220], [220, 220, 30], [30, 220, 220], [220, 30, 220]])
+COLOURS = np.array(
+    [[220, 30, 30], [30, 220, 30], [30, 30, 220], [220, 220, 30], [30, 220, 220], [220, 30, 220]]
+)
 
 
-def shards(folder: Path, labels: Sequence[int | None], seed: int = 0, colours: Sequence[int] | None = None) -> Path:
-    """One 16 px image per label, in two shards: the label's colour and noise. None: no label is written.
+def shards(
+    folder: Path, labels: Sequence[int | None], seed: int = 0, colours: Sequence[int] | None = None
+) -> Path:
+    """One 16 px image per label, in two shards: the label's colour and noise. None: no label is
+    written.
 
     With `colours`, plain images of these.
     """
@@ -36,9 +41,11 @@ def shards(folder: Path, labels: Sequence[int | None], seed: int = 0, colours: S
         with tarfile.open(folder / f"s-{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in numbers:
                 label = labels[number]
-                pixels = np.clip(COLOURS[painted[number] % len(COLOURS)] + random.normal(0, noise, (16, 16, 3)), 0, 255).astype(
-                    np.uint8
-                )
+                pixels = np.clip(
+                    COLOURS[painted[number] % len(COLOURS)] + random.normal(0, noise, (16, 16, 3)),
+                    0,
+                    255,
+                ).astype(np.uint8)
                 if label is not None:
                     add(tar, f"{number:05d}.cls", str(label).encode())
                 add(tar, f"{number:05d}.png", encode(pixels))
@@ -80,7 +87,10 @@ def backbone(cfg: Config, seed: int = 11) -> dict[str, Tensor]:
 
 def save(run: Path, step: int, state: dict[str, Tensor]) -> None:
     """A checkpoint as an engine would write it, with tensors that are not the backbone's."""
-    pieces = {f"method.backbone.{name}": Piece(t.flatten(), 0, tuple(t.shape)) for name, t in state.items()}
+    pieces = {
+        f"method.backbone.{name}": Piece(t.flatten(), 0, tuple(t.shape))
+        for name, t in state.items()
+    }
     pieces["method.head.weight"] = Piece(torch.zeros(6), 0, (2, 3))
     writer = checkpoint.Writer(run / "checkpoints", keep_last=5, keep_every=0)
     writer.save(step, pieces, {})
@@ -91,7 +101,9 @@ def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> 
     cfg = settings(train)
     run = root / "run"
     run.mkdir()
-    (run / "config.yaml").write_text(load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)})))
+    (run / "config.yaml").write_text(
+        load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=data)}))
+    )
     save(run, step, backbone(cfg))
     return run
 
@@ -103,13 +115,30 @@ def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any
     """
     kind, left_out = changes.pop("encoder", "trained"), changes.pop("left_out", [])
     trained = changes.pop("trained", {})
-    protocol = {"benchmark": "linear", "linear": {"epochs": 5}, "train": "a" * 64, "test": "b" * 64, "labels": None} | changes
-    identity = {"format": results.FORMAT, "protocol": protocol, "encoder": {"kind": kind, "step": step, "run": str(run)}}
+    protocol = {
+        "benchmark": "linear",
+        "linear": {"epochs": 5},
+        "train": "a" * 64,
+        "test": "b" * 64,
+        "labels": None,
+    } | changes
+    identity = {
+        "format": results.FORMAT,
+        "protocol": protocol,
+        "encoder": {"kind": kind, "step": step, "run": str(run)},
+    }
     sets = {
-        name: {"path": f"/data/{name}", "samples": 9, "sha256": protocol[name], "left_out": left_out}
+        name: {
+            "path": f"/data/{name}",
+            "samples": 9,
+            "sha256": protocol[name],
+            "left_out": left_out,
+        }
         for name in ("train", "test")
     }
-    labels = {"labels": {"file": "few.json", "sha256": protocol["labels"]}} if protocol["labels"] else {}
+    labels = (
+        {"labels": {"file": "few.json", "sha256": protocol["labels"]}} if protocol["labels"] else {}
+    )
     content = {
         "format": results.FORMAT,
         "digest": results.digest(identity),

@@ -25,7 +25,9 @@ def script(name: str) -> ModuleType:
 
 
 def run(name: str, *arguments: object, fails: str = "") -> str:
-    """Call a script's command in this process; with `fails`, expect one clear line that matches it."""
+    """Call a script's command in this process; with `fails`, expect one clear line that
+    matches it.
+    """
     app = typer.Typer()
     app.command()(script(name).main)
     result = CliRunner().invoke(app, [str(a) for a in arguments])
@@ -62,4 +64,6 @@ def keys(folder: Path) -> list[str]:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Everything below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }

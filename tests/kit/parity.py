@@ -1,7 +1,9 @@
-"""A method under an engine, trained for some steps on made-up batches, and how far two such runs are apart.
+"""A method under an engine, trained for some steps on made-up batches, and how far two such runs
+are apart.
 
-Compared are losses, optimizer state, and how far each parameter, target, statistic and memory has moved. DeepSpeed computes in
-float32, where rounding differs with the order of sums; at a ReLU's kink that grows a thousandfold, so there they are smooth.
+Compared are losses, optimizer state, and how far each parameter, target, statistic and memory has
+moved. DeepSpeed computes in float32, where rounding differs with the order of sums; at a ReLU's
+kink that grows a thousandfold, so there they are smooth.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from scaletrain.config.schema import Config
 
 STEPS = 6
 EXACT = 1e-9  # deviations of float64 that pass: fixed beforehand, as is the next
-SINGLE = 2e-3  # of float32: twice what it brings to SimCLR, which amplifies rounding most, under ddp as under any engine
+# of float32: twice what it brings to SimCLR, which amplifies rounding most, under ddp as under any
+# engine
+SINGLE = 2e-3
 DOUBLE = {"precision": "fp64"}
 ZERO = {"name": "deepspeed", "precision": "fp32", "channels_last": False}
 ENGINES: dict[str, dict[str, Any]] = {
@@ -51,7 +55,14 @@ def tolerance(case: Case) -> float:
 def alone(case: Case) -> Case:
     """The same for one process: the engine is ddp."""
     method, changes = case
-    engine = {"name": "ddp", **{k: v for k, v in changes.get("engine", {}).items() if k not in ("name", "stage", "reshard")}}
+    engine = {
+        "name": "ddp",
+        **{
+            k: v
+            for k, v in changes.get("engine", {}).items()
+            if k not in ("name", "stage", "reshard")
+        },
+    }
     return method, {**changes, "engine": engine}
 
 
@@ -61,7 +72,9 @@ def configuration(case: Case) -> Config:
 
 
 def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
-    """Each on this rank's slices: "case/loss" and "case/<tensor>@<start>" of all that this rank would save."""
+    """Each on this rank's slices: "case/loss" and "case/<tensor>@<start>" of all that this rank
+    would save.
+    """
     found: Run = {}
     for name, case in cases.items():
         cfg = configuration(case)
@@ -71,8 +84,13 @@ def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
             if single(case[1].get("engine", {})):
                 stack.enter_context(small.smooth())
             trainer = toy_engine(cfg, case[0]) if case[0] in TOYS else small.engine(cfg)
-            before = {n: at.tensor.detach().double().reshape(-1).clone() for n, at in trainer.placed().items()}
-            found[f"{name}/loss"] = torch.tensor(small.run(trainer, cfg, 0, STEPS), dtype=torch.float64)
+            before = {
+                n: at.tensor.detach().double().reshape(-1).clone()
+                for n, at in trainer.placed().items()
+            }
+            found[f"{name}/loss"] = torch.tensor(
+                small.run(trainer, cfg, 0, STEPS), dtype=torch.float64
+            )
         for tensor, piece in trainer.state().items():
             start = before[tensor] if tensor.startswith("method.") else 0
             if piece.data.numel():
@@ -96,7 +114,11 @@ def of(case: str, result: Run) -> Run:
 
 
 def deviation(a: Run, b: Run, case: Case) -> tuple[float, str]:
-    """Largest difference relative to the tensor's own largest movement, and where. What hardly moves has a floor."""
+    """Largest difference relative to the tensor's own largest movement, and where. What hardly
+    moves has a floor.
+    """
     assert a.keys() == b.keys()
     floor = 1e-2 if single(case[1].get("engine", {})) else 1e-3
-    return max(((a[k] - b[k]).abs().max().item() / max(floor, a[k].abs().max().item()), k) for k in a)
+    return max(
+        ((a[k] - b[k]).abs().max().item() / max(floor, a[k].abs().max().item()), k) for k in a
+    )

@@ -17,11 +17,16 @@ class Written:
         self.shapes = {name: piece.shape for part in parts for name, piece in part.items()}
         self.flat: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
-            pieces = sorted((p[name] for p in parts if name in p and len(p[name].data)), key=lambda piece: piece.start)
+            pieces = sorted(
+                (p[name] for p in parts if name in p and len(p[name].data)),
+                key=lambda piece: piece.start,
+            )
             ends = [0, *(piece.start + len(piece.data) for piece in pieces)]
             assert [piece.start for piece in pieces] == ends[:-1], f"{name} is not tiled"
             assert ends[-1] == torch.Size(shape).numel()
-            self.flat[name] = torch.cat([piece.data for piece in pieces]) if pieces else torch.empty(0)
+            self.flat[name] = (
+                torch.cat([piece.data for piece in pieces]) if pieces else torch.empty(0)
+            )
 
     def names(self) -> list[str]:
         return list(self.shapes)

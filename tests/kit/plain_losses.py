@@ -1,7 +1,8 @@
-"""The papers' losses once more: float64, one sample at a time, written from the formulas and from nothing else.
+"""The papers' losses once more: float64, one sample at a time, written from the formulas and from
+nothing else.
 
-Embeddings are lists: views of samples of vectors. Only sums, products, exp and log are used, so that autograd through these
-loops gives the gradient that the fast code must have.
+Embeddings are lists: views of samples of vectors. Only sums, products, exp and log are used, so
+that autograd through these loops gives the gradient that the fast code must have.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def mean(values: Iterable[Tensor]) -> Tensor:
     return sum(found, torch.zeros((), dtype=torch.float64)) / max(1, len(found))
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
 
 
 def head(layers: Iterable[nn.Module], rows: Rows) -> list[Tensor]:
@@ -52,7 +53,7 @@ def norm(rows: Rows, gamma: Tensor | None, beta: Tensor | None) -> list[Tensor]:
     return [(x if gamma is None else x * gamma) + (0.0 if beta is None else beta) for x in rows]
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def byol(q: Views, z: Views) -> Tensor:
@@ -66,21 +67,32 @@ def byol(q: Views, z: Views) -> Tensor:
 
 
 def nt_xent(a: Rows, b: Rows, temperature: float) -> Tensor:
-    """SimCLR, eq. 1: each of the 2B embeddings finds its partner among the 2B - 1 others; the two directions are summed."""
+    """SimCLR, eq. 1: each of the 2B embeddings finds its partner among the 2B - 1 others; the two
+    directions are summed.
+    """
 
     def direction(x: Rows, y: Rows) -> Tensor:
         losses = []
         for i in range(len(x)):
             partner = torch.exp(cos(x[i], y[i]) / temperature)
-            other = [torch.exp(cos(x[i], rows[j]) / temperature) for rows in (x, y) for j in range(len(x)) if j != i]
+            other = [
+                torch.exp(cos(x[i], rows[j]) / temperature)
+                for rows in (x, y)
+                for j in range(len(x))
+                if j != i
+            ]
             losses.append(-torch.log(partner / sum(other, partner)))
         return mean(losses)
 
     return direction(a, b) + direction(b, a)
 
 
-def sinkhorn(scores: Sequence[Sequence[float]], epsilon: float, iterations: int) -> list[list[float]]:
-    """SwAV, listing 1; scores [samples][prototypes]. Q is K x B: rows to 1/K, then columns to 1/B, in turns; then times B."""
+def sinkhorn(
+    scores: Sequence[Sequence[float]], epsilon: float, iterations: int
+) -> list[list[float]]:
+    """SwAV, listing 1; scores [samples][prototypes]. Q is K x B: rows to 1/K, then columns to 1/B,
+    in turns; then times B.
+    """
     samples, prototypes = len(scores), len(scores[0])
     q = [[math.exp(scores[n][k] / epsilon) for n in range(samples)] for k in range(prototypes)]
     total = sum(map(sum, q))
@@ -98,9 +110,16 @@ def log_softmax(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 def swav(
-    z: Views, prototypes: Tensor, temperature: float, epsilon: float, iterations: int, past: Sequence[Rows] = ((), ())
+    z: Views,
+    prototypes: Tensor,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    past: Sequence[Rows] = ((), ()),
 ) -> Tensor:
-    """SwAV, eq. 2 over all crops. past: normalised embeddings in the queue of each assigned view, in front of the batch's."""
+    """SwAV, eq. 2 over all crops. past: normalised embeddings in the queue of each assigned view,
+    in front of the batch's.
+    """
     losses = []
     for i in range(2):
         rows = [*past[i], *(unit(x) for x in z[i])]
@@ -109,27 +128,52 @@ def swav(
         for v in range(len(z)):
             if v != i:
                 for n, code in enumerate(codes):
-                    log_p = log_softmax([(unit(z[v][n]) * c).sum() / temperature for c in prototypes])
-                    losses.append(-sum((q * p for q, p in zip(code, log_p, strict=True)), torch.zeros((), dtype=torch.float64)))
+                    log_p = log_softmax(
+                        [(unit(z[v][n]) * c).sum() / temperature for c in prototypes]
+                    )
+                    losses.append(
+                        -sum(
+                            (q * p for q, p in zip(code, log_p, strict=True)),
+                            torch.zeros((), dtype=torch.float64),
+                        )
+                    )
     return mean(losses)
 
 
-def deepcluster(z: Views, prototypes: Sequence[Tensor], labels: Sequence[Sequence[int]], temperature: float) -> Tensor:
-    """DeepCluster v2: cross entropy of every crop with its sample's cluster, mean over known samples, then over heads."""
+def deepcluster(
+    z: Views, prototypes: Sequence[Tensor], labels: Sequence[Sequence[int]], temperature: float
+) -> Tensor:
+    """DeepCluster v2: cross entropy of every crop with its sample's cluster, mean over known
+    samples, then over heads.
+    """
     heads = []
     for h, centroids in enumerate(prototypes):
-        known = [(view[n], labels[n][h]) for view in z for n in range(len(view)) if labels[n][h] >= 0]
-        heads.append(mean(-log_softmax([(unit(x) * c).sum() / temperature for c in centroids])[y] for x, y in known))
+        known = [
+            (view[n], labels[n][h]) for view in z for n in range(len(view)) if labels[n][h] >= 0
+        ]
+        heads.append(
+            mean(
+                -log_softmax([(unit(x) * c).sum() / temperature for c in centroids])[y]
+                for x, y in known
+            )
+        )
     return mean(heads)
 
 
 def relicv2(
-    online: Views, target: Views, negatives: Sequence[Sequence[int]], temperature: float, *, same_view: bool = True
+    online: Views,
+    target: Views,
+    negatives: Sequence[Sequence[int]],
+    temperature: float,
+    *,
+    same_view: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """ReLICv2, equations 1 and 2 over all pairs of equation 4 -> (contrastive, invariance), both means over pairs and samples.
+    """ReLICv2, equations 1 and 2 over all pairs of equation 4 -> (contrastive, invariance), both
+    means over pairs and samples.
 
-    p: the online embedding against the target's positive and negatives. q: the target's embedding against the online
-    positive and the online embeddings of the same negatives. The divergence is KL(p || sg q).
+    p: the online embedding against the target's positive and negatives. q: the target's embedding
+    against the online positive and the online embeddings of the same negatives. The divergence is
+    KL(p || sg q).
     """
     contrast, invariance = [], []
     for i, o in enumerate(online):

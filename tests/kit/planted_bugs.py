@@ -1,4 +1,6 @@
-"""Planted bugs: each is a mistake that real libraries have shipped. The parity suite must turn red under every one."""
+"""Planted bugs: each is a mistake that real libraries have shipped. The parity suite must turn red
+under every one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def local_norm() -> Any:
 
     def part(p: torch.Tensor, g: torch.Tensor) -> Any:
         def own(x: torch.Tensor) -> torch.Tensor:
-            return x[dist.rank() * len(x) // dist.world() : (dist.rank() + 1) * len(x) // dist.world()]
+            return x[
+                dist.rank() * len(x) // dist.world() : (dist.rank() + 1) * len(x) // dist.world()
+            ]
 
         return whole(own(p), own(g))
 
@@ -56,7 +60,9 @@ def local_norm() -> Any:
 def local_batch_norm() -> Any:
     """Statistics of the rank's own samples."""
     layout = norm._layout
-    return mock.patch.object(norm, "_layout", lambda rows, views, group: (layout(rows, views, group)[0], 0, 0))
+    return mock.patch.object(
+        norm, "_layout", lambda rows, views, group: (layout(rows, views, group)[0], 0, 0)
+    )
 
 
 def ema_before_step() -> Any:
@@ -72,13 +78,19 @@ def ema_before_step() -> Any:
 
 
 def last_micro_batch_not_summed() -> Any:
-    """Gradients are summed over ranks within the first micro-batch, and those of the last stay each rank's own."""
+    """Gradients are summed over ranks within the first micro-batch, and those of the last stay each
+    rank's own.
+    """
     right = ddp.Engine.synchronised
-    return mock.patch.object(ddp.Engine, "synchronised", lambda self, *, last: right(self, last=not last))
+    return mock.patch.object(
+        ddp.Engine, "synchronised", lambda self, *, last: right(self, last=not last)
+    )
 
 
 def statistics_per_micro_batch() -> Any:
-    """Running statistics move with every micro-batch, though which samples it holds depends on the ranks."""
+    """Running statistics move with every micro-batch, though which samples it holds depends on the
+    ranks.
+    """
     right = norm.BatchNorm.commit
     return mock.patch.object(norm.BatchNorm, "commit", lambda self, parts: right(self))
 

@@ -26,11 +26,20 @@ def run(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(["scaletrain.train.build"])
-    mp.start_processes(_rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver")
+    mp.start_processes(
+        _rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver"
+    )
     return [torch.load(folder / f"rank{r}-of-{world}.pt", weights_only=True) for r in range(world)]
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., Any], folder: Path, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    function: Callable[..., Any],
+    folder: Path,
+    args: tuple[Any, ...],
+) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

@@ -16,7 +16,9 @@ Trouble = Callable[["Page", bytes], None]
 
 
 class Server(ThreadingHTTPServer):
-    """`trouble[name]`: what to do in place of answering, as often as there are entries; `always` for every time."""
+    """`trouble[name]`: what to do in place of answering, as often as there are entries; `always`
+    for every time.
+    """
 
     daemon_threads = True
 

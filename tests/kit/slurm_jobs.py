@@ -21,7 +21,8 @@ CRASHED = r"exit code \d+ after saving step (\d+), requeued.*resumed from step \
 RECIPE = f"""
 batch: 12
 steps: {STEPS}
-data: {{lanes: 4, window: 2, workers: 1, views: [{{size: 16, count: 2, blur: 0.0}}, {{size: 8, count: 1, blur: 0.0}}]}}
+data: {{lanes: 4, window: 2, workers: 1,
+  views: [{{size: 16, count: 2, blur: 0.0}}, {{size: 8, count: 1, blur: 0.0}}]}}
 model: {{name: resnet18, width: 0.0625, stem: cifar}}
 method: {{name: relicv2, hidden: 24, dim: 8, negatives: 3, tau: 0.9}}
 optim: {{lr: 0.3, lr_scaling: none, warmup_epochs: 1, trust_coefficient: 0.02}}
@@ -30,7 +31,9 @@ checkpoint: {{every_steps: 6, keep_last: 2}}
 monitor: {{every: 1, images_every: 0}}
 """
 SHORT = ("steps=2", "optim.warmup_epochs=0")
-unavailable = pytest.mark.skipif(bool(missing()), reason=f"SLURM IS NOT TESTED: {', '.join(missing())} not installed")
+unavailable = pytest.mark.skipif(
+    bool(missing()), reason=f"SLURM IS NOT TESTED: {', '.join(missing())} not installed"
+)
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -40,9 +43,25 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     return {name: saved.read(name) for name in saved.names()}
 
 
-def launch(cluster: Cluster, recipe: Path, run: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launchers" / "slurm.py"), "--config", str(recipe), "--run", str(run)]
-    done = subprocess.run([*command, *options], env=cluster.env, capture_output=True, text=True, timeout=240, check=False)
+def launch(
+    cluster: Cluster, recipe: Path, run: Path, *options: str, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "slurm.py"),
+        "--config",
+        str(recipe),
+        "--run",
+        str(run),
+    ]
+    done = subprocess.run(
+        [*command, *options],
+        env=cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done

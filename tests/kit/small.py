@@ -18,7 +18,8 @@ from scaletrain.train.build import build
 
 SAMPLES, BATCH, STEPS_PER_EPOCH, CLASSES = 48, 12, 4, 5
 
-# What a method needs to be small, beyond its defaults. A method that is not listed runs with its defaults.
+# What a method needs to be small, beyond its defaults. A method that is not listed runs with its
+# defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "barlow_twins": {"hidden": 24, "dim": 8, "bias_lr": 0.1},
     "byol": {"hidden": 24, "dim": 8, "tau": 0.9},
@@ -29,22 +30,56 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "densecl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "dense": 0.3, "shuffle": False},
     "directpred": {"hidden": 24, "dim": 4, "tau": 0.9},
     "margin": {"hidden": 24, "dim": 8},
-    "moco": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "tau_end": 0.95, "symmetric": True, "shuffle": False},
+    "moco": {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "tau_end": 0.95,
+        "symmetric": True,
+        "shuffle": False,
+    },
     "nnclr": {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30},
-    "pcl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "clusters": [5, 9], "negatives": 3, "warmup_epochs": 0},
+    "pcl": {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "clusters": [5, 9],
+        "negatives": 3,
+        "warmup_epochs": 0,
+    },
     "pirl": {"dim": 8, "patch": 4, "negatives": 20, "loss": "infonce"},
-    "relic": {"hidden": 24, "dim": 8, "tau": 0.9, "temperature": 0.3},  # at .1, rounding grows fiftyfold
+    "relic": {
+        "hidden": 24,
+        "dim": 8,
+        "tau": 0.9,
+        "temperature": 0.3,
+    },  # at .1, rounding grows fiftyfold
     "relicv2": {"hidden": 24, "dim": 16, "negatives": 3, "tau": 0.9, "mask_probability": 0.5},
     "simclr": {"dim": 8},
     "simsiam": {"hidden": 24, "dim": 16, "bottleneck": 4},  # narrower, rounding grows a hundredfold
     "supcon": {"hidden": 24, "dim": 8},
     "supervised": {"classes": CLASSES},
-    "swav": {"hidden": 24, "dim": 8, "prototypes": 6, "queue": 24, "queue_epoch": 0, "freeze_steps": 2},
+    "swav": {
+        "hidden": 24,
+        "dim": 8,
+        "prototypes": 6,
+        "queue": 24,
+        "queue_epoch": 0,
+        "freeze_steps": 2,
+    },
     "triplet": {"hidden": 24, "dim": 8},
     "vicreg": {"hidden": 24, "dim": 8},
 }
-AUXILIARIES: dict[str, dict[str, Any]] = {"rotation": {"hidden": 24, "weight": 0.5}, "suncet": {"temperature": 0.2}}
-JOINED = ("densecl+rotation", "supcon+suncet")  # each auxiliary beside a method; `config` takes such names
+AUXILIARIES: dict[str, dict[str, Any]] = {
+    "rotation": {"hidden": 24, "weight": 0.5},
+    "suncet": {"temperature": 0.2},
+}
+JOINED = (
+    "densecl+rotation",
+    "supcon+suncet",
+)  # each auxiliary beside a method; `config` takes such names
 TWO_VIEWS_ONLY = (
     "barlow_twins",
     "byol",
@@ -76,28 +111,50 @@ def config(name: str, **changes: Any) -> Config:
         "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", "zero_init": True},
         "method": {"name": method, **OPTIONS.get(method, {})},
         "auxiliaries": [{"name": name, **AUXILIARIES[name]} for name in auxiliaries],
-        **({"data": {**data, "support": {"classes": 3, "per_class": 4, "epochs": 1}}} if "suncet" in auxiliaries else {}),
-        "optim": {"lr": 0.2, "lr_scaling": "none", "warmup_epochs": 0, "trust_coefficient": 0.05, "weight_decay": 1e-3},
+        **(
+            {"data": {**data, "support": {"classes": 3, "per_class": 4, "epochs": 1}}}
+            if "suncet" in auxiliaries
+            else {}
+        ),
+        "optim": {
+            "lr": 0.2,
+            "lr_scaling": "none",
+            "warmup_epochs": 0,
+            "trust_coefficient": 0.05,
+            "weight_decay": 1e-3,
+        },
         "engine": {"name": "ddp", "precision": "fp64"},
     }
     return load.build(recipe.merge(raw, changes))
 
 
 def batch(cfg: Config, step: int) -> Batch:
-    """This rank's slice of a made-up global batch that depends on the step alone; of two precisions, the same numbers."""
+    """This rank's slice of a made-up global batch that depends on the step alone; of two
+    precisions, the same numbers.
+    """
     dtype = torch.float64 if cfg.engine.precision == "fp64" else torch.float32  # type: ignore[attr-defined]
     draw = torch.Generator().manual_seed(1000 + step)
     index = torch.randperm(SAMPLES, generator=draw)[: cfg.batch]
     sizes = [(v.size, v.count) for v in cfg.data.views]
-    views = [torch.randn(n, cfg.batch, 3, s, s, generator=draw, dtype=torch.float64) for s, n in sizes]
-    masks = (torch.rand(sizes[0][1], cfg.batch, 1, sizes[0][0], sizes[0][0], generator=draw) < 0.6).double()
+    views = [
+        torch.randn(n, cfg.batch, 3, s, s, generator=draw, dtype=torch.float64) for s, n in sizes
+    ]
+    masks = (
+        torch.rand(sizes[0][1], cfg.batch, 1, sizes[0][0], sizes[0][0], generator=draw) < 0.6
+    ).double()
     rows = cfg.batch // dist.world()
     own = slice(dist.rank() * rows, (dist.rank() + 1) * rows)
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3], dtype=torch.float64)
     keys = rng.hash64(0, step, index)
     shown, pixels = tuple(v[:, own].to(dtype) for v in views), pixels.to(dtype)
-    found = Batch(shown, index[own], keys[own], pixels, index[own] % CLASSES, masks[:, own].to(dtype))
-    return dataclasses.replace(found, support=_support(cfg.data, step, found)) if cfg.data.support else found
+    found = Batch(
+        shown, index[own], keys[own], pixels, index[own] % CLASSES, masks[:, own].to(dtype)
+    )
+    return (
+        dataclasses.replace(found, support=_support(cfg.data, step, found))
+        if cfg.data.support
+        else found
+    )
 
 
 def _support(data: Data, step: int, beside: Batch) -> Batch | None:
@@ -120,17 +177,23 @@ def _support(data: Data, step: int, beside: Batch) -> Batch | None:
 
 
 def engine(cfg: Config, *, perturb: bool = True) -> Engine:
-    """The engine, with the gammas moved off their special values (a zero gamma hides what lies before it)."""
+    """The engine, with the gammas moved off their special values (a zero gamma hides what lies
+    before it).
+    """
     result = build(cfg, SAMPLES, STEPS_PER_EPOCH, torch.device("cpu"))
     draw = torch.Generator().manual_seed(7)
     for name, shard in result.shards.items():
         if perturb and len(shard.shape) == 1 and name.endswith("weight"):
-            result.write(name, 0.5 + torch.rand(shard.shape, generator=draw, dtype=shard.tensor.dtype))
+            result.write(
+                name, 0.5 + torch.rand(shard.shape, generator=draw, dtype=shard.tensor.dtype)
+            )
     return result
 
 
 def smooth() -> Any:
-    """Context in which ReLUs have no kink: there float32's rounding, which depends on the ranks, grows a thousandfold."""
+    """Context in which ReLUs have no kink: there float32's rounding, which depends on the ranks,
+    grows a thousandfold.
+    """
     return mock.patch.object(F, "relu", lambda x, inplace=False: F.silu(x))
 
 
@@ -140,7 +203,9 @@ def run(trainer: Engine, cfg: Config, start: int, stop: int) -> list[float]:
     for step in range(start, stop):
         clock = Clock(step, 20, step // STEPS_PER_EPOCH, STEPS_PER_EPOCH)
         if step % STEPS_PER_EPOCH == 0:
-            features: Features = lambda embed: trainer.features((batch(cfg, 100 + i) for i in range(8)), embed)  # noqa: E731
+            features: Features = lambda embed: trainer.features(  # noqa: E731
+                (batch(cfg, 100 + i) for i in range(8)), embed
+            )
             trainer.method.on_epoch(clock, features, trainer.write)
         losses.append(trainer.step(batch(cfg, step), clock, cfg.optim.lr, cfg.optim.lr).loss)
     return losses

@@ -25,20 +25,33 @@ def whole(tensor: Tensor) -> Piece:
 def tensors(step: int) -> dict[str, Tensor]:
     """One of each type, odd lengths so that alignment matters, a scalar and an empty one."""
     g = torch.Generator().manual_seed(step)
-    out = {str(t).removeprefix("torch."): torch.randint(0, 100, (3, 5), generator=g).to(t) for t in TYPES}
-    return out | {"scalar": torch.tensor(step), "empty": torch.empty(0, 4), "net.weight": torch.randn(7, 11, generator=g)}
+    out = {
+        str(t).removeprefix("torch."): torch.randint(0, 100, (3, 5), generator=g).to(t)
+        for t in TYPES
+    }
+    return out | {
+        "scalar": torch.tensor(step),
+        "empty": torch.empty(0, 4),
+        "net.weight": torch.randn(7, 11, generator=g),
+    }
 
 
 def save(root: Path, *steps: int, **settings: int) -> None:
     writer = Writer(root, **settings)
     for step in steps:
-        writer.save(step, {name: whole(t) for name, t in tensors(step).items()}, {"clock": {"step": step}})
+        writer.save(
+            step, {name: whole(t) for name, t in tensors(step).items()}, {"clock": {"step": step}}
+        )
     writer.close()
 
 
 def holds(saved: reader.Saved, step: int) -> None:
     want = tensors(step)
-    assert (saved.step, saved.meta, saved.names()) == (step, {"clock": {"step": step}}, sorted(want))
+    assert (saved.step, saved.meta, saved.names()) == (
+        step,
+        {"clock": {"step": step}},
+        sorted(want),
+    )
     for name, tensor in want.items():
         assert (saved.shape(name), saved.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
         assert torch.equal(saved.read(name).view(tensor.shape), tensor), name
@@ -55,7 +68,9 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(raw)
 
 
-def as_rank(monkeypatch: pytest.MonkeyPatch, root: Path, rank: int, world: int, **settings: Any) -> Writer:
+def as_rank(
+    monkeypatch: pytest.MonkeyPatch, root: Path, rank: int, world: int, **settings: Any
+) -> Writer:
     """A writer of one rank of several in this one process, all of session 0123456789."""
     monkeypatch.setattr(dist, "rank", lambda: rank)
     monkeypatch.setattr(dist, "world", lambda: world)

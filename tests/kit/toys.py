@@ -1,4 +1,6 @@
-"""Toys: an adversary with two losses, each driving its own parameter group only (GAN-like pretexts need this), and a moment."""
+"""Toys: an adversary with two losses, each driving its own parameter group only (GAN-like pretexts
+need this), and a moment.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ADVERSARY, MOMENT = "toy_adversary", "toy_moment"
 
 
 class Toy(Method):
-    """The encoder hides which view it saw; the critic finds out. A global moment makes the loss couple all samples."""
+    """The encoder hides which view it saw; the critic finds out. A global moment makes the loss
+    couple all samples.
+    """
 
     separate_losses = True
     global_loss = True
@@ -28,7 +32,9 @@ class Toy(Method):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.backbone = resnet.ResNet(cfg.model)
-        self.critic = nn.Sequential(nn.Linear(self.backbone.features, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.critic = nn.Sequential(
+            nn.Linear(self.backbone.features, 16), nn.ReLU(), nn.Linear(16, 2)
+        )
 
     def groups(self) -> Sequence[Group]:
         return [
@@ -42,7 +48,12 @@ class Toy(Method):
         loss = F.cross_entropy(self.critic(h.flatten(0, 1)), label)
         rows = len(batch) * dist.world()
         mean = dist.psum(h.sum(1)) / rows  # [2, D] over the global batch
-        return MethodOutput({"critic": loss, "encoder": -loss + (mean[0] - mean[1]).square().sum() + mean.square().sum()})
+        return MethodOutput(
+            {
+                "critic": loss,
+                "encoder": -loss + (mean[0] - mean[1]).square().sum() + mean.square().sum(),
+            }
+        )
 
 
 class Moment(Toy):

@@ -20,8 +20,17 @@ from scaletrain.data.loading.loader import Stream
 CPU = torch.device("cpu")
 
 
-def stream(folder: Path, rank: int = 0, world: int = 1, workers: int = 0, **options: object) -> Stream:
-    given = {"path": str(folder), "lanes": 2, "window": 2, "workers": workers, "views": (View(size=8),), **options}
+def stream(
+    folder: Path, rank: int = 0, world: int = 1, workers: int = 0, **options: object
+) -> Stream:
+    given = {
+        "path": str(folder),
+        "lanes": 2,
+        "window": 2,
+        "workers": workers,
+        "views": (View(size=8),),
+        **options,
+    }
     data = Data(**given)
     return Stream(data, seed=1, batch=12, rank=rank, world=world, device=CPU)
 
@@ -38,7 +47,9 @@ class _Acting(Images):
 
 
 def acting(folder: Path, workers: int = 3, **options: object) -> Stream:
-    acts = {name: staticmethod(options.pop(name)) for name in ("before", "after") if name in options}
+    acts = {
+        name: staticmethod(options.pop(name)) for name in ("before", "after") if name in options
+    }
     s = stream(folder, workers=workers, **options)
     s.dataset.__class__ = type("Acting", (_Acting,), acts)
     return s
@@ -53,7 +64,9 @@ def signalled(how: int) -> Callable[[], None]:
 
 
 def failure(batches: Iterator[Batch], within: float = 10.0) -> str:
-    """The error in which the rest of the batches ends. It is one line, comes soon, and leaves no worker behind."""
+    """The error in which the rest of the batches ends. It is one line, comes soon, and leaves no
+    worker behind.
+    """
     begin = time.monotonic()
     with pytest.raises(LoaderError) as error:
         list(batches)

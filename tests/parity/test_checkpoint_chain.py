@@ -1,7 +1,8 @@
 """One run handed from engine to engine and from world size to world size, by checkpoints alone.
 
-Each link restores what the one before saved, saves that again, trains two steps and saves. What is restored is what was saved,
-bit for bit; the whole chain computes what one undisturbed process computes; every engine exports the same file.
+Each link restores what the one before saved, saves that again, trains two steps and saves. What is
+restored is what was saved, bit for bit; the whole chain computes what one undisturbed process
+computes; every engine exports the same file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ METHODS = {  # with targets; with banks and clusterings; with queues and frozen 
     "fp64": ("byol",),
 }
 OBJECTIVES = (*components("methods"), *small.JOINED)
-Chain = tuple[Path, dict[str, list[float]]]  # the folder of all checkpoints, and all losses by "precision/method"
+Chain = tuple[
+    Path, dict[str, list[float]]
+]  # the folder of all checkpoints, and all losses by "precision/method"
 
 
 class Link(NamedTuple):
@@ -48,15 +51,26 @@ CHAIN = (
 LINKS = {precision: sum(precision in link.precisions for link in CHAIN) for precision in METHODS}
 CASES = [(precision, method) for precision in METHODS for method in METHODS[precision]]
 # Rounding errors must not grow: in fp32 steps are so short that training is hardly chaotic.
-OPTIM: dict[str, dict[str, float]] = {"fp32": {"lr": 1e-4, "trust_coefficient": 0.5}, "fp64": {"lr": 0.05}}
-LINK_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-9}  # of the state after a link, relative to the distance that it moved
+OPTIM: dict[str, dict[str, float]] = {
+    "fp32": {"lr": 1e-4, "trust_coefficient": 0.5},
+    "fp64": {"lr": 0.05},
+}
+LINK_TOLERANCE = {
+    "fp32": 1e-3,
+    "fp64": 1e-9,
+}  # of the state after a link, relative to the distance that it moved
 CHAIN_TOLERANCE = {"fp32": 1e-3, "fp64": 1e-9}  # after the chain: twelve steps of single precision
 LOSS_TOLERANCE = {"fp32": 1e-4, "fp64": 1e-9}  # relative
 
 
 def config(method: str, precision: str, engine: dict[str, Any]) -> Config:
     views = [{"size": 16, "count": 2}]
-    return small.config(method, data={"views": views}, engine={**engine, "precision": precision}, optim=OPTIM[precision])
+    return small.config(
+        method,
+        data={"views": views},
+        engine={**engine, "precision": precision},
+        optim=OPTIM[precision],
+    )
 
 
 def save(root: Path, step: int, trainer: Engine) -> None:
@@ -85,7 +99,9 @@ def forge(folder: Path, place: int) -> dict[str, torch.Tensor]:
             if start:
                 trainer.restore(step_of(root, start))
                 save(root / "again", start, trainer)
-            losses[f"{precision}/{method}"] = torch.tensor(run(trainer, cfg, start, start + STEPS), dtype=torch.float64)
+            losses[f"{precision}/{method}"] = torch.tensor(
+                run(trainer, cfg, start, start + STEPS), dtype=torch.float64
+            )
             save(root, start + STEPS, trainer)
     return losses
 
@@ -96,7 +112,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     losses: dict[str, list[float]] = {f"{precision}/{method}": [] for precision, method in CASES}
     for place, link in enumerate(CHAIN):
         alone = link.ranks == 1
-        for case, found in (forge(folder, place) if alone else ranks.run(link.ranks, forge, folder, folder, place)[0]).items():
+        for case, found in (
+            forge(folder, place)
+            if alone
+            else ranks.run(link.ranks, forge, folder, folder, place)[0]
+        ).items():
             losses[case] += found.tolist()
     return folder, losses
 
@@ -113,17 +133,25 @@ def test_every_link_restores_bit_for_bit_and_exports_the_same_file(
             assert torch.equal(before.read(name), after.read(name)), f"{name} at link {place}"
             assert before.shape(name) == after.shape(name)
         for saved, file in ((before, "before"), (after, "after")):
-            export({n: saved.read(n) for n in saved.names() if n.startswith("method.backbone.")}, tmp_path / file, {})
+            export(
+                {n: saved.read(n) for n in saved.names() if n.startswith("method.backbone.")},
+                tmp_path / file,
+                {},
+            )
         assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
 
 
 def deviation(begin: Saved, a: Saved, b: Saved) -> tuple[float, str]:
-    """Largest |a - b| / |a - begin| of the parts of the state, "optim projector momentum_buffer" or the like, and which."""
+    """Largest |a - b| / |a - begin| of the parts of the state, "optim projector momentum_buffer" or
+    the like, and which.
+    """
     assert a.names() == b.names()
     apart, moved = Counter[str](), Counter[str]()
     for name in a.names():
         x, y = a.read(name).double(), b.read(name).double()
-        start = begin.read(name).double() if name in begin.names() else torch.zeros_like(x)  # optimizer states begin at zero
+        start = (
+            begin.read(name).double() if name in begin.names() else torch.zeros_like(x)
+        )  # optimizer states begin at zero
         words = name.split(".")
         part = " ".join((*words[:2], words[-1]))
         apart[part] += (x - y).square().sum().item()  # type: ignore[assignment]
@@ -132,14 +160,20 @@ def deviation(begin: Saved, a: Saved, b: Saved) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize(("precision", "method"), CASES)
-def test_every_link_computes_what_one_process_computes(precision: str, method: str, chain: Chain, tmp_path: Path) -> None:
+def test_every_link_computes_what_one_process_computes(
+    precision: str, method: str, chain: Chain, tmp_path: Path
+) -> None:
     root, cfg = chain[0] / precision / method, config(method, precision, {"name": "ddp"})
     for start in range(STEPS, STEPS * LINKS[precision], STEPS):
         alone = small.engine(cfg)
         alone.restore(step_of(root, start))
         run(alone, cfg, start, start + STEPS)
         save(tmp_path, start + STEPS, alone)
-        begin, a, b = step_of(root, start), step_of(tmp_path, start + STEPS), step_of(root, start + STEPS)
+        begin, a, b = (
+            step_of(root, start),
+            step_of(tmp_path, start + STEPS),
+            step_of(root, start + STEPS),
+        )
         worst, where = deviation(begin, a, b)
         assert worst < LINK_TOLERANCE[precision], f"{where} from step {start} on"
 
@@ -152,9 +186,13 @@ def test_the_chain_computes_what_one_undisturbed_process_computes(
     cfg, stop = config(method, precision, {"name": "ddp"}), STEPS * LINKS[precision]
     alone = small.engine(cfg)
     save(tmp_path, 0, alone)
-    assert losses[f"{precision}/{method}"] == pytest.approx(run(alone, cfg, 0, stop), rel=LOSS_TOLERANCE[precision])
+    assert losses[f"{precision}/{method}"] == pytest.approx(
+        run(alone, cfg, 0, stop), rel=LOSS_TOLERANCE[precision]
+    )
     save(tmp_path, stop, alone)
-    worst, where = deviation(step_of(tmp_path, 0), step_of(tmp_path, stop), step_of(folder / precision / method, stop))
+    worst, where = deviation(
+        step_of(tmp_path, 0), step_of(tmp_path, stop), step_of(folder / precision / method, stop)
+    )
     assert worst < CHAIN_TOLERANCE[precision], where
 
 

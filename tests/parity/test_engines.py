@@ -1,4 +1,5 @@
-"""Every engine at 2 ranks beside one process: LARS, momentum, moving averages, norms over groups, six steps; and planted bugs.
+"""Every engine at 2 ranks beside one process: LARS, momentum, moving averages, norms over groups,
+six steps; and planted bugs.
 
 A slice of the matrix that `make parity` prints: there is every method, at 2 and 4 ranks.
 """
@@ -11,14 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 from kit import ranks, small
-from kit.parity import ENGINES, Case, Run, alone, configuration, deviation, of, tolerance, train, under, whole
+from kit.parity import (
+    ENGINES,
+    Case,
+    Run,
+    alone,
+    configuration,
+    deviation,
+    of,
+    tolerance,
+    train,
+    under,
+    whole,
+)
 from kit.toys import ADVERSARY, MOMENT
 
 from scaletrain.checkpoint.files import export
 from scaletrain.engines import placement
 from scaletrain.train.initial_weights import start_from
 
-SLICE = {  # what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks; two losses
+# what an engine may get wrong: targets; parameters that are frozen, written, read directly; banks;
+# two losses
+SLICE = {
     "ddp": ("byol",),
     "fsdp2": ("relicv2", "swav", "deepcluster", ADVERSARY),
     "fsdp2 reshard=false": ("byol",),
@@ -36,8 +51,14 @@ CAUGHT_BY = {
     "local_batch_norm": "byol",
     "ema_before_step": "byol",
 }
-CASES: dict[str, Case] = {f"{method} under {engine}": under(method, engine) for engine in SLICE for method in SLICE[engine]}
-FAST = {"ema_before_step": {"method": {"tau": 0.5}}}  # a target that hardly moves would hide it in float32
+CASES: dict[str, Case] = {
+    f"{method} under {engine}": under(method, engine)
+    for engine in SLICE
+    for method in SLICE[engine]
+}
+FAST = {
+    "ema_before_step": {"method": {"tau": 0.5}}
+}  # a target that hardly moves would hide it in float32
 
 
 def planted(bug: str, engine: str) -> Case:
@@ -45,7 +66,10 @@ def planted(bug: str, engine: str) -> Case:
     return method, {**changes, **FAST.get(bug, {})}
 
 
-BROKEN = {f"{bug} under {engine}": (bug, planted(bug, engine)) for bug, engine in product(CAUGHT_BY, ENGINES)}
+BROKEN = {
+    f"{bug} under {engine}": (bug, planted(bug, engine))
+    for bug, engine in product(CAUGHT_BY, ENGINES)
+}
 
 
 def started(file: Path) -> Run:
@@ -54,9 +78,16 @@ def started(file: Path) -> Run:
     for engine in ENGINES:
         trainer = small.engine(configuration(under("byol", engine)))
         start_from(trainer, file)
-        target = {name: placement.whole(at) for name, at in trainer.placed().items() if name.startswith(TARGET)}
+        target = {
+            name: placement.whole(at)
+            for name, at in trainer.placed().items()
+            if name.startswith(TARGET)
+        }
         here = trainer.export() | target
-        found |= {f"from a file under {engine}/{name}": tensor.reshape(-1) for name, tensor in here.items()}
+        found |= {
+            f"from a file under {engine}/{name}": tensor.reshape(-1)
+            for name, tensor in here.items()
+        }
     return found
 
 
@@ -69,7 +100,9 @@ def everything(file: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def encoder() -> Run:
-    return small.engine(small.config("byol", seed=5, engine={"name": "ddp", "precision": "fp32"})).export()
+    return small.engine(
+        small.config("byol", seed=5, engine={"name": "ddp", "precision": "fp32"})
+    ).export()
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +115,20 @@ def spread(encoder: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def reference() -> Run:
     """What one process computes; engines of one precision share it."""
-    named = {name: alone(case) for name, case in (*CASES.items(), *((name, case) for name, (_, case) in BROKEN.items()))}
+    named = {
+        name: alone(case)
+        for name, case in (*CASES.items(), *((name, case) for name, (_, case) in BROKEN.items()))
+    }
     kept: dict[str, str] = {}
-    firsts = {name: case for name, case in named.items() if kept.setdefault(repr(case), name) == name}
+    firsts = {
+        name: case for name, case in named.items() if kept.setdefault(repr(case), name) == name
+    }
     found = whole([train(firsts)])
-    return {f"{name}/{k}": v for name, case in named.items() for k, v in of(kept[repr(case)], found).items()}
+    return {
+        f"{name}/{k}": v
+        for name, case in named.items()
+        for k, v in of(kept[repr(case)], found).items()
+    }
 
 
 def test_every_engine_is_here() -> None:
@@ -104,7 +146,9 @@ def test_a_run_starts_from_an_exported_encoder(engine: str, encoder: Run, spread
     got = of(f"from a file under {engine}", spread)
     assert set(got) == {*encoder, *(TARGET + name for name in encoder)}
     for name, tensor in got.items():
-        assert torch.equal(tensor, encoder[name.removeprefix(TARGET)].reshape(-1).to(tensor.dtype)), name
+        assert torch.equal(
+            tensor, encoder[name.removeprefix(TARGET)].reshape(-1).to(tensor.dtype)
+        ), name
 
 
 @pytest.mark.parametrize("name", BROKEN)

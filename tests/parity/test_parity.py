@@ -1,8 +1,10 @@
-"""One process against 2 and 4 gloo ranks, in float64: the same losses, parameters, targets, statistics and memories.
+"""One process against 2 and 4 gloo ranks, in float64: the same losses, parameters, targets,
+statistics and memories.
 
-Every method in methods/ (by listing the folder) with LARS, moving averages and cross-rank normalisation, six steps across an
-epoch boundary; those that allow it once more with gradients accumulated over micro-batches. The tolerance is fixed
-beforehand; every planted bug deviates at least 100 times more than it. Other engines: test_engines.py.
+Every method in methods/ (by listing the folder) with LARS, moving averages and cross-rank
+normalisation, six steps across an epoch boundary; those that allow it once more with gradients
+accumulated over micro-batches. The tolerance is fixed beforehand; every planted bug deviates at
+least 100 times more than it. Other engines: test_engines.py.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ from kit.toys import ADVERSARY
 
 from scaletrain.config.schema import components
 
-# A micro-batch then holds different samples at every world size. Groups of few samples (2 grow rounding errors a hundredfold
-# with each step, 6 less than tenfold) would drown what is compared.
-ACCUMULATED: dict[str, Any] = {"batch": 48, "engine": {"grad_accum_steps": 2}, "model": {"norm_group": 6}}
+# A micro-batch then holds different samples at every world size. Groups of few samples (2 grow
+# rounding errors a hundredfold with each step, 6 less than tenfold) would drown what is compared.
+ACCUMULATED: dict[str, Any] = {
+    "batch": 48,
+    "engine": {"grad_accum_steps": 2},
+    "model": {"norm_group": 6},
+}
 CASES: dict[str, Case] = {
     **{name: (name, {}) for name in (*components("methods"), *small.JOINED, ADVERSARY)},
     **{
@@ -29,7 +35,10 @@ CASES: dict[str, Case] = {
         for name in components("methods")
         if not importlib.import_module(f"scaletrain.methods.{name}").Model.global_loss
     },
-    "moco shuffled": ("moco", {"batch": 24, "model": {"norm_group": 6}, "method": {"shuffle": True}}),
+    "moco shuffled": (
+        "moco",
+        {"batch": 24, "model": {"norm_group": 6}, "method": {"shuffle": True}},
+    ),
     "pirl nce": ("pirl", {"method": {"loss": "nce"}}),
 }
 CAUGHT_BY = {  # which case exercises what a bug breaks
@@ -49,7 +58,9 @@ CAUGHT_BY = {  # which case exercises what a bug breaks
 
 
 def train_bugs(cases: tuple[tuple[str, str], ...]) -> Run:
-    return {f"{bug}:{k}": v for bug, case in cases for k, v in train({case: CASES[case]}, bug).items()}
+    return {
+        f"{bug}:{k}": v for bug, case in cases for k, v in train({case: CASES[case]}, bug).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +84,9 @@ def test_every_planted_bug_is_seen(reference: Run, tmp_path: Path) -> None:
     results = whole(ranks.run(2, train_bugs, tmp_path, tuple(CAUGHT_BY.items())))
     assert set(CAUGHT_BY) == set(BUGS)
     for bug, case in CAUGHT_BY.items():
-        broken = {k.removeprefix(f"{bug}:"): v for k, v in results.items() if k.startswith(f"{bug}:")}
+        broken = {
+            k.removeprefix(f"{bug}:"): v for k, v in results.items() if k.startswith(f"{bug}:")
+        }
         worst, _ = deviation(of(case, reference), of(case, broken), CASES[case])
         assert worst > 100 * EXACT, f"{bug} in {case} deviates by only {worst:.1e}"
 

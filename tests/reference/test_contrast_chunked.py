@@ -1,4 +1,6 @@
-"""The contrastive loss in blocks of rows against a dense float64 transcription: value, gradient, size, ranks."""
+"""The contrastive loss in blocks of rows against a dense float64 transcription: value, gradient,
+size, ranks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from scaletrain.ops.contrastive import info_nce, nt_xent
 B, D = 24, 6
 
 
-def dense(rows: Tensor, candidates: Tensor, positive: Tensor, temperature: float, excluded: Tensor | None = None) -> Tensor:
+def dense(
+    rows: Tensor,
+    candidates: Tensor,
+    positive: Tensor,
+    temperature: float,
+    excluded: Tensor | None = None,
+) -> Tensor:
     """The formula with all similarities at once: mean of -log(e^s+ / sum e^s)."""
     s = rows @ candidates.T / temperature
     if excluded is not None:
@@ -36,9 +44,13 @@ def dense_nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     return 2 * dense(rows, rows, place.roll(len(a)), temperature, place)
 
 
-def inputs(n: int, candidates: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    n: int, candidates: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(n)
-    rows, others = (torch.randn(k, D, generator=draw, dtype=torch.float64).to(dtype) for k in (n, candidates))
+    rows, others = (
+        torch.randn(k, D, generator=draw, dtype=torch.float64).to(dtype) for k in (n, candidates)
+    )
     positive = torch.randperm(candidates, generator=draw)[:n]
     return rows.requires_grad_(), others.requires_grad_(), positive, (positive + 1) % candidates
 
@@ -50,10 +62,14 @@ def pair(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
 
 
-def agree(loss: Tensor, wanted: Tensor, found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+def agree(
+    loss: Tensor, wanted: Tensor, found: list[Tensor], exact: list[Tensor], tolerance: float
+) -> None:
     """Value relative to itself, gradients relative to their norm."""
     assert abs(loss.item() - wanted.item()) <= tolerance * abs(wanted.item())
-    for x, y in zip(torch.autograd.grad(loss, found), torch.autograd.grad(wanted, exact), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(loss, found), torch.autograd.grad(wanted, exact), strict=True
+    ):
         assert (x.double() - y).norm() <= tolerance * y.norm()
 
 
@@ -70,11 +86,15 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 1.0])
 @pytest.mark.parametrize("rows", [5, 16, 37])
 @pytest.mark.parametrize("exclude", [False, True])
-def test_value_and_gradient(dtype: torch.dtype, tolerance: float, temperature: float, rows: int, exclude: bool) -> None:
+def test_value_and_gradient(
+    dtype: torch.dtype, tolerance: float, temperature: float, rows: int, exclude: bool
+) -> None:
     x, y, positive, other = inputs(rows, 40, dtype)
     exact, excluded = doubled(x, y), other if exclude else None
     loss = info_nce(x, y, positive, temperature, excluded)
-    agree(loss, dense(exact[0], exact[1], positive, temperature, excluded), [x, y], exact, tolerance)
+    agree(
+        loss, dense(exact[0], exact[1], positive, temperature, excluded), [x, y], exact, tolerance
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -105,7 +125,10 @@ def test_parts_without_gradient() -> None:
         assert info_nce(x, y, positive, 0.2).grad_fn is None
     loss = info_nce(x, y, positive, 0.2)
     for _ in range(2):  # what forward found is not used up
-        assert torch.equal(torch.autograd.grad(loss, x, torch.tensor(3.0).double(), retain_graph=True)[0], 3 * wanted)
+        assert torch.equal(
+            torch.autograd.grad(loss, x, torch.tensor(3.0).double(), retain_graph=True)[0],
+            3 * wanted,
+        )
 
 
 def test_bfloat16_rows_are_reduced_in_float32() -> None:
@@ -132,7 +155,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        self.numel = max(
+            [self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))]
+        )
         return out
 
 
@@ -150,7 +175,9 @@ def test_no_quadratic_tensor_exists(block: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def on_rank() -> dict[str, Tensor]:
-    """This rank's rows of a global batch: what the engine would average over ranks, and the gradient of its own rows."""
+    """This rank's rows of a global batch: what the engine would average over ranks, and the
+    gradient of its own rows.
+    """
     a, b = (dist.mine(x.detach()).clone().requires_grad_() for x in pair())
     loss = nt_xent(a, b, 0.1)
     da, db = torch.autograd.grad(loss, (a, b))
@@ -161,13 +188,17 @@ def test_ranks_do_not_matter(tmp_path: Path) -> None:
     """Two ranks are compared in the parity suite."""
     found, a_b = ranks.run(4, on_rank, tmp_path), pair()
     wanted = dense_nt_xent(*a_b, 0.1)
-    assert torch.stack([r["loss"] for r in found]).mean().item() == pytest.approx(wanted.item(), rel=1e-12)
+    assert torch.stack([r["loss"] for r in found]).mean().item() == pytest.approx(
+        wanted.item(), rel=1e-12
+    )
     for name, exact in zip("ab", torch.autograd.grad(wanted, a_b), strict=True):
         mean = torch.cat([r[name] for r in found]) / 4  # engines average over ranks
         assert (mean - exact).norm() <= 1e-12 * exact.norm()
 
 
-def test_one_gather_forward_and_one_reduce_scatter_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gather_forward_and_one_reduce_scatter_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[str] = []
 
     class Seen(torch.autograd.Function):

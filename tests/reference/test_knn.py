@@ -1,4 +1,6 @@
-"""The weighted vote against a transcription in plain Python: one query at a time, sorted lists, no tensors."""
+"""The weighted vote against a transcription in plain Python: one query at a time, sorted lists, no
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,43 +18,69 @@ def cosine(a: list[float], b: list[float]) -> float:
     return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
-def slow(bank: list[list[float]], labels: list[int], query: list[float], k: int, temperature: float) -> list[int]:
-    """The classes that have a vote, in the order of their votes; ties go to the class of the nearer neighbour."""
+def slow(
+    bank: list[list[float]], labels: list[int], query: list[float], k: int, temperature: float
+) -> list[int]:
+    """The classes that have a vote, in the order of their votes; ties go to the class of the nearer
+    neighbour.
+    """
     near = sorted(range(len(bank)), key=lambda i: (-round(cosine(query, bank[i]), 6), i))[:k]
     votes: dict[int, float] = {}
     for i in near:
-        votes[labels[i]] = votes.get(labels[i], 0.0) + math.exp(cosine(query, bank[i]) / temperature)
-    return sorted(votes, key=lambda c: -votes[c])  # a class enters `votes` by its nearest neighbour, and sorting is stable
+        votes[labels[i]] = votes.get(labels[i], 0.0) + math.exp(
+            cosine(query, bank[i]) / temperature
+        )
+    return sorted(
+        votes, key=lambda c: -votes[c]
+    )  # a class enters `votes` by its nearest neighbour, and sorting is stable
 
 
-@pytest.mark.parametrize("rows", [1 << 25, 37 * 4])  # one chunk of queries, or four queries at a time
+@pytest.mark.parametrize(
+    "rows", [1 << 25, 37 * 4]
+)  # one chunk of queries, or four queries at a time
 @pytest.mark.parametrize("temperature", [0.07, 2.0])
-def test_against_plain_python(rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_plain_python(
+    rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_ELEMENTS", rows)
     random = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(37, 5, generator=random), torch.randn(23, 5, generator=random)
-    labels, truth = torch.randint(7, (37,), generator=random), torch.randint(7, (23,), generator=random)
+    labels, truth = (
+        torch.randint(7, (37,), generator=random),
+        torch.randint(7, (23,), generator=random),
+    )
     ks = (1, 5, 20, 200)  # the last is above the 37 of the bank
     got = knn(bank, labels, queries, truth, ks, temperature)
     for k in ks:
         orders = [slow(bank.tolist(), labels.tolist(), q, k, temperature) for q in queries.tolist()]
-        top = {n: [t in order[:n] for t, order in zip(truth.tolist(), orders, strict=True)] for n in (1, 5)}
+        top = {
+            n: [t in order[:n] for t, order in zip(truth.tolist(), orders, strict=True)]
+            for n in (1, 5)
+        }
         recalls = [
-            sum(hits := [hit for hit, t in zip(top[1], truth.tolist(), strict=True) if t == c]) / len(hits)
+            sum(hits := [hit for hit, t in zip(top[1], truth.tolist(), strict=True) if t == c])
+            / len(hits)
             for c in sorted(set(truth.tolist()))
         ]
         assert got[f"knn_{k}"] == pytest.approx(100 * sum(top[1]) / 23)
         assert got[f"knn_{k}_top5"] == pytest.approx(100 * sum(top[5]) / 23)
         assert got[f"knn_{k}_per_class"] == pytest.approx(100 * sum(recalls) / len(recalls))
-    assert temperature < 1 or len({got[f"knn_{k}"] for k in ks}) > 1  # else the test could not tell one k from another
+    assert (
+        temperature < 1 or len({got[f"knn_{k}"] for k in ks}) > 1
+    )  # else the test could not tell one k from another
 
 
 def test_equal_votes_go_to_the_nearest_neighbour_then_to_the_first_of_the_bank() -> None:
     query = torch.tensor([[2.0, 0.0]])
     twins = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     for labels in ([1, 0], [0, 1]):
-        assert knn(twins, torch.tensor(labels), query, torch.tensor([labels[0]]), (2,))["knn_2"] == 100.0
-        assert knn(twins, torch.tensor(labels), query, torch.tensor([labels[1]]), (2,))["knn_2"] == 0.0
+        assert (
+            knn(twins, torch.tensor(labels), query, torch.tensor([labels[0]]), (2,))["knn_2"]
+            == 100.0
+        )
+        assert (
+            knn(twins, torch.tensor(labels), query, torch.tensor([labels[1]]), (2,))["knn_2"] == 0.0
+        )
     # nearest first: 7, 3, 3, 7, 3, 7, each vote as heavy as the one of the other class beside it
     bank = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [1.0, 2.0], [3.0, 0.0], [2.0, 4.0]])
     labels = torch.tensor([3, 7, 7, 3, 3, 7])
@@ -61,7 +89,9 @@ def test_equal_votes_go_to_the_nearest_neighbour_then_to_the_first_of_the_bank()
 
 
 def test_only_classes_with_a_vote_are_predicted() -> None:
-    """Ten classes of twenty like images; every query looks like class 9, so nothing but class 9 can be right at any depth."""
+    """Ten classes of twenty like images; every query looks like class 9, so nothing but class 9 can
+    be right at any depth.
+    """
     bank, labels = torch.eye(10).repeat_interleave(20, 0), torch.arange(10).repeat_interleave(20)
     queries, truth = torch.eye(10)[[9] * 10], torch.arange(10)
     for k in (1, 10, 20):
@@ -74,7 +104,9 @@ def test_only_classes_with_a_vote_are_predicted() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, 8, 40, 64])
 def test_equal_neighbours_come_in_bank_order(k: int) -> None:
-    """Four distinct vectors, sixteen copies of each, interleaved: the edge of the k always falls among equals."""
+    """Four distinct vectors, sixteen copies of each, interleaved: the edge of the k always falls
+    among equals.
+    """
     bank = torch.eye(4)[torch.arange(64) % 4]
     queries = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     near, where = nearest(queries, bank, k)

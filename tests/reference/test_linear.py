@@ -17,7 +17,10 @@ RATES = (0.4, 0.1, 0.05)
 def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
     random = torch.Generator().manual_seed(0)
     return [
-        (torch.randn(8, 5, generator=random, dtype=torch.float64), torch.randint(4, (8,), generator=random))
+        (
+            torch.randn(8, 5, generator=random, dtype=torch.float64),
+            torch.randint(4, (8,), generator=random),
+        )
         for _ in range(steps)
     ]
 
@@ -45,7 +48,9 @@ def test_weights_after_seven_steps() -> None:
         head = single(rate, data, 0.9)
         torch.testing.assert_close(heads.weight[number], head.weight.detach(), rtol=0, atol=1e-13)
         torch.testing.assert_close(heads.bias[number], head.bias.detach(), rtol=0, atol=1e-13)
-        torch.testing.assert_close(heads.logits(data[0][0])[number].T, head(data[0][0]).detach(), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            heads.logits(data[0][0])[number].T, head(data[0][0]).detach(), rtol=0, atol=1e-13
+        )
         wrong = single(rate, data, 0.8)  # what the tolerance must be able to see
         assert (heads.weight[number] - wrong.weight.detach()).abs().max() > 1e-3
 
@@ -54,13 +59,25 @@ def test_fit_follows_the_cosine() -> None:
     data = batches(9)
     heads = fit(RATES, iter([(x.float(), y) for x, y in data]), 9, 4, Config())
     for number, rate in enumerate(RATES):
-        torch.testing.assert_close(heads.weight[number].double(), single(rate, data, 0.9).weight.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            heads.weight[number].double(),
+            single(rate, data, 0.9).weight.detach(),
+            rtol=0,
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("huge", [1e30, float("inf")])
 def test_a_diverged_head_is_never_right(huge: float) -> None:
     heads = Heads(torch.tensor(RATES), classes=4, width=5, momentum=0.9)
     heads.weight[0, 0], heads.weight[1] = 1.0, huge
-    x, y = torch.full((3, 5), 1e10) * torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0]), torch.zeros(3, dtype=torch.int64)
+    x, y = (
+        torch.full((3, 5), 1e10) * torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0]),
+        torch.zeros(3, dtype=torch.int64),
+    )
     ranks = heads.ranks(x, y).tolist()
-    assert ranks == [[0, 0, 0], [4, 4, 4], [3, 3, 3]]  # the last has learnt nothing: a tie of all classes is not right either
+    assert ranks == [
+        [0, 0, 0],
+        [4, 4, 4],
+        [3, 3, 3],
+    ]  # the last has learnt nothing: a tie of all classes is not right either

@@ -1,4 +1,6 @@
-"""The auxiliaries' losses and gradients against plain transcriptions, through the forward of a method that has them."""
+"""The auxiliaries' losses and gradients against plain transcriptions, through the forward of a
+method that has them.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,26 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import component_config
 from scaletrain.core import Batch, RunInfo
 
-HEADS: dict[str, dict[str, Any]] = {"byol": {"hidden": 4, "dim": 3}, "simclr": {"dim": 4}, "swav": {"hidden": 4, "dim": 3}}
+HEADS: dict[str, dict[str, Any]] = {
+    "byol": {"hidden": 4, "dim": 3},
+    "simclr": {"dim": 4},
+    "swav": {"hidden": 4, "dim": 3},
+}
 
 
-def attached(method: str, rows: int, name: str, crops: tuple[tuple[int, int], ...] = ((4, 2),), **options: Any) -> Any:
+def attached(
+    method: str,
+    rows: int,
+    name: str,
+    crops: tuple[tuple[int, int], ...] = ((4, 2),),
+    **options: Any,
+) -> Any:
     model = make(method, rows, crops, **HEADS[method])
     leaf = component_config("auxiliaries", name)(name=name, **options)
     return auxiliaries.attach(model, [leaf], RunInfo(40, rows, 10, crops)).double()
 
 
-# --- rotation ---------------------------------------------------------------------------------------------------------
+# --- rotation -------------------------------------------------------------------------------------
 
 
 def plainly_turned(image: Tensor, turns: int) -> Tensor:
@@ -37,16 +49,24 @@ def plainly_turned(image: Tensor, turns: int) -> Tensor:
     for _ in range(turns):
         n = image.shape[-1]
         image = torch.stack(
-            [torch.stack([torch.stack([channel[c, n - 1 - r] for c in range(n)]) for r in range(n)]) for channel in image]
+            [
+                torch.stack(
+                    [torch.stack([channel[c, n - 1 - r] for c in range(n)]) for r in range(n)]
+                )
+                for channel in image
+            ]
         )
     return image
 
 
 def plain_rotation(model: Any, batch: Batch, weight: float, used: int) -> Tensor:
     """lambda / (V B) times the sum of the cross entropies (the poster's equation, V = 2)."""
-    turns = [[int(4 * u) for u in row] for row in rng.uniform(batch.keys, "rotation", used).T.tolist()]
+    turns = [
+        [int(4 * u) for u in row] for row in rng.uniform(batch.keys, "rotation", used).T.tolist()
+    ]
     views = [
-        [plainly_turned(x, k) for x, k in zip(view, ks, strict=True)] for view, ks in zip(batch.views[0], turns, strict=False)
+        [plainly_turned(x, k) for x, k in zip(view, ks, strict=True)]
+        for view, ks in zip(batch.views[0], turns, strict=False)
     ]
     features = encode(model.backbone, (torch.stack([torch.stack(view) for view in views]),))
     logits = [row for view in shared(model.auxiliaries["rotation"].head, features) for row in view]
@@ -57,11 +77,15 @@ def plain_rotation(model: Any, batch: Batch, weight: float, used: int) -> Tensor
 
 @pytest.mark.parametrize(("rows", "hidden", "weight"), [(2, 3, 1.0), (7, 6, 0.2), (5, 1, 0.1)])
 @pytest.mark.parametrize(("crops", "used"), [(((4, 2),), 2), (((4, 2),), 1), (MULTI, 3)])
-def test_rotation(rows: int, hidden: int, weight: float, crops: tuple[tuple[int, int], ...], used: int) -> None:
+def test_rotation(
+    rows: int, hidden: int, weight: float, crops: tuple[tuple[int, int], ...], used: int
+) -> None:
     base = "byol" if len(crops) == 1 else "swav"
     model = attached(base, rows, "rotation", crops, hidden=hidden, weight=weight, views=used)
     batch = make_batch(rows, crops, seed=rows)
-    agrees(model, model(batch, CLOCK).losses["rotation"], plain_rotation(model, batch, weight, used))
+    agrees(
+        model, model(batch, CLOCK).losses["rotation"], plain_rotation(model, batch, weight, used)
+    )
 
 
 def test_rotation_of_one_image_repeated() -> None:
@@ -86,22 +110,38 @@ def test_rotation_knows_its_accuracy_and_reduces_in_float32() -> None:
         model.auxiliaries["rotation"].head[-1].bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
     turns = (4 * rng.uniform(batch.keys, "rotation", 2)).long()
     out = model(batch, CLOCK)
-    assert out.scalars["rotation_accuracy"].item() == pytest.approx((turns == 2).double().mean().item())
+    assert out.scalars["rotation_accuracy"].item() == pytest.approx(
+        (turns == 2).double().mean().item()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert (
-            model.float()(Batch(tuple(v.float() for v in batch.views), batch.index, batch.keys, batch.pixel_range), CLOCK)
+            model.float()(
+                Batch(
+                    tuple(v.float() for v in batch.views),
+                    batch.index,
+                    batch.keys,
+                    batch.pixel_range,
+                ),
+                CLOCK,
+            )
             .losses["rotation"]
             .dtype
             == torch.float32
         )
 
 
-# --- any auxiliary ----------------------------------------------------------------------------------------------------
+# --- any auxiliary --------------------------------------------------------------------------------
 
 
 def test_the_method_itself_is_left_as_it_is() -> None:
-    """Its initial values, names, losses and signals; the auxiliary's parameters are in its own group."""
-    plainly, joint, batch = make("byol", 5, hidden=4, dim=3), attached("byol", 5, "rotation"), make_batch(5)
+    """Its initial values, names, losses and signals; the auxiliary's parameters are in its own
+    group.
+    """
+    plainly, joint, batch = (
+        make("byol", 5, hidden=4, dim=3),
+        attached("byol", 5, "rotation"),
+        make_batch(5),
+    )
     mine = {k: v for k, v in joint.state_dict().items() if not k.startswith("auxiliaries.")}
     assert mine.keys() == plainly.state_dict().keys()
     assert all(torch.equal(v, mine[k]) for k, v in plainly.state_dict().items())
@@ -111,7 +151,9 @@ def test_the_method_itself_is_left_as_it_is() -> None:
     assert torch.equal(alone.embedding, both.embedding)
     (group,) = joint.groups()
     taken = {name for name, p in joint.named_parameters() if group.match(name, p)}
-    assert taken == {name for name, _ in joint.named_parameters() if name.startswith("auxiliaries.rotation.")}
+    assert taken == {
+        name for name, _ in joint.named_parameters() if name.startswith("auxiliaries.rotation.")
+    }
     assert joint.ema(CLOCK) == plainly.ema(CLOCK)
 
 
@@ -119,9 +161,13 @@ def test_losses_that_drive_parts_take_no_auxiliary() -> None:
     model = make("byol", 5, hidden=4, dim=3)
     type(model).separate_losses = True
     try:
-        with pytest.raises(ConfigError, match=r"losses of byol drive a part .* remove the auxiliaries"):
+        with pytest.raises(
+            ConfigError, match=r"losses of byol drive a part .* remove the auxiliaries"
+        ):
             auxiliaries.attach(
-                model, [component_config("auxiliaries", "rotation")(name="rotation")], RunInfo(40, 5, 10, ((4, 2),))
+                model,
+                [component_config("auxiliaries", "rotation")(name="rotation")],
+                RunInfo(40, 5, 10, ((4, 2),)),
             )
     finally:
         type(model).separate_losses = False
@@ -142,46 +188,72 @@ def test_equal_logits_cost_the_logarithm_of_four() -> None:
     assert model(batch, CLOCK).losses["rotation"].item() == pytest.approx(math.log(4))
 
 
-# --- SuNCEt -----------------------------------------------------------------------------------------------------------
+# --- SuNCEt ---------------------------------------------------------------------------------------
 
 
 def supported(method: str, labels: list[int], **options: Any) -> tuple[Any, Batch]:
     model = make(method, 4, **HEADS[method])
     leaf = component_config("auxiliaries", "suncet")(name="suncet", **options)
-    model = auxiliaries.attach(model, [leaf], RunInfo(40, 4, 10, ((4, 2),), support=len(labels))).double()
-    images = torch.randn(1, len(labels), 3, 4, 4, generator=torch.Generator().manual_seed(len(labels)), dtype=torch.float64)
+    model = auxiliaries.attach(
+        model, [leaf], RunInfo(40, 4, 10, ((4, 2),), support=len(labels))
+    ).double()
+    images = torch.randn(
+        1,
+        len(labels),
+        3,
+        4,
+        4,
+        generator=torch.Generator().manual_seed(len(labels)),
+        dtype=torch.float64,
+    )
     batch, index = make_batch(4), torch.arange(len(labels))
     support = Batch((images,), index, index, batch.pixel_range, labels=torch.tensor(labels))
     return model, dataclasses.replace(batch, support=support)
 
 
 def plain_suncet(model: Any, batch: Batch, temperature: float) -> Tensor:
-    """Equation 2, averaged over the anchors that have another sample of their class; unlabelled ones take no part."""
+    """Equation 2, averaged over the anchors that have another sample of their class; unlabelled
+    ones take no part.
+    """
     assert batch.support is not None
     assert batch.support.labels is not None
     z = shared(model.projector, encode(model.backbone, batch.support.views))[0]
     y = batch.support.labels.tolist()
     losses = []
     for i in range(len(z)):
-        near = {k: torch.exp(plain.cos(z[i], z[k]) / temperature) for k in range(len(z)) if k != i and y[k] >= 0}
+        near = {
+            k: torch.exp(plain.cos(z[i], z[k]) / temperature)
+            for k in range(len(z))
+            if k != i and y[k] >= 0
+        }
         own = [near[j] for j in near if y[j] == y[i]]
         if own:
-            losses.append(-torch.log(torch.stack(own).sum() / torch.stack(list(near.values())).sum()))
+            losses.append(
+                -torch.log(torch.stack(own).sum() / torch.stack(list(near.values())).sum())
+            )
     return torch.stack(losses).sum() / len(losses)
 
 
 @pytest.mark.parametrize(("temperature", "weight"), [(0.1, 1.0), (0.5, 0.3), (1.0, 2.0)])
-@pytest.mark.parametrize("labels", [[0, 0], [0, 1, 0, 1], [5, 2, 2, 5, 5, 2, 9, 9], [0, 1, 0, -1, 1], [3, 1, 3, 3]])
+@pytest.mark.parametrize(
+    "labels", [[0, 0], [0, 1, 0, 1], [5, 2, 2, 5, 5, 2, 9, 9], [0, 1, 0, -1, 1], [3, 1, 3, 3]]
+)
 @pytest.mark.parametrize("method", ["simclr", "swav"])
 def test_suncet(method: str, labels: list[int], temperature: float, weight: float) -> None:
     model, batch = supported(method, labels, temperature=temperature, weight=weight)
-    agrees(model, model(batch, CLOCK).losses["suncet"], weight * plain_suncet(model, batch, temperature))
+    agrees(
+        model,
+        model(batch, CLOCK).losses["suncet"],
+        weight * plain_suncet(model, batch, temperature),
+    )
 
 
 def test_suncet_of_equal_embeddings_counts_the_class() -> None:
     """Of five others one is of the class."""
     model, _ = supported("simclr", [0, 1, 2, 0, 1, 2])
-    loss, scalars = model.auxiliaries["suncet"]._loss(torch.ones(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+    loss, scalars = model.auxiliaries["suncet"]._loss(
+        torch.ones(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    )
     assert loss.item() == pytest.approx(math.log(5), rel=1e-6)
     assert scalars["suncet_probability"].item() == pytest.approx(1 / 5)
 
@@ -191,7 +263,9 @@ def test_suncet_reduces_in_float32_and_survives_a_step_without_a_pair() -> None:
     z = torch.randn(4, 3).bfloat16().requires_grad_()
     loss, _ = part._loss(z, torch.tensor([0, 1, 0, 1]))
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(part._loss(z.double(), torch.tensor([0, 1, 0, 1]))[0].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        part._loss(z.double(), torch.tensor([0, 1, 0, 1]))[0].item(), rel=1e-5
+    )
     lonely, _ = part._loss(z, torch.tensor([0, 1, -1, -1]))
     (gradient,) = torch.autograd.grad(lonely, z)
     assert lonely.item() == 0

@@ -1,4 +1,6 @@
-"""C-SimCLR and C-BYOL: the von Mises-Fisher distribution against its integral, and both losses against plain sums."""
+"""C-SimCLR and C-BYOL: the von Mises-Fisher distribution against its integral, and both losses
+against plain sums.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,36 @@ from scaletrain import rng
 from scaletrain.core import Batch
 from scaletrain.nn.vmf import VonMisesFisher
 
-SHAPES = [(2, 2, 5.0, 3.0), (6, 4, 40.0, 10.0), (5, 3, 900.0, 0.5), (4, 8, 16384.0, 10.0)]  # rows, dim, kappa e and b
+SHAPES = [
+    (2, 2, 5.0, 3.0),
+    (6, 4, 40.0, 10.0),
+    (5, 3, 900.0, 0.5),
+    (4, 8, 16384.0, 10.0),
+]  # rows, dim, kappa e and b
 
 
 @functools.cache
 def angles(dim: int, kappa: float) -> tuple[float, Tensor, Tensor]:
-    """Log of the integral of exp(kappa cos a) sin(a)^(dim - 2) over the angle; the angles and their probabilities."""
+    """Log of the integral of exp(kappa cos a) sin(a)^(dim - 2) over the angle; the angles and their
+    probabilities.
+    """
     a = torch.linspace(0, math.pi, 50_001, dtype=torch.float64)[1:-1]
     log = kappa * a.cos() + (dim - 2) * a.sin().log()
     weights = (log - log.max()).exp()
     return float(log.max() + (weights.sum() * (a[1] - a[0])).log()), a, weights / weights.sum()
 
 
-# --- the distribution -------------------------------------------------------------------------------------------------
+# --- the distribution -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dim", "kappa"), [(3, 10.0), (3, 0.5), (8, 40.0), (128, 1024.0), (256, 16384.0), (5, 0.0)])
+@pytest.mark.parametrize(
+    ("dim", "kappa"), [(3, 10.0), (3, 0.5), (8, 40.0), (128, 1024.0), (256, 16384.0), (5, 0.0)]
+)
 def test_samples_have_the_distributions_moments(dim: int, kappa: float) -> None:
     n, vmf = 10_000, VonMisesFisher(dim, kappa)
-    mean = torch.nn.functional.normalize(torch.randn(dim, generator=torch.Generator().manual_seed(1)).double(), dim=0)
+    mean = torch.nn.functional.normalize(
+        torch.randn(dim, generator=torch.Generator().manual_seed(1)).double(), dim=0
+    )
     z = vmf.sample(mean.expand(n, -1), torch.arange(n), "test")
     torch.testing.assert_close(z.norm(dim=1), torch.ones(n).double())
     log, a, p = angles(dim, kappa)
@@ -64,7 +77,7 @@ def test_one_dimension_is_refused() -> None:
         VonMisesFisher(1, 4.0)
 
 
-# --- the losses -------------------------------------------------------------------------------------------------------
+# --- the losses -----------------------------------------------------------------------------------
 
 
 def log_density(mean: Tensor, z: Tensor, kappa: float) -> Tensor:
@@ -72,7 +85,9 @@ def log_density(mean: Tensor, z: Tensor, kappa: float) -> Tensor:
 
 
 def code(mean: Tensor, cosine: Tensor, key: Tensor, purpose: str) -> Tensor:
-    """The sample at this cosine to the mean, across it in the direction of a Gaussian that is drawn by the key."""
+    """The sample at this cosine to the mean, across it in the direction of a Gaussian that is drawn
+    by the key.
+    """
     draws = rng.uniform(key, purpose, len(mean) + 1)[1:].tolist()
     noise = torch.tensor([NormalDist().inv_cdf(u + 2.0**-25) for u in draws], dtype=torch.float64)
     across = noise - (noise * mean).sum() * mean
@@ -80,18 +95,26 @@ def code(mean: Tensor, cosine: Tensor, key: Tensor, purpose: str) -> Tensor:
 
 
 def codes(vmf: Any, mean: plain.Views, keys: Tensor) -> list[list[Tensor]]:
-    """[views][samples]; only the cosines are the model's own, which test_samples_have_the_distributions_moments proves."""
+    """[views][samples]; only the cosines are the model's own, which
+    test_samples_have_the_distributions_moments proves.
+    """
     result = []
     for view, purpose in zip(mean, ("code1", "code2"), strict=True):
         units = [plain.unit(v) for v in view]
         drawn = vmf.sample(torch.stack(units).detach(), keys, purpose)
         cosines = [(z * u).sum().detach() for z, u in zip(drawn, units, strict=True)]
-        result.append([code(u, c, k, purpose) for u, c, k in zip(units, cosines, keys, strict=True)])
+        result.append(
+            [code(u, c, k, purpose) for u, c, k in zip(units, cosines, keys, strict=True)]
+        )
     return result
 
 
-def plain_c_simclr(r: plain.Views, z: plain.Views, kappa_e: float, kappa_b: float, beta: float) -> Tensor:
-    """beta (log e - log b) - log of b(z | y) over its sum with all other views of the batch; both directions summed."""
+def plain_c_simclr(
+    r: plain.Views, z: plain.Views, kappa_e: float, kappa_b: float, beta: float
+) -> Tensor:
+    """beta (log e - log b) - log of b(z | y) over its sum with all other views of the batch; both
+    directions summed.
+    """
     losses = []
     for v in (0, 1):
         for n, sample in enumerate(z[v]):
@@ -105,7 +128,9 @@ def plain_c_simclr(r: plain.Views, z: plain.Views, kappa_e: float, kappa_b: floa
 
 @pytest.mark.parametrize(("rows", "dim", "kappa_e", "kappa_b"), SHAPES)
 @pytest.mark.parametrize(("beta", "same"), [(1.0, False), (0.3, False), (1.0, True)])
-def test_c_simclr(rows: int, dim: int, kappa_e: float, kappa_b: float, beta: float, same: bool) -> None:
+def test_c_simclr(
+    rows: int, dim: int, kappa_e: float, kappa_b: float, beta: float, same: bool
+) -> None:
     model = make("c_simclr", rows, dim=dim, kappa_e=kappa_e, kappa_b=kappa_b, beta=beta)
     batch = repeated(make_batch(rows)) if same else make_batch(rows)
     r = shared(model.projector, encode(model.backbone, batch.views))
@@ -116,8 +141,12 @@ def test_c_simclr(rows: int, dim: int, kappa_e: float, kappa_b: float, beta: flo
     close(model, model(batch, CLOCK), slow, same)
 
 
-def plain_c_byol(model: Any, mean: plain.Views, t: plain.Views, prior: plain.Views, keys: Tensor) -> Tensor:
-    """kappa_d / 2 times BYOL's loss of the decoded codes, plus beta (log e(z | x) - log b(z | y)), summed over views."""
+def plain_c_byol(
+    model: Any, mean: plain.Views, t: plain.Views, prior: plain.Views, keys: Tensor
+) -> Tensor:
+    """kappa_d / 2 times BYOL's loss of the decoded codes, plus beta (log e(z | x) - log b(z | y)),
+    summed over views.
+    """
     config, z = model.config, codes(model.e, mean, keys)
     byol = plain.byol([[model.decoder.weight @ x for x in view] for view in z], t)
     residual = []
@@ -131,8 +160,12 @@ def plain_c_byol(model: Any, mean: plain.Views, t: plain.Views, prior: plain.Vie
 
 
 @pytest.mark.parametrize(("rows", "dim", "kappa_e", "kappa_b"), SHAPES)
-@pytest.mark.parametrize(("beta", "residual", "same"), [(1.0, "other", False), (0.3, "own", False), (1.0, "other", True)])
-def test_c_byol(rows: int, dim: int, kappa_e: float, kappa_b: float, beta: float, residual: str, same: bool) -> None:
+@pytest.mark.parametrize(
+    ("beta", "residual", "same"), [(1.0, "other", False), (0.3, "own", False), (1.0, "other", True)]
+)
+def test_c_byol(
+    rows: int, dim: int, kappa_e: float, kappa_b: float, beta: float, residual: str, same: bool
+) -> None:
     kappas: dict[str, Any] = {"kappa_e": kappa_e, "kappa_b": kappa_b, "kappa_d": 3.0}
     model = make("c_byol", rows, hidden=6, dim=dim, beta=beta, residual=residual, **kappas)
     batch = repeated(make_batch(rows)) if same else make_batch(rows)
@@ -149,9 +182,11 @@ def test_c_byol(rows: int, dim: int, kappa_e: float, kappa_b: float, beta: float
 
 
 def close(model: Any, out: Any, slow: Tensor, same: bool) -> None:
-    """As `agrees`, once the constant that the two quadratures disagree by is taken out; the gradients must agree as they are.
+    """As `agrees`, once the constant that the two quadratures disagree by is taken out; the
+    gradients must agree as they are.
 
-    Those of equal samples vanish behind a norm, which divides what rounding leaves of them by sqrt(1e-5).
+    Those of equal samples vanish behind a norm, which divides what rounding leaves of them by
+    sqrt(1e-5).
     """
     fast = out.losses["all"]
     assert fast.item() == pytest.approx(slow.item(), rel=1e-6, abs=2e-4)
@@ -163,34 +198,51 @@ def close(model: Any, out: Any, slow: Tensor, same: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["c_simclr", "c_byol"])
 def test_losses_are_exact_although_heads_compute_in_bfloat16(method: str) -> None:
-    options: dict[str, Any] = {"dim": 4, "kappa_e": 50.0, **({"hidden": 6} if method == "c_byol" else {})}
+    options: dict[str, Any] = {
+        "dim": 4,
+        "kappa_e": 50.0,
+        **({"hidden": 6} if method == "c_byol" else {}),
+    }
     model, batch = make(method, 6, **options).float(), make_batch(6)
-    batch = Batch(tuple(v.float() for v in batch.views), batch.index, batch.keys, batch.pixel_range.float())
+    batch = Batch(
+        tuple(v.float() for v in batch.views), batch.index, batch.keys, batch.pixel_range.float()
+    )
     found: dict[str, Tensor] = {}
     for name, module in model.named_children():
-        module.register_forward_hook(lambda _m, _i, out, name=name: found.update({name: out.detach()}))
+        module.register_forward_hook(
+            lambda _m, _i, out, name=name: found.update({name: out.detach()})
+        )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(batch, CLOCK).losses["all"]
     assert {x.dtype for x in found.values()} == {torch.bfloat16}
     assert loss.dtype == torch.float32
-    z = {name: [list(v) for v in x.double().unflatten(0, (-1, 6))] for name, x in found.items() if name != "decoder"}
+    z = {
+        name: [list(v) for v in x.double().unflatten(0, (-1, 6))]
+        for name, x in found.items()
+        if name != "decoder"
+    }
     if method == "c_simclr":
-        exact = plain_c_simclr(z["projector"], codes(model.e, z["projector"], batch.keys), 50.0, 10.0, 1.0)
+        exact = plain_c_simclr(
+            z["projector"], codes(model.e, z["projector"], batch.keys), 50.0, 10.0, 1.0
+        )
     else:
         decoded = [list(v) for v in found["decoder"].double()]
-        exact = 2 * plain.byol(decoded, z["target_projector"]) + plain_residual(model, z, batch.keys)
+        exact = 2 * plain.byol(decoded, z["target_projector"]) + plain_residual(
+            model, z, batch.keys
+        )
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
 def plain_residual(model: Any, z: dict[str, list[list[Tensor]]], keys: Tensor) -> Tensor:
     drawn = codes(model.e, z["encoder"], keys)
     terms = [
-        log_density(plain.unit(z["encoder"][v][n]), x, 50.0) - log_density(plain.unit(z["prior"][1 - v][n]), x, 10.0)
+        log_density(plain.unit(z["encoder"][v][n]), x, 50.0)
+        - log_density(plain.unit(z["prior"][1 - v][n]), x, 10.0)
         for v in (0, 1)
         for n, x in enumerate(drawn[v])
     ]

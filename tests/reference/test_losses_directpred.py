@@ -21,12 +21,20 @@ def projections(model: Any, batch: Batch) -> list[list[Tensor]]:
 
 def plain_loss(model: Any, batch: Batch) -> Tensor:
     p = [[model.weight @ f for f in view] for view in projections(model, batch)]
-    return plain.byol(p, [plain.head(model.target_projector, view) for view in encode(model.target_backbone, batch.views)])
+    return plain.byol(
+        p,
+        [
+            plain.head(model.target_projector, view)
+            for view in encode(model.target_backbone, batch.views)
+        ],
+    )
 
 
 def products(model: Any, batch: Batch) -> Tensor:
     """E[f f^T], neither centred nor normalised."""
-    return plain.mean(torch.outer(f, f) for view in projections(model, batch) for f in view).detach()
+    return plain.mean(
+        torch.outer(f, f) for view in projections(model, batch) for f in view
+    ).detach()
 
 
 def step(model: Any, batch: Batch, number: int = 0) -> None:
@@ -43,7 +51,9 @@ def largest(matrix: Tensor) -> float:
 
 
 @pytest.mark.parametrize("predictor", ["directpred", "directcopy"])
-@pytest.mark.parametrize(("rows", "dim", "rho"), [(2, 2, 0.3), (5, 3, 0.3), (6, 4, 0.9), (3, 1, 0.0)])
+@pytest.mark.parametrize(
+    ("rows", "dim", "rho"), [(2, 2, 0.3), (5, 3, 0.3), (6, 4, 0.9), (3, 1, 0.0)]
+)
 def test_three_steps(predictor: str, rows: int, dim: int, rho: float) -> None:
     model = make("directpred", rows, hidden=6, dim=dim, rho=rho, predictor=predictor, epsilon=0.05)
     moving = torch.zeros(dim, dim, dtype=torch.float64)
@@ -52,7 +62,9 @@ def test_three_steps(predictor: str, rows: int, dim: int, rho: float) -> None:
         agrees(model, model(batch, CLOCK).losses["all"], plain_loss(model, batch))
         model.correlation.discard()
         step(model, batch, number)
-        moving = rho * moving + (1 - rho) * products(model, batch) if number else products(model, batch)
+        moving = (
+            rho * moving + (1 - rho) * products(model, batch) if number else products(model, batch)
+        )
         torch.testing.assert_close(model.correlation.matrix, moving, rtol=1e-12, atol=1e-14)
         root = model.weight - 0.05 * torch.eye(dim, dtype=torch.float64)
         if predictor == "directcopy":
@@ -79,7 +91,9 @@ def test_the_predictor_is_set_every_few_steps() -> None:
 
 
 def test_equal_samples_use_one_dimension() -> None:
-    """F has rank one: the other eigenvalues of the predictor are epsilon, and never less than 1e-4."""
+    """F has rank one: the other eigenvalues of the predictor are epsilon, and never less
+    than 1e-4.
+    """
     for epsilon, floor in ((0.01, 0.01), (0.0, 1e-4)):
         model = make("directpred", 4, epsilon=epsilon, **OPTIONS)
         step(model, repeated(make_batch(4)))
@@ -96,13 +110,17 @@ def test_two_micro_batches_count_as_one_batch() -> None:
     for part in f.split(3, 1):
         parts.correlation.stage(part)
     parts.correlation.commit(2)
-    torch.testing.assert_close(whole.correlation.matrix, parts.correlation.matrix, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        whole.correlation.matrix, parts.correlation.matrix, rtol=1e-13, atol=0
+    )
     assert parts.correlation.steps == 1
 
 
 def test_the_loss_is_exact_although_heads_compute_in_bfloat16() -> None:
     model, batch = make("directpred", 6, **OPTIONS).float(), make_batch(6)
-    batch = Batch(tuple(v.float() for v in batch.views), batch.index, batch.keys, batch.pixel_range.float())
+    batch = Batch(
+        tuple(v.float() for v in batch.views), batch.index, batch.keys, batch.pixel_range.float()
+    )
     found: dict[str, Tensor] = {}
     for name in ("projector", "target_projector"):
         hook = lambda _m, _i, out, name=name: found.update({name: out.detach()})  # noqa: E731
@@ -111,4 +129,6 @@ def test_the_loss_is_exact_although_heads_compute_in_bfloat16() -> None:
         loss = model(batch, CLOCK).losses["all"]
     assert loss.dtype == torch.float32
     z = {name: [list(v) for v in x.double().unflatten(0, (-1, 6))] for name, x in found.items()}
-    assert loss.item() == pytest.approx(plain.byol(z["projector"], z["target_projector"]).item(), rel=2e-5)  # W_p = 1
+    assert loss.item() == pytest.approx(
+        plain.byol(z["projector"], z["target_projector"]).item(), rel=2e-5
+    )  # W_p = 1

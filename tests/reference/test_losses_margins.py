@@ -28,30 +28,52 @@ def mean(values: list[Tensor]) -> Tensor:
 
 def embeddings(model: Any, batch: Batch) -> list[tuple[int, Tensor]]:
     """(sample, embedding) of every view."""
-    return [(n, x) for view in shared(model.projector, encode(model.backbone, batch.views)) for n, x in enumerate(view)]
+    return [
+        (n, x)
+        for view in shared(model.projector, encode(model.backbone, batch.views))
+        for n, x in enumerate(view)
+    ]
 
 
 def plain_margin(model: Any, batch: Batch) -> Tensor:
     """Means of the two cases over all ordered pairs of different views."""
     z, power = embeddings(model, batch), 2 if model.config.squared else 1
-    pairs = [(n == m, distance(a, b, False)) for i, (n, a) in enumerate(z) for j, (m, b) in enumerate(z) if i != j]
+    pairs = [
+        (n == m, distance(a, b, False))
+        for i, (n, a) in enumerate(z)
+        for j, (m, b) in enumerate(z)
+        if i != j
+    ]
     alike, different = [d for same, d in pairs if same], [d for same, d in pairs if not same]
-    return mean([d**power for d in alike]) + mean([relu(model.config.margin - d) ** power for d in different])
+    return mean([d**power for d in alike]) + mean(
+        [relu(model.config.margin - d) ** power for d in different]
+    )
 
 
 def plain_triplet(model: Any, batch: Batch) -> Tensor:
     z, losses = embeddings(model, batch), []
     for i, (n, a) in enumerate(z):
-        near = next(distance(a, p, model.config.squared) for j, (m, p) in enumerate(z) if m == n and j != i)
-        hinges = [relu(near - distance(a, x, model.config.squared) + model.config.margin) for m, x in z if m != n]
-        losses.append(mean(hinges) if model.config.negatives == "all" else torch.stack(hinges).max())
+        near = next(
+            distance(a, p, model.config.squared) for j, (m, p) in enumerate(z) if m == n and j != i
+        )
+        hinges = [
+            relu(near - distance(a, x, model.config.squared) + model.config.margin)
+            for m, x in z
+            if m != n
+        ]
+        losses.append(
+            mean(hinges) if model.config.negatives == "all" else torch.stack(hinges).max()
+        )
     return mean(losses)
 
 
 @pytest.mark.parametrize(("rows", "margin"), [(2, 1.0), (5, 0.3), (7, 1.9), (4, 0.01)])
 @pytest.mark.parametrize("squared", [True, False])
 def test_margin(rows: int, margin: float, squared: bool) -> None:
-    model, batch = make("margin", rows, hidden=6, dim=4, margin=margin, squared=squared), make_batch(rows)
+    model, batch = (
+        make("margin", rows, hidden=6, dim=4, margin=margin, squared=squared),
+        make_batch(rows),
+    )
     agrees(model, model(batch, CLOCK).losses["all"], plain_margin(model, batch))
 
 
@@ -76,7 +98,9 @@ def test_equal_embeddings_cost_the_margin_and_move_nothing(squared: bool) -> Non
 
 
 def test_signals() -> None:
-    """Two samples at a right angle whose views agree: distance 0 within, square root of 2 between."""
+    """Two samples at a right angle whose views agree: distance 0 within, square root of 2
+    between.
+    """
     z = torch.tensor([[[1.0, 0], [0, 1]], [[1, 0], [0, 1]]], dtype=torch.float64)
     _, margin = make("margin", 2, margin=1.5)._loss(z)
     assert {k: v.item() for k, v in margin.items()} == pytest.approx(
@@ -84,7 +108,13 @@ def test_signals() -> None:
     )
     _, triplet = make("triplet", 2, margin=0.2)._loss(z)
     assert {k: v.item() for k, v in triplet.items()} == pytest.approx(
-        {"positive_distance": 0, "negative_distance": 2, "nearest_negative_distance": 2, "active_triplets": 0}, abs=1e-5
+        {
+            "positive_distance": 0,
+            "negative_distance": 2,
+            "nearest_negative_distance": 2,
+            "active_triplets": 0,
+        },
+        abs=1e-5,
     )
 
 

@@ -1,4 +1,6 @@
-"""PIRL and PCL against loops over samples, memories and prototypes: loss, gradient, memory, clustering and concentration."""
+"""PIRL and PCL against loops over samples, memories and prototypes: loss, gradient, memory,
+clustering and concentration.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from scaletrain.ops.kmeans import kmeans
 
 SAMPLES = 40  # of tiny.make
 
-# --- PIRL -------------------------------------------------------------------------------------------------------------
+# --- PIRL -----------------------------------------------------------------------------------------
 
 VIEWS = ((12, 1), (4, 1))  # (pixels, count): nine patches of 4 x 4, and the image
 
@@ -35,36 +37,55 @@ def noise_contrast(x: Rows, m: Rows, negatives: Rows, temperature: float, z: flo
         p = torch.exp((plain.unit(a) * b).sum() / temperature) / z
         return p / (p + share)
 
-    losses = [-torch.log(h(a, b)) - sum(torch.log(1 - h(a, other)) for other in negatives) for a, b in zip(x, m, strict=True)]
+    losses = [
+        -torch.log(h(a, b)) - sum(torch.log(1 - h(a, other)) for other in negatives)
+        for a, b in zip(x, m, strict=True)
+    ]
     return plain.mean(losses)
 
 
 def normaliser(x: Rows, m: Rows, negatives: Rows, temperature: float) -> float:
     rows = [
-        torch.exp((plain.unit(a) * other).sum() / temperature) for a, b in zip(x, m, strict=True) for other in (b, *negatives)
+        torch.exp((plain.unit(a) * other).sum() / temperature)
+        for a, b in zip(x, m, strict=True)
+        for other in (b, *negatives)
     ]
     return SAMPLES * plain.mean(rows).item()
 
 
 def embeddings(model: Any, batch: Batch) -> tuple[Rows, Rows]:
-    """Of the image and of the patches that the encoder has just seen, in the order that the keys give."""
+    """Of the image and of the patches that the encoder has just seen, in the order that the keys
+    give.
+    """
     image = plain.head(model.projector, encode(model.backbone, batch.views[1:])[0])
     patches = model.backbone.seen[-1].unflatten(0, (9, len(batch)))
     order = rng.uniform(batch.keys, "jigsaw", 9).argsort(dim=1).tolist()
     joined = []
     for n, places in enumerate(order):
         assert sorted(places) == list(range(9))
-        parts = plain.head(model.patch_projector, [h[n] for h in encode(model.backbone, (patches[places],))])
+        parts = plain.head(
+            model.patch_projector, [h[n] for h in encode(model.backbone, (patches[places],))]
+        )
         joined.append(model.join.weight @ torch.cat(parts) + model.join.bias)
     return image, joined
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "negatives", "temperature", "share"), [(2, 0, 1, 0.07, 0.5), (3, 6, 5, 0.1, 0.3), (4, 0, 9, 1.0, 1.0)]
+    ("rows", "hidden", "negatives", "temperature", "share"),
+    [(2, 0, 1, 0.07, 0.5), (3, 6, 5, 0.1, 0.3), (4, 0, 9, 1.0, 1.0)],
 )
 @pytest.mark.parametrize("loss", ["nce", "infonce"])
-def test_pirl(rows: int, hidden: int, negatives: int, temperature: float, share: float, loss: str) -> None:
-    options = {"hidden": hidden, "dim": 4, "patch": 4, "momentum": 0.3, "jigsaw": share, "temperature": temperature}
+def test_pirl(
+    rows: int, hidden: int, negatives: int, temperature: float, share: float, loss: str
+) -> None:
+    options = {
+        "hidden": hidden,
+        "dim": 4,
+        "patch": 4,
+        "momentum": 0.3,
+        "jigsaw": share,
+        "temperature": temperature,
+    }
     model = make("pirl", rows, VIEWS, negatives=negatives, loss=loss, **options)
     memory, z = list(model.bank.rows.clone()), None
     assert [row.norm().item() for row in memory] == pytest.approx([1] * SAMPLES)
@@ -73,9 +94,14 @@ def test_pirl(rows: int, hidden: int, negatives: int, temperature: float, share:
         batch = repeated(batch) if step == 2 else batch
         fast = model(batch, clock).losses["all"]
         image, patches = embeddings(model, batch)
-        m, others = [memory[i] for i in batch.index], [memory[i] for i in model._drawn(clock, batch.index)]
+        m, others = (
+            [memory[i] for i in batch.index],
+            [memory[i] for i in model._drawn(clock, batch.index)],
+        )
         if loss == "nce":
-            z = z or normaliser(patches, m, others, temperature)  # of the first step, from the patches
+            z = z or normaliser(
+                patches, m, others, temperature
+            )  # of the first step, from the patches
             parts = [noise_contrast(x, m, others, temperature, z) for x in (patches, image)]
         else:
             parts = [nce(x, m, others, temperature) for x in (patches, image)]
@@ -92,7 +118,9 @@ def test_pirl_is_exact_although_heads_compute_in_bfloat16() -> None:
     rows = model.bank.rows.float().double()
     m, others = list(rows[batch.index]), list(rows[model._drawn(CLOCK, batch.index)])
     loss, parts = in_bfloat16(model, batch, ("join", "projector"))
-    assert loss.item() == pytest.approx(plain.mean(nce(list(x), m, others, 0.07) for x in parts).item(), rel=2e-5)
+    assert loss.item() == pytest.approx(
+        plain.mean(nce(list(x), m, others, 0.07) for x in parts).item(), rel=2e-5
+    )
     commit(model)
     torch.testing.assert_close(model.bank.rows.norm(dim=1), torch.ones(SAMPLES), rtol=1e-6, atol=0)
 
@@ -100,7 +128,11 @@ def test_pirl_is_exact_although_heads_compute_in_bfloat16() -> None:
 def test_pirl_cuts_a_square_out_of_each_cell() -> None:
     rows, side, patch = 300, 20, 4  # cells of 6, so that a patch has nine places
     model = make("pirl", rows, ((side, 1), (4, 1)), dim=4, patch=patch)
-    place = torch.arange(side * side, dtype=torch.float64).view(1, 1, side, side).expand(rows, 3, -1, -1)
+    place = (
+        torch.arange(side * side, dtype=torch.float64)
+        .view(1, 1, side, side)
+        .expand(rows, 3, -1, -1)
+    )
     patches = model._patches(place, torch.arange(rows))
     assert patches.shape == (9, rows, 3, patch, patch)
     corners = set()
@@ -121,24 +153,33 @@ def test_pirl_draws_negatives_evenly_and_anew_in_each_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("views", "patch", "message"), [(((12, 2), (4, 1)), 4, "takes two views"), (((12, 1), (4, 1)), 5, "ninth .* 4 pixels wide")]
+    ("views", "patch", "message"),
+    [(((12, 2), (4, 1)), 4, "takes two views"), (((12, 1), (4, 1)), 5, "ninth .* 4 pixels wide")],
 )
-def test_pirl_refuses_views_that_do_not_fit(views: tuple[tuple[int, int], ...], patch: int, message: str) -> None:
+def test_pirl_refuses_views_that_do_not_fit(
+    views: tuple[tuple[int, int], ...], patch: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make("pirl", 2, views, patch=patch)
 
 
-# --- PCL --------------------------------------------------------------------------------------------------------------
+# --- PCL ------------------------------------------------------------------------------------------
 
 
-def proto_nce(q: Rows, own: Sequence[int], prototypes: Tensor, phi: Tensor, drawn: Sequence[int]) -> Tensor:
-    """PCL, eq. 11's second term as in the authors' code: the prototypes of all samples of the batch, and drawn ones."""
+def proto_nce(
+    q: Rows, own: Sequence[int], prototypes: Tensor, phi: Tensor, drawn: Sequence[int]
+) -> Tensor:
+    """PCL, eq. 11's second term as in the authors' code: the prototypes of all samples of the
+    batch, and drawn ones.
+    """
     columns = [i for i in own if i >= 0]
     losses = []
     for n, i in enumerate(own):
         if i >= 0:
             others = [j for m, j in enumerate(own) if m != n and j >= 0]
-            logits = [(plain.unit(q[n]) * prototypes[j]).sum() / phi[j] for j in (i, *others, *drawn)]
+            logits = [
+                (plain.unit(q[n]) * prototypes[j]).sum() / phi[j] for j in (i, *others, *drawn)
+            ]
             losses.append(-plain.log_softmax(logits)[0])
     assert len(losses) == len(columns)
     return plain.mean(losses)
@@ -148,7 +189,9 @@ def make_pcl(rows: int, clusters: tuple[int, ...], **options: Any) -> Any:
     model = make("pcl", rows, hidden=6, dim=4, queue=5, clusters=clusters, **options)
     draw = torch.Generator().manual_seed(1)
     for m, k in enumerate(clusters):
-        unit = torch.nn.functional.normalize(torch.randn(k, 4, generator=draw, dtype=torch.float64), dim=1)
+        unit = torch.nn.functional.normalize(
+            torch.randn(k, 4, generator=draw, dtype=torch.float64), dim=1
+        )
         model.get_buffer(f"prototypes{m}").copy_(unit)
         model.get_buffer(f"concentration{m}").copy_(0.1 + torch.rand(k, generator=draw))
     return model
@@ -175,7 +218,15 @@ def test_pcl(labels: list[list[int]], clusters: tuple[int, ...], warmup: int) ->
         heads = []
         for m, own in enumerate(labels):
             rest = [i for i in range(clusters[m]) if i not in own]
-            heads.append(proto_nce(q, own, model.get_buffer(f"prototypes{m}"), model.get_buffer(f"concentration{m}"), rest))
+            heads.append(
+                proto_nce(
+                    q,
+                    own,
+                    model.get_buffer(f"prototypes{m}"),
+                    model.get_buffer(f"concentration{m}"),
+                    rest,
+                )
+            )
         slow = slow + plain.mean(heads)
     agrees(model, model(batch, CLOCK).losses["all"], slow)
 
@@ -185,7 +236,9 @@ def test_pcl_is_exact_although_heads_compute_in_bfloat16() -> None:
     model.assignments.write(batch.index, torch.tensor(own)[:, None])
     queue = list(model.queue.rows.float().double())
     loss, (q, k) = in_bfloat16(model, batch, ("projector", "target_projector"))
-    prototypes, phi = (model.get_buffer(f"{name}0").double() for name in ("prototypes", "concentration"))
+    prototypes, phi = (
+        model.get_buffer(f"{name}0").double() for name in ("prototypes", "concentration")
+    )
     slow = nce(list(q), list(k), queue, 0.2) + proto_nce(list(q), own, prototypes, phi, [2, 4])
     assert loss.item() == pytest.approx(slow.item(), rel=2e-5)
 
@@ -206,8 +259,20 @@ def test_pcl_draws_other_prototypes_for_each_step() -> None:
 
 
 def test_pcl_clusters_the_momentum_embeddings() -> None:
-    """One pass over all samples but two; centroids, concentration and assignments by hand from what the pass gave."""
-    model = make("pcl", 4, hidden=6, dim=4, queue=5, clusters=(3, 7), iterations=50, temperature=0.3, warmup_epochs=2)
+    """One pass over all samples but two; centroids, concentration and assignments by hand from what
+    the pass gave.
+    """
+    model = make(
+        "pcl",
+        4,
+        hidden=6,
+        dim=4,
+        queue=5,
+        clusters=(3, 7),
+        iterations=50,
+        temperature=0.3,
+        warmup_epochs=2,
+    )
     batches = [make_batch(2, seed=2 * i) for i in range(SAMPLES // 2 - 1)]
 
     def features(embed: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,20 +292,35 @@ def test_pcl_clusters_the_momentum_embeddings() -> None:
     for m, clusters in enumerate((3, 7)):
         labels = model.assignments.rows[:, m].tolist()
         assert labels[-2:] == [-1, -1]
-        members = [[x.detach() for x, label in zip(z, labels, strict=False) if label == i] for i in range(clusters)]
+        members = [
+            [x.detach() for x, label in zip(z, labels, strict=False) if label == i]
+            for i in range(clusters)
+        ]
         middles = [plain.mean(rows) for rows in members]
         prototypes = torch.stack([plain.unit(c) for c in middles])
-        torch.testing.assert_close(model.get_buffer(f"prototypes{m}"), prototypes, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            model.get_buffer(f"prototypes{m}"), prototypes, rtol=1e-9, atol=1e-9
+        )
         phi: list[float] = []
         for rows, middle in zip(members, middles, strict=True):
-            spread = plain.mean([(x - middle).norm() for x in rows]).item() / math.log(len(rows) + 10)
+            spread = plain.mean([(x - middle).norm() for x in rows]).item() / math.log(
+                len(rows) + 10
+            )
             phi.append(spread if len(rows) > 1 else -1)
         phi = [max(phi) if x < 0 else x for x in phi]
         clipped = np.clip(phi, np.percentile(phi, 10), np.percentile(phi, 90))
         expected = 0.3 * clipped / clipped.mean()
-        assert model.get_buffer(f"concentration{m}").tolist() == pytest.approx(expected.tolist(), rel=1e-9)
-        largest, empty = max(map(len, members)) / len(z), sum(not rows for rows in members) / clusters
-        assert (model.assignments.largest[m].item(), model.assignments.empty[m].item()) == pytest.approx((largest, empty))
+        assert model.get_buffer(f"concentration{m}").tolist() == pytest.approx(
+            expected.tolist(), rel=1e-9
+        )
+        largest, empty = (
+            max(map(len, members)) / len(z),
+            sum(not rows for rows in members) / clusters,
+        )
+        assert (
+            model.assignments.largest[m].item(),
+            model.assignments.empty[m].item(),
+        ) == pytest.approx((largest, empty))
 
 
 def test_pcl_refuses_more_clusters_than_samples_at_once() -> None:
@@ -251,7 +331,9 @@ def test_pcl_refuses_more_clusters_than_samples_at_once() -> None:
 def test_pcl_of_equal_embeddings_stays_finite() -> None:
     model = make("pcl", 4, hidden=6, dim=4, queue=5, clusters=(3,), warmup_epochs=0)
     batch = repeated(make_batch(4))
-    model.on_epoch(CLOCK, lambda embed: iter([(batch.index, embed(batch).detach())]), lambda *_: None)
+    model.on_epoch(
+        CLOCK, lambda embed: iter([(batch.index, embed(batch).detach())]), lambda *_: None
+    )
     loss = model(batch, CLOCK).losses["all"]
     loss.backward()
     assert loss.isfinite()

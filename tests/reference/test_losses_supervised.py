@@ -24,7 +24,7 @@ def total(values: list[Tensor]) -> Tensor:
     return torch.stack(values).sum()
 
 
-# --- supervised -------------------------------------------------------------------------------------------------------
+# --- supervised -----------------------------------------------------------------------------------
 
 
 def plain_supervised(model: Any, batch: Batch) -> Tensor:
@@ -32,7 +32,10 @@ def plain_supervised(model: Any, batch: Batch) -> Tensor:
     losses = []
     for view in encode(model.backbone, batch.views):
         for h, label in zip(view, batch.labels.tolist(), strict=True):
-            logits = [(w * h).sum() + b for w, b in zip(model.classifier.weight, model.classifier.bias, strict=True)]
+            logits = [
+                (w * h).sum() + b
+                for w, b in zip(model.classifier.weight, model.classifier.bias, strict=True)
+            ]
             losses.append(-plain.log_softmax(logits)[label])
     return total(losses) / len(losses)
 
@@ -40,11 +43,19 @@ def plain_supervised(model: Any, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("views", [((4, 1),), LARGE, MULTI])
 @pytest.mark.parametrize("labels", [[0, 1], [4, 4, 0, 2, 1, 1], [3, 3, 3]])
 def test_supervised(views: tuple[tuple[int, int], ...], labels: list[int]) -> None:
-    model, batch = make("supervised", len(labels), views, classes=5), labelled(make_batch(len(labels), views), labels)
+    model, batch = (
+        make("supervised", len(labels), views, classes=5),
+        labelled(make_batch(len(labels), views), labels),
+    )
     out = model(batch, CLOCK)
     agrees(model, out.losses["all"], plain_supervised(model, batch))
-    answers = [model.classifier(torch.stack(view)).argmax(1) == batch.labels for view in encode(model.backbone, batch.views)]
-    assert out.scalars["accuracy"].item() == pytest.approx(torch.stack(answers).double().mean().item())
+    answers = [
+        model.classifier(torch.stack(view)).argmax(1) == batch.labels
+        for view in encode(model.backbone, batch.views)
+    ]
+    assert out.scalars["accuracy"].item() == pytest.approx(
+        torch.stack(answers).double().mean().item()
+    )
 
 
 def test_supervised_of_zero_weights_is_the_logarithm_of_the_classes() -> None:
@@ -52,30 +63,41 @@ def test_supervised_of_zero_weights_is_the_logarithm_of_the_classes() -> None:
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.zero_()
-    assert model(labelled(make_batch(3), [6, 0, 1]), CLOCK).losses["all"].item() == pytest.approx(math.log(7))
+    assert model(labelled(make_batch(3), [6, 0, 1]), CLOCK).losses["all"].item() == pytest.approx(
+        math.log(7)
+    )
 
 
-# --- supervised contrastive -------------------------------------------------------------------------------------------
+# --- supervised contrastive -----------------------------------------------------------------------
 
 
 def plain_supcon(model: Any, batch: Batch) -> Tensor:
     """Equation 2 over the multiviewed batch I, times temperature / base_temperature."""
     assert batch.labels is not None
-    z = [row for view in encode(model.backbone, batch.views) for row in plain.head(model.projector, view)]
+    z = [
+        row
+        for view in encode(model.backbone, batch.views)
+        for row in plain.head(model.projector, view)
+    ]
     y = batch.labels.tolist() * 2
     t = model.config.temperature
     losses = []
     for i in range(len(z)):
         near = {a: torch.exp(plain.cos(z[i], z[a]) / t) for a in range(len(z)) if a != i}  # A(i)
         positives = [p for p in near if y[p] == y[i]]  # P(i)
-        losses.append(-total([torch.log(near[p] / total(list(near.values()))) for p in positives]) / len(positives))
+        losses.append(
+            -total([torch.log(near[p] / total(list(near.values()))) for p in positives])
+            / len(positives)
+        )
     return total(losses) / len(losses) * t / model.config.base_temperature
 
 
 @pytest.mark.parametrize(("temperature", "base"), [(0.1, 0.07), (0.5, 0.5), (1.0, 0.07)])
 @pytest.mark.parametrize("labels", [[0, 1], [0, 0], [4, 4, 0, 2, 4, 0, 9], [3, 3, 3]])
 def test_supcon(labels: list[int], temperature: float, base: float) -> None:
-    model = make("supcon", len(labels), hidden=6, dim=4, temperature=temperature, base_temperature=base)
+    model = make(
+        "supcon", len(labels), hidden=6, dim=4, temperature=temperature, base_temperature=base
+    )
     batch = labelled(make_batch(len(labels)), labels)
     agrees(model, model(batch, CLOCK).losses["all"], plain_supcon(model, batch))
 
@@ -91,14 +113,18 @@ def test_supcon_with_a_class_for_every_sample_is_half_of_simclr() -> None:
     z = torch.randn(2, 5, 4, dtype=torch.float64)
     model = make("supcon", 5, temperature=0.2, base_temperature=0.2)
     rows = [list(view) for view in z]
-    assert 2 * model._loss(z, torch.arange(5))[0].item() == pytest.approx(plain.nt_xent(rows[0], rows[1], 0.2).item())
+    assert 2 * model._loss(z, torch.arange(5))[0].item() == pytest.approx(
+        plain.nt_xent(rows[0], rows[1], 0.2).item()
+    )
 
 
 def test_supcon_says_how_alike_a_class_is() -> None:
     z = torch.tensor([[[1.0, 0], [1, 0], [0, 1]], [[1, 0], [1, 0], [0, 1]]])
     _, scalars = make("supcon", 3)._loss(z, torch.tensor([0, 0, 1]))
     shown = {name: value.item() for name, value in scalars.items()}
-    assert shown == pytest.approx({"positive_similarity": 1.0, "negative_similarity": 0.0, "positives": (3 * 4 + 1 * 2) / 6})
+    assert shown == pytest.approx(
+        {"positive_similarity": 1.0, "negative_similarity": 0.0, "positives": (3 * 4 + 1 * 2) / 6}
+    )
 
 
 @pytest.mark.parametrize("name", ["supcon", "supervised"])
@@ -110,10 +136,12 @@ def test_half_precision_input_is_reduced_in_float32(name: str) -> None:
     assert found.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
-# --- SimCLR without some of its false negatives -----------------------------------------------------------------------
+# --- SimCLR without some of its false negatives ---------------------------------------------------
 
 
-def plain_fewer_negatives(a: list[Tensor], b: list[Tensor], y: list[int], temperature: float) -> Tensor:
+def plain_fewer_negatives(
+    a: list[Tensor], b: list[Tensor], y: list[int], temperature: float
+) -> Tensor:
     """As SimCLR's eq. 1; samples of the anchor's own class are left out where it is known."""
 
     def direction(x: list[Tensor], other: list[Tensor]) -> Tensor:
@@ -121,7 +149,11 @@ def plain_fewer_negatives(a: list[Tensor], b: list[Tensor], y: list[int], temper
         for i in range(len(x)):
             negatives = [j for j in range(len(x)) if j != i and not (y[j] == y[i] >= 0)]
             near = torch.exp(plain.cos(x[i], other[i]) / temperature)
-            far = [torch.exp(plain.cos(x[i], rows[j]) / temperature) for rows in (x, other) for j in negatives]
+            far = [
+                torch.exp(plain.cos(x[i], rows[j]) / temperature)
+                for rows in (x, other)
+                for j in negatives
+            ]
             losses.append(-torch.log(near / total([near, *far])))
         return total(losses) / len(losses)
 
@@ -135,13 +167,17 @@ def test_known_labels_remove_false_negatives(labels: list[int], temperature: flo
     fast = nt_xent(z[0], z[1], temperature, torch.tensor(labels))
     slow = plain_fewer_negatives(list(z[0]), list(z[1]), labels, temperature)
     assert fast.item() == pytest.approx(slow.item(), rel=1e-11, abs=1e-13)
-    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (fast, slow)), rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, z)[0] for x in (fast, slow)), rtol=1e-8, atol=1e-11
+    )
 
 
 def test_the_share_of_known_labels_is_kept_and_the_same_in_every_epoch() -> None:
     model = make("simclr", 5, known_labels=0.3)
     assert model.classes == 0
-    batch = dataclasses.replace(make_batch(5), index=torch.arange(4000), labels=torch.arange(4000) % 7)
+    batch = dataclasses.replace(
+        make_batch(5), index=torch.arange(4000), labels=torch.arange(4000) % 7
+    )
     known = model._known(batch)
     assert abs((known >= 0).double().mean().item() - 0.3) < 0.03
     assert torch.equal(known[known >= 0], batch.labels[known >= 0])

@@ -54,17 +54,23 @@ NORM_BIAS = {
 }
 WEIGHTS = {"backbone.conv1.weight", "backbone.downsample.0.weight", "norms.weight"}
 BIAS_GROUP = Group("bias", lambda name, p: name.endswith("bias"), lr=0.5)
-HEAD = Group("head", lambda name, p: name.startswith("norms"), lr=2.0, constant=True, frozen_steps=3)
+HEAD = Group(
+    "head", lambda name, p: name.startswith("norms"), lr=2.0, constant=True, frozen_steps=3
+)
 
 
 @pytest.mark.parametrize(
-    ("rule", "excluded"), [("norm_bias", NORM_BIAS), ("ndim1", NORM_BIAS | {"scale"}), ("none", set[str]())]
+    ("rule", "excluded"),
+    [("norm_bias", NORM_BIAS), ("ndim1", NORM_BIAS | {"scale"}), ("none", set[str]())],
 )
 def test_exclusion(rule: str, excluded: set[str]) -> None:
     groups = parameter_groups(Toy(), Optim(exclude=rule, weight_decay=0.1))
     assert [g["name"] for g in groups] == ["all", "all"][: len(groups)]
     assert set().union(*(g["names"] for g in groups if not g["adapt"])) == excluded
-    assert set().union(*(g["names"] for g in groups if g["adapt"])) == (WEIGHTS | NORM_BIAS | {"scale"}) - excluded
+    assert (
+        set().union(*(g["names"] for g in groups if g["adapt"]))
+        == (WEIGHTS | NORM_BIAS | {"scale"}) - excluded
+    )
     assert all(g["weight_decay"] == (0.1 if g["adapt"] else 0) for g in groups)
 
 
@@ -74,26 +80,42 @@ def test_every_trainable_parameter_once_and_names_align() -> None:
     known = dict(method.named_parameters())
     pairs = [(name, p) for g in groups for name, p in zip(g["names"], g["params"], strict=True)]
     assert all(known[name] is p for name, p in pairs)
-    assert sorted(name for name, _ in pairs) == sorted(name for name, p in known.items() if p.requires_grad)
+    assert sorted(name for name, _ in pairs) == sorted(
+        name for name, p in known.items() if p.requires_grad
+    )
 
 
 def test_first_matching_group_takes_the_parameter() -> None:
     groups = parameter_groups(Toy(HEAD, BIAS_GROUP), Optim())
     head = [g for g in groups if g["name"] == "head"]
     assert [g["names"] for g in head] == [["norms.weight"], ["norms.bias"]]
-    assert [(g["lr_multiplier"], g["constant"], g["frozen_steps"]) for g in head] == [(2.0, True, 3)] * 2
+    assert [(g["lr_multiplier"], g["constant"], g["frozen_steps"]) for g in head] == [
+        (2.0, True, 3)
+    ] * 2
     (bias,) = (g for g in groups if g["name"] == "bias")
-    assert bias["names"] == ["backbone.bn1.bias", "backbone.downsample.0.bias", "backbone.downsample.1.bias"]
+    assert bias["names"] == [
+        "backbone.bn1.bias",
+        "backbone.downsample.0.bias",
+        "backbone.downsample.1.bias",
+    ]
     assert [g["name"] for g in groups] == ["head", "head", "bias", "all", "all"]
 
 
 def test_group_overrides() -> None:
-    own = Group("head", lambda name, p: name.startswith("norms"), weight_decay=0.3, momentum=0.0, adapt=True)
+    own = Group(
+        "head", lambda name, p: name.startswith("norms"), weight_decay=0.3, momentum=0.0, adapt=True
+    )
     head = [g for g in parameter_groups(Toy(own), Optim(weight_decay=0.1)) if g["name"] == "head"]
-    assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [(0.3, 0.0, True), (0.0, 0.0, True)]
+    assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [
+        (0.3, 0.0, True),
+        (0.0, 0.0, True),
+    ]
     off = Group("head", lambda name, p: name.startswith("norms"), adapt=False)
     head = [g for g in parameter_groups(Toy(off), Optim(weight_decay=0.1)) if g["name"] == "head"]
-    assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [(0.1, 0.9, False), (0.0, 0.9, False)]
+    assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [
+        (0.1, 0.9, False),
+        (0.0, 0.9, False),
+    ]
 
 
 def test_bad_groups_are_refused() -> None:
@@ -134,14 +156,18 @@ def test_frozen_group_does_not_move(name: str) -> None:
             assert torch.equal(p, before[n]) == frozen, (n, step)
 
 
-def sgd(p: Tensor, g: Tensor, s: dict[str, Any], lr: float, wd: float, m: float, nesterov: bool) -> Tensor:
+def sgd(
+    p: Tensor, g: Tensor, s: dict[str, Any], lr: float, wd: float, m: float, nesterov: bool
+) -> Tensor:
     g = g + wd * p
     s["v"] = m * s["v"] + g if "v" in s else g
     move: Tensor = g + m * s["v"] if nesterov else s["v"]
     return p - lr * move
 
 
-def adamw(p: Tensor, g: Tensor, s: dict[str, Any], lr: float, wd: float, b1: float, b2: float) -> Tensor:
+def adamw(
+    p: Tensor, g: Tensor, s: dict[str, Any], lr: float, wd: float, b1: float, b2: float
+) -> Tensor:
     s["t"] = s.get("t", 0) + 1
     s["m"] = b1 * s.get("m", torch.zeros_like(p)) + (1 - b1) * g
     s["v"] = b2 * s.get("v", torch.zeros_like(p)) + (1 - b2) * g * g
@@ -167,7 +193,14 @@ def drive(method: Toy, optimizer: torch.optim.Optimizer, steps: range) -> None:
         optimizer.step()
 
 
-OWN_MOMENTUM = Group("head", lambda name, p: name.startswith("norms"), lr=2.0, constant=True, frozen_steps=3, momentum=0.0)
+OWN_MOMENTUM = Group(
+    "head",
+    lambda name, p: name.startswith("norms"),
+    lr=2.0,
+    constant=True,
+    frozen_steps=3,
+    momentum=0.0,
+)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +216,9 @@ def test_built_optimizer_equals_transcription(optim: Optim) -> None:
     method = Toy(OWN_MOMENTUM).double()
     wanted = {n: p.detach().clone() for n, p in method.named_parameters()}
     states: dict[str, dict[str, Any]] = {n: {} for n in wanted}
-    excluded = {"norm_bias": NORM_BIAS, "ndim1": NORM_BIAS | {"scale"}, "none": set[str]()}[optim.exclude]
+    excluded = {"norm_bias": NORM_BIAS, "ndim1": NORM_BIAS | {"scale"}, "none": set[str]()}[
+        optim.exclude
+    ]
     for step in range(8):
         for n, p in wanted.items():
             head = n.startswith("norms")
@@ -219,9 +254,21 @@ def test_resume_is_bit_exact(name: str, dtype: torch.dtype) -> None:
 
 def test_recipe_reaches_lars() -> None:
     optimizer = build(
-        Toy(), Optim(trust_coefficient=0.02, trust_clip=True, lars_momentum="inside", lars_norm="parts", momentum=0.8)
+        Toy(),
+        Optim(
+            trust_coefficient=0.02,
+            trust_clip=True,
+            lars_momentum="inside",
+            lars_norm="parts",
+            momentum=0.8,
+        ),
     )
     assert isinstance(optimizer, LARS)
-    assert (optimizer.eta, optimizer.clip, optimizer.placement, optimizer.norm) == (0.02, True, "inside", "parts")
+    assert (optimizer.eta, optimizer.clip, optimizer.placement, optimizer.norm) == (
+        0.02,
+        True,
+        "inside",
+        "parts",
+    )
     assert [g["momentum"] for g in optimizer.param_groups] == [0.8, 0.8]
     assert [g["adapt"] for g in optimizer.param_groups] == [True, False]

@@ -1,4 +1,6 @@
-"""LARS against slow float64 transcriptions, one for each author's code, written from the papers' update rules."""
+"""LARS against slow float64 transcriptions, one for each author's code, written from the papers'
+update rules.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +17,39 @@ from scaletrain.optim.lars import LARS
 ETA, DECAY = 0.02, 1e-2  # large, so that every term shows
 RATES = (0.0, 0.2, 0.4, 0.8, 0.7, 0.5, 0.3, 0.1, 0.05)
 SHAPES = ((6, 4, 3, 3), (5, 7), (8, 3, 1, 1), (4, 4), (9,), (3, 5), (3,))
-ZERO, VECTOR, LATE, LAST = 3, 4, 5, 6  # starts at zero; excluded; without gradient at times; in a group of its own
+ZERO, VECTOR, LATE, LAST = (
+    3,
+    4,
+    5,
+    6,
+)  # starts at zero; excluded; without gradient at times; in a group of its own
 
 
 def norm(x: Tensor) -> float:
     return math.sqrt(sum(float(v) ** 2 for v in x.flatten()))
 
 
-def byol(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool) -> tuple[Tensor, Tensor]:
+def byol(
+    p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool
+) -> tuple[Tensor, Tensor]:
     g = g + wd * p
     r = ETA * norm(p) / norm(g) if adapt and norm(p) > 0 and norm(g) > 0 else 1.0
     v = m * v + r * g
     return p - lr * v, v
 
 
-def simclr(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool) -> tuple[Tensor, Tensor]:
+def simclr(
+    p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool
+) -> tuple[Tensor, Tensor]:
     g = g + wd * p
     r = ETA * norm(p) / norm(g) if adapt and norm(p) > 0 and norm(g) > 0 else 1.0
     v = m * v + (lr * r) * g
     return p - v, v
 
 
-def larc(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool) -> tuple[Tensor, Tensor]:
+def larc(
+    p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool
+) -> tuple[Tensor, Tensor]:
     if not adapt:
         g = g + wd * p
     elif norm(p) != 0 and norm(g) != 0:
@@ -45,7 +58,9 @@ def larc(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt:
     return p - lr * v, v
 
 
-def suncet(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool) -> tuple[Tensor, Tensor]:
+def suncet(
+    p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool
+) -> tuple[Tensor, Tensor]:
     if not adapt:
         g = g + wd * p
     elif norm(p) != 0 and norm(g) != 0:
@@ -54,7 +69,9 @@ def suncet(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adap
     return p - v, v
 
 
-def solo(p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool) -> tuple[Tensor, Tensor]:
+def solo(
+    p: Tensor, g: Tensor, v: Tensor, lr: float, m: float, wd: float, adapt: bool
+) -> tuple[Tensor, Tensor]:
     if not adapt:
         g = g + wd * p
     elif norm(p) != 0 and norm(g) != 0:
@@ -83,7 +100,9 @@ def start(dtype: torch.dtype) -> list[Tensor]:
 def gradients(step: int) -> list[Tensor | None]:
     """float64; a zero gradient at step 4, none at all for one parameter at steps 0, 1 and 5."""
     gen = torch.Generator().manual_seed(100 + step)
-    grads: list[Tensor | None] = [torch.randn(shape, generator=gen, dtype=torch.float64).float().double() for shape in SHAPES]
+    grads: list[Tensor | None] = [
+        torch.randn(shape, generator=gen, dtype=torch.float64).float().double() for shape in SHAPES
+    ]
     if step == 4:
         grads[1] = torch.zeros(SHAPES[1], dtype=torch.float64)
     if step in (0, 1, 5):
@@ -93,7 +112,9 @@ def gradients(step: int) -> list[Tensor | None]:
 
 def options(i: int) -> tuple[float, float, bool]:
     """momentum, weight decay and adaptation of parameter i: three groups."""
-    return {VECTOR: (0.9, 0.0, False), 1: (0.0, DECAY, True), LAST: (0.5, DECAY, False)}.get(i, (0.9, DECAY, True))
+    return {VECTOR: (0.9, 0.0, False), 1: (0.0, DECAY, True), LAST: (0.5, DECAY, False)}.get(
+        i, (0.9, DECAY, True)
+    )
 
 
 def expected(rule: Any, steps: int = len(RATES)) -> list[Tensor]:
@@ -111,7 +132,10 @@ def groups(params: list[Tensor]) -> list[dict[str, Any]]:
     order: dict[tuple[float, float, bool], list[Tensor]] = {}
     for i, p in enumerate(params):
         order.setdefault(options(i), []).append(p)
-    return [{"params": ps, "momentum": m, "weight_decay": wd, "adapt": adapt} for (m, wd, adapt), ps in order.items()]
+    return [
+        {"params": ps, "momentum": m, "weight_decay": wd, "adapt": adapt}
+        for (m, wd, adapt), ps in order.items()
+    ]
 
 
 def run(optimizer: LARS, params: list[Tensor], steps: range) -> None:
@@ -124,7 +148,9 @@ def run(optimizer: LARS, params: list[Tensor], steps: range) -> None:
 
 
 def error(params: list[Tensor], wanted: list[Tensor]) -> float:
-    return max(float((p.double() - w).norm() / w.norm()) for p, w in zip(params, wanted, strict=True))
+    return max(
+        float((p.double() - w).norm() / w.norm()) for p, w in zip(params, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("foreach", [None, True])
@@ -139,7 +165,9 @@ def test_float64_equals_transcription(variant: str, foreach: bool | None) -> Non
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_equals_transcription(variant: str, layout: str) -> None:
-    """The fused kernel reads raw memory, so parameters and gradients come in equal and in different layouts."""
+    """The fused kernel reads raw memory, so parameters and gradients come in equal and in different
+    layouts.
+    """
     rule, keywords = VARIANTS[variant]
     params = start(torch.float32)
     if layout != "contiguous":
@@ -147,7 +175,13 @@ def test_float32_equals_transcription(variant: str, layout: str) -> None:
     optimizer = LARS(groups(params), 0.0, eta=ETA, **keywords)
     for step in range(len(RATES)):
         for p, g in zip(params, gradients(step), strict=True):
-            p.grad = None if g is None else g.float() if layout == "mixed" else torch.empty_like(p).copy_(g)
+            p.grad = (
+                None
+                if g is None
+                else g.float()
+                if layout == "mixed"
+                else torch.empty_like(p).copy_(g)
+            )
         for group in optimizer.param_groups:
             group["lr"] = RATES[step]
         optimizer.step()
@@ -161,7 +195,9 @@ def test_variants_differ() -> None:
         assert all(error(a, b) > 1e-4 for b in results[:i])
 
 
-@pytest.mark.parametrize(("dtype", "foreach"), [(torch.float32, None), (torch.float32, True), (torch.float64, None)])
+@pytest.mark.parametrize(
+    ("dtype", "foreach"), [(torch.float32, None), (torch.float32, True), (torch.float64, None)]
+)
 def test_resume_is_bit_exact(dtype: torch.dtype, foreach: bool | None) -> None:
     whole = start(dtype)
     run(LARS(groups(whole), 0.0, foreach=foreach), whole, range(8))
@@ -186,7 +222,9 @@ def test_restored_buffer_in_another_layout() -> None:
             assert grad is not None
             p.grad = torch.empty_like(p).copy_(grad)
             if contiguous and step:
-                optimizer.state[p]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].contiguous()
+                optimizer.state[p]["momentum_buffer"] = optimizer.state[p][
+                    "momentum_buffer"
+                ].contiguous()
             optimizer.step()
         results.append(p)
     assert torch.equal(*results)
@@ -204,7 +242,9 @@ def test_trust_is_of_the_last_step(foreach: bool | None) -> None:
         wanted.append(ETA * norm(p) / norm(grad + DECAY * p.double()) if i != ZERO else 1.0)
     wanted = [wanted[i] for i in (0, 2, ZERO, LATE, 1)]  # the group of parameter 1 comes second
     run(optimizer, params, range(2, 3))
-    torch.testing.assert_close(optimizer.trust.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        optimizer.trust.double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_gradients_are_only_read() -> None:
@@ -224,7 +264,9 @@ def test_norms_of_large_parameters() -> None:
     optimizer = LARS([p], 0.1)
     got = optimizer.square_norms([p, p], [g, g], [0.5, 0.0])
     pd, gd = p.double(), g.double()
-    wanted = torch.stack([torch.stack([pd.dot(pd)] * 2), torch.stack([(gd + 0.5 * pd).square().sum(), gd.dot(gd)])])
+    wanted = torch.stack(
+        [torch.stack([pd.dot(pd)] * 2), torch.stack([(gd + 0.5 * pd).square().sum(), gd.dot(gd)])]
+    )
     torch.testing.assert_close(got, wanted, rtol=2e-6, atol=0)
 
 

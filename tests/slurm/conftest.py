@@ -32,9 +32,22 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = np.random.default_rng(0)
     (folder / "images").mkdir()
     for i in range(96):
-        cv2.imwrite(str(folder / "images" / f"{i:03d}.png"), draw.integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    script = [sys.executable, str(ROOT / "shards" / "folder.py"), str(folder / "images"), str(folder / "shards")]
-    subprocess.run([*script, "--per-shard", "16"], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        cv2.imwrite(
+            str(folder / "images" / f"{i:03d}.png"),
+            draw.integers(0, 256, (20, 20, 3), dtype=np.uint8),
+        )
+    script = [
+        sys.executable,
+        str(ROOT / "shards" / "folder.py"),
+        str(folder / "images"),
+        str(folder / "shards"),
+    ]
+    subprocess.run(
+        [*script, "--per-shard", "16"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.replace("data: {", f"data: {{path: '{folder / 'shards'}', "))
     return path
@@ -44,6 +57,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(recipe: Path) -> dict[str, torch.Tensor]:
     """What the local launcher trains with as many processes."""
     run = recipe.parent / "undisturbed"
-    command = [sys.executable, str(ROOT / "launchers" / "local.py"), "--procs", "2", str(recipe), "--run", str(run)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "local.py"),
+        "--procs",
+        "2",
+        str(recipe),
+        "--run",
+        str(run),
+    ]
+    subprocess.run(
+        command,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     return tensors(run)

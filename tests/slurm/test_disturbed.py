@@ -1,4 +1,6 @@
-"""launchers/slurm.py on a real cluster of four nodes: what disturbs a job leaves no trace in what it trains."""
+"""launchers/slurm.py on a real cluster of four nodes: what disturbs a job leaves no trace in what
+it trains.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,14 @@ def lose_node(cluster: Cluster, job: str) -> None:
 
 
 def preempt(cluster: Cluster, job: str) -> None:
-    urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    urgent = [
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=4",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ]
     subprocess.run(urgent, env=cluster.env, check=True, capture_output=True)
 
 
@@ -80,7 +89,9 @@ def test_a_disturbed_job_ends_like_an_undisturbed_one(
     assert got.keys() == undisturbed.keys()
     assert all(torch.equal(got[name], undisturbed[name]) for name in got)
     if disturb is lose_node:
-        with contextlib.suppress(subprocess.CalledProcessError):  # refused where the node has come back by itself
+        with contextlib.suppress(
+            subprocess.CalledProcessError
+        ):  # refused where the node has come back by itself
             cluster.run("scontrol update nodename=n[1-4] state=resume")
 
 
@@ -104,7 +115,9 @@ def test_cancelled_job_saves_ends_and_is_continued_by_the_same_command(
     assert all(torch.equal(got[name], undisturbed[name]) for name in undisturbed)
 
 
-def test_a_job_saves_and_comes_back_before_its_time_limit(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+def test_a_job_saves_and_comes_back_before_its_time_limit(
+    cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     job = start(cluster, recipe, run, "--time", "1", "--warning", "30", "steps=100000")
     again = re.compile(r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;", re.DOTALL)
@@ -122,7 +135,9 @@ def test_a_crash_that_repeats_is_given_up(cluster: Cluster, recipe: Path, tmp_pa
     assert (run / "launches" / "0001" / f"{job}.crashes").read_text().count("\n") == 2
 
 
-def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+def test_an_element_of_an_array_is_requeued_alone(
+    cluster: Cluster, recipe: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "grid"
     done = launch(cluster, recipe, run, "--seeds", "2", "--cpus-per-task", "1", "--throttle", "1")
     job = re.search(r"job (\d+)_0, ", done.stdout)
@@ -137,4 +152,8 @@ def test_an_element_of_an_array_is_requeued_alone(cluster: Cluster, recipe: Path
     again = launch(cluster, recipe, run, "--seeds", "3", "--cpus-per-task", "1", "--follow")
     assert again.stdout.count("completed") >= 3
     rows = list(csv.DictReader((run / "grid.csv").read_text().splitlines()))
-    assert [(row["seed"], row["step"]) for row in rows] == [("0", str(STEPS - 1)), ("1", str(STEPS - 1)), ("2", str(STEPS - 1))]
+    assert [(row["seed"], row["step"]) for row in rows] == [
+        ("0", str(STEPS - 1)),
+        ("1", str(STEPS - 1)),
+        ("2", str(STEPS - 1)),
+    ]

@@ -24,9 +24,13 @@ from scaletrain.core import Batch, Piece
 from scaletrain.data.errors import DataError, LoaderError
 from scaletrain.evals import run as evals
 from scaletrain.nn import resnet
+from scaletrain.report import cards
 
 ROOT = Path(__file__).parents[2]
-RECIPE = "method: byol\nbatch: 32\nmodel: {name: resnet18, width: 0.25, stem: cifar}\ndata: {views: [{size: 32, count: 2}]}\n"
+RECIPE = (
+    "method: byol\nbatch: 32\nmodel: {name: resnet18, width: 0.25, stem: cifar}\ndata: "
+    "{views: [{size: 32, count: 2}]}\n"
+)
 
 
 @pytest.fixture
@@ -36,7 +40,12 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def call(*arguments: object, **environment: str) -> Any:
-    clean = {"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None, "COLUMNS": "200"}
+    clean = {
+        "RANK": None,
+        "SCALETRAIN_ERROR_FILE": None,
+        "SCALETRAIN_DEBUG": None,
+        "COLUMNS": "200",
+    }
     return CliRunner(env={**clean, **environment}).invoke(cli.app, [str(a) for a in arguments])
 
 
@@ -54,9 +63,17 @@ def test_help_does_not_wait_for_torch() -> None:
     script = (
         "import sys\nfrom scaletrain.cli import app\n"
         "try: app(['--help'])\n"
-        "except SystemExit: print('\\nheavy', sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+        "except SystemExit: print('\\nheavy', sorted({'torch', 'numpy', 'pydantic'} & "
+        "set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     assert done.stdout.splitlines()[-1] == "heavy []"
     for command in ("train", "eval", "export", "show"):
         assert f"  {command} " in done.stdout
@@ -66,7 +83,9 @@ def test_show_config_prints_what_loads_equal(recipe: Path, tmp_path: Path) -> No
     result = call("show", "config", recipe, "optim.lr=1e-3", "data=synthetic")
     assert result.exit_code == 0
     (tmp_path / "again.yaml").write_text(result.stdout)
-    assert load.load(tmp_path / "again.yaml") == load.load(recipe, ["optim.lr=1e-3", "data=synthetic"])
+    assert load.load(tmp_path / "again.yaml") == load.load(
+        recipe, ["optim.lr=1e-3", "data=synthetic"]
+    )
 
 
 def test_show_methods_lists_every_file() -> None:
@@ -88,10 +107,27 @@ def test_show_schema_is_json_with_every_method() -> None:
 def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> None:
     seen: list[tuple[Any, ...]] = []
     training(lambda *args, **kwargs: seen.append((*args, kwargs)))
-    result = call("train", recipe, "optim.lr=0.5", "--run", "out", "data.lanes=4", "--init", "x.st", "--profile", "--change")
+    result = call(
+        "train",
+        recipe,
+        "optim.lr=0.5",
+        "--run",
+        "out",
+        "data.lanes=4",
+        "--init",
+        "x.st",
+        "--profile",
+        "--change",
+    )
     assert result.exit_code == 0, result.output
     expected = load.load(recipe, ["optim.lr=0.5", "data.lanes=4"])
-    assert seen == [(expected, Path("out"), {"init": Path("x.st"), "trace": True, "change": True, "umask": None})]
+    assert seen == [
+        (
+            expected,
+            Path("out"),
+            {"init": Path("x.st"), "trace": True, "change": True, "umask": None},
+        )
+    ]
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["optim.lr", "0.3", "0.5"] in rows
     assert ["data.lanes", "64", "4"] in rows
@@ -110,13 +146,35 @@ def test_train_defaults(recipe: Path, training: Any) -> None:
 
 def test_eval_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(evals, "run", lambda *args, **kwargs: seen.append((*args, kwargs)) or [{"benchmark": "knn"}])
-    monkeypatch.setattr(evals, "report", lambda found: ["first line", f"last line: {found[0]['benchmark']}"])
+    monkeypatch.setattr(
+        evals, "run", lambda *args, **kwargs: seen.append((*args, kwargs)) or [{"benchmark": "knn"}]
+    )
+    monkeypatch.setattr(
+        cards, "report", lambda found: ["first line", f"last line: {found[0]['benchmark']}"]
+    )
     settings = ("--set", "knn.k=[1]", "--set", "linear.epochs=2")
-    options = ("--train", "a", "--test", "b", *settings, "--encoder", "pixels", "--labels", "c", "--same-numbers")
+    options = (
+        "--train",
+        "a",
+        "--test",
+        "b",
+        *settings,
+        "--encoder",
+        "pixels",
+        "--labels",
+        "c",
+        "--same-numbers",
+    )
     assert call("eval", "run", "knn", "linear", *options).stdout == "first line\nlast line: knn\n"
     overrides = ["knn.k=[1]", "linear.epochs=2"]
-    passed = {"train": "a", "test": "b", "overrides": overrides, "encoder": "pixels", "labels": Path("c"), "same_numbers": True}
+    passed = {
+        "train": "a",
+        "test": "b",
+        "overrides": overrides,
+        "encoder": "pixels",
+        "labels": Path("c"),
+        "same_numbers": True,
+    }
     assert seen == [(Path("run"), ["knn", "linear"], passed)]
 
 
@@ -128,9 +186,14 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
     backbone = resnet.ResNet(settings.model)
     writer = checkpoint.Writer(run / "checkpoints", keep_last=5)
     for step in (3, 7):
-        tensors = {f"method.backbone.{k}": v + step if v.is_floating_point() else v for k, v in backbone.state_dict().items()}
+        tensors = {
+            f"method.backbone.{k}": v + step if v.is_floating_point() else v
+            for k, v in backbone.state_dict().items()
+        }
         tensors["method.projector.weight"] = torch.zeros(3)
-        writer.save(step, {k: Piece(v.flatten(), 0, tuple(v.shape)) for k, v in tensors.items()}, {})
+        writer.save(
+            step, {k: Piece(v.flatten(), 0, tuple(v.shape)) for k, v in tensors.items()}, {}
+        )
     writer.close()
     for arguments, step in (((), 7), (("--step", 3), 3)):
         result = call("export", run, tmp_path / "out.safetensors", *arguments)
@@ -138,7 +201,9 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
         assert f"backbone of step {step}" in result.stdout
         tensors, meta = files.load_file(tmp_path / "out.safetensors")
         assert tensors.keys() == backbone.state_dict().keys()
-        torch.testing.assert_close(tensors["conv1.weight"], backbone.state_dict()["conv1.weight"] + step)
+        torch.testing.assert_close(
+            tensors["conv1.weight"], backbone.state_dict()["conv1.weight"] + step
+        )
         assert (meta["step"], json.loads(meta["model"])["name"]) == (str(step), "resnet18")
     for bad in ((run, "--step", 5), (tmp_path / "nowhere",)):
         result = call("export", bad[0], tmp_path / "other.safetensors", *bad[1:])
@@ -161,16 +226,26 @@ def split_unevenly(*_: Any, **__: Any) -> None:
     ("fault", "text"),
     [
         (raising(DataError("a.tar at byte 512: truncated")), "a.tar at byte 512: truncated"),
-        (raising(PermissionError(13, "Permission denied", "/run")), "[Errno 13] Permission denied: '/run'"),
-        (split_unevenly, "3 samples per rank do not split into 2 equal micro-batches"),  # a plain ValueError of our own code
+        (
+            raising(PermissionError(13, "Permission denied", "/run")),
+            "[Errno 13] Permission denied: '/run'",
+        ),
+        (
+            split_unevenly,
+            "3 samples per rank do not split into 2 equal micro-batches",
+        ),  # a plain ValueError of our own code
     ],
 )
-def test_expected_failures_are_one_line(recipe: Path, training: Any, fault: Callable[..., None], text: str) -> None:
+def test_expected_failures_are_one_line(
+    recipe: Path, training: Any, fault: Callable[..., None], text: str
+) -> None:
     training(fault)
     result = call("train", recipe)
     assert (result.exit_code, result.stderr) == (2, f"error: {text}\n")
     for shown in (call("--debug", "train", recipe), call("train", recipe, SCALETRAIN_DEBUG="1")):
-        assert isinstance(shown.exception, ValueError | OSError)  # it gets through, with its traceback
+        assert isinstance(
+            shown.exception, ValueError | OSError
+        )  # it gets through, with its traceback
 
 
 @pytest.mark.parametrize(
@@ -205,7 +280,8 @@ def test_what_failed_passingly_underneath_may_be_tried_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError("defect"), ValueError("of another library"), RuntimeError("defect"), KeyError("x")]
+    "error",
+    [TypeError("defect"), ValueError("of another library"), RuntimeError("defect"), KeyError("x")],
 )
 def test_defects_keep_their_traceback(recipe: Path, training: Any, error: Exception) -> None:
     training(raising(error))
@@ -216,7 +292,9 @@ def test_defects_keep_their_traceback(recipe: Path, training: Any, error: Except
 def test_bad_recipe_and_bad_usage(recipe: Path) -> None:
     result = call("train", recipe, "optim.lrr=1")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: command line: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
+    assert (
+        result.stderr == "error: command line: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
+    )
     for arguments in (("train",), ("train", recipe, "--rum", "x"), ("trian",), ("eval", "run"), ()):
         result = call(*arguments)
         assert result.exit_code == 2
@@ -230,8 +308,12 @@ def test_interrupt_is_quiet(recipe: Path, training: Any) -> None:
     assert (result.exit_code, result.stderr) == (130, "")
 
 
-@pytest.mark.parametrize(("error", "code"), [(DataError("bad shard"), 2), (RuntimeError("defect"), 1)])
-def test_first_rank_speaks_for_all(recipe: Path, training: Any, tmp_path: Path, error: Exception, code: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"), [(DataError("bad shard"), 2), (RuntimeError("defect"), 1)]
+)
+def test_first_rank_speaks_for_all(
+    recipe: Path, training: Any, tmp_path: Path, error: Exception, code: int
+) -> None:
     place = str(tmp_path / "first-failure")
     training(raising(error))
     first = call("train", recipe, RANK="1", SCALETRAIN_ERROR_FILE=place)
@@ -246,6 +328,8 @@ def test_first_rank_speaks_for_all(recipe: Path, training: Any, tmp_path: Path, 
 
 def test_module_runs_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scaletrain", "show", "config", str(tmp_path / "no.yaml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'no.yaml'}: no such recipe\n"

@@ -1,4 +1,6 @@
-"""The GPU against the CPU. The same cases run on the CPU against itself, which shows that they can run at all."""
+"""The GPU against the CPU. The same cases run on the CPU against itself, which shows that they can
+run at all.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from scaletrain.doctor import parity
 from scaletrain.train.build import build
 
 GPU = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: the CUDA paths were NOT tested")
+    "cuda",
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="NO GPU HERE: the CUDA paths were NOT tested"
+    ),
 )
 CLOCK = Clock(0, 20, 0, small.STEPS_PER_EPOCH)
 
@@ -46,31 +51,51 @@ def step(method: str, device: str, precision: str) -> dict[str, torch.Tensor]:
     """The loss of one step, and the parameters after it as they moved."""
     cfg = small.config(method, engine={"precision": precision})
     engine = build(cfg, small.SAMPLES, small.STEPS_PER_EPOCH, torch.device(device))
-    before = {name: p.detach().cpu().double().clone() for name, p in engine.method.named_parameters()}
+    before = {
+        name: p.detach().cpu().double().clone() for name, p in engine.method.named_parameters()
+    }
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    loss = engine.step(moved(small.batch(cfg, 0), device, dtype), CLOCK, cfg.optim.lr, cfg.optim.lr).loss
-    moves = {name: p.detach().cpu().double() - before[name] for name, p in engine.method.named_parameters()}
+    loss = engine.step(
+        moved(small.batch(cfg, 0), device, dtype), CLOCK, cfg.optim.lr, cfg.optim.lr
+    ).loss
+    moves = {
+        name: p.detach().cpu().double() - before[name]
+        for name, p in engine.method.named_parameters()
+    }
     return {"loss": torch.tensor(loss, dtype=torch.float64), **moves}
 
 
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The loss's relative difference, or the moves' as one long vector if that is larger."""
     one, other = (torch.cat([v.flatten() for k, v in x.items() if k != "loss"]) for x in (a, b))
-    return max(float((a["loss"] - b["loss"]).abs() / b["loss"].abs()), float((one - other).norm() / other.norm()))
+    return max(
+        float((a["loss"] - b["loss"]).abs() / b["loss"].abs()),
+        float((one - other).norm() / other.norm()),
+    )
 
 
 @pytest.mark.parametrize("method", ["simclr", "byol"])
 @pytest.mark.parametrize(
     ("device", "precision", "tolerance"),
     [
-        pytest.param("cuda", "fp64", 1e-9, marks=GPU.marks),  # the mathematics, free of TF32 and rounding
-        pytest.param("cuda", "fp32", 5e-2, marks=GPU.marks),  # convolutions may use TF32, which has 10 bits
+        pytest.param(
+            "cuda", "fp64", 1e-9, marks=GPU.marks
+        ),  # the mathematics, free of TF32 and rounding
+        pytest.param(
+            "cuda", "fp32", 5e-2, marks=GPU.marks
+        ),  # convolutions may use TF32, which has 10 bits
         pytest.param("cuda", "bf16", 0.4, marks=GPU.marks),
         ("cpu", "fp32", 1e-4),
-        ("cpu", "bf16", 0.4),  # 7 bits through 20 layers; the loss magnifies them by a temperature of 0.1
+        (
+            "cpu",
+            "bf16",
+            0.4,
+        ),  # 7 bits through 20 layers; the loss magnifies them by a temperature of 0.1
     ],
 )
-def test_a_step_agrees_with_float64_on_the_cpu(method: str, device: str, precision: str, tolerance: float) -> None:
+def test_a_step_agrees_with_float64_on_the_cpu(
+    method: str, device: str, precision: str, tolerance: float
+) -> None:
     assert apart(step(method, device, precision), step(method, "cpu", "fp64")) < tolerance
 
 
@@ -79,7 +104,11 @@ def test_a_difference_is_found(device: str) -> None:
     def case(where: torch.device) -> list[torch.Tensor]:
         wrong = case.calls == 0  # type: ignore[attr-defined]
         case.calls += 1  # type: ignore[attr-defined]
-        return [torch.tensor([1.0, 2.0 + 0.02 * wrong, float("nan") if wrong and case.nan else 0.0], device=where)]  # type: ignore[attr-defined]
+        return [
+            torch.tensor(
+                [1.0, 2.0 + 0.02 * wrong, float("nan") if wrong and case.nan else 0.0], device=where
+            )
+        ]  # type: ignore[attr-defined]
 
     for nan, expected in ((False, 0.01), (True, float("inf"))):
         case.calls, case.nan = 0, nan  # type: ignore[attr-defined]
@@ -88,7 +117,9 @@ def test_a_difference_is_found(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_step_that_is_not_finite_leaves_no_trace(device: str) -> None:
-    """Compared within one run: two runs of one step differ by a rounding on a GPU, whose backward kernels add in any order."""
+    """Compared within one run: two runs of one step differ by a rounding on a GPU, whose backward
+    kernels add in any order.
+    """
     cfg = small.config("byol", engine={"precision": "fp64"})
     engine = build(cfg, small.SAMPLES, small.STEPS_PER_EPOCH, torch.device(device))
 
@@ -99,13 +130,21 @@ def test_a_step_that_is_not_finite_leaves_no_trace(device: str) -> None:
     second.views[0][0, 0].fill_(float("nan"))
     engine.step(second, replace(CLOCK, step=1), cfg.optim.lr, cfg.optim.lr)
 
-    assert {name for name, piece in engine.state().items() if not torch.equal(piece.data, before[name])} == set()
+    assert {
+        name for name, piece in engine.state().items() if not torch.equal(piece.data, before[name])
+    } == set()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_batches_of_workers_arrive_whole(device: str, tmp_path: Path) -> None:
     """A GPU that is busy copies them late, when their memory could be in use again."""
-    data = Data(path=str(write_shards(tmp_path / "d", (48,), masks=True)), lanes=2, window=2, masks=True, prefetch=1)
+    data = Data(
+        path=str(write_shards(tmp_path / "d", (48,), masks=True)),
+        lanes=2,
+        window=2,
+        masks=True,
+        prefetch=1,
+    )
     data = data.model_copy(update={"views": (View(size=128, count=2),)})
 
     def batches(place: torch.device, workers: int) -> Stream:

@@ -1,4 +1,6 @@
-"""Processes of a run notice within seconds that one of them has died, while they wait for something else."""
+"""Processes of a run notice within seconds that one of them has died, while they wait for something
+else.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ def run(how: str, folder: Path) -> list[tuple[int, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    shared = {
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+    }
     shared |= {"OMP_NUM_THREADS": "1", "SCALETRAIN_ERROR_FILE": str(folder / "failure")}
     processes = [
         subprocess.Popen(
@@ -62,7 +69,10 @@ def run(how: str, folder: Path) -> list[tuple[int, str]]:
         )
         for rank in range(3)
     ]
-    return [(p.returncode, errors) for p, errors in ((p, p.communicate(timeout=60)[1]) for p in processes)]
+    return [
+        (p.returncode, errors)
+        for p, errors in ((p, p.communicate(timeout=60)[1]) for p in processes)
+    ]
 
 
 @pytest.mark.parametrize(("how", "dead"), [("killed", 1), ("first killed", 0)])
@@ -71,7 +81,9 @@ def test_a_dead_process_ends_those_that_wait_elsewhere(how: str, dead: int, tmp_
     ended = run(how, tmp_path)
     assert time.monotonic() - begin < 40  # and not after the minute that they would sleep
     assert [code for code, _ in ended] == [-9 if rank == dead else 75 for rank in range(3)]
-    said = [line for _, errors in ended for line in errors.splitlines() if line.startswith("error: ")]
+    said = [
+        line for _, errors in ended for line in errors.splitlines() if line.startswith("error: ")
+    ]
     assert len(said) == 1
     assert said[0].startswith(f"error: rank {dead} of 3 (process ")
     assert f" on {platform.node()}) ended unexpectedly" in said[0]

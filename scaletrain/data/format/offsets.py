@@ -1,10 +1,12 @@
 """The offset table of one shard: where each sample's members are, how long, and their crc32.
 
-A sample is a run of members with one key: `key.jpg|jpeg|png|webp`, optionally `key.cls` or `key.json` (`{"label": 3}`, or
-`{"labels": [1, 5]}` for many) and `key.mask.png`. The key is the path up to the first dot of its last part, as in WebDataset.
+A sample is a run of members with one key: `key.jpg|jpeg|png|webp`, optionally `key.cls` or
+`key.json` (`{"label": 3}`, or `{"labels": [1, 5]}` for many) and `key.mask.png`. The key is the
+path up to the first dot of its last part, as in WebDataset.
 
-Where that leaves members without an image (`img.1.jpg`, `img.2.jpg`), each of their images is a sample, whose key is its name
-without the suffix (`img.1`); it has the label with the longest key that its own begins with (`img.1.cls`, else `img.cls`).
+Where that leaves members without an image (`img.1.jpg`, `img.2.jpg`), each of their images is a
+sample, whose key is its name without the suffix (`img.1`); it has the label with the longest key
+that its own begins with (`img.1.cls`, else `img.cls`).
 """
 
 from __future__ import annotations
@@ -31,27 +33,39 @@ from scaletrain.data.format.tar import Member, Reader
 from scaletrain.runtime import local_files
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-LABELS = ("cls", "json")  # the first that a sample has
+# the first that a sample has
+LABELS = ("cls", "json")
 MASK = "mask.png"
 MEMBERS = (*IMAGES, *LABELS, "txt", MASK)
-SUFFIX = ".stidx"  # of a table's file, behind the name of its shard
+# of a table's file, behind the name of its shard
+SUFFIX = ".stidx"
 MAGIC = b"STIDX\0\0" + bytes([VERSION])
-PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill")  # other readers of such archives would run their code
-NONE = (0, 0, 0)  # the place of a member that is not there
+# other readers of such archives would run their code
+PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill")
+# the place of a member that is not there
+NONE = (0, 0, 0)
 NO_LABEL = -1
-UNREADABLE = -2  # there is a label, and it is no whole number; methods that need no labels take the sample
+# there is a label, and it is no whole number; methods that need no labels take the sample
+UNREADABLE = -2
 LABEL_BYTES = 1 << 20
-PIECE = 1 << 20  # of a table, read at a time
+# of a table, read at a time
+PIECE = 1 << 20
 ROW = np.dtype(
     [
         *(("image", "<u8"), ("image_size", "<u4"), ("image_crc", "<u4")),
-        *(("target", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")),  # the label's member; zeros if none
-        *(("mask", "<u8"), ("mask_size", "<u4"), ("mask_crc", "<u4")),  # zeros if none
-        ("label", "<i8"),  # NO_LABEL, UNREADABLE, or the class
-        ("key", "<u8"),  # its `key_hash`
+        # the label's member; zeros if none
+        *(("target", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")),
+        # zeros if none
+        *(("mask", "<u8"), ("mask_size", "<u4"), ("mask_crc", "<u4")),
+        # NO_LABEL, UNREADABLE, or the class
+        ("label", "<i8"),
+        # its `key_hash`
+        ("key", "<u8"),
     ]
 )
-HEAD = np.dtype([("magic", "S8"), ("samples", "<u8"), ("bytes", "<u8"), ("crc", "<u4"), ("spare", "<u4")])
+HEAD = np.dtype(
+    [("magic", "S8"), ("samples", "<u8"), ("bytes", "<u8"), ("crc", "<u4"), ("spare", "<u4")]
+)
 Rows = NDArray[np.void]
 Row = tuple[int, ...]
 
@@ -61,7 +75,8 @@ class Part(NamedTuple):
 
     name: str
     extension: str
-    place: tuple[int, int, int]  # offset, size and crc32 of the payload
+    # offset, size and crc32 of the payload
+    place: tuple[int, int, int]
     label: int = NO_LABEL
 
 
@@ -73,9 +88,13 @@ def split(name: str) -> tuple[str, str]:
 
 
 def key_of(name: str) -> str:
-    """The key of the sample that has a member of this name; of images with several dots, as samples of their own."""
+    """The key of the sample that has a member of this name; of images with several dots, as samples
+    of their own.
+    """
     key, extension = split(name)
-    return name.rpartition(".")[0] if extension not in MEMBERS and _last(extension) in IMAGES else key
+    return (
+        name.rpartition(".")[0] if extension not in MEMBERS and _last(extension) in IMAGES else key
+    )
 
 
 def key_hash(key: str) -> int:
@@ -89,15 +108,20 @@ def stop(fault: ShardError) -> None:
 
 
 def scan(
-    path: Path, report: Callable[[ShardError], None] = stop, unused: Callable[[str], None] = lambda name: None
+    path: Path,
+    report: Callable[[ShardError], None] = stop,
+    unused: Callable[[str], None] = lambda name: None,
 ) -> tuple[Rows, int, str]:
-    """Read a whole shard once -> its rows, its bytes and its sha256. Members of other types are passed over unread.
+    """Read a whole shard once -> its rows, its bytes and its sha256. Members of other types are
+    passed over unread.
 
-    Each fault goes to `report`. If that returns, a bad sample is left out; where the archive itself is damaged (ArchiveError),
-    also the sample that may not have ended there, and all that follows. `unused` is called with the name of every image that is
-    a member of another one's sample, as `cat.v2.jpg` beside `cat.jpg`.
+    Each fault goes to `report`. If that returns, a bad sample is left out; where the archive itself
+    is damaged (ArchiveError), also the sample that may not have ended there, and all that follows.
+    `unused` is called with the name of every image that is a member of another one's sample, as
+    `cat.v2.jpg` beside `cat.jpg`.
     """
     reader = Reader(path)
+
     rows: list[Row] = []
     seen: set[str] = set()
     try:
@@ -111,11 +135,14 @@ def scan(
                     rows.append(found)
     except ArchiveError as fault:
         report(fault)
+
     return np.array(rows, ROW), reader.bytes, reader.sha256()
 
 
 def _members(reader: Reader) -> Iterator[tuple[str, str, Member]]:
-    """Those of samples, with key and extension: names without a dot, hidden ones and `__x__` are not, as in WebDataset."""
+    """Those of samples, with key and extension: names without a dot, hidden ones and `__x__` are
+    not, as in WebDataset.
+    """
     for member in reader:
         key, extension = split(member.name)
         stem = key.rpartition("/")[2]
@@ -134,16 +161,23 @@ def _parts(members: Iterator[tuple[str, str, Member]]) -> list[Part]:
         counts = extension in LABELS or (last in LABELS and extensions.isdisjoint(IMAGES))
         if counts and "cls" not in extensions:
             label = label_in(member.data, last)
+
         extensions.add(extension)
         place = member.offset, len(member.data), zlib.crc32(member.data)
         parts.append(Part(member.name, extension, place, label))
+
     return parts
 
 
-def _samples(path: Path, key: str, parts: list[Part], seen: set[str]) -> Iterator[Row | str | ShardError]:
+def _samples(
+    path: Path, key: str, parts: list[Part], seen: set[str]
+) -> Iterator[Row | str | ShardError]:
     """Of the members whose names begin with one key: rows, names of unused images, and faults."""
     plain = any(part.extension in IMAGES for part in parts)
-    dotted = [part.name for part in parts if part.extension not in MEMBERS and _image(part.extension)]
+    dotted = [
+        part.name for part in parts if part.extension not in MEMBERS and _image(part.extension)
+    ]
+
     for own, members in _apart(key, parts) if dotted and not plain else [(key, parts)]:
         try:
             if key in seen or own in seen:
@@ -153,6 +187,7 @@ def _samples(path: Path, key: str, parts: list[Part], seen: set[str]) -> Iterato
             yield _row(path, own, members)
         except ShardError as fault:
             yield fault
+
     if plain:
         yield from dotted
 
@@ -164,13 +199,16 @@ def _apart(key: str, parts: list[Part]) -> Iterator[tuple[str, list[Part]]]:
         extension = MASK if part.extension.endswith(f".{MASK}") else _last(part.extension)
         stem = part.name[len(key) + 1 : -len(extension)].rstrip(".")
         members.setdefault(stem, []).append(part._replace(extension=extension))
+
     for stem, own in members.items():
         if not any(part.extension in (*IMAGES, *PICKLES) for part in own):
             continue
+
         shorter = stem
         while shorter and not any(part.extension in LABELS for part in own):
             shorter = shorter.rpartition(".")[0]
             own = [*own, *(part for part in members.get(shorter, ()) if part.extension in LABELS)]
+
         yield f"{key}.{stem}", own
 
 
@@ -180,13 +218,21 @@ def _row(path: Path, key: str, members: list[Part]) -> Row:
         if _last(part.extension) in PICKLES:
             text = f"member '{part.name}' is a pickle, which could run code, and is not read"
             raise ShardError(path, part.place[0], text)
-        if part.extension in found or (part.extension in IMAGES and not found.keys().isdisjoint(IMAGES)):
-            raise ShardError(path, part.place[0], f"key '{key}' has two members of one kind ('{part.name}')")
+
+        if part.extension in found or (
+            part.extension in IMAGES and not found.keys().isdisjoint(IMAGES)
+        ):
+            raise ShardError(
+                path, part.place[0], f"key '{key}' has two members of one kind ('{part.name}')"
+            )
+
         found[part.extension] = part
+
     image = next((found[e].place for e in IMAGES if e in found), None)
     if image is None:
         text = f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(found)[:80]}"
         raise ShardError(path, members[0].place[0], text)
+
     nothing = Part("", "", NONE)
     target = next((found[e] for e in LABELS if e in found), nothing)
     return *image, *target.place, *found.get(MASK, nothing).place, target.label, key_hash(key)
@@ -201,10 +247,13 @@ def _image(extension: str) -> bool:
 
 
 def label_in(data: bytes, extension: str) -> int:
-    """The label that a .cls or .json member holds; NO_LABEL for -1 and a record without one, UNREADABLE for all else."""
+    """The label that a .cls or .json member holds; NO_LABEL for -1 and a record without one,
+    UNREADABLE for all else.
+    """
     try:
         if len(data) > LABEL_BYTES:
             return UNREADABLE
+
         if extension == "cls":
             value: Any = int(data.decode("ascii"))
         else:
@@ -212,18 +261,25 @@ def label_in(data: bytes, extension: str) -> int:
             value = _single(record) if isinstance(record, dict) else None
     except (ValueError, RecursionError):
         return UNREADABLE
+
     return value if type(value) is int and NO_LABEL <= value < 1 << 62 else UNREADABLE
 
 
 def _single(record: dict[str, Any]) -> Any:
-    """`label`, or the only one of `labels`: a sample with several labels has no single one. None if they are malformed."""
+    """`label`, or the only one of `labels`: a sample with several labels has no single one. None if
+    they are malformed.
+    """
     if record.get("label") is not None:
         return record["label"]
+
     many = record.get("labels")
     if many is None:
         return NO_LABEL
-    if not isinstance(many, list) or not all(type(label) is int and label >= NO_LABEL for label in many):
+    if not isinstance(many, list) or not all(
+        type(label) is int and label >= NO_LABEL for label in many
+    ):
         return None
+
     known = [label for label in many if label != NO_LABEL]
     return known[0] if len(known) == 1 else NO_LABEL
 
@@ -232,10 +288,12 @@ def shown(data: bytes) -> str:
     """What a label's member holds, in a few words for an error."""
     if len(data) > LABEL_BYTES:
         return f"{len(data):,} bytes"
+
     value: Any = data.decode("utf-8", "backslashreplace")
     with suppress(ValueError, RecursionError):
         record = json.loads(data)
         value = record.get("label", record.get("labels")) if isinstance(record, dict) else record
+
     return reprlib.repr(value)
 
 
@@ -246,21 +304,37 @@ def pack(rows: Rows, shard_bytes: int) -> bytes:
 
 
 def load(path: Path, samples: int, shard_bytes: int) -> Rows:
-    """The rows of a table, memory-mapped. Raises ShardError when it is damaged or of another shard."""
+    """The rows of a table, memory-mapped. Raises ShardError when it is damaged or of
+    another shard.
+    """
     fix = "run shards/index.py --force on its folder"
     size = HEAD.itemsize + samples * ROW.itemsize
+
     try:
         with local_files.reader(path) as file:
             if (found := os.fstat(file.fileno()).st_size) != size:
-                raise ShardError(path, 0, f"{found} bytes do not hold {samples} samples; the index is damaged: {fix}")
+                raise ShardError(
+                    path,
+                    0,
+                    f"{found} bytes do not hold {samples} samples; the index is damaged: {fix}",
+                )
+
             head = np.frombuffer(file.read(HEAD.itemsize), HEAD)[0]
             crc = 0
-            while piece := file.read(PIECE):  # not through the map, which would count as memory of this process
+            # not through the map, which would count as memory of this process
+            while piece := file.read(PIECE):
                 crc = zlib.crc32(piece, crc)
-            rows = np.memmap(file, ROW, "r", HEAD.itemsize, (samples,)) if samples else np.zeros(0, ROW)
+
+            rows = (
+                np.memmap(file, ROW, "r", HEAD.itemsize, (samples,))
+                if samples
+                else np.zeros(0, ROW)
+            )
     except OSError as error:
         raise ShardError(path, 0, f"{error.strerror}; {fix}") from None
+
     expected = (MAGIC, samples, shard_bytes, crc)
     if (bytes(head["magic"]), head["samples"], head["bytes"], head["crc"]) != expected:
         raise ShardError(path, 0, f"the index is damaged or of another shard: {fix}")
+
     return rows

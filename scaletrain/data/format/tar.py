@@ -1,7 +1,9 @@
-"""Reads tar archives with a parser of its own, since Python's `tarfile` takes a damaged header for the end of the archive.
+"""Reads tar archives with a parser of its own, since Python's `tarfile` takes a damaged header for
+the end of the archive.
 
-ustar headers, GNU long names and pax paths are understood. Links, devices, absolute and `..` names are refused, and nothing
-is ever written to disk. Format: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU tar manual "Basic Tar Format".
+ustar headers, GNU long names and pax paths are understood. Links, devices, absolute and `..` names
+are refused, and nothing is ever written to disk. Format: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU
+tar manual "Basic Tar Format".
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from scaletrain.data.errors import ArchiveError, unreadable
 from scaletrain.runtime import local_files
 
 BLOCK = 512
-MEMBER_BYTES = 64 << 20  # of one member; also bounds the memory that reading one takes
-NAME_BYTES = 1 << 16  # of a long name or a pax record
+# of one member; also bounds the memory that reading one takes
+MEMBER_BYTES = 64 << 20
+# of a long name or a pax record
+NAME_BYTES = 1 << 16
 _REFUSED = {
     "1": "a hard link",
     "2": "a symbolic link",
@@ -32,9 +36,13 @@ _REFUSED = {
 
 
 def name_in(header: bytes) -> str:
-    """The name in a member's header; cut short if it is above 100 bytes and stands in a block before it."""
+    """The name in a member's header; cut short if it is above 100 bytes and stands in a block
+    before it.
+    """
     name = header[:100].split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""  # GNU keeps times there
+    # GNU keeps times there
+    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
 
 
@@ -44,14 +52,19 @@ def checksum(header: bytes) -> int:
 
 
 def header_fault(header: bytes) -> str:
-    """What is wrong with the block before a payload, "" if nothing: the cheap part of what `Reader` checks."""
+    """What is wrong with the block before a payload, "" if nothing: the cheap part of what `Reader`
+    checks.
+    """
     if not any(header):
         return "the header is zeroed"
+
     return "" if _octal(header[148:156]) == checksum(header) else "bad header checksum"
 
 
 def _octal(field: bytes) -> int | None:
-    """Blanks, octal digits, then NUL or blank. int() alone would also take signs and underscores."""
+    """Blanks, octal digits, then NUL or blank. int() alone would also take signs and
+    underscores.
+    """
     digits = field.split(b"\0")[0].strip(b" ")
     return None if digits.strip(b"01234567") else int(digits or b"0", 8)
 
@@ -59,12 +72,15 @@ def _octal(field: bytes) -> int | None:
 @dataclass(frozen=True, slots=True)
 class Member:
     name: str
-    offset: int  # of the payload
+    # of the payload
+    offset: int
     data: bytes
 
 
 class Reader:
-    """One pass over a tar file, in order. Iterating raises ArchiveError at the first thing that is wrong."""
+    """One pass over a tar file, in order. Iterating raises ArchiveError at the first thing that is
+    wrong.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,9 +99,13 @@ class Reader:
                     self._end(file, start)
                     self._whole = True
                     return
+
                 kind, name, size = self._header(header, start)
                 offset = self.at
-                data = self._payload(file, size, start, name, NAME_BYTES if kind in "Lxg" else MEMBER_BYTES)
+                data = self._payload(
+                    file, size, start, name, NAME_BYTES if kind in "Lxg" else MEMBER_BYTES
+                )
+
                 if kind == "L":
                     long_name = data.rstrip(b"\0").decode("utf-8", "backslashreplace")
                 elif kind == "x":
@@ -98,7 +118,9 @@ class Reader:
                     long_name = None
                 elif kind != "g":
                     raise self._error(
-                        start, f"member '{name}' is {_REFUSED.get(kind, f'of unknown type {kind!r}')}, which is refused"
+                        start,
+                        f"member '{name}' is {_REFUSED.get(kind, f'of unknown type {kind!r}')}, "
+                        "which is refused",
                     )
 
     def sha256(self) -> str:
@@ -121,8 +143,11 @@ class Reader:
         data = file.read(size)
         if len(data) < size:
             if what == "header" and not data:
-                raise self._error(self.at, "the end-of-archive marker is missing: the shard was cut short")
+                raise self._error(
+                    self.at, "the end-of-archive marker is missing: the shard was cut short"
+                )
             raise self._error(self.at, f"the {what} is cut short ({len(data)} of {size} bytes)")
+
         self._hash.update(data)
         self.at += size
         return data
@@ -130,15 +155,19 @@ class Reader:
     def _payload(self, file: BinaryIO, size: int, start: int, name: str, limit: int) -> bytes:
         if self.at + size > self.bytes:
             raise self._error(
-                start, f"the payload of '{name}' ({size} bytes) runs past the end of the shard: truncated or damaged"
+                start,
+                f"the payload of '{name}' ({size} bytes) runs past the end of the shard: truncated "
+                "or damaged",
             )
         if size > limit:
             raise self._error(start, f"member '{name}' has {size} bytes; at most {limit} are read")
+
         return self._read(file, -(-size // BLOCK) * BLOCK, "payload")[:size]
 
     def _end(self, file: BinaryIO, start: int) -> None:
         if any(self._read(file, BLOCK, "end-of-archive marker")):
             raise self._error(start, "a zeroed header in the middle of the archive")
+
         while rest := file.read(1 << 20):
             if rest.count(0) != len(rest):
                 raise self._error(self.at, "data after the end-of-archive marker")
@@ -148,19 +177,27 @@ class Reader:
     def _header(self, header: bytes, start: int) -> tuple[str, str, int]:
         if self._number(header[148:156], start, "checksum") != checksum(header):
             raise self._error(start, "bad header checksum")
+
         magic = header[257:263]
         if magic not in (b"ustar\0", b"ustar "):
             raise self._error(start, "not a ustar, GNU or pax header")
+
         kind = chr(header[156])
-        return "0" if kind in "\0007" else kind, name_in(header), self._number(header[124:136], start, "size")
+        return (
+            "0" if kind in "\0007" else kind,
+            name_in(header),
+            self._number(header[124:136], start, "size"),
+        )
 
     def _number(self, field: bytes, start: int, what: str) -> int:
         """Octal digits, or GNU's base-256 for large values."""
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
+
         number = _octal(field)
         if number is None:
             raise self._error(start, f"bad {what} field in a header")
+
         return number
 
     def _pax(self, data: bytes, start: int) -> str | None:
@@ -173,13 +210,22 @@ class Reader:
             if not rest or not sign or data[end - 1 : end] != b"\n":
                 raise self._error(start, "bad pax record")
             if key == b"size" or key.startswith(b"GNU.sparse"):
-                raise self._error(start, f"pax key '{key.decode('ascii', 'backslashreplace')}' is refused: too large or sparse")
+                raise self._error(
+                    start,
+                    f"pax key '{key.decode('ascii', 'backslashreplace')}' is refused: too large or "
+                    "sparse",
+                )
+
             if key == b"path":
                 path = value.decode("utf-8", "backslashreplace")
+
             data = data[end:]
+
         return path
 
     def _safe(self, name: str, start: int) -> str:
         if name.startswith("/") or "\0" in name or ".." in name.split("/"):
-            raise self._error(start, f"member name {name!r} is absolute or leaves the archive, which is refused")
+            raise self._error(
+                start, f"member name {name!r} is absolute or leaves the archive, which is refused"
+            )
         return name

@@ -1,7 +1,9 @@
-"""Batches in memory that the main process and its loader workers share, in slots that are used again and again.
+"""Batches in memory that the main process and its loader workers share, in slots that are used
+again and again.
 
-The memory is anonymous and inherited by fork: it does not count against /dev/shm, and nothing of it stays behind, however the
-processes end. Only where in its slot each tensor lies, and what else a batch holds, is sent.
+The memory is anonymous and inherited by fork: it does not count against /dev/shm, and nothing of it
+stays behind, however the processes end. Only where in its slot each tensor lies, and what else a
+batch holds, is sent.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ from torch import Tensor
 
 from scaletrain.data.loading.dataset import Raw
 
-Place = tuple[int, tuple[int, ...], torch.dtype]  # of a tensor: its first byte in the slot, and what it is
+# of a tensor: its first byte in the slot, and what it is
+Place = tuple[int, tuple[int, ...], torch.dtype]
 
-ALIGN = 64  # bytes: a cache line
-_INDICES = 4  # tensors of a batch that are as large as its sample numbers: these, labels, repeats and planned
+# bytes: a cache line
+ALIGN = 64
+# tensors of a batch that are as large as its sample numbers: these, labels, repeats and planned
+_INDICES = 4
 
 
 def size_of(raw: Raw) -> int:
     """Bytes of a slot for such a batch: whole pages."""
     large = (*raw.views, *(raw.params or ()), *([] if raw.masks is None else [raw.masks]))
-    return _up(sum(_up(x.nbytes, ALIGN) for x in (*large, *[raw.samples] * _INDICES)), mmap.PAGESIZE)
+    return _up(
+        sum(_up(x.nbytes, ALIGN) for x in (*large, *[raw.samples] * _INDICES)), mmap.PAGESIZE
+    )
 
 
 class Slots:
-    """`count` slots of `size` bytes. Raises OSError or OverflowError where there is no such memory."""
+    """`count` slots of `size` bytes. Raises OSError or OverflowError where there is no such
+    memory.
+    """
 
     def __init__(self, count: int, size: int) -> None:
         self._slots = np.frombuffer(mmap.mmap(-1, count * size), np.uint8).reshape(count, size)
@@ -50,6 +59,7 @@ class Slot:
         start, size = self._used, math.prod(shape) * dtype.itemsize
         if start + size > len(self.memory):
             raise ValueError(f"a batch has more than the {len(self.memory)} bytes of its slot")
+
         self._used = _up(start + size, ALIGN)
         return self.at(start, shape, dtype)
 
@@ -60,7 +70,9 @@ class Slot:
         return file.getvalue()
 
     def unpack(self, data: bytes) -> Any:
-        """What `pack` was given. Its tensors are those in the slot: they last until it is used again."""
+        """What `pack` was given. Its tensors are those in the slot: they last until it is used
+        again.
+        """
         return _Unpickler(io.BytesIO(data), self).load()
 
     def place(self, tensor: Tensor) -> Place:

@@ -1,4 +1,6 @@
-"""Raw uint8 batches become core.Batch on the device: copied without waiting, there augmented if asked, and normalised."""
+"""Raw uint8 batches become core.Batch on the device: copied without waiting, there augmented if
+asked, and normalised.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,18 @@ from scaletrain.data.loading.dataset import Raw, sample_keys
 from scaletrain.data.transforms import on_device
 from scaletrain.data.transforms.color_kernels import normalise
 
-PATIENCE = 5.0  # seconds for the GPU to copy what has been queued
+# seconds for the GPU to copy what has been queued
+PATIENCE = 5.0
 
 
 class ToDevice:
-    """`mean` and `std` are per channel, of pixels in [0, 1]. No tensor of a batch shares memory with the raw one."""
+    """`mean` and `std` are per channel, of pixels in [0, 1]. No tensor of a batch shares memory
+    with the raw one.
+    """
 
-    def __init__(self, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self.device, self.seed = device, seed
         m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.scale = (1 / (255 * s)).float().view(3, 1, 1).to(device)
@@ -35,7 +42,12 @@ class ToDevice:
         return Batch(
             views=tuple(self._views(raw)),
             index=index,
-            keys=sample_keys(self.seed, raw.epoch, index if raw.planned is None else self._copy(raw.planned), repeats),
+            keys=sample_keys(
+                self.seed,
+                raw.epoch,
+                index if raw.planned is None else self._copy(raw.planned),
+                repeats,
+            ),
             pixel_range=self.pixel_range,
             labels=self._copy(raw.labels),
             masks=None if raw.masks is None else self._copy(raw.masks).float().unsqueeze(2),
@@ -45,15 +57,20 @@ class ToDevice:
         return x.to(self.device, non_blocking=True, copy=True)
 
     def _views(self, raw: Raw) -> Iterator[Tensor]:
-        """[V, B, H, W, 3] uint8 -> [V, B, 3, H, W] float32 that is channels_last once V and B are flattened together."""
+        """[V, B, H, W, 3] uint8 -> [V, B, 3, H, W] float32 that is channels_last once V and B are
+        flattened together.
+        """
         for pixels, params in zip(raw.views, raw.params or [None] * len(raw.views), strict=True):
             if params is None and self.device.type == "cpu":
                 yield self._on_cpu(pixels)
                 continue
+
             x = self._copy(pixels).permute(0, 1, 4, 2, 3).float()
             if params is not None:
-                for view, rest in zip(x, params, strict=True):  # one at a time: the copies in between are as large as it
+                # one at a time: the copies in between are as large as it
+                for view, rest in zip(x, params, strict=True):
                     on_device.augment(view, rest)
+
             yield x.mul_(self.scale).add_(self.shift)
 
     def _on_cpu(self, pixels: Tensor) -> Tensor:
@@ -61,31 +78,47 @@ class ToDevice:
         out = torch.empty(pixels.shape)
         width = pixels.shape[-2]
         scale, shift = (x.flatten().repeat(width).numpy() for x in (self.scale, self.shift))
-        normalise(pixels.contiguous().view(-1, width * 3).numpy(), scale, shift, out.view(-1, width * 3).numpy())
+        normalise(
+            pixels.contiguous().view(-1, width * 3).numpy(),
+            scale,
+            shift,
+            out.view(-1, width * 3).numpy(),
+        )
+
         return out.permute(0, 1, 4, 2, 3)
 
 
 class Pinned:
-    """Memory of loader workers that is page-locked, so that a GPU copies from it while the host goes on.
+    """Memory of loader workers that is page-locked, so that a GPU copies from it while the host
+    goes on.
 
     Where the driver refuses, copies only take longer. On a CPU nothing is done.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on = device, device.type == "cuda"
-        self._held: set[int] = set()  # addresses
+        # addresses
+        self._held: set[int] = set()
         self._last: torch.cuda.Event | None = None
 
     def add(self, memory: NDArray[np.uint8]) -> None:
-        """To be called before each copy: the first time, the pages are there already and locking them is quick."""
+        """To be called before each copy: the first time, the pages are there already and locking
+        them is quick.
+        """
         address = memory.ctypes.data
         if not self._on or address in self._held:
             return
-        if torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0) == torch.cuda.cudart().cudaError.success:
+
+        if (
+            torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
+            == torch.cuda.cudart().cudaError.success
+        ):
             self._held.add(address)
             return
+
         self._on = False
-        with suppress(RuntimeError):  # else the next kernel, whichever it is, would be blamed for the refusal
+        # else the next kernel, whichever it is, would be blamed for the refusal
+        with suppress(RuntimeError):
             torch.ones(1, device=self._device)
 
     def event(self) -> torch.cuda.Event | None:
@@ -96,12 +129,17 @@ class Pinned:
         return self._last
 
     def close(self) -> None:
-        """Waits for the last copy, but not for a GPU that hangs: what is still locked then ends with the process."""
+        """Waits for the last copy, but not for a GPU that hangs: what is still locked then ends
+        with the process.
+        """
         end = monotonic() + PATIENCE
-        with suppress(RuntimeError):  # a GPU that has failed: somebody else reports it
+
+        # a GPU that has failed: somebody else reports it
+        with suppress(RuntimeError):
             while self._last is not None and not self._last.query():
                 if monotonic() > end:
                     return
                 sleep(0.001)
+
             while self._held:
                 torch.cuda.cudart().cudaHostUnregister(self._held.pop())

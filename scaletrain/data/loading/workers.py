@@ -1,8 +1,9 @@
 """Loader workers: forked processes that make batches in shared memory, watched by the main process.
 
-A worker has two pipes of its own, one for its tasks and one for the batches that it announces, and shares no lock or queue with
-others. So one that is killed or stopped, in whatever it does, holds up nobody, and the main process, which never waits longer
-than a moment without looking, says which one it was.
+A worker has two pipes of its own, one for its tasks and one for the batches that it announces, and
+shares no lock or queue with others. So one that is killed or stopped, in whatever it does, holds up
+nobody, and the main process, which never waits longer than a moment without looking, says which one
+it was.
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ from scaletrain.data.loading.to_device import Pinned
 from scaletrain.data.loading.watchdog import Watch
 from scaletrain.runtime import heartbeat
 
-PATIENCE = 5.0  # seconds that killed workers are waited for: one that is in a call to dead storage does not end
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # preemption is the main process's business
+# seconds that killed workers are waited for: one that is in a call to dead storage does not end
+PATIENCE = 5.0
+# preemption is the main process's business
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 _LIBC = ctypes.CDLL(None)
-_TASK = struct.Struct("=qq")  # place in the sampler, number of the slot
-_LENGTH = struct.Struct("=q")  # of the message that follows
-_CHUNK = 1 << 16  # bytes: a pipe holds as many
+# place in the sampler, number of the slot
+_TASK = struct.Struct("=qq")
+# of the message that follows
+_LENGTH = struct.Struct("=q")
+# bytes: a pipe holds as many
+_CHUNK = 1 << 16
 
 
 class Sampler(Protocol):
@@ -57,10 +63,11 @@ class Defect(NamedTuple):
 
 
 class Pool:
-    """`workers` processes that make the batches of `dataset` at the places that `sampler` lists, handed out in its order.
+    """`workers` processes that make the batches of `dataset` at the places that `sampler` lists,
+    handed out in its order.
 
-    Each has `prefetch` batches in the making or ready. `name` says where a sample lies. Raises LoaderError where memory or
-    processes are not to be had.
+    Each has `prefetch` batches in the making or ready. `name` says where a sample lies. Raises
+    LoaderError where memory or processes are not to be had.
     """
 
     def __init__(
@@ -79,10 +86,12 @@ class Pool:
         self._workers: list[Worker] = []
         self._pinned = Pinned(device)
         ahead = min(workers * prefetch, len(sampler))
-        # beyond those ahead one batch is in use, and on a GPU the one before may still be on its way
+        # beyond those ahead one batch is in use, and on a GPU the one before may still be on its
+        # way
         slots = min(ahead + (2 if device.type == "cuda" else 1), len(sampler))
         # the last batch of an evaluation may be shorter than the first, but none is larger
         size = size_of(dataset.blank(sampler[0], partial(torch.empty, device="meta")))
+
         try:
             self._slots, self._signs = Slots(slots, size), heartbeat.shared(workers)
             for number in range(workers):
@@ -91,30 +100,42 @@ class Pool:
             self.close()
             if not isinstance(error, OSError | OverflowError):
                 raise
+
             raise LoaderError(
-                f"{workers} loader workers with {slots} batches of {size:,} bytes cannot be started: "
-                f"{getattr(error, 'strerror', None) or error}; lower data.workers, data.prefetch or batch"
+                f"{workers} loader workers with {slots} batches of {size:,} bytes cannot be "
+                "started: "
+                f"{getattr(error, 'strerror', None) or error}; lower data.workers, data.prefetch "
+                "or batch"
             ) from None
+
         self._watch = Watch(self._workers, self._signs, name, timeout=timeout, liveness=liveness)
 
-        # numbers of slots: those not in use, with the end of the last copy from them; those of the batches ahead, in order
-        self._free = deque[tuple[int, torch.cuda.Event | None]]((number, None) for number in range(slots))
+        # numbers of slots: those not in use, with the end of the last copy from them; those of the
+        # batches ahead, in order
+        self._free = deque[tuple[int, torch.cuda.Event | None]](
+            (number, None) for number in range(slots)
+        )
         self._ahead = deque[int]()
         self._given, self._taken = 0, 0
+
         for _ in range(ahead):
             self._give()
 
     def take(self) -> Raw | Failure:
-        """The next batch; its tensors last until `release`. Raises LoaderError, or RuntimeError for a defect in the worker."""
+        """The next batch; its tensors last until `release`. Raises LoaderError, or RuntimeError for
+        a defect in the worker.
+        """
         self._watch.alive()
         worker = self._workers[self._taken % len(self._workers)]
         message = worker.receive() or self._wait(worker)
         number = self._ahead.popleft()
         self._taken, self._used = self._taken + 1, number
         slot = self._slots[number]
+
         found = slot.unpack(message)
         if isinstance(found, Defect):
             raise RuntimeError(f"in loader worker {worker.pid}:\n{found.text}")
+
         self._pinned.add(slot.memory)
         self._give()
         return found  # type: ignore[no-any-return]
@@ -126,23 +147,30 @@ class Pool:
     def close(self) -> None:
         """Kill the workers: they hold nothing that has to be put in order."""
         if os.getpid() != self._owner:
-            return  # a copy that another forked process inherited
+            # a copy that another forked process inherited
+            return
+
         for worker in self._workers:
             worker.kill()
+
         end = monotonic() + PATIENCE
         while any(worker.ended() is None for worker in self._workers) and monotonic() < end:
             sleep(0.001)
+
         while self._workers:
             self._workers.pop().close()
+
         self._pinned.close()
 
     def _give(self) -> None:
         """Have one batch more made, if there is one, in the slot that has been free for longest."""
         if self._given == len(self._sampler):
             return
+
         number, copied = self._free.popleft()
         if copied is not None:
             copied.synchronize()
+
         self._workers[self._given % len(self._workers)].give(self._given, number)
         self._ahead.append(number)
         self._given += 1
@@ -154,14 +182,18 @@ class Pool:
             wait([worker.messages], watchdog.CHECK)
             if message := worker.receive():
                 return message
+
             # a main process that was stopped itself has looked at nothing meanwhile
-            self._watch.look(self._taken % len(self._workers), min(monotonic() - begin, watchdog.CHECK))
+            self._watch.look(
+                self._taken % len(self._workers), min(monotonic() - begin, watchdog.CHECK)
+            )
 
     def _serve(self, number: int, tasks: int, messages: int) -> None:
         """In a worker."""
         cv2.setNumThreads(0)
         torch.set_num_threads(1)
         heartbeat.share(self._signs[number])
+
         while task := os.read(tasks, _TASK.size):
             place, slot = _TASK.unpack(task)
             data = self._made(place, self._slots[slot])
@@ -179,15 +211,21 @@ class Pool:
         except (DataError, OSError) as error:
             failure = Failure(error)
         except MemoryError:
-            text = f"a loader worker (pid {os.getpid()}) ran out of memory; lower data.workers or data.prefetch"
+            text = (
+                f"a loader worker (pid {os.getpid()}) ran out of memory; lower data.workers or "
+                "data.prefetch"
+            )
             failure = Failure(LoaderError(text))
         except Exception:
             failure = Defect(traceback.format_exc())
+
         return slot.pack(failure)
 
 
 class Worker:
-    """A forked process that runs serve(tasks, messages), two pipes, until it is killed. Raises OSError."""
+    """A forked process that runs serve(tasks, messages), two pipes, until it is killed. Raises
+    OSError.
+    """
 
     def __init__(self, serve: Callable[[int, int], None]) -> None:
         self._ended: str | None = None
@@ -196,12 +234,17 @@ class Worker:
         self.messages, messages = os.pipe()
         os.set_blocking(self.messages, False)
         parent = os.getpid()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # until the worker ignores them
+        # until the worker ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+
         try:
-            with warnings.catch_warnings():  # Python 3.12 has one for a fork beside any thread
+            # Python 3.12 has one for a fork beside any thread
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                # not by multiprocessing, which at its end waits without limit for a process that cannot end
+                # not by multiprocessing, which at its end waits without limit for a process that
+                # cannot end
                 self.pid = os.fork()
+
             if not self.pid:
                 _live(parent, partial(serve, tasks, messages))
         finally:
@@ -210,7 +253,8 @@ class Worker:
             os.close(messages)
 
     def give(self, place: int, slot: int) -> None:
-        with suppress(BrokenPipeError):  # whoever looks at the workers says that this one has ended, and how
+        # whoever looks at the workers says that this one has ended, and how
+        with suppress(BrokenPipeError):
             os.write(self._tasks, _TASK.pack(place, slot))
 
     def receive(self) -> bytes | None:
@@ -218,11 +262,14 @@ class Worker:
         with suppress(BlockingIOError):
             while part := os.read(self.messages, _CHUNK):
                 self._received += part
+
         if len(self._received) < _LENGTH.size:
             return None
+
         end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
         if len(self._received) < end:
             return None
+
         message = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
         return message
@@ -236,6 +283,7 @@ class Worker:
                 self._ended = "has ended"
             else:
                 self._ended = _how(os.waitstatus_to_exitcode(status)) if pid else None
+
         return self._ended
 
     def kill(self) -> None:
@@ -248,10 +296,14 @@ class Worker:
 
 
 def _live(parent: int, serve: Callable[[], None]) -> NoReturn:
-    """The life of a worker. It never returns to what the main process was about to do, and ends with it, however that ends."""
+    """The life of a worker. It never returns to what the main process was about to do, and ends
+    with it, however that ends.
+    """
     try:
         if sys.platform == "linux":
-            _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            # PR_SET_PDEATHSIG
+            _LIBC.prctl(1, signal.SIGKILL)
+
         if os.getppid() == parent:
             for number in IGNORED:
                 signal.signal(number, signal.SIG_IGN)
@@ -268,5 +320,6 @@ def _how(code: int) -> str:
         return f"ended with exit code {code}; {memory}"
     if code == -signal.SIGBUS:
         return "was killed by SIGBUS; a file that it reads was cut short, or its storage failed"
+
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     return f"was killed by {name}; {memory}"

@@ -1,4 +1,6 @@
-"""The samples of several folders under one numbering, folder after folder, and the names of their classes."""
+"""The samples of several folders under one numbering, folder after folder, and the names of their
+classes.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,27 @@ from scaletrain.data.storage.prefetch import AccessOrder, Within
 from scaletrain.runtime import local_files
 
 CLASSES_BYTES = 16 << 20
-OTHER_BYTES = 1 << 20  # of what is no list of names
-_NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')  # a flat list of texts
+# of what is no list of names
+OTHER_BYTES = 1 << 20
+# a flat list of texts
+_NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')
 
 
 class ConcatShards:
     """As Shards, of several folders.
 
-    Labels are passed on where all folders have the same classes.json and are -1 otherwise: class 3 of one folder is not class
-    3 of another.
+    Labels are passed on where all folders have the same classes.json and are -1 otherwise: class 3
+    of one folder is not class 3 of another.
     """
 
-    def __init__(self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = NODE) -> None:
+    def __init__(
+        self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = NODE
+    ) -> None:
         # the limit of open files is the process's
-        self.parts = [Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache) for folder in folders]
+        self.parts = [
+            Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache)
+            for folder in folders
+        ]
         self._first = np.cumsum([0, *map(len, self.parts)])
         first, *others = map(classes, folders)
         self.labelled = first is not None and all(other == first for other in others)
@@ -57,7 +66,9 @@ class ConcatShards:
 
     def expect(self, step: int, course: AccessOrder) -> None:
         for number, part in enumerate(self.parts):
-            part.expect(step, Within(course, int(self._first[number]), int(self._first[number + 1])))
+            part.expect(
+                step, Within(course, int(self._first[number]), int(self._first[number + 1]))
+            )
 
     def read(self, sample: int, mask: bool = False) -> Sample:
         part, number = self._find(sample)
@@ -74,7 +85,10 @@ class ConcatShards:
         if not self.labelled:
             what = f"that counts, since the folders differ in {CLASSES} or lack it"
             return f"{len(self):,} of {len(self):,} samples have no label {what}"
-        return next((f"{part.folder}: {text}" for part in self.parts if (text := part.unlabelled())), "")
+
+        return next(
+            (f"{part.folder}: {text}" for part in self.parts if (text := part.unlabelled())), ""
+        )
 
     def span(self, sample: int) -> tuple[int, int]:
         """The samples [lo, hi) of the folder that holds it."""
@@ -95,7 +109,9 @@ class ConcatShards:
         return self.parts[part], sample - int(self._first[part])
 
 
-def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) -> Shards | ConcatShards:
+def shards_of(
+    shards: selection.Paths, skip: bool = False, cache: Cache = NODE
+) -> Shards | ConcatShards:
     """The shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.places(shards)
     if len(places) == 1:
@@ -104,11 +120,13 @@ def shards_of(shards: selection.Paths, skip: bool = False, cache: Cache = NODE) 
 
 
 def classes(shards: selection.Paths) -> bytes | None:
-    """The classes.json of their folder, which lists the names of the classes by label; None where there is none.
+    """The classes.json of their folder, which lists the names of the classes by label; None where
+    there is none.
 
     Raises DataError where it cannot be read, or may take many times its size in memory.
     """
     folder = selection.place(shards).folder
+
     try:
         if names.is_remote(folder):
             data = remote.read(remote.origin(folder), CLASSES, CLASSES_BYTES)
@@ -118,6 +136,11 @@ def classes(shards: selection.Paths) -> bytes | None:
         return None
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
+
     if len(data) > OTHER_BYTES and not _NAMES.fullmatch(data):
-        raise DataError(f"{folder}/{CLASSES} is no JSON list of names; restore it, or delete it if it is not of these shards")
+        raise DataError(
+            f"{folder}/{CLASSES} is no JSON list of names; restore it, or delete it if it is not "
+            "of these shards"
+        )
+
     return data

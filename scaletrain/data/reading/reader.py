@@ -1,4 +1,6 @@
-"""Random access to the samples of a folder of shards: one pread per member at the indexed offset, checked by crc32."""
+"""Random access to the samples of a folder of shards: one pread per member at the indexed offset,
+checked by crc32.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,23 @@ from scaletrain.data.storage.remote import LostError
 from scaletrain.runtime import local_files
 
 NODE = Cache()
-OPEN_SHARDS = 256  # two file descriptors each; the usual limit of a process is 1024
+# two file descriptors each; the usual limit of a process is 1024
+OPEN_SHARDS = 256
 
 
 class Sample(NamedTuple):
     image: bytes
-    label: int  # -1 where unknown
+    # -1 where unknown
+    label: int
     mask: bytes | None
 
 
 class Shards:
-    """The samples of a folder, or of the shards that a pattern chooses of it, numbered in the manifest's order.
+    """The samples of a folder, or of the shards that a pattern chooses of it, numbered in the
+    manifest's order.
 
-    Files open when first read; safe to fork and to pickle. Raises DataError, also for a folder with shards of several splits.
+    Files open when first read; safe to fork and to pickle. Raises DataError, also for a folder with
+    shards of several splits.
     """
 
     def __init__(
@@ -49,23 +55,34 @@ class Shards:
     ) -> None:
         self._open: OrderedDict[int, tuple[int, offsets.Rows]] = OrderedDict()
         self._staged: prefetch.CachedShards | None = None
-        self._keep = keep  # shards held open
-        self._lost: dict[int, ShardError] = {}  # remote shards that are not to be had
-        self._skip = skip  # one bad sample does not condemn its shard
+        # shards held open
+        self._keep = keep
+        # remote shards that are not to be had
+        self._lost: dict[int, ShardError] = {}
+        # one bad sample does not condemn its shard
+        self._skip = skip
         place = selection.place(shards)
         self.folder = Path(place.folder)
         remote = is_remote(place.folder)
         listed = prefetch.manifest(place) if remote else index.load(shards, notice, skip)
+
         if not place.patterns:
             selection.one_split(place.folder, listed.names)
+
         self.losses = (listed.loss(place.folder),)
         # arrays and not lists: workers that touch Python objects copy the parent's pages
-        self._names, self._bytes = np.ascontiguousarray(listed.names), np.ascontiguousarray(listed.bytes)
+        self._names, self._bytes = (
+            np.ascontiguousarray(listed.names),
+            np.ascontiguousarray(listed.bytes),
+        )
         self.counts = np.ascontiguousarray(listed.samples)
-        self.fingerprint = hashlib.sha256(listed.sha256.tobytes()).hexdigest()  # of all bytes, in order
+        # of all bytes, in order
+        self.fingerprint = hashlib.sha256(listed.sha256.tobytes()).hexdigest()
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
+
         if remote or cache.stage:
             self._staged = prefetch.CachedShards(place.folder, cache, listed)
+
         if not remote:
             self._tables = index.home(self.folder)
 
@@ -76,9 +93,13 @@ class Shards:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def check(self) -> None:
-        """Compare every shard's size with the manifest. Raises ShardError naming the first that differs."""
+        """Compare every shard's size with the manifest. Raises ShardError naming the first that
+        differs.
+        """
         if self._staged is not None:
-            return  # what is fetched is checked when it comes
+            # what is fetched is checked when it comes
+            return
+
         for number in range(len(self._names)):
             try:
                 size = self._path(number).stat().st_size
@@ -87,27 +108,39 @@ class Shards:
             self._check_size(number, size)
 
     def fits(self, shards: int) -> None:
-        """Raises DataError unless the cache, if these are fetched into it, holds the shards that this node uses at once."""
+        """Raises DataError unless the cache, if these are fetched into it, holds the shards that
+        this node uses at once.
+        """
         if self._staged is not None:
             self._staged.fits(shards)
 
     def expect(self, step: int, course: prefetch.AccessOrder) -> None:
-        """Shards that are fetched into the cache: those of this step and the next are needed soon."""
+        """Shards that are fetched into the cache: those of this step and the next are
+        needed soon.
+        """
         if self._staged is not None:
             self._staged.expect(step, course)
 
     def read(self, sample: int, mask: bool = False) -> Sample:
-        """Members of a sample. Raises ShardError naming shard, offset and key when the bytes are not those indexed."""
+        """Members of a sample. Raises ShardError naming shard, offset and key when the bytes are
+        not those indexed.
+        """
         number = self._number(sample)
         file, rows = self._shard(number)
         row = rows[sample - int(self._starts[number])].item()
         image = self._member(number, file, row[0:3])
         found = None
+
         if mask:
             if not row[7]:
-                text = f"sample '{self._key(file, row[0])}' has no .mask.png member; add masks or set data.masks=false"
+                text = (
+                    f"sample '{self._key(file, row[0])}' has no .mask.png member; add masks or "
+                    "set data.masks=false"
+                )
                 raise ShardError(self._where(number), row[0], text)
+
             found = self._member(number, file, row[6:9])
+
         return Sample(image, max(-1, row[9]), found)
 
     @property
@@ -124,21 +157,32 @@ class Shards:
         return np.maximum(self._labels(), offsets.NO_LABEL)
 
     def unlabelled(self, rows: Ints | None = None) -> str:
-        """In words, how many of the samples (or of those at `rows` [K]) have no label, and one of them; "" if all have one."""
+        """In words, how many of the samples (or of those at `rows` [K]) have no label, and one of
+        them; "" if all have one.
+        """
         labels = self._labels()
         numbers = np.arange(len(labels)) if rows is None else rows
         lacking = numbers[labels[numbers] < 0]
+
         if not len(lacking):
             return ""
+
         text = f"{len(lacking):,} of {len(numbers):,} samples have no label, or several"
         odd = lacking[labels[lacking] == offsets.UNREADABLE]
         if not len(odd):
             return f"{text}, such as {self.name(int(lacking[0]))}"
+
         sample = int(odd[0])
         number = self._number(sample)
         file, table_rows = self._shard(number)
-        found = self._member(number, file, table_rows[sample - int(self._starts[number])].item()[3:6])
-        return f"{text}, or none that is a whole number, such as {self.name(sample)} with {offsets.shown(found)}"
+        found = self._member(
+            number, file, table_rows[sample - int(self._starts[number])].item()[3:6]
+        )
+
+        return (
+            f"{text}, or none that is a whole number, such as {self.name(sample)} with "
+            f"{offsets.shown(found)}"
+        )
 
     def fault(self, sample: int, text: object) -> ShardError:
         """An error about a sample, with its shard, offset and key."""
@@ -146,7 +190,9 @@ class Shards:
         return ShardError(self._where(number), offset, f"sample '{key}': {text}")
 
     def name(self, sample: int) -> str:
-        """Where to find a sample in the folder, as SHARD.tar/KEY. Raises ShardError when its shard is not what was indexed."""
+        """Where to find a sample in the folder, as SHARD.tar/KEY. Raises ShardError when its shard
+        is not what was indexed.
+        """
         number, _, key = self._find(sample)
         return f"{self._path(number).name}/{key}"
 
@@ -189,37 +235,53 @@ class Shards:
     def _check_size(self, number: int, size: int) -> None:
         expected = int(self._bytes[number])
         if size != expected and not self._skip:
-            text = f"the shard has {size} bytes and not the {expected} indexed: truncated or altered after indexing"
+            text = (
+                f"the shard has {size} bytes and not the {expected} indexed: truncated or "
+                "altered after indexing"
+            )
             raise ShardError(
-                self._where(number), min(size, expected), f"{text}; run shards/index.py --force {self.folder} if meant"
+                self._where(number),
+                min(size, expected),
+                f"{text}; run shards/index.py --force {self.folder} if meant",
             )
 
     def _shard(self, number: int) -> tuple[int, offsets.Rows]:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
+
         if self._staged is not None:
             return self._fetched(self._staged, number)
+
         path = self._path(number)
         try:
             file = local_files.open_file(path)
         except OSError as error:
             raise unreadable(path, 0, error) from None
+
         try:
             self._check_size(number, os.fstat(file).st_size)
-            rows = offsets.load(self._tables / (path.name + offsets.SUFFIX), int(self.counts[number]), int(self._bytes[number]))
+            rows = offsets.load(
+                self._tables / (path.name + offsets.SUFFIX),
+                int(self.counts[number]),
+                int(self._bytes[number]),
+            )
         except BaseException:
             os.close(file)
             raise
+
         if len(self._open) >= self._keep:
             os.close(self._open.popitem(last=False)[1][0])
+
         self._open[number] = (file, rows)
         return file, rows
 
     def _fetched(self, held: prefetch.CachedShards, number: int) -> tuple[int, offsets.Rows]:
-        self._release()  # one at a time: what is open stays in the cache
+        # one at a time: what is open stays in the cache
+        self._release()
         if number in self._lost:
             raise self._lost[number]
+
         try:
             self._open[number] = held.open(number), held.rows(number)
         except LostError as error:
@@ -228,19 +290,31 @@ class Shards:
             # remembered, as a minute of tries for each of its samples would be too long
             self._lost[number] = ShardError(held.url(number), 0, str(error))
             raise self._lost[number] from None
+
         return self._open[number]
 
     def _member(self, number: int, file: int, place: tuple[int, int, int]) -> bytes:
         offset, size, crc = place
         if size > MEMBER_BYTES:
-            raise ShardError(self._where(number), offset, f"a member of {size} bytes is above the limit of {MEMBER_BYTES}")
+            raise ShardError(
+                self._where(number),
+                offset,
+                f"a member of {size} bytes is above the limit of {MEMBER_BYTES}",
+            )
+
         if not BLOCK <= offset <= int(self._bytes[number]) - size:
-            text = f"the index places {size} bytes there, outside the shard; run shards/index.py --force {self.folder}"
+            text = (
+                f"the index places {size} bytes there, outside the shard; run shards/index.py "
+                f"--force {self.folder}"
+            )
             raise ShardError(self._where(number), offset, text)
+
         try:
-            block = os.pread(file, BLOCK + size, offset - BLOCK)  # with its header, so that damage there is seen too
+            # with its header, so that damage there is seen too
+            block = os.pread(file, BLOCK + size, offset - BLOCK)
         except OSError as error:
             raise unreadable(self._where(number), offset, error) from None
+
         header, data = block[:BLOCK], block[BLOCK:]
         if not header:
             fault = "the shard ends before this sample"
@@ -252,6 +326,7 @@ class Shards:
             offset, fault = offset - BLOCK, f"{wrong} before the content of '{key_in(header)}'"
         else:
             return data
+
         text = f"{fault}: damaged or altered; run shards/verify.py {self.folder}"
         raise ShardError(self._where(number), offset, text)
 

@@ -1,4 +1,5 @@
-"""Samples that cannot be used under `data.on_bad: skip`: their substitutes, and an exact account over ranks and resumes.
+"""Samples that cannot be used under `data.on_bad: skip`: their substitutes, and an exact account
+over ranks and resumes.
 
 What indexing left out has no substitutes; it counts against `data.max_bad` too.
 """
@@ -22,7 +23,8 @@ from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.runtime import durable
 
 log = logging.getLogger("scaletrain")
-SAID = 10  # bad samples that a rank names on its console
+# bad samples that a rank names on its console
+SAID = 10
 FOLDER = "skipped"
 
 
@@ -32,37 +34,56 @@ def left_out(losses: Sequence[Loss]) -> float:
     return lost / max(1, lost + sum(loss.present for loss in losses))
 
 
-def admit(losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0, section: str = "data.") -> None:
-    """Say what indexing left out of shards. Raises DataError where the policy, set by `section`'s keys, forbids it."""
+def admit(
+    losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0, section: str = "data."
+) -> None:
+    """Say what indexing left out of shards. Raises DataError where the policy, set by `section`'s
+    keys, forbids it.
+    """
     share = left_out(losses)
     if not share:
         return
+
     lost, present = sum(loss.samples for loss in losses), sum(loss.present for loss in losses)
     first = next(loss for loss in losses if loss.samples)
-    text = f"indexing left out about {lost:,} of {lost + present:,} samples, the first: {first.folder}/{printable(first.fault)}"
+    text = (
+        f"indexing left out about {lost:,} of {lost + present:,} samples, the first: "
+        f"{first.folder}/{printable(first.fault)}"
+    )
     mend = f"mend the shards and run shards/index.py --force {first.folder}"
+
     if on_bad == "raise":
         accept = f"{section}on_bad=skip {section}max_bad={math.ceil(1000 * share) / 1000:g}"
         raise DataError(f"{text}; {mend}, or go without these samples with {accept}")
+
     if share > max_bad:
         limit = f"a share of {share:.2g}, above max_bad={max_bad:g}"
-        raise DataError(f"{text}; that is {limit}: {mend}, or set {section}max_bad={math.ceil(1000 * share) / 1000:g}")
+        raise DataError(
+            f"{text}; that is {limit}: {mend}, or set "
+            f"{section}max_bad={math.ceil(1000 * share) / 1000:g}"
+        )
+
     index.say(f"notice: {text}")
 
 
 class ReplacementLog:
-    """What a run replaced. Every rank makes one; RUN/skipped/rank-N.jsonl names each replaced draw of that rank.
+    """What a run replaced. Every rank makes one; RUN/skipped/rank-N.jsonl names each replaced draw
+    of that rank.
 
-    `start`: the step at which this session begins; what was written at or after it is dropped, as it will come again.
-    `before`: draws replaced in all steps before it, over all ranks. `missing`: the share of samples that indexing left out.
+    `start`: the step at which this session begins; what was written at or after it is dropped, as
+    it will come again. `before`: draws replaced in all steps before it, over all ranks. `missing`:
+    the share of samples that indexing left out.
     """
 
-    def __init__(self, run: Path, data: Data, *, epoch: int, start: int, before: int, missing: float = 0.0) -> None:
+    def __init__(
+        self, run: Path, data: Data, *, epoch: int, start: int, before: int, missing: float = 0.0
+    ) -> None:
         self.on = data.on_bad == "skip"
         self._limit, self._missing, self._epoch = data.max_bad, missing, epoch
         self._before, self._mine, self.total = before, 0, before
         self._folder = run / FOLDER
         self._log = durable.Records(self._folder / f"rank-{dist.rank()}.jsonl")
+
         if self.on and dist.main():
             for path in self._folder.glob("rank-*.jsonl"):
                 durable.drop_records(path, start)
@@ -71,6 +92,7 @@ class ReplacementLog:
         """Note what one step replaced on this rank."""
         if not replaced:
             return
+
         for item in replaced:
             self._log.add({"step": step, **item._asdict()})
             self._mine += 1
@@ -78,15 +100,24 @@ class ReplacementLog:
                 log.warning("replaced by sample %d: %s", item.used, item.fault)
 
     def agree(self, drawn: int) -> int:
-        """Draws replaced of the run's first `drawn`, over all ranks, which all call it. Raises DataError above the limit."""
+        """Draws replaced of the run's first `drawn`, over all ranks, which all call it. Raises
+        DataError above the limit.
+        """
         self.total = self._before + int(dist.sum_nograd(torch.tensor(self._mine)))
+
         # of an epoch at least: one bad sample in the first batch says little
         if self.total > (self._limit - self._missing) * max(drawn, self._epoch):
-            indexed = f" (beside a share of {self._missing:.2g} that indexing left out)" if self._missing else ""
+            indexed = (
+                f" (beside a share of {self._missing:.2g} that indexing left out)"
+                if self._missing
+                else ""
+            )
             raise DataError(
-                f"{self.total} of {drawn} samples could not be used, more than data.max_bad={self._limit:g} "
+                f"{self.total} of {drawn} samples could not be used, more than "
+                f"data.max_bad={self._limit:g} "
                 f"allows{indexed}; {self._folder} names them; mend the shards or raise data.max_bad"
             )
+
         return self.total
 
     def scalars(self) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""Label subsets: files that say which few samples of a folder of shards may be used with their labels.
+"""Label subsets: files that say which few samples of a folder of shards may be used with their
+labels.
 
-Pretraining (SuNCEt) and evaluation read the same file, so that no other label leaks. It names the shards by the checksum of all
-their bytes and is refused with others. Made by `choose` (class-balanced; nested for one seed) or from a list of names.
+Pretraining (SuNCEt) and evaluation read the same file, so that no other label leaks. It names the
+shards by the checksum of all their bytes and is refused with others. Made by `choose`
+(class-balanced; nested for one seed) or from a list of names.
 """
 
 from __future__ import annotations
@@ -29,37 +31,50 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Labels:
-    """The samples of a subset, in ascending order: `index` [n] into the shards, `labels` [n] of them."""
+    """The samples of a subset, in ascending order: `index` [n] into the shards, `labels` [n] of
+    them.
+    """
 
     index: Ints
     labels: Ints
-    rule: str  # how it was made, for people
+    # how it was made, for people
+    rule: str
 
 
 def choose(labels: Ints, total: int, seed: int) -> Ints:
-    """`total` of the labelled samples in `labels` [N], equally many of each class -> their indices [total], ascending.
+    """`total` of the labelled samples in `labels` [N], equally many of each class -> their indices
+    [total], ascending.
 
-    Where `total` is no multiple of the classes, some have one more; a class that is too small gives all and the others more.
-    A smaller choice with the same seed lies inside a larger one.
+    Where `total` is no multiple of the classes, some have one more; a class that is too small gives
+    all and the others more. A smaller choice with the same seed lies inside a larger one.
     """
     groups = _by_class(labels)
-    order = rng.permutation(len(groups), seed, "subset classes").tolist()  # who has one more
+    # who has one more
+    order = rng.permutation(len(groups), seed, "subset classes").tolist()
     quota = _quotas(np.array([len(groups[i]) for i in order]), total)
+
     parts = [
-        groups[i][rng.permutation(len(groups[i]), seed, "subset", int(labels[groups[i][0]])).numpy()[:n]]
+        groups[i][
+            rng.permutation(len(groups[i]), seed, "subset", int(labels[groups[i][0]])).numpy()[:n]
+        ]
         for i, n in zip(order, quota, strict=True)
     ]
+
     return np.sort(np.concatenate(parts))
 
 
 def by_share(labels: Ints, share: float, seed: int) -> Ints:
-    """`share` of all labelled samples, rounded down (as SimCLR's lists: 12,811 of 1,281,167 are 1 %). Raises DataError."""
+    """`share` of all labelled samples, rounded down (as SimCLR's lists: 12,811 of 1,281,167 are 1
+    %). Raises DataError.
+    """
     known = int((labels >= 0).sum())
     total, classes = int(share * known), len(np.unique(labels[labels >= 0]))
     if total < classes:
         raise DataError(
-            f"{100 * share:g}% of {known:,} labelled samples are {total}, fewer than the {classes} classes; take a larger share"
+            f"{100 * share:g}% of {known:,} labelled samples are {total}, fewer than the {classes} "
+            "classes; take a larger share"
         )
+
     return choose(labels, total, seed)
 
 
@@ -69,32 +84,41 @@ def per_class(labels: Ints, count: int, seed: int) -> Ints:
     short = next((group for group in groups if len(group) < count), None)
     if short is not None:
         raise DataError(f"class {int(labels[short[0]])} has {len(short)} samples, and not {count}")
+
     return choose(labels, count * len(groups), seed)
 
 
 def by_name(shards: Shards, names: Sequence[str]) -> Ints:
-    """The samples whose file was so named, as in SimCLR's lists: with or without folders and suffix.
+    """The samples whose file was so named, as in SimCLR's lists: with or without folders and
+    suffix.
 
-    A key ends in the path of its file, with `_` for `/` and other signs. Raises DataError for a name of no sample or of two.
+    A key ends in the path of its file, with `_` for `/` and other signs. Raises DataError for a
+    name of no sample or of two.
     """
     wanted: dict[str, str] = {}
+
     for name in names:
         ending = slug(str(Path(name).with_suffix("")))
         if ending in wanted:
             raise DataError(f"{name} is listed twice, or its key is that of {wanted[ending]}")
         wanted[ending] = name
+
     found: dict[str, int] = {}
     for sample in range(len(shards)):
         for ending in _endings(_key(shards, sample)):
             if ending in wanted:
                 if ending in found:
                     raise DataError(
-                        f"{wanted[ending]} is the name of two samples of {shards.folder}; list names with their folders"
+                        f"{wanted[ending]} is the name of two samples of {shards.folder}; list "
+                        "names with their folders"
                     )
+
                 found[ending] = sample
+
     missing = next((name for key, name in wanted.items() if key not in found), None)
     if missing is not None:
         raise DataError(f"{missing} is the name of no sample of {shards.folder}")
+
     return np.sort(np.array(list(found.values()), np.int64))
 
 
@@ -102,41 +126,64 @@ def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> Labels:
     """Write the file. Raises DataError if a chosen sample has no label."""
     labels = shards.labels()[chosen]
     if not len(chosen) or labels.min() < 0:
-        what = f"sample '{_key(shards, int(chosen[labels.argmin()]))}' has no label" if len(chosen) else "no samples are chosen"
+        what = (
+            f"sample '{_key(shards, int(chosen[labels.argmin()]))}' has no label"
+            if len(chosen)
+            else "no samples are chosen"
+        )
         raise DataError(f"{shards.folder}: {what}")
+
     content = {
         "version": VERSION,
-        "shards": {"folder": shards.folder.name, "samples": len(shards), "sha256": shards.fingerprint},
+        "shards": {
+            "folder": shards.folder.name,
+            "samples": len(shards),
+            "sha256": shards.fingerprint,
+        },
         "rule": rule,
         "index": chosen.tolist(),
         "label": labels.tolist(),
         "key": [_key(shards, int(sample)) for sample in chosen],
     }
+
     index.atomic(path, (json.dumps(content) + "\n").encode())
     return Labels(chosen, labels, rule)
 
 
 def load(path: Path, shards: Shards) -> Labels:
-    """The subset of `path` for these shards. Raises DataError if it is damaged or was made for others."""
+    """The subset of `path` for these shards. Raises DataError if it is damaged or was made for
+    others.
+    """
     try:
         with local_files.reader(path) as file:
             raw = json.load(file)
+
         chosen, labels = np.array(raw["index"], np.int64), np.array(raw["label"], np.int64)
         folder, samples, made_for = (raw["shards"][key] for key in ("folder", "samples", "sha256"))
-        sound = raw["version"] == VERSION and chosen.shape == labels.shape == (len(raw["key"]),) and len(chosen) > 0
-        sound = sound and bool((np.diff(chosen) > 0).all()) and chosen[0] >= 0 and chosen[-1] < samples
+        sound = (
+            raw["version"] == VERSION
+            and chosen.shape == labels.shape == (len(raw["key"]),)
+            and len(chosen) > 0
+        )
+        sound = (
+            sound and bool((np.diff(chosen) > 0).all()) and chosen[0] >= 0 and chosen[-1] < samples
+        )
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
         sound = False
+
     if not sound:
         raise DataError(f"{path} is no file of labels as shards/subset.py writes it")
+
     if made_for != shards.fingerprint:
         other = f"'{folder}' with {samples} samples"
         text = f"{path} was made for other shards ({other}) than {shards.folder} with {len(shards)}"
         raise DataError(f"{text}; make one with shards/subset.py")
+
     if not np.array_equal(shards.labels()[chosen], labels):
         raise DataError(f"{path} was altered: its labels are not those of {shards.folder}")
+
     return Labels(chosen, labels, str(raw["rule"]))
 
 
@@ -146,12 +193,21 @@ def _by_class(labels: Ints) -> list[Ints]:
     order = order[int((labels < 0).sum()) :]
     if not len(order):
         raise DataError("the shards have no labels")
+
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def _quotas(sizes: Ints, total: int) -> list[int]:
-    """Fill all classes evenly: those above the level that is full for all give one more in the order given, until `total`."""
-    level = bisect_right(range(int(sizes.max()) + 1), total, key=lambda n: int(np.minimum(sizes, n).sum())) - 1
+    """Fill all classes evenly: those above the level that is full for all give one more in the
+    order given, until `total`.
+    """
+    level = (
+        bisect_right(
+            range(int(sizes.max()) + 1), total, key=lambda n: int(np.minimum(sizes, n).sum())
+        )
+        - 1
+    )
+
     quota = np.minimum(sizes, level)
     more = np.flatnonzero(sizes > level)[: total - int(quota.sum())]
     quota[more] += 1
@@ -163,6 +219,8 @@ def _key(shards: Shards, sample: int) -> str:
 
 
 def _endings(key: str) -> list[str]:
-    """`000000012-n01440764_n01440764_18` -> what may be meant by it: `n01440764_n01440764_18`, `n01440764_18`, `18`."""
+    """`000000012-n01440764_n01440764_18` -> what may be meant by it: `n01440764_n01440764_18`,
+    `n01440764_18`, `18`.
+    """
     words = slug(re.sub(r"^\d{9}-", "", key)).split("_")
     return ["_".join(words[i:]) for i in range(len(words))]

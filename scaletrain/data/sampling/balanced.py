@@ -10,21 +10,37 @@ from scaletrain.data.sampling.plan import Batches, Draws, Ints, bijection, keyed
 
 
 class Balanced(Batches):
-    """Batches of `classes` classes with `per_class` samples each; neighbours are of different classes.
+    """Batches of `classes` classes with `per_class` samples each; neighbours are of different
+    classes.
 
     `index`, `labels` [N]: numbers of the labelled samples and their classes.
     """
 
     whole = False
 
-    def __init__(self, index: Ints, labels: Ints, *, seed: int, classes: int, per_class: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        index: Ints,
+        labels: Ints,
+        *,
+        seed: int,
+        classes: int,
+        per_class: int,
+        steps_per_epoch: int,
+    ) -> None:
         super().__init__(seed=seed, size=classes * per_class)
         order = np.argsort(labels, kind="stable")
-        _, self.starts, self.counts = np.unique(labels[order], return_index=True, return_counts=True)
+        _, self.starts, self.counts = np.unique(
+            labels[order], return_index=True, return_counts=True
+        )
         self.index, self.classes, self.per_class = index[order], classes, per_class
         self.samples, self.steps_per_epoch = len(index), steps_per_epoch
+
         if classes > len(self.counts):
-            raise DataError(f"data.support.classes={classes}, but the labelled samples are of {len(self.counts)}; lower it")
+            raise DataError(
+                f"data.support.classes={classes}, but the labelled samples are of "
+                f"{len(self.counts)}; lower it"
+            )
 
     def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
         self._inside(step)
@@ -32,9 +48,12 @@ class Balanced(Batches):
         turn = (epoch * self.steps_per_epoch + step) * self.classes + row % self.classes
         rounds, place = np.divmod(turn, len(self.counts))
         chosen = np.empty_like(place)
-        for n in np.unique(rounds):  # two where a round ends within the batch
+
+        # two where a round ends within the batch
+        for n in np.unique(rounds):
             order = rng.permutation(len(self.counts), self.seed, "support classes", int(n)).numpy()
             chosen[rounds == n] = order[place[rounds == n]]
+
         passes, at = np.divmod(rounds * self.per_class + row // self.classes, self.counts[chosen])
         at = bijection(at, self.counts[chosen], keyed(self.seed, "support samples", chosen, passes))
         return Draws(self.index[self.starts[chosen] + at], passes)
@@ -42,16 +61,22 @@ class Balanced(Batches):
     def part(self, rank: int, world: int) -> tuple[int, int]:
         if self.size % world:
             raise DataError(
-                f"{world} processes do not divide the {self.size} labelled samples of a step; change data.support.classes or "
+                f"{world} processes do not divide the {self.size} labelled samples of a step; "
+                "change data.support.classes or "
                 "data.support.per_class"
             )
+
         return rank * self.size // world, (rank + 1) * self.size // world
 
     def in_use(self) -> tuple[int, int]:
-        return self.size, self.samples  # shards, at most: a labelled sample may be in any
+        # shards, at most: a labelled sample may be in any
+        return self.size, self.samples
 
     def mixing(self, shard_bytes: float = 0.0) -> str:
         return self._about()
 
     def _about(self) -> str:
-        return f"{self.size:,} of {self.samples:,} labelled samples, {self.classes} of {len(self.counts):,} classes"
+        return (
+            f"{self.size:,} of {self.samples:,} labelled samples, {self.classes} of "
+            f"{len(self.counts):,} classes"
+        )

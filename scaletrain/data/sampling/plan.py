@@ -1,8 +1,10 @@
-"""The order of samples: a pure, lazy function of (seed, epoch, step), the same for every number of ranks and workers.
+"""The order of samples: a pure, lazy function of (seed, epoch, step), the same for every number of
+ranks and workers.
 
-Epoch: permute all shards; lay their N samples on a line; cut the line in C equal lanes (a cut may fall inside a shard);
-inside a lane, shuffle within blocks of about `window` shards by a keyed bijection that answers any position in O(1).
-Global batch t takes the next B/C samples of each lane. Nothing of the size of N is ever made.
+Epoch: permute all shards; lay their N samples on a line; cut the line in C equal lanes (a cut may
+fall inside a shard); inside a lane, shuffle within blocks of about `window` shards by a keyed
+bijection that answers any position in O(1). Global batch t takes the next B/C samples of each lane.
+Nothing of the size of N is ever made.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from scaletrain.data.errors import DataError
 from scaletrain.runtime.tables import plural
 
 Ints = NDArray[np.int64]
-ROUNDS = 8  # of the Feistel network, half of them on each coordinate
+# of the Feistel network, half of them on each coordinate
+ROUNDS = 8
 
 
 class Draws(NamedTuple):
-    """What fills some rows of a batch. (epoch, sample, repeat) occurs once in a run and is the root of a draw's randomness."""
+    """What fills some rows of a batch. (epoch, sample, repeat) occurs once in a run and is the root
+    of a draw's randomness.
+    """
 
     samples: Ints  # [K] numbers in the data set
     repeats: Ints  # [K] passes through the sample's source that began after the epoch did
@@ -32,8 +37,10 @@ class Draws(NamedTuple):
 class Batches(ABC):
     """Global batches of `size` draws, numbered by epoch and step."""
 
-    whole: bool  # an epoch draws every sample once, but for a rest smaller than a batch
-    samples: int  # that can be drawn, in all sources
+    # an epoch draws every sample once, but for a rest smaller than a batch
+    whole: bool
+    # that can be drawn, in all sources
+    samples: int
     steps_per_epoch: int
 
     def __init__(self, *, seed: int, size: int) -> None:
@@ -41,11 +48,15 @@ class Batches(ABC):
 
     @abstractmethod
     def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
-        """Positions [lo, hi) of the epoch's global batch number `step`. Raises IndexError for a step outside the epoch."""
+        """Positions [lo, hi) of the epoch's global batch number `step`. Raises IndexError for a
+        step outside the epoch.
+        """
 
     @abstractmethod
     def in_use(self) -> tuple[int, int]:
-        """Distinct shards of the first batch, and shards that all nodes together read from while the first windows last."""
+        """Distinct shards of the first batch, and shards that all nodes together read from while
+        the first windows last.
+        """
 
     @abstractmethod
     def _about(self) -> str:
@@ -60,15 +71,25 @@ class Batches(ABC):
         if self.size % world:
             above, fewer = -(-self.size // world) * world, divisor(self.size, world)
             fitting = plural(fewer, "process")
-            raise DataError(f"{world} processes do not divide batch={self.size}; set batch={above} or use {fitting}")
+            raise DataError(
+                f"{world} processes do not divide batch={self.size}; set batch={above} or use "
+                f"{fitting}"
+            )
+
         rows = self.size // world
         return rank * rows, (rank + 1) * rows
 
     def mixing(self, shard_bytes: float = 0.0) -> str:
-        """How well a batch mixes and what cache that asks for, for the start of a run. `shard_bytes`: mean size of a shard."""
+        """How well a batch mixes and what cache that asks for, for the start of a run.
+        `shard_bytes`: mean size of a shard.
+        """
         distinct, held = self.in_use()
         cache = f", {held * shard_bytes / 1e9:,.3g} GB over all nodes" if shard_bytes else ""
-        return f"{self._about()}; a batch of {self.size:,} mixes {plural(distinct, 'shard')} and keeps {held:,} in use{cache}"
+
+        return (
+            f"{self._about()}; a batch of {self.size:,} mixes {plural(distinct, 'shard')} and "
+            f"keeps {held:,} in use{cache}"
+        )
 
     def _inside(self, step: int) -> None:
         if not 0 <= step < self.steps_per_epoch:
@@ -76,7 +97,9 @@ class Batches(ABC):
 
 
 class Order:
-    """One data set's order in each pass through it. `counts` [S]: samples of each shard in canonical order."""
+    """One data set's order in each pass through it. `counts` [S]: samples of each shard in
+    canonical order.
+    """
 
     def __init__(self, counts: Ints, *, seed: int, lanes: int, window: int) -> None:
         self.counts = np.asarray(counts, np.int64)
@@ -88,13 +111,19 @@ class Order:
     def at(self, epoch: int, lane: Ints, at: Ints) -> Ints:
         """Numbers of the samples at places `at` of lanes `lane`, [K] each -> [K]."""
         start, size, key = self._blocks(epoch, lane, at)
-        return self._canonical(epoch, start + bijection(lane * self.samples // self.lanes + at - start, size, key))
+        return self._canonical(
+            epoch, start + bijection(lane * self.samples // self.lanes + at - start, size, key)
+        )
 
     def turn(self, place: Ints) -> tuple[Ints, Ints]:
-        """Lane and place in it of each place [K] in 0 .. samples - 1, when lanes take turns until all are empty."""
+        """Lane and place in it of each place [K] in 0 .. samples - 1, when lanes take turns until
+        all are empty.
+        """
         rounds, rest = divmod(self.samples, self.lanes)
         lane, at = place % self.lanes, place // self.lanes
-        # lanes differ in length by one: in the last round the j-th turn is that of the j-th longer lane
+
+        # lanes differ in length by one: in the last round the j-th turn is that of the j-th longer
+        # lane
         return np.where(at == rounds, -(-(lane + 1) * self.lanes // max(rest, 1)) - 1, lane), at
 
     def shards(self, samples: Ints) -> Ints:
@@ -107,7 +136,11 @@ class Order:
         lane = lane[(lane + 1) * self.samples // self.lanes > lane * self.samples // self.lanes]
         start, size, _ = self._blocks(epoch, lane, np.zeros_like(lane))
         _, ends = self._shards_of(epoch)
-        first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, start + size - 1, "right")
+        first, last = (
+            np.searchsorted(ends, start, "right"),
+            np.searchsorted(ends, start + size - 1, "right"),
+        )
+
         covered = np.zeros(len(ends) + 1, np.int64)
         np.add.at(covered, first, 1)
         np.add.at(covered, last + 1, -1)
@@ -117,11 +150,15 @@ class Order:
         """The block around each place: its start on the epoch's line, its length, its key."""
         begin = lane * self.samples // self.lanes
         length = (lane + 1) * self.samples // self.lanes - begin
-        # equal blocks and not blocks of fixed length, whose remainder would be shuffled among few samples
-        blocks = np.maximum(1, np.rint(length * len(self.counts) / (self.window * self.samples))).astype(np.int64)
+        # equal blocks and not blocks of fixed length, whose remainder would be shuffled among few
+        # samples
+        blocks = np.maximum(
+            1, np.rint(length * len(self.counts) / (self.window * self.samples))
+        ).astype(np.int64)
         block = ((at + 1) * blocks - 1) // length
         first = block * length // blocks
         size = (block + 1) * length // blocks - first
+
         return begin + first, size, keyed(self.seed, "lane", epoch, lane, block)
 
     def _canonical(self, epoch: int, position: Ints) -> Ints:
@@ -131,15 +168,20 @@ class Order:
         return position + (self._starts[shard] + self.counts[shard] - ends[slot])
 
     def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
-        """The epoch's shards in their order on the line, and where each ends there; the last epoch asked for is kept."""
+        """The epoch's shards in their order on the line, and where each ends there; the last epoch
+        asked for is kept.
+        """
         if self._line is None or self._line[0] != epoch:
             order = rng.permutation(len(self.counts), self.seed, "shards", epoch).numpy()
             self._line = epoch, order, np.cumsum(self.counts[order])
+
         return self._line[1:]
 
 
 class Plan(Batches):
-    """Epochs of one whole data set; a sample's number is its place in the canonical order of `counts`."""
+    """Epochs of one whole data set; a sample's number is its place in the canonical order of
+    `counts`.
+    """
 
     whole = True
 
@@ -149,10 +191,15 @@ class Plan(Batches):
         self.samples = self.order.samples
         if batch % lanes:
             raise DataError(
-                f"data.lanes={lanes} does not divide batch={batch}; set data.lanes to a divisor such as {divisor(batch, lanes)}"
+                f"data.lanes={lanes} does not divide batch={batch}; set data.lanes to a divisor "
+                f"such as {divisor(batch, lanes)}"
             )
         if self.samples < batch:
-            raise DataError(f"the data set has {plural(self.samples, 'sample')}, fewer than batch={batch}; lower batch")
+            raise DataError(
+                f"the data set has {plural(self.samples, 'sample')}, fewer than batch={batch}; "
+                "lower batch"
+            )
+
         self.steps_per_epoch = (self.samples // lanes) // (batch // lanes)
 
     def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
@@ -173,16 +220,19 @@ class Plan(Batches):
 def bijection(x: Ints, n: Ints, key: Ints) -> Ints:
     """A keyed permutation of {0..n-1} at x, elementwise [K], in O(1).
 
-    Generalised Feistel network on a grid of a x b >= n cells, a = ceil(sqrt(n)), with cycle walking (Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains", 2002, section 5): results beyond n are sent through again.
+    Generalised Feistel network on a grid of a x b >= n cells, a = ceil(sqrt(n)), with cycle walking
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5): results beyond n
+    are sent through again.
     """
     a = np.ceil(np.sqrt(n)).astype(np.int64)
     b = -(-n // a)
     out = np.array(x, np.int64)
+
     todo = np.arange(len(out))
     while len(todo):
         out[todo] = _feistel(out[todo], a[todo], b[todo], key[todo])
         todo = todo[out[todo] >= n[todo]]
+
     return out
 
 
@@ -194,11 +244,14 @@ def _feistel(x: Ints, a: Ints, b: Ints, key: Ints) -> Ints:
     return left + a * right
 
 
-_POSITIVE = (1 << 62) - 1  # leaves room for the addition
+# leaves room for the addition
+_POSITIVE = (1 << 62) - 1
 
 
 def keyed(*parts: int | str | Ints) -> Ints:
-    return rng.hash64(*(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)).numpy()
+    return rng.hash64(
+        *(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)
+    ).numpy()
 
 
 def divisor(number: int, at_most: int) -> int:

@@ -9,7 +9,8 @@ import torch
 
 from scaletrain import rng
 
-TRIES = 64  # where half of all samples are bad, one in 10**19 finds no substitute
+# where half of all samples are bad, one in 10**19 finds no substitute
+TRIES = 64
 
 
 class Replaced(NamedTuple):
@@ -17,11 +18,19 @@ class Replaced(NamedTuple):
 
     planned: int
     used: int
-    fault: str  # with shard and byte offset
+    # with shard and byte offset
+    fault: str
 
 
-def substitutes(seed: int, epoch: int, sample: int, repeat: int, span: tuple[int, int]) -> Iterator[int]:
-    """Samples in [lo, hi) to try in place of one: a function of the arguments, so it is the same on any rank and worker."""
+def substitutes(
+    seed: int, epoch: int, sample: int, repeat: int, span: tuple[int, int]
+) -> Iterator[int]:
+    """Samples in [lo, hi) to try in place of one: a function of the arguments, so it is the same on
+    any rank and worker.
+    """
     lo, hi = span
-    bits = rng.hash64(seed, "substitute", epoch, sample, repeat, torch.arange(TRIES)) & ((1 << 62) - 1)
+    bits = rng.hash64(seed, "substitute", epoch, sample, repeat, torch.arange(TRIES)) & (
+        (1 << 62) - 1
+    )
+
     yield from (lo + bits % (hi - lo)).tolist()

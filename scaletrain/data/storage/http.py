@@ -1,7 +1,8 @@
-"""Bytes from http and https addresses: bounded in size and time, and nothing but the web. What is fetched is not trusted.
+"""Bytes from http and https addresses: bounded in size and time, and nothing but the web. What is
+fetched is not trusted.
 
-Failures that may pass (time-outs, broken connections, HTTP 408, 425, 429 and 5xx) are tried again. Environment variables such
-as `https_proxy` are honoured.
+Failures that may pass (time-outs, broken connections, HTTP 408, 425, 429 and 5xx) are tried again.
+Environment variables such as `https_proxy` are honoured.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format.tar import MEMBER_BYTES
 
 T = TypeVar("T")
-LONGEST = 30.0  # seconds between two tries at most
-_AGAIN = (408, 425, 429)  # and 5xx
-_WHOLE = 10  # an image may take so many time-outs altogether, else a server could drip for ever
+# seconds between two tries at most
+LONGEST = 30.0
+# and 5xx
+_AGAIN = (408, 425, 429)
+# an image may take so many time-outs altogether, else a server could drip for ever
+_WHOLE = 10
 _CHUNK = 1 << 20
-_JITTER = random.SystemRandom()  # forked processes would share the state of any other generator and come back all at once
+# forked processes would share the state of any other generator and come back all at once
+_JITTER = random.SystemRandom()
 
 
 class Passing(Exception):
@@ -41,7 +46,9 @@ class Outage(DataError):
 
 
 def fetch(url: str, timeout: float, tries: int) -> bytes:
-    """The content; `timeout` is in seconds, of one wait for the network. Raises DataError with the reason."""
+    """The content; `timeout` is in seconds, of one wait for the network. Raises DataError with the
+    reason.
+    """
     return again(lambda: b"".join(parts(url, MEMBER_BYTES, timeout, timeout * _WHOLE)), tries)
 
 
@@ -57,15 +64,21 @@ def again(work: Callable[[], T], tries: int) -> T:
             last = error
             if attempt + 1 < tries:
                 sleep(min(2.0**attempt, LONGEST) * _JITTER.uniform(0.5, 1.0))
+
     raise (DataError if isinstance(last, Differs) else Outage)(f"{last} (tried {tries} times)")
 
 
 def parts(url: str, limit: int, timeout: float, seconds: float) -> Iterator[bytes]:
-    """The content piece by piece, at most `limit` bytes within `seconds`. Raises Passing, or DataError for what cannot pass."""
+    """The content piece by piece, at most `limit` bytes within `seconds`. Raises Passing, or
+    DataError for what cannot pass.
+    """
     _web(url)
     address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+
     try:
-        with _OPENER.open(request.Request(address, headers={"User-Agent": "scaletrain"}), timeout=timeout) as answer:
+        with _OPENER.open(
+            request.Request(address, headers={"User-Agent": "scaletrain"}), timeout=timeout
+        ) as answer:
             yield from _content(answer, limit, seconds)
     except HTTPError as error:
         error.close()
@@ -83,7 +96,9 @@ def _content(answer: HTTPResponse, limit: int, seconds: float) -> Iterator[bytes
             raise DataError(f"is larger than {limit} bytes")
         if monotonic() > end:
             raise Passing(f"the download takes more than {seconds:g} seconds")
+
         yield part
+
     if answer.length:
         raise Passing(f"the download was cut short by {answer.length} bytes")
 
@@ -93,23 +108,33 @@ def _web(url: str) -> None:
         address = urlsplit(url)
     except ValueError as error:
         raise DataError(f"no valid address ({error})") from None
+
     if address.scheme not in ("http", "https") or not address.hostname:
         raise DataError(f"only http:// and https:// addresses are fetched, not {address.scheme}:")
 
 
 class _Redirects(request.HTTPRedirectHandler):
-    """Follows to the web only, and not from the first host into the private network of this machine."""
+    """Follows to the web only, and not from the first host into the private network of this
+    machine.
+    """
 
     max_redirections = 5
 
     def redirect_request(
-        self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self,
+        req: request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
     ) -> request.Request | None:
         try:
             _follow(req.full_url, newurl)
         except BaseException:
             fp.close()
             raise
+
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -126,9 +151,16 @@ def _follow(url: str, to: str) -> None:
 def _opener() -> request.OpenerDirector:
     """urllib's own default would read file:, ftp: and data: too."""
     opener = request.OpenerDirector()
-    handlers = (request.ProxyHandler(), request.HTTPHandler(), request.HTTPSHandler(), request.HTTPDefaultErrorHandler())
+    handlers = (
+        request.ProxyHandler(),
+        request.HTTPHandler(),
+        request.HTTPSHandler(),
+        request.HTTPDefaultErrorHandler(),
+    )
+
     for handler in (*handlers, _Redirects(), request.HTTPErrorProcessor()):
         opener.add_handler(handler)
+
     return opener
 
 

@@ -1,8 +1,9 @@
 """The shards of a remote data set through the node's cache: fetched when read, and ahead of need.
 
-The plan is a pure function, so every loader process knows which shards its rank reads next. Each has one thread that walks
-along the coming steps and has their shards fetched, as far as the cache reaches; processes that meet the same shard leave it
-to the first. The thread starts with the first read, so after the fork that makes a loader process.
+The plan is a pure function, so every loader process knows which shards its rank reads next. Each
+has one thread that walks along the coming steps and has their shards fetched, as far as the cache
+reaches; processes that meet the same shard leave it to the first. The thread starts with the first
+read, so after the fork that makes a loader process.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.cache import Cache, Fill
 
-HORIZON = 1000  # steps to look ahead at most: a small data set is known after a few
-REFRESH = 5.0  # seconds between notes that what was fetched ahead is still wanted
-TABLES = 256  # offset tables kept open
-SHARE = 0.9  # of the cache that is filled ahead of need
+# steps to look ahead at most: a small data set is known after a few
+HORIZON = 1000
+# seconds between notes that what was fetched ahead is still wanted
+REFRESH = 5.0
+# offset tables kept open
+TABLES = 256
+# of the cache that is filled ahead of need
+SHARE = 0.9
 
 
 class AccessOrder(Protocol):
@@ -88,16 +93,26 @@ class Within:
 def manifest(place: Place) -> Manifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
     url, origin = place.folder, remote.origin(place.folder)
-    fix = f"is {url} a folder of shards with its index? Make the index with shards/index.py before you upload it"
+    fix = (
+        f"is {url} a folder of shards with its index? Make the index with shards/index.py "
+        "before "
+        "you upload it"
+    )
+
     try:
         data = remote.read(origin, index.MANIFEST, MOST_BYTES)
     except remote.LostError as error:
         with suppress(remote.RemoteError):
             if version_in(remote.read(origin, OLD_NAME, MOST_BYTES)):
-                fix = f"its {OLD_NAME} is the index of an older version: run shards/index.py on the folder, and upload it again"
+                fix = (
+                    f"its {OLD_NAME} is the index of an older version: run shards/index.py on "
+                    "the folder, and upload it again"
+                )
+
         raise remote.RemoteError(f"{error}; {fix}") from None
     except remote.RemoteError as error:
         raise remote.RemoteError(f"{error}; {fix}") from None
+
     found = parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", fix)
     return found.only(place.chosen(found.names)) if place.patterns else found
 
@@ -125,7 +140,9 @@ class CachedShards:
         return f"{self.origin.url}/{self._name(number)}"
 
     def open(self, number: int) -> int:
-        """A file descriptor of the whole shard, which stays in the cache until it is closed. Raises DataError."""
+        """A file descriptor of the whole shard, which stays in the cache until it is closed. Raises
+        DataError.
+        """
         return self.cache.open(*self.shard(number))
 
     def rows(self, number: int) -> offsets.Rows:
@@ -134,6 +151,7 @@ class CachedShards:
             if len(self._rows) >= TABLES:
                 self._rows.popitem(last=False)
             self._rows[number] = self._loaded(number)
+
         self._rows.move_to_end(number)
         return self._rows[number]
 
@@ -141,13 +159,17 @@ class CachedShards:
         facts = int(self.shards.samples[number]), int(self.shards.bytes[number])
         if isinstance(self.origin, remote.Folder):
             return offsets.load(index.table_path(Path(self.url(number))), *facts)
+
         key, size, fill = self._table(number)
         file = self.cache.open(key, size, fill)
         try:
             return offsets.load(self.cache.folder / key, *facts)
         except ShardError as error:
-            (self.cache.folder / key).unlink(missing_ok=True)  # the next start asks for it again
-            raise ShardError(f"{self.url(number)}{offsets.SUFFIX}", error.offset, error.text) from None
+            # the next start asks for it again
+            (self.cache.folder / key).unlink(missing_ok=True)
+            raise ShardError(
+                f"{self.url(number)}{offsets.SUFFIX}", error.offset, error.text
+            ) from None
         finally:
             os.close(file)
 
@@ -157,14 +179,19 @@ class CachedShards:
         return found
 
     def fits(self, shards: int) -> None:
-        """Raises DataError unless so many shards, as this node needs at once, fit in the cache, and the cache on its disk."""
+        """Raises DataError unless so many shards, as this node needs at once, fit in the cache, and
+        the cache on its disk.
+        """
         total = int(self.shards.bytes.sum())
         wanted = min(int(self.shards.bytes.mean() * shards), total)
         if wanted > self.options.bytes:
             raise DataError(
-                f"this node keeps about {shards:,} shards in use, {wanted:,} bytes, and data.cache.bytes is "
-                f"{self.options.bytes:,}: raise it (twice that lets it read ahead), or lower data.window or data.lanes"
+                f"this node keeps about {shards:,} shards in use, {wanted:,} bytes, and "
+                "data.cache.bytes is "
+                f"{self.options.bytes:,}: raise it (twice that lets it read ahead), or lower "
+                "data.window or data.lanes"
             )
+
         self.cache.check(min(total, 2 * wanted))
 
     def expect(self, step: int, course: AccessOrder) -> None:
@@ -213,10 +240,13 @@ class Prefetcher(Thread):
         super().__init__(name="scaletrain-read-ahead", daemon=True)
         self.staged, self.course, self.now = staged, course, step
         self._moved = Condition()
-        self._wanted: dict[int, int] = {}  # shard -> the last step seen that reads it
+        # shard -> the last step seen that reads it
+        self._wanted: dict[int, int] = {}
         self._refreshed = monotonic()
         self._stopped = False
-        atexit.register(self.stop)  # a thread that is in torch's own code when Python ends would abort the process
+
+        # a thread that is in torch's own code when Python ends would abort the process
+        atexit.register(self.stop)
 
     def at(self, step: int) -> None:
         """The process reads this step at the moment."""
@@ -229,18 +259,26 @@ class Prefetcher(Thread):
         with self._moved:
             self._stopped = True
             self._moved.notify()
-        if current_thread() is not self:  # where the collector of garbage runs in it
-            self.join(1.0)  # it may wait for the network, and then ends with the process
+
+        # where the collector of garbage runs in it
+        if current_thread() is not self:
+            # it may wait for the network, and then ends with the process
+            self.join(1.0)
 
     def run(self) -> None:
         for step, shard in self._coming():
             while not self._stopped and shard not in self._wanted and not self._room(step, shard):
                 self._pause()
+
             if step < self.now:
-                continue  # too late
+                # too late
+                continue
+
             if shard not in self._wanted and not self._stopped:
-                with suppress(DataError, OSError):  # whoever reads the shard tries again, and says what is wrong
+                # whoever reads the shard tries again, and says what is wrong
+                with suppress(DataError, OSError):
                     self.staged.fetch(shard)
+
             self._wanted[shard] = step
 
     def _coming(self) -> Iterator[tuple[int, int]]:
@@ -250,13 +288,16 @@ class Prefetcher(Thread):
             if step > self.now + HORIZON:
                 self._pause()
                 continue
+
             step = max(step, self.now)
             try:
                 samples = self.course.samples(step)
             except IndexError:
                 return
+
             for shard in self.staged.numbers(samples):
                 yield step, shard
+
             step += 1
 
     def _room(self, step: int, shard: int) -> bool:
@@ -266,11 +307,15 @@ class Prefetcher(Thread):
         return step <= self.now or held + int(sizes[shard]) <= self.staged.budget()
 
     def _forget(self) -> None:
-        """Shards that were read for the last time are the first to go, and those to be read stay."""
+        """Shards that were read for the last time are the first to go, and those to be read
+        stay.
+        """
         done = [shard for shard, step in self._wanted.items() if step < self.now]
+
         for shard in done:
             del self._wanted[shard]
             self.staged.cache.mark(self.staged.shard(shard)[0], wanted=False)
+
         if monotonic() - self._refreshed > REFRESH:
             self._refreshed = monotonic()
             for shard in self._wanted:

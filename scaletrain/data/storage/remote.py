@@ -1,6 +1,8 @@
-"""Where the files of a data set come from: http(s)://HOST/FOLDER, s3://BUCKET/PREFIX or, to be staged, a local folder.
+"""Where the files of a data set come from: http(s)://HOST/FOLDER, s3://BUCKET/PREFIX or, to be
+staged, a local folder.
 
-Nothing here is trusted: every file has a size that it may not pass, and shards have the sha256 of the manifest.
+Nothing here is trusted: every file has a size that it may not pass, and shards have the sha256 of
+the manifest.
 """
 
 from __future__ import annotations
@@ -22,27 +24,36 @@ from scaletrain.data.storage.http import Differs, Passing
 from scaletrain.runtime import heartbeat, local_files
 
 T = TypeVar("T")
-TRIES = 7  # with waits of 1, 2, 4 ... 30 seconds: an outage of a minute passes
-TIMEOUT = 30.0  # seconds of silence
-SLOWEST = 500_000  # bytes a second, below which a download is given up
+# with waits of 1, 2, 4 ... 30 seconds: an outage of a minute passes
+TRIES = 7
+# seconds of silence
+TIMEOUT = 30.0
+# bytes a second, below which a download is given up
+SLOWEST = 500_000
 CHUNK = 8 << 20
 
 
 class RemoteError(DataError):
     """A file of a remote data set that cannot be had, after all tries."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: another start may succeed
+    # EX_TEMPFAIL of sysexits.h: another start may succeed
+    exit_code = 75
 
 
 class LostError(RemoteError):
-    """A file that is not there, or is not the one that the manifest lists: waiting does not help."""
+    """A file that is not there, or is not the one that the manifest lists: waiting does not
+    help.
+    """
 
 
 class Origin(Protocol):
-    url: str  # of the folder, without a slash at its end
+    # of the folder, without a slash at its end
+    url: str
 
     def parts(self, name: str, limit: int) -> Iterator[bytes]:
-        """Of one file, at most `limit` bytes. Raises fetch.Passing, or DataError for what cannot pass."""
+        """Of one file, at most `limit` bytes. Raises fetch.Passing, or DataError for what cannot
+        pass.
+        """
         ...
 
 
@@ -50,11 +61,18 @@ def origin(path: str) -> Origin:
     """Raises DataError for addresses that are not read."""
     if not is_remote(path):
         return Folder(path)
+
     parts = urlsplit(path)
     if parts.scheme not in ("http", "https", "s3"):
-        raise DataError(f"data.path={path}: only http://, https:// and s3:// are read, or a local folder")
+        raise DataError(
+            f"data.path={path}: only http://, https:// and s3:// are read, or a local folder"
+        )
     if not parts.hostname or parts.query or parts.fragment or parts.username or parts.password:
-        raise DataError(f"data.path={path}: write it as SCHEME://HOST/FOLDER, without query, fragment or password")
+        raise DataError(
+            f"data.path={path}: write it as SCHEME://HOST/FOLDER, without query, fragment or "
+            "password"
+        )
+
     return S3(path.rstrip("/")) if parts.scheme == "s3" else Web(path.rstrip("/"))
 
 
@@ -64,7 +82,9 @@ def read(source: Origin, name: str, limit: int) -> bytes:
 
 
 def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str | None) -> None:
-    """Write a file of known size, and of known checksum if given. Raises RemoteError naming address, tries and cause."""
+    """Write a file of known size, and of known checksum if given. Raises RemoteError naming
+    address, tries and cause.
+    """
 
     def once() -> None:
         heartbeat.beat()
@@ -74,16 +94,21 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
             heartbeat.beat()
             digest.update(part)
             done += file.write(part)
+
         if done != size:
             raise Differs(f"{done} bytes came and not the {size} of the manifest")
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise Differs("the content is not that of the manifest (sha256 differs): damaged on its way, or altered")
+            raise Differs(
+                "the content is not that of the manifest (sha256 differs): damaged on its way, or "
+                "altered"
+            )
 
     _tried(source, name, once)
 
 
 def _tried(source: Origin, name: str, work: Callable[[], T]) -> T:
-    # the network has limits of its own, within which an outage passes; a folder of a file system that hangs has none
+    # the network has limits of its own, within which an outage passes; a folder of a file system
+    # that hangs has none
     silence = nullcontext() if isinstance(source, Folder) else heartbeat.unwatched()
     try:
         with silence:
@@ -122,14 +147,19 @@ class Folder:
 
 
 class S3:
-    """A bucket of S3 or what speaks like it. Keys, region and endpoint are boto's: AWS_PROFILE, AWS_ENDPOINT_URL and so on."""
+    """A bucket of S3 or what speaks like it. Keys, region and endpoint are boto's: AWS_PROFILE,
+    AWS_ENDPOINT_URL and so on.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         try:
             self._library = importlib.import_module("s3fs").__name__
         except ImportError:
-            raise DataError(f"data.path={url}: reading s3:// needs s3fs: pip install 'scaletrain[remote]'") from None
+            raise DataError(
+                f"data.path={url}: reading s3:// needs s3fs: pip install 'scaletrain[remote]'"
+            ) from None
+
         self._opened: tuple[int, Any] | None = None
 
     def parts(self, name: str, limit: int) -> Iterator[bytes]:
@@ -139,6 +169,7 @@ class S3:
             size = files.info(path)["size"]
             if size > limit:
                 raise DataError(f"is larger than {limit} bytes ({size})")
+
             for start in range(0, size, CHUNK):
                 yield files.cat_file(path, start=start, end=min(start + CHUNK, size))
         except DataError:
@@ -146,7 +177,11 @@ class S3:
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(_line(error)) from None
         except Exception as error:  # botocore and aiohttp have a hundred kinds, and no common base
-            final = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+            final = type(error).__name__ in (
+                "NoCredentialsError",
+                "PartialCredentialsError",
+                "ProfileNotFound",
+            )
             raise (DataError if final else Passing)(_line(error)) from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,11 +190,20 @@ class S3:
     def _files(self) -> Any:
         """One file system a process: connections and event loops do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            limits = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT, "retries": {"max_attempts": 0}}
+            limits = {
+                "connect_timeout": TIMEOUT,
+                "read_timeout": TIMEOUT,
+                "retries": {"max_attempts": 0},
+            }
             library = importlib.import_module(self._library)
-            made = library.S3FileSystem(config_kwargs=limits, skip_instance_cache=True, use_listings_cache=False)
-            made.retries = 1  # ours are counted and have their own waits
+            made = library.S3FileSystem(
+                config_kwargs=limits, skip_instance_cache=True, use_listings_cache=False
+            )
+
+            # ours are counted and have their own waits
+            made.retries = 1
             self._opened = os.getpid(), made
+
         return self._opened[1]
 
 

@@ -1,4 +1,6 @@
-"""Gaussian blur of uint8 images in fixed point: faster than OpenCV's, which spends most of its time on other cases."""
+"""Gaussian blur of uint8 images in fixed point: faster than OpenCV's, which spends most of its time
+on other cases.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +11,58 @@ from numpy import uint8, uint16, uint32
 
 from scaletrain.runtime.jit import compiled, inlined
 
-Array = Any  # in compiled code the types are numba's
+# in compiled code the types are numba's
+Array = Any
 
 
 @compiled
 def blur(image: Array, sigma: float, radius: int, solarize: bool) -> None:
-    """Rows [H, 3 W] uint8 in place, mirrored at the border; radius >= 1, below H and W; then solarize.
+    """Rows [H, 3 W] uint8 in place, mirrored at the border; radius >= 1, below H and W; then
+    solarize.
 
-    Columns first, to 16 bits that hold 256ths; then rows, whose products are cut to their upper 16 bits, so that vectors of 16
-    bits do all. The halves that the cuts lose on average are added before.
+    Columns first, to 16 bits that hold 256ths; then rows, whose products are cut to their upper 16
+    bits, so that vectors of 16 bits do all. The halves that the cuts lose on average are added
+    before.
     """
     height, n = image.shape
     kernel = _weights(sigma, radius)
+
     source = image.copy()
     padded = np.empty(n + 6 * radius, np.uint16)
     line, total = padded[3 * radius : 3 * radius + n], np.empty(n, np.uint16)
     for y in range(height):
         _start(line, source[y], uint16(kernel[0, 0]))
         for k in range(1, radius + 1):
-            _columns(line, source[_inside(y - k, height)], source[_inside(y + k, height)], uint16(kernel[0, k]))
+            _columns(
+                line,
+                source[_inside(y - k, height)],
+                source[_inside(y + k, height)],
+                uint16(kernel[0, k]),
+            )
+
         for k in range(1, radius + 1):
             for c in range(3):
                 padded[3 * (radius - k) + c] = line[3 * k + c]
                 padded[3 * radius + n - 3 + 3 * k + c] = line[n - 3 - 3 * k + c]
+
         _centre(total, line, uint32(kernel[1, 0]), uint16(128 + (radius + 1) // 2))
         for k in range(1, radius + 1):
             left, right = 3 * (radius - k), 3 * (radius + k)
-            _rows(total, padded[left : left + n], padded[right : right + n], uint32(2 * kernel[1, k]))
+            _rows(
+                total, padded[left : left + n], padded[right : right + n], uint32(2 * kernel[1, k])
+            )
+
         _finish(total, image[y], solarize)
 
 
 @inlined
 def _weights(sigma: float, radius: int) -> Array:
-    """[2, radius + 1] from the centre outwards: the kernel in units of 1/256 and of 1/65536; both sum to one."""
+    """[2, radius + 1] from the centre outwards: the kernel in units of 1/256 and of 1/65536; both
+    sum to one.
+    """
     curve = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
     fixed = np.empty((2, radius + 1), np.uint16)
+
     for i in range(2):
         one = 65536 if i else 256
         rest = 0
@@ -51,7 +70,9 @@ def _weights(sigma: float, radius: int) -> Array:
             weight = round(one * curve[k] / (2 * curve.sum() - curve[0]))
             fixed[i, k] = weight
             rest += 2 * weight
+
         fixed[i, 0] = min(one - rest, 65535)
+
     return fixed
 
 

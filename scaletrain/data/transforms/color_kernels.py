@@ -1,7 +1,9 @@
-"""Colour operations in one pass over the rows of an image, with Pillow's own arithmetic: its truncations and clips after each.
+"""Colour operations in one pass over the rows of an image, with Pillow's own arithmetic: its
+truncations and clips after each.
 
-A row is split into planes that stay in the first-level cache; every loop below is one that the compiler turns into vector
-instructions. That needs 32-bit arithmetic throughout: numba widens integers to 64 bits unless told.
+A row is split into planes that stay in the first-level cache; every loop below is one that the
+compiler turns into vector instructions. That needs 32-bit arithmetic throughout: numba widens
+integers to 64 bits unless told.
 """
 
 from __future__ import annotations
@@ -13,40 +15,51 @@ from numpy import float32, int32, uint64
 
 from scaletrain.runtime.jit import compiled, inlined
 
-Array = Any  # in compiled code the types are numba's
+# in compiled code the types are numba's
+Array = Any
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @compiled
 def normalise(src: Array, scale: Array, shift: Array, out: Array) -> None:
-    """Rows [n, 3 W] uint8 -> float32 [n, 3 W]: src * scale + shift, whose [3 W] float32 repeat with the channels."""
+    """Rows [n, 3 W] uint8 -> float32 [n, 3 W]: src * scale + shift, whose [3 W] float32 repeat with
+    the channels.
+    """
     for y in range(src.shape[0]):
         for x in range(src.shape[1]):
             out[y, x] = float32(src[y, x]) * scale[x] + shift[x]
 
 
 @compiled
-def photometric(src: Array, out: Array, order: Array, factors: Array, gray: bool, solarize: bool, flip: bool) -> None:
+def photometric(
+    src: Array, out: Array, order: Array, factors: Array, gray: bool, solarize: bool, flip: bool
+) -> None:
     """Rows [H, 3 W] uint8 -> [H, 3 W]: the operations in `order`, then gray, solarize and flip.
 
-    factors [4] float64: of brightness, contrast, saturation; the shift of the 8-bit hue. Contrast blends with the mean of the
-    gray image that the operations before it leave, so those need a pass of their own, which writes its result to `out`.
+    factors [4] float64: of brightness, contrast, saturation; the shift of the 8-bit hue. Contrast
+    blends with the mean of the gray image that the operations before it leave, so those need a pass
+    of their own, which writes its result to `out`.
     """
     first, mean = 0, 0
+
     for k in range(len(order)):
         if order[k] == CONTRAST:
             mean = int(_gray_sum(src, out, order[:k], factors) / (src.size // 3) + 0.5)
             first, src = k, out if k else src
+
     width = src.shape[1] // 3
     rgb, mirrored = np.empty((3, width), np.int32), np.empty((3, width), np.int32)
     for y in range(src.shape[0]):
         _split(src[y], rgb)
         for k in range(first, len(order)):
             _operate(order[k], rgb, factors, mean)
+
         if gray:
             _gray(rgb)
+
         if solarize:
             _solarize(rgb)
+
         if flip:
             _mirror(rgb, mirrored)
             _merge(mirrored, out[y])
@@ -56,20 +69,27 @@ def photometric(src: Array, out: Array, order: Array, factors: Array, gray: bool
 
 @inlined
 def _gray_sum(src: Array, out: Array, order: Array, factors: Array) -> int:
-    """Sum of the gray image after `order`; if that is not empty, the colour image is written to `out`."""
+    """Sum of the gray image after `order`; if that is not empty, the colour image is written to
+    `out`.
+    """
     width = src.shape[1] // 3
     rgb = np.empty((3, width), np.int32)
     total = 0
+
     for y in range(src.shape[0]):
         _split(src[y], rgb)
         for k in range(len(order)):
             _operate(order[k], rgb, factors, 0)
+
         if len(order):
             _merge(rgb, out[y])
+
         row = int32(0)
         for x in range(width):
             row = int32(row + _luma(rgb[0, x], rgb[1, x], rgb[2, x]))
+
         total += int(row)
+
     return total
 
 
@@ -81,7 +101,9 @@ def _operate(operation: int, rgb: Array, factors: Array, mean: int) -> None:
         _saturate(rgb[0], rgb[1], rgb[2], float32(factors[SATURATION]))
     else:
         for c in range(3):
-            _blend(rgb[c], float32(mean if operation == CONTRAST else 0), float32(factors[operation]))
+            _blend(
+                rgb[c], float32(mean if operation == CONTRAST else 0), float32(factors[operation])
+            )
 
 
 @inlined
@@ -113,7 +135,9 @@ def _saturate(r: Array, g: Array, b: Array, factor: float32) -> None:
 
 @inlined
 def _hue(r: Array, g: Array, b: Array, shift: int32) -> None:
-    """To Pillow's 8-bit HSV, shifted, and back. The six sectors are written as ramps, so that there are no branches."""
+    """To Pillow's 8-bit HSV, shifted, and back. The six sectors are written as ramps, so that there
+    are no branches.
+    """
     for x in range(len(r)):
         value = max(r[x], max(g[x], b[x]))
         chroma = int32(value - min(r[x], min(g[x], b[x])))
@@ -123,6 +147,7 @@ def _hue(r: Array, g: Array, b: Array, shift: int32) -> None:
             rise, sector = int32(b[x] - r[x]), float32(2)
         else:
             rise, sector = int32(r[x] - g[x]), float32(4)
+
         angle = float32(rise) / float32(max(chroma, int32(1))) + sector
         angle = angle + float32(6) if angle < 0 else angle
         hue = int32(int32(int32(angle * float32(42.5)) + shift) & 255)
@@ -132,6 +157,7 @@ def _hue(r: Array, g: Array, b: Array, shift: int32) -> None:
         depth = float32(value) * (float32(saturation) * float32(1 / 255))
         r[x] = int32(top - depth * _unit(float32(2) - abs(turned - float32(3))))
         g[x] = int32(top - depth * _unit(abs(turned - float32(2)) - float32(1)))
+
         b[x] = int32(top - depth * _unit(abs(turned - float32(4)) - float32(1)))
 
 
@@ -183,4 +209,5 @@ def _mirror(rgb: Array, out: Array) -> None:
     for c in range(3):
         source, target = rgb[c], out[c]
         for x in range(last + 1):
-            target[x] = source[uint64(last - x)]  # unsigned: else numba looks whether to count from the end
+            # unsigned: else numba looks whether to count from the end
+            target[x] = source[uint64(last - x)]

@@ -13,25 +13,32 @@ from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.params import Box
 
 _PLAIN = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-LARGE = 1 << 24  # pixels, which an image on the way to a small one has only where it is a hundred times as long as wide
-LONG = 16  # times as long as wide; such an image is cut before it is enlarged
+# pixels, which an image on the way to a small one has only where it is a hundred times as long as
+# wide
+LARGE = 1 << 24
+# times as long as wide; such an image is cut before it is enlarged
+LONG = 16
 
 
 def resize(image: Pixels, height: int, width: int, interpolation: str, antialias: bool) -> Pixels:
     """[H, W, 3] -> [height, width, 3].
 
-    Antialiased: the filter widens with the reduction, as in Pillow; torch's uint8 kernel gives Pillow's values and is faster
-    than OpenCV's INTER_AREA. Otherwise four or sixteen neighbours, whatever the reduction: bilinear and bicubic are OpenCV's
-    (the cubic with a = -.75, as torch's), keys is TensorFlow's bicubic, as in BYOL's and ReLICv2's code.
+    Antialiased: the filter widens with the reduction, as in Pillow; torch's uint8 kernel gives
+    Pillow's values and is faster than OpenCV's INTER_AREA. Otherwise four or sixteen neighbours,
+    whatever the reduction: bilinear and bicubic are OpenCV's (the cubic with a = -.75, as torch's),
+    keys is TensorFlow's bicubic, as in BYOL's and ReLICv2's code.
     """
     if image.shape[:2] == (height, width):
         return image
     if not antialias:
         return cv2.resize(image, (width, height), interpolation=_PLAIN[interpolation])  # type: ignore[return-value]
+
     if image.shape[0] * width > max(LARGE, 4 * image.shape[0] * image.shape[1], 4 * height * width):
         # torch makes the rows as wide as wanted before it makes them fewer
         image = resize(image, height, image.shape[1], interpolation, antialias)
-    # the batch axis comes before the permutation, so that torch sees channels_last and answers in it
+
+    # the batch axis comes before the permutation, so that torch sees channels_last and answers in
+    # it
     x = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     x = F.interpolate(x, size=(height, width), mode=interpolation, antialias=True)
     return x.permute(0, 2, 3, 1)[0].numpy()
@@ -44,7 +51,10 @@ def crop(image: Pixels, box: Box, size: int, interpolation: str, antialias: bool
         out = np.empty((size, size, 3), np.uint8)
         tf_bicubic.resize(rows(image), top, left, height, width, rows(out))
         return out
-    return resize(image[top : top + height, left : left + width], size, size, interpolation, antialias)
+
+    return resize(
+        image[top : top + height, left : left + width], size, size, interpolation, antialias
+    )
 
 
 def prepare() -> None:
@@ -60,38 +70,63 @@ def rows(image: Pixels) -> NDArray[np.uint8]:
 def crop_mask(mask: NDArray[np.uint8], box: Box, size: int, flip: bool) -> NDArray[np.uint8]:
     """[H, W] -> [size, size] by the nearest pixel, with the view's box and flip."""
     top, left, height, width = box
-    out = cv2.resize(mask[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+    out = cv2.resize(
+        mask[top : top + height, left : left + width],
+        (size, size),
+        interpolation=cv2.INTER_NEAREST_EXACT,
+    )
+
     return cv2.flip(out, 1) if flip else out  # type: ignore[return-value]
 
 
 def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
     """The deterministic view of evaluation, [size, size, 3].
 
-    tv: short side to 256/224 of `size` (bilinear, antialiased), centre crop. byol: centre square of 224/256 of the short side,
-    then plain bicubic. none: the whole image, squeezed.
+    tv: short side to 256/224 of `size` (bilinear, antialiased), centre crop. byol: centre square of
+    224/256 of the short side, then plain bicubic. none: the whole image, squeezed.
     """
     height, width = image.shape[:2]
     short = min(height, width)
+
     match protocol:
         case "tv":
             side = round(size * 256 / 224)
-            if max(height, width) > LONG * short and side * side * max(height, width) // short > LARGE:
+            if (
+                max(height, width) > LONG * short
+                and side * side * max(height, width) // short > LARGE
+            ):
                 image = _middle(image, 2 * short + 8)
                 height, width = image.shape[:2]
+
             # Resize() truncates the long side
-            image = resize(image, side * height // short, side * width // short, "bilinear", antialias=True)
+            image = resize(
+                image, side * height // short, side * width // short, "bilinear", antialias=True
+            )
             return np.ascontiguousarray(_centre(image, size))
         case "byol":
-            return resize(_centre(image, max(1, round(short * 224 / 256))), size, size, "bicubic", antialias=False)
+            return resize(
+                _centre(image, max(1, round(short * 224 / 256))),
+                size,
+                size,
+                "bicubic",
+                antialias=False,
+            )
         case "none":
             return resize(image, size, size, "bilinear", antialias=True)
+
     raise ValueError(f"there is no resize protocol '{protocol}'; known: tv, byol, none")
 
 
 def _middle(image: Pixels, length: int) -> Pixels:
-    """About `length` pixels of the long side, as many cut off at one end as at the other: more than a centre crop sees."""
+    """About `length` pixels of the long side, as many cut off at one end as at the other: more than
+    a centre crop sees.
+    """
     cut = max(0, (max(image.shape[:2]) - length) // 2)
-    return image[cut : len(image) - cut] if len(image) > image.shape[1] else image[:, cut : image.shape[1] - cut]
+    return (
+        image[cut : len(image) - cut]
+        if len(image) > image.shape[1]
+        else image[:, cut : image.shape[1] - cut]
+    )
 
 
 def _centre(image: Pixels, side: int) -> Pixels:

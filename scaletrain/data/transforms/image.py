@@ -1,4 +1,5 @@
-"""From the bytes of an image member to pixels. The size is read from the header first, so a bomb is refused before decoding.
+"""From the bytes of an image member to pixels. The size is read from the header first, so a bomb is
+refused before decoding.
 
 Every function here raises ImageError, which does not know where the bytes come from.
 """
@@ -17,10 +18,14 @@ from PIL import Image, ImageOps
 from scaletrain.data.errors import ImageError
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
-MAX_SIDE = 1 << 17  # pixels; JPEG and WebP cannot have more than 65,535, and tables for resizing grow with it
-SCANS = 500  # of a progressive JPEG; encoders write about ten, and each one touches every pixel
-TAIL = 4096  # bytes in which a JPEG's end is looked for: some cameras write a little after it
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # of a PNG; Pillow decompresses them, and refuses those above 1 MB
+# pixels; JPEG and WebP cannot have more than 65,535, and tables for resizing grow with it
+MAX_SIDE = 1 << 17
+# of a progressive JPEG; encoders write about ten, and each one touches every pixel
+SCANS = 500
+# bytes in which a JPEG's end is looked for: some cameras write a little after it
+TAIL = 4096
+# of a PNG; Pillow decompresses them, and refuses those above 1 MB
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 def kind(data: bytes) -> str:
@@ -29,6 +34,7 @@ def kind(data: bytes) -> str:
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
+
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
@@ -45,16 +51,19 @@ def size(data: bytes) -> tuple[int, int]:
                 return _webp(data)
     except (struct.error, IndexError):
         pass
+
     return 0, 0
 
 
 def decode(data: bytes, max_pixels: int) -> Pixels:
-    """RGB pixels, upright by EXIF (torchvision leaves them lying); of an animation, the first frame.
+    """RGB pixels, upright by EXIF (torchvision leaves them lying); of an animation, the first
+    frame.
 
-    Gray, palette, CMYK and 16-bit images become 8-bit RGB (the upper byte); alpha is dropped. Of damaged files those are read
-    that Pillow calls complete, such as a PNG without its end.
+    Gray, palette, CMYK and 16-bit images become 8-bit RGB (the upper byte); alpha is dropped. Of
+    damaged files those are read that Pillow calls complete, such as a PNG without its end.
     """
     check(data, max_pixels)
+
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
@@ -83,12 +92,14 @@ def strict(data: bytes, max_pixels: int) -> Pixels:
 
 
 def _decode(data: bytes, flags: int) -> Pixels:
-    # OpenCV before 5 fills what a JPEG lacks with gray, and says nothing; a sound file ends with this marker
+    # OpenCV before 5 fills what a JPEG lacks with gray, and says nothing; a sound file ends with
+    # this marker
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" in data[-TAIL:]:
         with suppress(cv2.error):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
             if pixels is not None:
                 return pixels  # type: ignore[return-value]
+
     return _pillow(data, "L" if flags == cv2.IMREAD_GRAYSCALE else "RGB")
 
 
@@ -105,13 +116,17 @@ def _pillow(data: bytes, mode: str) -> Pixels:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without the chunks that say nothing of its pixels and may be of any size (PNG specification, 5.3 and 11.3)."""
+    """A PNG without the chunks that say nothing of its pixels and may be of any size (PNG
+    specification, 5.3 and 11.3).
+    """
     kept, at = [data[:8]], 8
+
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] not in TEXTS:
             kept.append(data[at:end])
         at = end
+
     return b"".join([*kept, data[at:]])
 
 
@@ -119,19 +134,32 @@ def _jpeg(data: bytes) -> tuple[int, int]:
     """Walk the segments to the frame header SOFn (ITU T.81, B.1.1.3 and B.2.2)."""
     at = 2
     while True:
-        while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
+        # fill bytes
+        while data[at] == 0xFF and data[at + 1] == 0xFF:
             at += 1
+
         if data[at] != 0xFF:
             return 0, 0
+
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 5)
             if marker & 3 == 2 and data.count(b"\xff\xda") > SCANS:
-                raise ImageError(f"a progressive JPEG of more than {SCANS} scans, each of which is decoded in full")
+                raise ImageError(
+                    f"a progressive JPEG of more than {SCANS} scans, each of which is decoded in "
+                    "full"
+                )
+
             return height, width
+
         if marker in (0xD9, 0xDA):
             return 0, 0
-        at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD8 else 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+        at += (
+            2
+            if marker == 0x01 or 0xD0 <= marker <= 0xD8
+            else 2 + struct.unpack_from(">H", data, at + 2)[0]
+        )
 
 
 def _webp(data: bytes) -> tuple[int, int]:
@@ -144,8 +172,12 @@ def _webp(data: bytes) -> tuple[int, int]:
             bits = struct.unpack_from("<I", data, 21)[0]
             return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
         case b"VP8X":
-            width, height = int.from_bytes(data[24:27], "little"), int.from_bytes(data[27:30], "little")
+            width, height = (
+                int.from_bytes(data[24:27], "little"),
+                int.from_bytes(data[27:30], "little"),
+            )
             return height + 1, width + 1
+
     return 0, 0
 
 
@@ -158,13 +190,22 @@ def png(pixels: Pixels) -> bytes:
 def jpeg(pixels: Pixels, quality: int) -> bytes:
     """Encode [H, W, 3] RGB; `quality` in 1 .. 100."""
     try:
-        return bytes(cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
+        return bytes(
+            cv2.imencode(
+                ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
+            )[1]
+        )
     except cv2.error as error:
         raise ImageError(f"the image cannot be written as JPEG ({error.err})") from None
 
 
 def shrink(pixels: Pixels, side: int, interpolation: int = cv2.INTER_AREA) -> Pixels:
-    """[H, W, 3] or [H, W], H and W above `side` -> the short side is `side`. Area averages: antialiased (as FFCV's writer)."""
+    """[H, W, 3] or [H, W], H and W above `side` -> the short side is `side`. Area averages:
+    antialiased (as FFCV's writer).
+    """
     height, width = pixels.shape[:2]
     scale = side / min(height, width)
-    return cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=interpolation)  # type: ignore[return-value]
+
+    return cv2.resize(
+        pixels, (round(width * scale), round(height * scale)), interpolation=interpolation
+    )  # type: ignore[return-value]

@@ -1,5 +1,6 @@
-"""TensorFlow's bicubic resize, which BYOL's and ReLICv2's code uses: the cubic with a = -.5 of Keys (1981, "Cubic convolution
-interpolation"), pixel centres at halves, four neighbours whatever the reduction, those outside left out of the weights' sum.
+"""TensorFlow's bicubic resize, which BYOL's and ReLICv2's code uses: the cubic with a = -.5 of Keys
+(1981, "Cubic convolution interpolation"), pixel centres at halves, four neighbours whatever the
+reduction, those outside left out of the weights' sum.
 """
 
 from __future__ import annotations
@@ -11,26 +12,38 @@ from numpy import float32, int32, uint8, uint64
 
 from scaletrain.runtime.jit import compiled, inlined
 
-Array = Any  # in compiled code the types are numba's
+# in compiled code the types are numba's
+Array = Any
 
 
 @compiled
 def resize(image: Array, top: int, left: int, height: int, width: int, out: Array) -> None:
-    """Rows [H, 3 W] uint8 of an image, its box -> out [h, 3 w] uint8, clipped to 0 .. 255 and rounded once.
+    """Rows [H, 3 W] uint8 of an image, its box -> out [h, 3 w] uint8, clipped to 0 .. 255 and
+    rounded once.
 
-    Columns first, all channels of a row in one vector loop. Then rows, four numbers at a time, of which the fourth belongs to
-    the next pixel, which overwrites it.
+    Columns first, all channels of a row in one vector loop. Then rows, four numbers at a time, of
+    which the fourth belongs to the next pixel, which overwrites it.
     """
     first_y, weights_y = _weights(height, out.shape[0])
     first_x, weights_x = _weights(width, out.shape[1] // 3)
-    line = np.zeros(3 * width + 13, np.float32)  # two pixels of zeros before, more beyond: they have no weight
+    # two pixels of zeros before, more beyond: they have no weight
+    line = np.zeros(3 * width + 13, np.float32)
+
     sums = np.empty(out.shape[1] + 1, np.float32)
     start, stop = 3 * left, 3 * (left + width)
     for y in range(out.shape[0]):
         at = first_y[y]
         a, b = image[top + max(at, 0)], image[top + min(max(at + 1, 0), height - 1)]
         c, d = image[top + min(at + 2, height - 1)], image[top + min(at + 3, height - 1)]
-        _columns(line[6 : 6 + 3 * width], a[start:stop], b[start:stop], c[start:stop], d[start:stop], weights_y[y])
+        _columns(
+            line[6 : 6 + 3 * width],
+            a[start:stop],
+            b[start:stop],
+            c[start:stop],
+            d[start:stop],
+            weights_y[y],
+        )
+
         _row(line, sums, first_x, weights_x)
         _round(sums, out[y])
 
@@ -45,12 +58,35 @@ def _columns(line: Array, a: Array, b: Array, c: Array, d: Array, w: Array) -> N
 @inlined
 def _row(line: Array, sums: Array, first: Array, weights: Array) -> None:
     for x in range(len(first)):
-        i, o = uint64(3 * (first[x] + 2)), uint64(3 * x)  # unsigned: else numba looks whether to count from the end
+        # unsigned: else numba looks whether to count from the end
+        i, o = uint64(3 * (first[x] + 2)), uint64(3 * x)
         p, q, r, s = weights[x, 0], weights[x, 1], weights[x, 2], weights[x, 3]
-        t = p * line[i] + q * line[i + uint64(3)] + r * line[i + uint64(6)] + s * line[i + uint64(9)]
-        u = p * line[i + uint64(1)] + q * line[i + uint64(4)] + r * line[i + uint64(7)] + s * line[i + uint64(10)]
-        v = p * line[i + uint64(2)] + q * line[i + uint64(5)] + r * line[i + uint64(8)] + s * line[i + uint64(11)]
-        w = p * line[i + uint64(3)] + q * line[i + uint64(6)] + r * line[i + uint64(9)] + s * line[i + uint64(12)]
+        t = (
+            p * line[i]
+            + q * line[i + uint64(3)]
+            + r * line[i + uint64(6)]
+            + s * line[i + uint64(9)]
+        )
+        u = (
+            p * line[i + uint64(1)]
+            + q * line[i + uint64(4)]
+            + r * line[i + uint64(7)]
+            + s * line[i + uint64(10)]
+        )
+
+        v = (
+            p * line[i + uint64(2)]
+            + q * line[i + uint64(5)]
+            + r * line[i + uint64(8)]
+            + s * line[i + uint64(11)]
+        )
+        w = (
+            p * line[i + uint64(3)]
+            + q * line[i + uint64(6)]
+            + r * line[i + uint64(9)]
+            + s * line[i + uint64(12)]
+        )
+
         sums[o] = t
         sums[o + uint64(1)] = u
         sums[o + uint64(2)] = v
@@ -65,8 +101,11 @@ def _round(sums: Array, out: Array) -> None:
 
 @inlined
 def _weights(before: int, after: int) -> tuple[Array, Array]:
-    """For each of `after` pixels the first of the four of `before` that it sees, from -1 or -2, and their weights."""
+    """For each of `after` pixels the first of the four of `before` that it sees, from -1 or -2, and
+    their weights.
+    """
     first, weights = np.empty(after, np.int64), np.zeros((after, 4), np.float32)
+
     for x in range(after):
         centre = (x + 0.5) * before / after - 0.5
         first[x] = int(np.floor(centre)) - 1
@@ -77,6 +116,8 @@ def _weights(before: int, after: int) -> tuple[Array, Array]:
             if 0 <= first[x] + k < before:
                 weights[x, k] = w
                 total += w
+
         for k in range(4):
             weights[x, k] /= total
+
     return first, weights

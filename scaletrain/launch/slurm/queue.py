@@ -1,4 +1,6 @@
-"""What the cluster says of itself and of its jobs, through sinfo, scontrol and squeue: accounting need not be installed."""
+"""What the cluster says of itself and of its jobs, through sinfo, scontrol and squeue: accounting
+need not be installed.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,25 @@ from pathlib import Path
 
 from scaletrain.doctor.disk import filesystem
 
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
-REQUEUED = ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "NODE_FAIL")  # may come back
+LIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+)
+# may come back
+REQUEUED = ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "NODE_FAIL")
 MEMORY_FILES = ("tmpfs", "ramfs", "devtmpfs")
 LOCAL_FILES = (*MEMORY_FILES, "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
-TIMES = "minutes, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS"
+TIMES = (
+    "minutes, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES, "
+    "DAYS-HOURS:MINUTES:SECONDS"
+)
 
 
 class SlurmError(ValueError):
@@ -40,7 +56,9 @@ class Partition:
 
 @dataclass(frozen=True)
 class State:
-    """e.g. RUNNING on n[1-2], or PENDING for (Resources). `name` is empty for a job that the controller has forgotten."""
+    """e.g. RUNNING on n[1-2], or PENDING for (Resources). `name` is empty for a job that the
+    controller has forgotten.
+    """
 
     name: str
     where: str
@@ -50,7 +68,9 @@ class State:
         return self.name in LIVE or self.name in REQUEUED
 
     def __str__(self) -> str:
-        return f"{self.name.lower()} {self.where}".strip() if self.name else "no longer in the queue"
+        return (
+            f"{self.name.lower()} {self.where}".strip() if self.name else "no longer in the queue"
+        )
 
 
 def ask(*command: str) -> str:
@@ -59,42 +79,71 @@ def ask(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         raise UnavailableError(
-            f"{command[0]} is not installed: this is no machine of a SLURM cluster. launchers/local.py trains on this machine, "
+            f"{command[0]} is not installed: this is no machine of a SLURM cluster. "
+            "launchers/local.py trains on this machine, "
             "torchrun on several"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UnavailableError(f"{command[0]} does not answer: is slurmctld up? Try `scontrol ping`") from None
+        raise UnavailableError(
+            f"{command[0]} does not answer: is slurmctld up? Try `scontrol ping`"
+        ) from None
+
     if done.returncode:
         said = (done.stderr.strip() or "failed").splitlines()[-1]
-        away = any(text in said for text in ("configuration source", "Unable to contact slurm controller"))
+        away = any(
+            text in said for text in ("configuration source", "Unable to contact slurm controller")
+        )
         kind = UnavailableError if away else SlurmError
         raise kind(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
+
     return done.stdout.strip()
 
 
 def partition(name: str | None = None) -> Partition:
     """The named or the default partition; several, parted by commas, as one."""
-    rows = [line.split("|") for line in ask("sinfo", "-h", "-N", "-a", "-o", "%P|%N|%c|%G").splitlines()]
+    rows = [
+        line.split("|") for line in ask("sinfo", "-h", "-N", "-a", "-o", "%P|%N|%c|%G").splitlines()
+    ]
     known = sorted({row[0] for row in rows})
-    chosen = name if name is not None else next((p.removesuffix("*") for p in known if p.endswith("*")), None)
+    chosen = (
+        name
+        if name is not None
+        else next((p.removesuffix("*") for p in known if p.endswith("*")), None)
+    )
+
     if chosen is None:
-        raise SlurmError(f"the cluster has no default partition: choose one with --partition; there are {', '.join(known)}")
+        raise SlurmError(
+            "the cluster has no default partition: choose one with --partition; there are "
+            f"{', '.join(known)}"
+        )
+
     there = [p.removesuffix("*") for p in known]
     for part in chosen.split(","):
         if part not in there:
-            raise SlurmError(f"the cluster has no partition '{part}'; there are {', '.join(there) or 'none'}")
+            raise SlurmError(
+                f"the cluster has no partition '{part}'; there are {', '.join(there) or 'none'}"
+            )
+
     mine = {row[1]: row for row in rows if row[0].removesuffix("*") in chosen.split(",")}.values()
     cpus = tuple(int(re.sub(r"\D.*", "", row[2])) for row in mine)
-    return Partition(chosen, tuple(row[1] for row in mine), cpus, tuple(_gpus(row[3]) for row in mine))
+    return Partition(
+        chosen, tuple(row[1] for row in mine), cpus, tuple(_gpus(row[3]) for row in mine)
+    )
 
 
 def seconds(limit: str) -> float:
-    """Of a time limit as SLURM takes it; infinite for none. Raises SlurmError for what is in no form of it."""
+    """Of a time limit as SLURM takes it; infinite for none. Raises SlurmError for what is in no
+    form of it.
+    """
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
+
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit, re.ASCII)
     if not found:
-        raise SlurmError(f"--time {limit!r} is no time limit of SLURM's: write {TIMES}; 0 or UNLIMITED for none")
+        raise SlurmError(
+            f"--time {limit!r} is no time limit of SLURM's: write {TIMES}; 0 or UNLIMITED for none"
+        )
+
     days, a, b, c = (int(part or 0) for part in found.groups())
     hours, minutes, rest = (a, b, c) if found[1] or found[4] else (0, a, b)
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest or math.inf
@@ -110,6 +159,7 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
         if "Invalid job id" not in str(error):
             raise
         lines = []
+
     there = {job: State(name, where) for job, name, where in (line.split("|", 2) for line in lines)}
     return {job: there.get(job, State("", "")) for job in jobs}
 
@@ -121,12 +171,18 @@ def live(comment: str) -> list[str]:
 
 
 def check_shared(folder: Path, nodes: Iterable[str]) -> str | None:
-    """A warning where the folder may be unknown to the nodes. Raises SlurmError where it must be."""
+    """A warning where the folder may be unknown to the nodes. Raises SlurmError where it
+    must be.
+    """
     kind = filesystem(folder)
     if kind not in LOCAL_FILES or all(map(_here, nodes)):
         return None
     if kind in MEMORY_FILES or folder.is_relative_to("/tmp") or folder.is_relative_to("/var/tmp"):
-        raise SlurmError(f"{folder} is on this machine only ({kind}), but the nodes write logs there: choose a shared --run")
+        raise SlurmError(
+            f"{folder} is on this machine only ({kind}), but the nodes write logs there: choose a "
+            "shared --run"
+        )
+
     return f"{folder} is on a {kind} file system: the nodes must see it under this name"
 
 

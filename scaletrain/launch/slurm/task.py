@@ -1,4 +1,5 @@
-"""What each process of a SLURM job does: SLURM's variables to torchrun's, then it becomes `python -m scaletrain ...`.
+"""What each process of a SLURM job does: SLURM's variables to torchrun's, then it becomes `python
+-m scaletrain ...`.
 
 python -m scaletrain.launch.slurm.task FOLDER      inside a job; FOLDER is that of the launch
 """
@@ -19,14 +20,19 @@ from scaletrain import dist, rng
 from scaletrain.runtime.durable import replacing
 from scaletrain.runtime.signals import PROGRESS_FILE, SIGNALS, STOPPED_FILE
 
-TASKS = "tasks.json"  # in the folder of a launch: what each element of the array runs, in order
-PORTS = range(10_000, 32_000)  # below what the kernel hands out to outgoing connections
-PORT_TAKEN = 75  # exit code: a later start may succeed (EX_TEMPFAIL of sysexits.h)
+# in the folder of a launch: what each element of the array runs, in order
+TASKS = "tasks.json"
+# below what the kernel hands out to outgoing connections
+PORTS = range(10_000, 32_000)
+# exit code: a later start may succeed (EX_TEMPFAIL of sysexits.h)
+PORT_TAKEN = 75
 
 
 @dataclass(frozen=True)
 class Task:
-    """One job, or one element of an array: `arguments` of the command line, e.g. ("train", "recipe.yaml"); its run folder."""
+    """One job, or one element of an array: `arguments` of the command line, e.g. ("train",
+    "recipe.yaml"); its run folder.
+    """
 
     arguments: list[str]
     run: str
@@ -46,15 +52,23 @@ def main(folder: Path) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     task = read(folder)[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
     variables = environment(os.environ, str(folder))
-    if variables["RANK"] == "0" and (problem := dist.port_problem("", int(variables["MASTER_PORT"]))):
+    if variables["RANK"] == "0" and (
+        problem := dist.port_problem("", int(variables["MASTER_PORT"]))
+    ):
         print(
-            f"error: port {variables['MASTER_PORT']} on {os.environ.get('SLURMD_NODENAME', 'this node')}: {problem}. "
+            f"error: port {variables['MASTER_PORT']} on "
+            f"{os.environ.get('SLURMD_NODENAME', 'this node')}: {problem}. "
             "Each restart of the job takes another one",
             file=sys.stderr,
             flush=True,
         )
         os._exit(PORT_TAKEN)
-    os.execve(sys.executable, [sys.executable, "-m", "scaletrain", *task.arguments], {**os.environ, **variables})
+
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "scaletrain", *task.arguments],
+        {**os.environ, **variables},
+    )
 
 
 def environment(slurm: Mapping[str, str], folder: str) -> dict[str, str]:
@@ -65,19 +79,24 @@ def environment(slurm: Mapping[str, str], folder: str) -> dict[str, str]:
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks_per_node(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]),
+        "LOCAL_WORLD_SIZE": str(
+            tasks_per_node(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]
+        ),
         # an address, since the names of nodes need not resolve; srun starts on the node of rank 0
         "MASTER_ADDR": slurm["SLURM_LAUNCH_NODE_IPADDR"],
         "MASTER_PORT": str(port(job, restart)),
         "OMP_NUM_THREADS": slurm.get("SLURM_CPUS_PER_TASK", "1"),
         "SCALETRAIN_ERROR_FILE": f"{start}.failure",
         STOPPED_FILE: f"{start}.stopped",
-        PROGRESS_FILE: f"{folder}/{job}.progress",  # of all starts of the job
+        # of all starts of the job
+        PROGRESS_FILE: f"{folder}/{job}.progress",
     }
 
 
 def port(job: str, restart: int) -> int:
-    """Of a job's start. It changes with every restart: what has taken the last one may still be there."""
+    """Of a job's start. It changes with every restart: what has taken the last one may still be
+    there.
+    """
     return PORTS[int(rng.hash64(job, restart)) % len(PORTS)]
 
 

@@ -1,4 +1,6 @@
-"""Auxiliaries and labelled samples in recipes: how they are written, refused, shown, and carried through a run."""
+"""Auxiliaries and labelled samples in recipes: how they are written, refused, shown, and carried
+through a run.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,29 @@ def built(**raw: Any) -> config.Config:
 
 
 def test_a_word_and_a_mapping_mean_the_same_and_are_saved_whole(tmp_path: Path) -> None:
-    short, long = built(auxiliaries=["rotation"]), built(auxiliaries=[{"name": "rotation", "weight": 0.2}])
+    short, long = (
+        built(auxiliaries=["rotation"]),
+        built(auxiliaries=[{"name": "rotation", "weight": 0.2}]),
+    )
     assert short == long
     (tmp_path / "run.yaml").write_text(load.dump(short))
     assert load.load(tmp_path / "run.yaml") == short
     changed = load.load(tmp_path / "run.yaml", ["auxiliaries.0.weight=0.5"])
     assert load.diff(short, changed) == [("auxiliaries.0.weight", 0.2, 0.5)]
     assert load.load(tmp_path / "run.yaml", ["auxiliaries=[]"]) == built()
-    assert load.load(tmp_path / "run.yaml", ["auxiliaries=[suncet]"]) == built(auxiliaries=["suncet"])
+    assert load.load(tmp_path / "run.yaml", ["auxiliaries=[suncet]"]) == built(
+        auxiliaries=["suncet"]
+    )
 
 
 @pytest.mark.parametrize(
     ("auxiliaries", "text"),
     [
         (["rotatoin"], r"there is no 'rotatoin' in auxiliaries; did you mean 'rotation'"),
-        ([{"name": "rotation", "wieght": 1}], r"unknown key 'auxiliaries\.0\.wieght'; did you mean 'auxiliaries\.0\.weight'"),
+        (
+            [{"name": "rotation", "wieght": 1}],
+            r"unknown key 'auxiliaries\.0\.wieght'; did you mean 'auxiliaries\.0\.weight'",
+        ),
         ([{"weight": 1}], "needs a `name`; known: rotation, suncet"),
         (["rotation", "rotation"], "auxiliaries: each at most once, got rotation, rotation"),
     ],
@@ -52,7 +62,9 @@ def test_a_wrong_one_is_refused(auxiliaries: list[Any], text: str) -> None:
 def test_the_schema_has_them() -> None:
     schema = load.schema()
     assert {"auxiliaries.rotation", "auxiliaries.suncet"} <= set(schema["$defs"])
-    assert schema["properties"]["auxiliaries"]["items"]["anyOf"][-1] == {"enum": ["rotation", "suncet"]}
+    assert schema["properties"]["auxiliaries"]["items"]["anyOf"][-1] == {
+        "enum": ["rotation", "suncet"]
+    }
 
 
 def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
@@ -81,7 +93,9 @@ def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(load.build(raw), whole)
     train(load.build(raw), parts)
-    for path in sorted((parts / "checkpoints").glob("step-*"))[1:]:  # as if it had been stopped after step 3
+    for path in sorted((parts / "checkpoints").glob("step-*"))[
+        1:
+    ]:  # as if it had been stopped after step 3
         shutil.rmtree(path)
     saved = reader.latest(parts / "checkpoints")
     assert saved is not None
@@ -94,7 +108,12 @@ def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
 
     assert len(losses(whole)) == 8
     assert losses(parts) == losses(whole)
-    assert {"train/loss_all", "train/loss_rotation", "train/loss_suncet", "train/rotation_accuracy"} <= losses(whole)[3].keys()
+    assert {
+        "train/loss_all",
+        "train/loss_rotation",
+        "train/loss_suncet",
+        "train/rotation_accuracy",
+    } <= losses(whole)[3].keys()
     assert "train/loss_suncet" not in losses(whole)[4]
 
 
@@ -109,22 +128,31 @@ def test_labels_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> N
         "optim": {"warmup_epochs": 0},
     }
     with pytest.raises(
-        ConfigError, match=r"method\.classes=5, but the labels are of 7 classes with numbers up to 6: set it to 7"
+        ConfigError,
+        match=r"method\.classes=5, but the labels are of 7 classes with numbers up to 6: set it to "
+        r"7",
     ):
         train(load.build(raw), tmp_path / "run")
-    mixture = [{"path": str(folder), "weight": 1.0}, {"path": str(write_shards(tmp_path / "more", (24,))), "weight": 1.0}]
+    mixture = [
+        {"path": str(folder), "weight": 1.0},
+        {"path": str(write_shards(tmp_path / "more", (24,))), "weight": 1.0},
+    ]
     mixed = {**raw, "data": {**raw["data"], "path": "", "mixture": mixture}}  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="48 of 48 samples have no label"):
         train(load.build(mixed), tmp_path / "run")
 
 
-# --- the catalogue ----------------------------------------------------------------------------------------------------
+# --- the catalogue --------------------------------------------------------------------------------
 
 
 def test_the_catalogue_reads_heads_and_docstrings(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("# A.\n#\n# Published: 1.5 % (paper),\n# 2 % (code). Not measured here.\nmethod: byol\n")
+    (tmp_path / "a.yaml").write_text(
+        "# A.\n#\n# Published: 1.5 % (paper),\n# 2 % (code). Not measured here.\nmethod: byol\n"
+    )
     (tmp_path / "b.yaml").write_text("# B.\nbase: a.yaml\nauxiliaries: [rotation]\n")
-    (tmp_path / "c.yaml").write_text(f"# Published: {'word ' * 50}. Not measured here.\nmethod: {{name: byol}}\n")
+    (tmp_path / "c.yaml").write_text(
+        f"# Published: {'word ' * 50}. Not measured here.\nmethod: {{name: byol}}\n"
+    )
     methods = {entry.name: entry for entry in catalogue.entries("methods", tmp_path)}
     assert methods["byol"].paper.startswith("BYOL: Bootstrap Your Own Latent")
     assert methods["byol"].recipes["a"] == "1.5 % (paper), 2 % (code)"
@@ -138,5 +166,7 @@ def test_the_catalogue_reads_heads_and_docstrings(tmp_path: Path) -> None:
 def test_every_method_names_its_paper_and_family() -> None:
     families = {"contrastive", "without negatives", "clustering", "supervised"}
     for entry in catalogue.entries("methods"):
-        assert entry.family in families, f"{entry.name}: end the file's docstring in a line such as `Family: contrastive.`"
+        assert entry.family in families, (
+            f"{entry.name}: end the file's docstring in a line such as `Family: contrastive.`"
+        )
         assert entry.paper

@@ -1,4 +1,6 @@
-"""What is not exactly as written is refused by name, and what cannot be saved says so and leaves the rest alone."""
+"""What is not exactly as written is refused by name, and what cannot be saved says so and leaves
+the rest alone.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,38 @@ from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 from scaletrain.runtime import durable
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", ["*.safetensors", "manifest.json"])
-def test_a_flipped_bit_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str) -> None:
+def test_a_flipped_bit_is_refused_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
     save(tmp_path, 1, 2)
     (file,) = (tmp_path / "step-00000002").glob(pattern)
     draw = random.Random(0)
-    for place in [0, 8 * file.stat().st_size - 1, *(draw.randrange(8 * file.stat().st_size) for _ in range(60))]:
+    for place in [
+        0,
+        8 * file.stat().st_size - 1,
+        *(draw.randrange(8 * file.stat().st_size) for _ in range(60)),
+    ]:
         flip(file, place)
         caplog.clear()
         saved = latest(tmp_path)
         assert saved is not None
         holds(saved, 1)
-        assert [record.levelno for record in caplog.records if str(file) in record.getMessage()] == [logging.WARNING], place
+        assert [
+            record.levelno for record in caplog.records if str(file) in record.getMessage()
+        ] == [logging.WARNING], place
         with pytest.raises(CheckpointError, match=file.name):
             open_step(file.parent)
         flip(file, place)
     holds(open_step(file.parent), 2)
 
 
-def test_a_flipped_bit_in_a_done_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_in_a_done_file_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
     draw = random.Random(0)
     for _ in range(20):
@@ -66,10 +78,16 @@ def test_a_flipped_bit_in_a_done_file_is_refused_by_name(tmp_path: Path, monkeyp
         assert listing(tmp_path) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("fault", ["short", "long", "empty", "gone", "manifest short", "manifest empty", "manifest gone"])
-def test_cut_and_missing_files(tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["short", "long", "empty", "gone", "manifest short", "manifest empty", "manifest gone"]
+)
+def test_cut_and_missing_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
     save(tmp_path, 1, 2)
-    (file,) = (tmp_path / "step-00000002").glob("manifest.json" if fault.startswith("manifest") else "*.safetensors")
+    (file,) = (tmp_path / "step-00000002").glob(
+        "manifest.json" if fault.startswith("manifest") else "*.safetensors"
+    )
     raw = file.read_bytes()
     match fault.split()[-1]:
         case "gone":
@@ -111,11 +129,17 @@ def test_a_renamed_step_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixt
     ("change", "text"),
     [
         ({"format": 2}, "format: Input should be 1"),
-        ({"files": {"../../x.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "String should match pattern"),
+        (
+            {"files": {"../../x.safetensors": {"bytes": 1, "sha256": "0" * 64}}},
+            "String should match pattern",
+        ),
         ({"files": {}}, "which it does not list"),
         ({"step": -1}, "step: "),
         ({"surprise": 1}, "surprise: Extra inputs"),
-        ({"tensors": {"a": {"dtype": "F32", "shape": [2], "pieces": []}}}, r"pieces of a end at 0, but shape \(2,\)"),
+        (
+            {"tensors": {"a": {"dtype": "F32", "shape": [2], "pieces": []}}},
+            r"pieces of a end at 0, but shape \(2,\)",
+        ),
         ({"tensors": {"a": {"dtype": "OBJ", "shape": [0], "pieces": []}}}, "dtype: "),
     ],
 )
@@ -132,7 +156,9 @@ def test_a_manifest_without_bound(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with (tmp_path / "step-00000001" / "manifest.json").open("r+b") as file:
         file.truncate(1 << 40)  # sparse
-    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it has more than 134,217,728 bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json is damaged: it has more than 134,217,728 bytes"
+    ):
         open_step(tmp_path / "step-00000001")
 
 
@@ -145,25 +171,36 @@ def test_a_manifest_that_lies_about_the_data(tmp_path: Path) -> None:
     body["tensors"]["float32"]["dtype"] = "F64"
     path.write_bytes(files.seal(json.dumps(body)))
     for name in ("scalar", "float32"):
-        with pytest.raises(CheckpointError, match=f"{name} is not what the manifest says|cannot read {name}"):
+        with pytest.raises(
+            CheckpointError, match=f"{name} is not what the manifest says|cannot read {name}"
+        ):
             open_step(path.parent).read(name)
 
 
-# --- what cannot be saved ---------------------------------------------------------------------------------------------
+# --- what cannot be saved -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("pieces", "text"),
     [
-        ([(0, 3, (10,)), (4, 10, (10,))], r"pieces of w leave a gap at 3: rank-00001-.* holds \[4, 10\)"),
+        (
+            [(0, 3, (10,)), (4, 10, (10,))],
+            r"pieces of w leave a gap at 3: rank-00001-.* holds \[4, 10\)",
+        ),
         ([(0, 5, (10,)), (4, 10, (10,))], "pieces of w lie over each other at 5"),
         ([(0, 10, (10,)), (0, 10, (10,))], "pieces of w lie over each other at 10"),
-        ([(0, 5, (10,)), (5, 9, (10,))], r"pieces of w end at 9, but shape \(10,\) has 10 elements"),
+        (
+            [(0, 5, (10,)), (5, 9, (10,))],
+            r"pieces of w end at 9, but shape \(10,\) has 10 elements",
+        ),
         ([(0, 5, (10,)), (5, 10, (2, 5))], "ranks disagree on w"),
     ],
 )
 def test_pieces_that_do_not_tile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[tuple[int, int, tuple[int, ...]]], text: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pieces: list[tuple[int, int, tuple[int, ...]]],
+    text: str,
 ) -> None:
     save(tmp_path, 1)
     for rank in (1, 0):
@@ -171,7 +208,9 @@ def test_pieces_that_do_not_tile(
         writer = as_rank(monkeypatch, tmp_path, rank, 2)
         writer.save(2, {"w": Piece(torch.zeros(stop - start), start, shape)}, {})
         if rank == 0:
-            with pytest.raises(CheckpointError, match=f"step 2 was not saved: {text}.*step 1 is the last good one"):
+            with pytest.raises(
+                CheckpointError, match=f"step 2 was not saved: {text}.*step 1 is the last good one"
+            ):
                 writer.close()
         else:
             writer.close()
@@ -226,7 +265,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, first: int, number: int, times: int
 def test_a_passing_failure_of_storage_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, number: int
 ) -> None:
-    """fsync fails once at each of its calls before the commit: data, done file, folder, root, manifest."""
+    """fsync fails once at each of its calls before the commit: data, done file, folder, root,
+    manifest.
+    """
     save(tmp_path, 1)
     failing(monkeypatch, call, number, 1)
     save(tmp_path, 2)
@@ -240,14 +281,19 @@ def test_a_passing_failure_of_storage_is_tried_again(
 def test_an_error_in_the_background_is_raised_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, number: int, code: int
 ) -> None:
-    """fsync fails from each of its calls on until nothing more is tried; another start may help where storage comes back."""
+    """fsync fails from each of its calls on until nothing more is tried; another start may help
+    where storage comes back.
+    """
     save(tmp_path, 1)
     writer = Writer(tmp_path)
     failing(monkeypatch, call, number, 3 if code == 75 else 1)
     state = {name: whole(t) for name, t in tensors(2).items()}
     writer.save(2, state, {"clock": {"step": 2}})
     why = re.escape(os.strerror(number))
-    text = rf"step 2 was not saved: .*step-00000002.*: {why} \([\d,]+ bytes free\); step 1 is the last good one"
+    text = (
+        rf"step 2 was not saved: .*step-00000002.*: {why} \([\d,]+ bytes free\); step 1 is the "
+        r"last good one"
+    )
     with pytest.raises(CheckpointError, match=text) as caught:
         writer.wait()
     assert caught.value.exit_code == code
@@ -261,7 +307,9 @@ def test_an_error_in_the_background_is_raised_once(
 
 
 def test_a_failure_of_storage_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Going on from an older step would lose work; a disk that keeps failing on one file is another matter."""
+    """Going on from an older step would lose work; a disk that keeps failing on one file is another
+    matter.
+    """
     monkeypatch.setattr(saved_steps, "PAUSES", (0.0, 0.0))
     compare, failures = files.compare, [2]
 
@@ -279,8 +327,12 @@ def test_a_failure_of_storage_is_no_damage(tmp_path: Path, monkeypatch: pytest.M
     assert saved.step == 2
 
 
-def test_a_failure_after_the_commit_keeps_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The manifest is in place when the folder's own fsync fails: its files must not be swept from under it."""
+def test_a_failure_after_the_commit_keeps_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest is in place when the folder's own fsync fails: its files must not be swept from
+    under it.
+    """
     sync = durable.sync
 
     def fails(folder: Path) -> None:

@@ -31,7 +31,10 @@ def test_round_trip(tmp_path: Path) -> None:
     assert meta == {"format": "pt", "model": "resnet18", "step": "7"}
     for read in (ours, official_load(path)):
         assert read.keys() == weights().keys()
-        assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in weights().items())
+        assert all(
+            torch.equal(read[name], t) and read[name].dtype == t.dtype
+            for name, t in weights().items()
+        )
     with safe_open(path, "pt") as handle:
         assert handle.metadata()["model"] == "resnet18"
     assert os.listdir(path.parent) == [path.name]  # noqa: PTH208
@@ -59,7 +62,9 @@ def test_files_of_others(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_anywhere(tmp_path: Path) -> None:
-    """Refused, or without effect: only the padding and the name of the sum itself may change, never a value."""
+    """Refused, or without effect: only the padding and the name of the sum itself may change, never
+    a value.
+    """
     path, escaped = tmp_path / "a", []
     export(weights(), path, {"model": "resnet18"})
     raw = path.read_bytes()
@@ -81,13 +86,17 @@ def test_refused_with_the_fix(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "zip.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pth"):
-        with pytest.raises(CheckpointError, match=rf"{name}.*looks like a pickle.*convert it once.*save_file"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name}.*looks like a pickle.*convert it once.*save_file"
+        ):
             load_file(tmp_path / name)
     export(weights(), tmp_path / "a", {})
     (tmp_path / "cut").write_bytes((tmp_path / "a").read_bytes()[:-1])
     (tmp_path / "empty").touch()
     for name in ("cut", "empty"):
-        with pytest.raises(CheckpointError, match=f"{name} is not a whole safetensors file.*cut short"):
+        with pytest.raises(
+            CheckpointError, match=f"{name} is not a whole safetensors file.*cut short"
+        ):
             load_file(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"cannot read .*none.*No such file"):
         load_file(tmp_path / "none")
@@ -97,7 +106,10 @@ def test_refused_with_the_fix(tmp_path: Path) -> None:
     with (tmp_path / "header").open("wb") as file:
         file.write((1 << 30).to_bytes(8, "little"))
         file.truncate(1 << 32)  # sparse
-    with pytest.raises(CheckpointError, match=r"header: its header has 1,073,741,824 bytes, more than the 16,777,216"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"header: its header has 1,073,741,824 bytes, more than the 16,777,216",
+    ):
         load_file(tmp_path / "header")
     with pytest.raises(CheckpointError, match=r"is a folder; give one \.safetensors file"):
         load_file(tmp_path)
@@ -105,7 +117,9 @@ def test_refused_with_the_fix(tmp_path: Path) -> None:
         export({"z": torch.ones(1, dtype=torch.complex64)}, tmp_path / "z", {})
 
 
-def test_a_failed_export_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export({"x": torch.ones(2)}, tmp_path / "a", {})
 
     def full(handle: int) -> None:

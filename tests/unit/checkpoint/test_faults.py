@@ -32,7 +32,10 @@ def value(step: int) -> torch.Tensor:
 
 def save(root: Path, step: int, rank: int = 0, world: int = 1, timeout: float = 30) -> None:
     low, high = rank * SIZE // world, (rank + 1) * SIZE // world
-    state = {"w": Piece(value(step)[low:high], low, (SIZE,)), f"own{rank}": Piece(torch.ones(1), 0, ())}
+    state = {
+        "w": Piece(value(step)[low:high], low, (SIZE,)),
+        f"own{rank}": Piece(torch.ones(1), 0, ()),
+    }
     writer = Writer(root, keep_last=2, timeout=timeout)
     writer.save(step, state, {"step": step})
     writer.close()
@@ -69,7 +72,9 @@ def ended(pid: int) -> int:
 
 
 class Fuse:
-    """Kills this process with SIGKILL at the n-th system call that changes the disk; a write is cut in half first."""
+    """Kills this process with SIGKILL at the n-th system call that changes the disk; a write is cut
+    in half first.
+    """
 
     def __init__(self, n: int) -> None:
         self.n, self.names = n, []  # type: int, list[str]
@@ -139,7 +144,9 @@ def victim(root: Path, step: int, n: int, report: Path) -> Callable[[], None]:
     return work
 
 
-def member(root: Path, rank: int, session: str, report: Path, n: int = -1, timeout: float = 30) -> Callable[[], None]:
+def member(
+    root: Path, rank: int, session: str, report: Path, n: int = -1, timeout: float = 30
+) -> Callable[[], None]:
     """One of two ranks saving step 3; it dies at call n."""
 
     def work() -> None:
@@ -160,7 +167,9 @@ def begun(tmp_path: Path) -> Path:
     save(root, 1)
     save(root, 2)
     (root / "step-00000003").mkdir()
-    (root / "step-00000003" / "rank-00000-of-00004.00000000000000ff.safetensors").write_bytes(b"half")
+    (root / "step-00000003" / "rank-00000-of-00004.00000000000000ff.safetensors").write_bytes(
+        b"half"
+    )
     return root
 
 
@@ -171,7 +180,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("step", [3, 2], ids=["new step", "same step again"])
-def test_kill_at_every_call(tmp_path: Path, begun: Path, caplog: pytest.LogCaptureFixture, step: int) -> None:
+def test_kill_at_every_call(
+    tmp_path: Path, begun: Path, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
     root, report, log = tmp_path / "run", tmp_path / "report", tmp_path / "log"
     for n in range(200):
         shutil.rmtree(root, ignore_errors=True)
@@ -196,7 +207,9 @@ def test_kill_at_every_call(tmp_path: Path, begun: Path, caplog: pytest.LogCaptu
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("dead", [0, 1])
-def test_kill_one_of_two_ranks_at_every_call(tmp_path: Path, begun: Path, caplog: pytest.LogCaptureFixture, dead: int) -> None:
+def test_kill_one_of_two_ranks_at_every_call(
+    tmp_path: Path, begun: Path, caplog: pytest.LogCaptureFixture, dead: int
+) -> None:
     root, report = tmp_path / "run", tmp_path / "report"
     logs = [tmp_path / "log0", tmp_path / "log1"]
     for n in range(200):
@@ -205,7 +218,10 @@ def test_kill_one_of_two_ranks_at_every_call(tmp_path: Path, begun: Path, caplog
         caplog.clear()
         codes = [0, 0]
         if dead == 0:
-            pids = [child(member(root, r, "0" * 10, report, n if r == 0 else -1), logs[r]) for r in (0, 1)]
+            pids = [
+                child(member(root, r, "0" * 10, report, n if r == 0 else -1), logs[r])
+                for r in (0, 1)
+            ]
             codes = [ended(pid) for pid in pids]
             assert codes[1] == 0, logs[1].read_text()  # nobody waits for rank 0
         else:  # rank 0 starts when rank 1 is dead already, so that a short patience is enough
@@ -217,17 +233,23 @@ def test_kill_one_of_two_ranks_at_every_call(tmp_path: Path, begun: Path, caplog
         committed = (root / "step-00000003" / "manifest.json").exists()
         if dead == 1:
             assert codes[0] == 1 - committed
-            assert committed or "CheckpointError: step 3 was not saved: rank 1 of 2 did not finish" in logs[0].read_text()
+            assert (
+                committed
+                or "CheckpointError: step 3 was not saved: rank 1 of 2 did not finish"
+                in logs[0].read_text()
+            )
         assert whole(root) == (3 if committed else 2), n
         assert "refused" not in caplog.text, n
         pids = [child(member(root, r, "1" * 10, report), logs[r]) for r in (0, 1)]
-        assert [ended(pid) for pid in pids] == [0, 0], [log.read_text() for log in logs if log.exists()]
+        assert [ended(pid) for pid in pids] == [0, 0], [
+            log.read_text() for log in logs if log.exists()
+        ]
         assert whole(root) == 3
         assert len(list((root / "step-00000003").iterdir())) == 3, n
     assert n == len(report.read_text().split()) > 8
 
 
-# --- no room ----------------------------------------------------------------------------------------------------------
+# --- no room --------------------------------------------------------------------------------------
 
 
 def test_a_limit_on_file_size(tmp_path: Path) -> None:
@@ -235,10 +257,15 @@ def test_a_limit_on_file_size(tmp_path: Path) -> None:
     save(root, 1)
 
     def work() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # Python ignores SIGXFSZ, so write fails with EFBIG
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, 100_000)
+        )  # Python ignores SIGXFSZ, so write fails with EFBIG
         writer = Writer(root)
         writer.save(2, {"w": Piece(torch.zeros(100_000), 0, (100_000,))}, {})
-        with pytest.raises(CheckpointError, match=r"step 2 was not saved: .*File too large \([\d,]+ bytes free\); step 1 is"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"step 2 was not saved: .*File too large \([\d,]+ bytes free\); step 1 is",
+        ):
             writer.save(3, {"w": Piece(torch.zeros(1), 0, (1,))}, {})
 
     assert ended(child(work, log)) == 0, log.read_text()
@@ -250,13 +277,22 @@ def test_a_full_disk(tmp_path: Path) -> None:
     root = tmp_path / "disk"
     root.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(root)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root; test_a_limit_on_file_size covers the same path")
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip(
+            "mounting a small file system needs root; test_a_limit_on_file_size covers the same "
+            "path"
+        )
     try:
         save(root, 1)
         writer = Writer(root)
         writer.save(2, {"w": Piece(torch.zeros(500_000), 0, (500_000,))}, {})
-        text = r"step 2 was not saved: .*step-00000002.*: No space left on device \([\d,]+ bytes free\); step 1 is the last"
+        text = (
+            r"step 2 was not saved: .*step-00000002.*: No space left on device \([\d,]+ bytes "
+            r"free\); step 1 is the last"
+        )
         with pytest.raises(CheckpointError, match=text):
             writer.close()
         assert [path.name for path in root.iterdir()] == ["step-00000001"]

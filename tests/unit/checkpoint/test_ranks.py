@@ -1,4 +1,6 @@
-"""Real process groups: any world size restores what any other wrote, and all ranks take the same step."""
+"""Real process groups: any world size restores what any other wrote, and all ranks take the same
+step.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def value(step: int) -> torch.Tensor:
 def save(root: Path, step: int, rank: int = 0, world: int = 1) -> None:
     low, high = rank * SIZE // world, (rank + 1) * SIZE // world
     writer = Writer(root, keep_last=9, timeout=30)
-    writer.save(step, {"w": Piece(value(step)[low:high], low, (SIZE,))}, {"step": step, "rank": rank})
+    writer.save(
+        step, {"w": Piece(value(step)[low:high], low, (SIZE,))}, {"step": step, "rank": rank}
+    )
     writer.close()
 
 
@@ -38,7 +42,9 @@ def check(saved: Saved | None, step: int, rank: int = 0, world: int = 1) -> None
     assert torch.equal(saved.read("w", low, high), value(step)[low:high])
 
 
-def grouped(rank: int, world: int, store: Path, work: Callable[[int, int], None], log: Path) -> None:
+def grouped(
+    rank: int, world: int, store: Path, work: Callable[[int, int], None], log: Path
+) -> None:
     torch.set_num_threads(1)  # the thread pool does not survive a fork
     try:
         c10d.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -50,15 +56,22 @@ def grouped(rank: int, world: int, store: Path, work: Callable[[int, int], None]
 
 
 def on_ranks(world: int, store: Path, work: Callable[[int, int], None]) -> None:
-    """Run `work(rank, world)` in real processes joined by gloo; forked, so that torch is imported once."""
+    """Run `work(rank, world)` in real processes joined by gloo; forked, so that torch is imported
+    once.
+    """
     fork = multiprocessing.get_context("fork")
     logs = [store.with_suffix(f".log{rank}") for rank in range(world)]
-    ranks = [fork.Process(target=grouped, args=(rank, world, store, work, logs[rank])) for rank in range(world)]
+    ranks = [
+        fork.Process(target=grouped, args=(rank, world, store, work, logs[rank]))
+        for rank in range(world)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [0] * world, "\n".join(log.read_text() for log in logs if log.exists())
+    assert [process.exitcode for process in ranks] == [0] * world, "\n".join(
+        log.read_text() for log in logs if log.exists()
+    )
 
 
 def test_any_world_restores_from_any_other(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from scaletrain.checkpoint.reader import latest, open_step
 from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
-# --- what is written comes back ---------------------------------------------------------------------------------------
+# --- what is written comes back -------------------------------------------------------------------
 
 
 def test_round_trip_and_ranges(tmp_path: Path) -> None:
@@ -46,17 +46,23 @@ def test_the_official_library_reads_the_data(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (file,) = (tmp_path / "step-00000001").glob("*.safetensors")
     read = official_load(file)
-    assert {name: t.tolist() for name, t in read.items()} == {n: t.reshape(-1).tolist() for n, t in tensors(1).items()}
+    assert {name: t.tolist() for name, t in read.items()} == {
+        n: t.reshape(-1).tolist() for n, t in tensors(1).items()
+    }
     assert all(read[name].dtype == t.dtype for name, t in tensors(1).items())
     with file.open("rb") as raw:
         header = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
         assert raw.tell() % 8 == 0
-    assert all(header[name]["data_offsets"][0] % t.element_size() == 0 for name, t in tensors(1).items())
+    assert all(
+        header[name]["data_offsets"][0] % t.element_size() == 0 for name, t in tensors(1).items()
+    )
     assert listing(file.parent) == ["manifest.json", file.name]  # the done file is gone
     assert json.loads((file.parent / "manifest.json").read_text())["body"]["step"] == 1
 
 
-def test_the_launcher_learns_of_a_step_once_it_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_learns_of_a_step_once_it_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SCALETRAIN_PROGRESS_FILE", str(tmp_path / "progress"))
     save(tmp_path / "checkpoints", 3)
     assert (tmp_path / "progress").read_text() == "step 3\n"
@@ -71,14 +77,24 @@ def test_the_launcher_learns_of_a_step_once_it_is_committed(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(("world", "seed"), [(1, 0), (2, 1), (3, 2), (5, 3)])
-def test_any_cut_reads_at_any_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, seed: int) -> None:
+def test_any_cut_reads_at_any_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, seed: int
+) -> None:
     draw, value = random.Random(seed), torch.randn(13, 9)
-    cuts = [0, *sorted(draw.randrange(118) for _ in range(world - 1)), 117]  # some pieces may be empty
+    cuts = [
+        0,
+        *sorted(draw.randrange(118) for _ in range(world - 1)),
+        117,
+    ]  # some pieces may be empty
     for rank in reversed(range(world)):
         piece = Piece(value.reshape(-1)[cuts[rank] : cuts[rank + 1]], cuts[rank], (13, 9))
         own = {f"rank{rank}": whole(torch.tensor([rank]))}
         writer = as_rank(monkeypatch, tmp_path, rank, world)
-        writer.save(7, {"w": piece, "w@3": whole(value)} | own if rank == 0 else {"w": piece} | own, {"rank": rank})
+        writer.save(
+            7,
+            {"w": piece, "w@3": whole(value)} | own if rank == 0 else {"w": piece} | own,
+            {"rank": rank},
+        )
         writer.close()
     saved = latest(tmp_path)
     assert saved is not None
@@ -112,7 +128,9 @@ def test_values_are_those_at_the_call(tmp_path: Path, monkeypatch: pytest.Monkey
     assert open_step(tmp_path / "step-00000001").meta == {"config": {"lr": 1}}
 
 
-def test_a_save_waits_for_the_one_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_waits_for_the_one_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write, seen = files.write_new, []
 
     def slow(path: Path, tensors: Any) -> Any:
@@ -126,14 +144,20 @@ def test_a_save_waits_for_the_one_in_flight(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing refers to bytes that are not on disk: a power loss is not tried here, so the order of the calls is."""
+    """Nothing refers to bytes that are not on disk: a power loss is not tried here, so the order of
+    the calls is.
+    """
     calls: list[tuple[str, str]] = []
     sync, rename = os.fsync, Path.replace
     kinds = {"safetensors": "data", "json": "done", "tmp": "tmp"}
 
     def kind(path: str) -> str:
         name = Path(path).name
-        return name if name.startswith(("manifest", "step-")) or path == str(tmp_path) else kinds[name.rsplit(".", 1)[-1]]
+        return (
+            name
+            if name.startswith(("manifest", "step-")) or path == str(tmp_path)
+            else kinds[name.rsplit(".", 1)[-1]]
+        )
 
     def fsync(handle: int) -> None:
         calls.append(("sync", kind(str(Path(f"/proc/self/fd/{handle}").readlink()))))
@@ -146,13 +170,21 @@ def test_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     save(tmp_path, 1)
-    step, temporary = "step-00000001", next(name for _, name in calls if name.startswith("manifest.json."))
+    step, temporary = (
+        "step-00000001",
+        next(name for _, name in calls if name.startswith("manifest.json.")),
+    )
     done = [("sync", "data"), ("sync", "tmp"), ("rename", "done"), ("sync", step)]
-    commit = [("sync", tmp_path.name), ("sync", temporary), ("rename", "manifest.json"), ("sync", step)]
+    commit = [
+        ("sync", tmp_path.name),
+        ("sync", temporary),
+        ("rename", "manifest.json"),
+        ("sync", step),
+    ]
     assert calls == done + commit
 
 
-# --- retention --------------------------------------------------------------------------------------------------------
+# --- retention ------------------------------------------------------------------------------------
 
 
 def test_retention(tmp_path: Path) -> None:
@@ -192,14 +224,22 @@ def test_debris_goes_after_the_commit(tmp_path: Path) -> None:
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "rank-00001-of-00002.00000000000000ff.safetensors").write_bytes(b"half")
-        (folder / "rank-00001-of-00002.00000000000000ff.json.00000000000000ff.tmp").write_bytes(b"half")
+        (folder / "rank-00001-of-00002.00000000000000ff.json.00000000000000ff.tmp").write_bytes(
+            b"half"
+        )
     (tmp_path / "notes").mkdir()  # not ours
     save(tmp_path, 3)
-    assert listing(tmp_path) == ["notes", "step-00000003", "step-00000009"]  # another rank may be writing 9 already
+    assert listing(tmp_path) == [
+        "notes",
+        "step-00000003",
+        "step-00000009",
+    ]  # another rank may be writing 9 already
     assert len(listing(tmp_path / "step-00000003")) == 2
 
 
-def test_tidying_spares_the_next_save_of_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tidying_spares_the_next_save_of_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     second = as_rank(monkeypatch, tmp_path, 1, 2)
     for value in (1.0, 2.0):  # rank 1 is one save of the same step ahead
         second.save(1, {"b": whole(torch.tensor(value))}, {})

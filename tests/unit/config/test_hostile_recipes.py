@@ -23,7 +23,8 @@ BOMBS = {
     "alias of a number": LAUGHTER + "batch: *a9",
     "alias of a list": LAUGHTER + "optim: {betas: *a9}",
     "alias below a method": LAUGHTER + "method: {name: byol, tau: *a9}",
-    "merge keys": "a0: &a0 {k: 1, l: 2}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(30)),
+    "merge keys": "a0: &a0 {k: 1, l: 2}\n"
+    + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(30)),
     "in itself": "data: &a {views: [*a]}",
     "brackets": "batch: " + "[" * 20_000,
     "braces": "{a: " * 5_000,
@@ -57,9 +58,9 @@ FAULTS = {
 
 def refused(path: str, *overrides: str) -> str:
     """The one line with which `show config` ends."""
-    done = CliRunner(env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}).invoke(
-        cli.app, ["show", "config", path, *overrides]
-    )
+    done = CliRunner(
+        env={"RANK": None, "SCALETRAIN_ERROR_FILE": None, "SCALETRAIN_DEBUG": None}
+    ).invoke(cli.app, ["show", "config", path, *overrides])
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -69,15 +70,16 @@ def refused(path: str, *overrides: str) -> str:
 
 BARE = """
 import pathlib, re, sys, time
-from scaletrain.config import load
-from scaletrain.recipe import ConfigError
+from scaletrain.config.load import load
+from scaletrain.config.recipe import ConfigError
 for path in sys.argv[1:]:
     start = time.process_time()
     try:
         load(path)
     except ConfigError as error:
         print(time.process_time() - start, len(str(error)), str(error).startswith(path + ": "))
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) / 1024)
+status = pathlib.Path("/proc/self/status").read_text()
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) / 1024)
 """
 
 
@@ -86,7 +88,9 @@ def test_bombs_end_at_once_and_in_little_memory(tmp_path: Path) -> None:
     for path, text in zip(paths, BOMBS.values(), strict=True):
         path.write_text(text)
     command = [sys.executable, "-c", BARE, *map(str, paths)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
     *lines, memory = done.stdout.splitlines()
     assert len(lines) == len(BOMBS)
     for name, line in zip(BOMBS, lines, strict=True):
@@ -98,7 +102,9 @@ def test_bombs_end_at_once_and_in_little_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", FAULTS, ids=lambda text: ascii(text[:30]))
-def test_faults_of_a_recipe_are_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_a_recipe_are_one_line(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     with socket.socket(socket.AF_UNIX) as server:
@@ -111,7 +117,11 @@ def test_faults_of_a_recipe_are_one_line(text: str, tmp_path: Path, monkeypatch:
 def test_what_is_no_file_is_no_recipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "image").write_bytes(b"\xff\xd8\xff\xe0 no text")
-    for path, text in {"/dev/zero": "a device", tmp_path / "pipe": "a pipe", tmp_path / "image": "no text file"}.items():
+    for path, text in {
+        "/dev/zero": "a device",
+        tmp_path / "pipe": "a pipe",
+        tmp_path / "image": "no text file",
+    }.items():
         assert f"error: {path}: this is {text}" in refused(str(path))
     for number in range(recipe.BASES + 3):
         (tmp_path / f"{number}.yaml").write_text(f"base: {number + 1}.yaml")
@@ -156,4 +166,11 @@ def test_real_recipes_are_far_from_the_bounds() -> None:
     assert len(sizes) > 50
     assert max(sizes) < recipe.BYTES / 100
     many = ", ".join(f"{{path: /data/part-{number}, weight: 1}}" for number in range(300))
-    assert len(load.load(ROOT / "configs" / "byol_r50_in1k.yaml", [f"data.mixture=[{many}]"]).data.mixture) == 300
+    assert (
+        len(
+            load.load(
+                ROOT / "configs" / "byol_r50_in1k.yaml", [f"data.mixture=[{many}]"]
+            ).data.mixture
+        )
+        == 300
+    )

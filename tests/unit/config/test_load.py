@@ -1,4 +1,6 @@
-"""Recipes: bases, overrides, nearest names, exact save and reload. Leaves are toys in a temporary folder."""
+"""Recipes: bases, overrides, nearest names, exact save and reload. Leaves are toys in a temporary
+folder.
+"""
 
 from __future__ import annotations
 
@@ -78,10 +80,17 @@ def test_defaults_are_frozen_tuples(recipe: Path) -> None:
     assert loaded.data.views == (config.View(count=2),)
     assert (loaded.method.name, loaded.engine.name) == ("toyalpha", "toyengine")
     assert loaded.method.sizes == (10, 20)  # type: ignore[attr-defined]
-    for owner, field in ((loaded, "seed"), (loaded.data, "path"), (loaded.method, "tau"), (loaded.data.views[0], "size")):
+    for owner, field in (
+        (loaded, "seed"),
+        (loaded.data, "path"),
+        (loaded.method, "tau"),
+        (loaded.data.views[0], "size"),
+    ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(owner, field, 1)
-    assert pickle.loads(pickle.dumps(loaded)) == loaded == copy.deepcopy(loaded)  # loader workers receive it
+    assert (
+        pickle.loads(pickle.dumps(loaded)) == loaded == copy.deepcopy(loaded)
+    )  # loader workers receive it
 
 
 @pytest.mark.parametrize(
@@ -126,11 +135,20 @@ def test_list_override_names_the_items(write: Write) -> None:
     ("override", "text"),
     [
         ("optm.lr=1", "unknown key 'optm'; did you mean 'optim'?"),
-        ("lr_batch=1", "unknown key 'lr_batch'; did you mean 'optim.lr_reference_batch'?"),
+        (
+            "lr_reference_batch=1",
+            "unknown key 'lr_reference_batch'; did you mean 'optim.lr_reference_batch'?",
+        ),
         ("optim.momentm=1", "unknown key 'optim.momentm'; did you mean 'optim.momentum'?"),
-        ("data.views=[{size: 32}, {cout: 2}]", "unknown key 'data.views.1.cout'; did you mean 'data.views.1.count'?"),
+        (
+            "data.views=[{size: 32}, {cout: 2}]",
+            "unknown key 'data.views.1.cout'; did you mean 'data.views.1.count'?",
+        ),
         ("method.taw=1", "unknown key 'method.taw'; did you mean 'method.tau'?"),
-        ("method.head.hiden=1", "unknown key 'method.head.hiden'; did you mean 'method.head.hidden'?"),
+        (
+            "method.head.hiden=1",
+            "unknown key 'method.head.hiden'; did you mean 'method.head.hidden'?",
+        ),
         ("engine.ampp=true", "unknown key 'engine.ampp'; did you mean 'engine.amp'?"),
         ("zzzzz=1", "unknown key 'zzzzz'"),
         ("method.name=toyalfa", "there is no 'toyalfa' in methods; did you mean 'toyalpha'?"),
@@ -194,7 +212,9 @@ def test_missing_recipe_suggests_a_neighbour(recipe: Path) -> None:
 
 
 def test_error_in_file_is_not_blamed_on_the_command_line(write: Write) -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.yaml: unknown key 'sed'; did you mean 'seed'\?"):
+    with pytest.raises(
+        ConfigError, match=r"recipe\.yaml: unknown key 'sed'; did you mean 'seed'\?"
+    ):
         load.load(write(TOY + "sed: 1"), ["seed=3"])
     with pytest.raises(ConfigError, match=r"^command line: "):
         load.load(write(TOY), ["sed=3"])
@@ -202,12 +222,24 @@ def test_error_in_file_is_not_blamed_on_the_command_line(write: Write) -> None:
 
 def test_bases_merge_deeply_through_folders(write: Write, tmp_path: Path) -> None:
     (tmp_path / "common").mkdir()
-    write(TOY + "seed: 1\noptim: {lr: 0.1, momentum: 0.8}\ndata: {views: [{size: 32}, {size: 16}]}", "common/root.yaml")
+    write(
+        TOY + "seed: 1\noptim: {lr: 0.1, momentum: 0.8}\ndata: {views: [{size: 32}, {size: 16}]}",
+        "common/root.yaml",
+    )
     write("base: root.yaml\nseed: 2\noptim: {lr: 0.2}\nmethod: {tau: 0.5}", "common/middle.yaml")
-    loaded = load.load(write("base: common/middle.yaml\ndata: {views: [{size: 64}], lanes: 8}\nengine: {amp: true}"))
+    loaded = load.load(
+        write(
+            "base: common/middle.yaml\ndata: {views: [{size: 64}], lanes: 8}\nengine: {amp: true}"
+        )
+    )
     assert (loaded.seed, loaded.optim.lr, loaded.optim.momentum) == (2, 0.2, 0.8)
     assert [view.size for view in loaded.data.views] == [64]  # a list replaces a list
-    assert loaded.method.model_dump() == {"name": "toyalpha", "tau": 0.5, "head": {"hidden": 64}, "sizes": (10, 20)}
+    assert loaded.method.model_dump() == {
+        "name": "toyalpha",
+        "tau": 0.5,
+        "head": {"hidden": 64},
+        "sizes": (10, 20),
+    }
     assert loaded.engine.model_dump() == {"name": "toyengine", "amp": True}
 
 
@@ -222,9 +254,21 @@ def test_long_cycle_of_bases_is_refused(write: Write) -> None:
 def test_new_name_replaces_the_leaf(write: Write, change: list[str]) -> None:
     path = write("engine: toyengine\nmethod: {name: toyalpha, tau: 0.1, head: {hidden: 3}}")
     loaded = load.load(path, change)
-    assert loaded.method.model_dump() == {"name": "toybeta", "tau": 0.99, "head": {"layers": 64}, "sizes": (10, 20)}
-    both = load.load(path, ["method.tau=0.7", *change, "method.head.layers=2"])  # no order loses a change
-    assert both.method.model_dump() == {"name": "toybeta", "tau": 0.7, "head": {"layers": 2}, "sizes": (10, 20)}
+    assert loaded.method.model_dump() == {
+        "name": "toybeta",
+        "tau": 0.99,
+        "head": {"layers": 64},
+        "sizes": (10, 20),
+    }
+    both = load.load(
+        path, ["method.tau=0.7", *change, "method.head.layers=2"]
+    )  # no order loses a change
+    assert both.method.model_dump() == {
+        "name": "toybeta",
+        "tau": 0.7,
+        "head": {"layers": 2},
+        "sizes": (10, 20),
+    }
 
 
 def test_same_name_keeps_the_leaf(write: Write) -> None:
@@ -233,7 +277,9 @@ def test_same_name_keeps_the_leaf(write: Write) -> None:
 
 
 def test_synthetic_shorthand_keeps_the_views(write: Write) -> None:
-    loaded = load.load(write(TOY + "data: {path: /x, lanes: 4, views: [{size: 32}]}"), ["data=synthetic"])
+    loaded = load.load(
+        write(TOY + "data: {path: /x, lanes: 4, views: [{size: 32}]}"), ["data=synthetic"]
+    )
     assert (loaded.data.path, loaded.data.lanes, loaded.data.views[0].size) == ("synthetic", 4, 32)
     child = load.load(write("base: recipe.yaml\ndata: synthetic", "child.yaml"))
     assert child == loaded
@@ -242,22 +288,43 @@ def test_synthetic_shorthand_keeps_the_views(write: Write) -> None:
     assert load.load(write(TOY + "data: synthetic", "plain.yaml")).data.path == "synthetic"
 
 
-def test_section_without_name_means_the_default_leaf(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+def test_section_without_name_means_the_default_leaf(
+    monkeypatch: pytest.MonkeyPatch, write: Write
+) -> None:
     fields = Config.model_fields
     monkeypatch.setattr(fields["method"], "default", {"name": "toyalpha"})
     monkeypatch.setattr(fields["engine"], "default", {"name": "toyengine"})
     loaded = load.load(write("method: {tau: 0.5}\nengine: {amp: true}"))
-    assert loaded == load.load(write("method: {name: toyalpha, tau: 0.5}\nengine: {name: toyengine, amp: true}"))
+    assert loaded == load.load(
+        write("method: {name: toyalpha, tau: 0.5}\nengine: {name: toyengine, amp: true}")
+    )
 
 
-AWKWARD = ["on", "null", "1e-6", "0123", "a: b # c", "it's", "ünï", "2024-01-01", "", " lead", "~", "yes\tno", "x" * 300]
+AWKWARD = [
+    "on",
+    "null",
+    "1e-6",
+    "0123",
+    "a: b # c",
+    "it's",
+    "ünï",
+    "2024-01-01",
+    "",
+    " lead",
+    "~",
+    "yes\tno",
+    "x" * 300,
+]
 
 
 @pytest.mark.parametrize("path", AWKWARD)
 def test_dump_reloads_equal(write: Write, path: str) -> None:
     raw = {
         "batch": 96,
-        "data": {"path": path, "views": [{"size": 32, "scale": [1 / 3, 1]}, {"size": 16, "count": 6}]},
+        "data": {
+            "path": path,
+            "views": [{"size": 32, "scale": [1 / 3, 1]}, {"size": 16, "count": 6}],
+        },
         "method": {"name": "toybeta", "tau": 0.1 + 0.2, "sizes": []},
         "engine": "toyengine",
         "optim": {"lr": 1e-300, "weight_decay": 1.5e-6},
@@ -272,7 +339,9 @@ def test_dump_reloads_equal(write: Write, path: str) -> None:
 
 def test_diff_reports_both_sides(recipe: Path) -> None:
     before = load.load(recipe)
-    after = load.load(recipe, ["data.views=[{size: 224, count: 2}, {size: 96}]", "method=toybeta", "optim.lr=0.5"])
+    after = load.load(
+        recipe, ["data.views=[{size: 224, count: 2}, {size: 96}]", "method=toybeta", "optim.lr=0.5"]
+    )
     changes = {key: (old, new) for key, old, new in load.diff(before, after)}
     assert changes["optim.lr"] == (0.3, 0.5)
     assert changes["data.views.1.size"] == (None, 96)
@@ -303,10 +372,14 @@ def _accepts(rule: dict[str, Any], value: Any, definitions: dict[str, Any]) -> b
         return False
     if isinstance(value, dict):
         known = rule["properties"]
-        return set(value) <= set(known) and all(_accepts(known[key], item, definitions) for key, item in value.items())
+        return set(value) <= set(known) and all(
+            _accepts(known[key], item, definitions) for key, item in value.items()
+        )
     if isinstance(value, list) and "prefixItems" in rule:
         return len(value) == len(rule["prefixItems"])
-    return not isinstance(value, list) or all(_accepts(rule["items"], item, definitions) for item in value)
+    return not isinstance(value, list) or all(
+        _accepts(rule["items"], item, definitions) for item in value
+    )
 
 
 def test_schema_knows_every_leaf_and_shorthand(recipe: Path) -> None:
@@ -316,9 +389,18 @@ def test_schema_knows_every_leaf_and_shorthand(recipe: Path) -> None:
         return _accepts(schema, raw, schema["$defs"])
 
     assert ok(load.load(recipe).model_dump(mode="json"))
-    assert ok({"base": "x.yaml", "data": "synthetic", "method": "toybeta", "engine": {"name": "toyengine", "amp": True}})
+    assert ok(
+        {
+            "base": "x.yaml",
+            "data": "synthetic",
+            "method": "toybeta",
+            "engine": {"name": "toyengine", "amp": True},
+        }
+    )
     assert ok({"method": {"name": "toyalpha", "head": {"hidden": 3}}})
-    assert ok({"method": {"name": "toybeta", "head": {"layers": 3}}})  # two models named Head stay apart
+    assert ok(
+        {"method": {"name": "toybeta", "head": {"layers": 3}}}
+    )  # two models named Head stay apart
     assert not ok({"method": {"name": "toybeta", "head": {"hidden": 3}}})
     assert not ok({"method": {"name": "toyalpha", "taw": 3}})
     assert not ok({"method": "toygamma"})
@@ -333,3 +415,43 @@ def test_leaves_are_the_files(tmp_path: Path) -> None:
     assert {"toyalpha", "toybeta", "toygamma"} <= set(known)
     assert "base" not in known
     assert list(known) == sorted(known)
+
+
+# --- renamed keys ---------------------------------------------------------------------------------
+
+EARLIER = """
+engine: {name: ddp, accumulate: 2, cache: false, clip: 0.5, recompute: [1]}
+model: {norm_group: 8}
+batch: 64
+method: byol
+optim: {trust: 0.01, rule: sqrt, lr_batch: 128, final: 0.1}
+data: {views: [{size: 16, count: 2, area: [0.1, 0.9]}]}
+"""
+
+
+def test_a_saved_configuration_may_have_the_names_that_keys_had_earlier(write: Write) -> None:
+    config = load.load(write(EARLIER, "config.yaml"))
+    engine: Any = config.engine
+    assert (engine.grad_accum_steps, engine.gradient_cache) == (2, False)
+    assert (engine.max_grad_norm, engine.activation_checkpointing) == (0.5, (1,))
+    assert (config.optim.trust_coefficient, config.optim.lr_scaling) == (0.01, "sqrt")
+    assert (config.optim.lr_reference_batch, config.optim.min_lr_ratio) == (128, 0.1)
+    assert config.data.views[0].scale == (0.1, 0.9)
+    assert load.load(write(load.dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "now"),
+    [
+        ("engine.accumulate=2", "engine.grad_accum_steps"),
+        ("optim.rule=sqrt", "optim.lr_scaling"),
+        ("data.views=[{size: 16, count: 2, area: [0.1, 0.9]}]", "data.views.0.scale"),
+    ],
+)
+def test_an_earlier_name_is_refused_with_the_present_one(
+    override: str, now: str, recipe: Path, write: Write
+) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key '.*', which is named '{now}' now"):
+        load.load(recipe, ["engine=ddp", override])
+    with pytest.raises(ConfigError, match=r"which is named 'optim\.lr_scaling' now"):
+        load.load(write("optim: {rule: sqrt}", "config.yml"))

@@ -31,9 +31,15 @@ def said(findings: list[Finding]) -> str:
 
 
 def test_findings_of_ranks_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    same, old, new = (Finding("ok", "gpu", "one"), Finding("ok", "torch", "2.1"), Finding("ok", "torch", "2.2"))
+    same, old, new = (
+        Finding("ok", "gpu", "one"),
+        Finding("ok", "torch", "2.1"),
+        Finding("ok", "torch", "2.2"),
+    )
     ranks = [[same, old], [same, new], [same, old], [same, old]]
-    monkeypatch.setattr(dist, "gather_objects", lambda own: [[tuple(f) for f in findings] for findings in ranks])
+    monkeypatch.setattr(
+        dist, "gather_objects", lambda own: [[tuple(f) for f in findings] for findings in ranks]
+    )
     texts = [(f.name, f.text) for f in merged(ranks[0])]
     assert texts == [("gpu", "one"), ("torch", "2.1 [ranks 0, 2-3]"), ("torch", "2.2 [rank 1]")]
     assert spans([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"
@@ -73,7 +79,16 @@ def test_slurm_variables_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("own", "files", "cores", "gib"),
     [
-        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "250000 100000", "a/memory.max": str(3 * 2**30)}, 2.5, 3),
+        (
+            "0::/a/b\n",
+            {
+                "a/b/cpu.max": "400000 100000",
+                "a/cpu.max": "250000 100000",
+                "a/memory.max": str(3 * 2**30),
+            },
+            2.5,
+            3,
+        ),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/b/memory.max": "max"}, None, None),
         (
             "4:memory:/j\n3:cpu,cpuacct:/j\n0::/\n",
@@ -86,11 +101,21 @@ def test_slurm_variables_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
             1.5,  # the folder is named cpu,cpuacct and has a link `cpu`
             2,
         ),
-        ("3:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, None),
+        (
+            "3:cpu:/\n0::/\n",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            None,
+            None,
+        ),
     ],
 )
 def test_limits_of_control_groups(
-    own: str, files: dict[str, str], cores: float | None, gib: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: str,
+    files: dict[str, str],
+    cores: float | None,
+    gib: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "own").write_text(own)
     for name, text in files.items():
@@ -121,7 +146,9 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "throttled" in machine.cpus()[0].fix
 
 
-def test_memory_shared_memory_and_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_shared_memory_and_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:       33554432 kB\nMemFree:        1 kB\n")
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "memory_limit", lambda: None)
@@ -131,7 +158,9 @@ def test_memory_shared_memory_and_open_files(tmp_path: Path, monkeypatch: pytest
     assert "limit of 3.5 GiB" in machine.memory(1).text
     assert machine.memory(1).status == "warn"
 
-    blocks = SimpleNamespace(f_frsize=4096, f_blocks=16384, f_bavail=8192)  # docker's 64 MB, half of them taken
+    blocks = SimpleNamespace(
+        f_frsize=4096, f_blocks=16384, f_bavail=8192
+    )  # docker's 64 MB, half of them taken
     monkeypatch.setattr(os, "statvfs", lambda _: blocks)
     assert machine.shared_memory(2).text == "0.03 of 0.06 GiB free, 0.25 needed by 2 processes"
     assert machine.shared_memory(2).status == "warn"
@@ -141,7 +170,9 @@ def test_memory_shared_memory_and_open_files(tmp_path: Path, monkeypatch: pytest
     assert machine.shared_memory(17).status == "warn"
 
     for soft, status in ((1023, "warn"), (1024, "ok"), (resource.RLIM_INFINITY, "ok")):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, resource.RLIM_INFINITY))
+        monkeypatch.setattr(
+            resource, "getrlimit", lambda _, soft=soft: (soft, resource.RLIM_INFINITY)
+        )
         assert machine.open_files().status == status
 
 
@@ -152,7 +183,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.status, "--gres" in found.fix) == ("fail", True)
     assert parity.parity(torch.device("cpu")) == [Finding("skip", "GPU parity", "no GPU: not run")]
     cards = [("A100", 80, 8, 0), ("A100", 80, 8, 0), ("V100", 16, 7, 0)]
-    facts = [SimpleNamespace(name=n, total_memory=g * 2**30, major=a, minor=b) for n, g, a, b in cards]
+    facts = [
+        SimpleNamespace(name=n, total_memory=g * 2**30, major=a, minor=b) for n, g, a, b in cards
+    ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(facts))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: facts[i])
@@ -169,7 +202,9 @@ def test_wrong_numbers_of_a_gpu_are_a_failure(monkeypatch: pytest.MonkeyPatch) -
     assert {f.status for f in parity.parity(torch.device("cuda"))} == {"ok"}
     apart["LARS, 3 steps"] = 2e-5
     apart["batch norm, bf16 against fp32"] = 0.01  # within what rounding explains
-    assert [f.text.partition(":")[0] for f in parity.parity(torch.device("cuda")) if f.status == "fail"] == ["LARS, 3 steps"]
+    assert [
+        f.text.partition(":")[0] for f in parity.parity(torch.device("cuda")) if f.status == "fail"
+    ] == ["LARS, 3 steps"]
 
 
 def test_versions_name_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,13 +221,23 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "write and fsync" in said(disk.run_folder(runs))
     assert said(disk.shared(runs)) == "ok the same for all ranks"
     assert "reads/s per process" in said(disk.data_folder(shards))
-    assert sorted((p, p.stat().st_size) for p in tmp_path.rglob("*")) == content  # nothing made, nothing left
+    assert (
+        sorted((p, p.stat().st_size) for p in tmp_path.rglob("*")) == content
+    )  # nothing made, nothing left
     (found,) = disk.data_folder(tmp_path)
-    assert (found.status, "no .tar files" in found.text, "--data" in found.fix) == ("fail", True, True)
+    assert (found.status, "no .tar files" in found.text, "--data" in found.fix) == (
+        "fail",
+        True,
+        True,
+    )
 
-    monkeypatch.setattr(disk, "_write_and_read", lambda _: {"free": 9.0, "write": 49.0, "read": 1.0, "direct": True})
+    monkeypatch.setattr(
+        disk, "_write_and_read", lambda _: {"free": 9.0, "write": 49.0, "read": 1.0, "direct": True}
+    )
     assert [f.status for f in disk.run_folder(runs)] == ["warn", "warn"]
-    monkeypatch.setattr(disk, "_read_randomly", lambda _: {"rate": 99.0, "p95": 40.0, "direct": True})
+    monkeypatch.setattr(
+        disk, "_read_randomly", lambda _: {"rate": 99.0, "p95": 40.0, "direct": True}
+    )
     assert [f.status for f in disk.data_folder(shards)] == ["warn"]
 
 
@@ -208,11 +253,19 @@ def test_filesystem_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "mounts").write_text("".join(f"{line} rw 0 0\n" for line in mounts))
     monkeypatch.setattr(disk, "MOUNTS", tmp_path / "mounts")
     folders = ("/my", "/my data/runs", "/my data/run/1", "/my data", "/tab\t/x")
-    assert [disk.filesystem(Path(folder)) for folder in folders] == ["ext4", "lustre", "xfs", "lustre", "zfs"]
+    assert [disk.filesystem(Path(folder)) for folder in folders] == [
+        "ext4",
+        "lustre",
+        "xfs",
+        "lustre",
+        "zfs",
+    ]
     assert queue.filesystem is disk.filesystem
 
 
-def test_random_reads_stay_inside_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_reads_stay_inside_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "small.tar").write_bytes(b"x" * 5000)
     (tmp_path / "large.tar").write_bytes(bytes(3 * disk.READ + 17))
     (tmp_path / "other.bin").write_bytes(bytes(10 * disk.READ))
@@ -249,7 +302,9 @@ def test_bandwidth_counts_the_whole_buffer(monkeypatch: pytest.MonkeyPatch) -> N
     found = network.collectives(torch.device("cpu"))
     assert sizes["sum_nograd"] == [4096, 2**20, 2**24]
     assert sizes["gather_nograd"] == [1024, 2**18, 2**22]
-    assert [f.text.partition(": ")[2] for f in found[:2]] == ["1 ms at 4 KiB; 1.05 GB/s at 1 MiB, 16.8 GB/s at 16 MiB"] * 2
+    assert [f.text.partition(": ")[2] for f in found[:2]] == [
+        "1 ms at 4 KiB; 1.05 GB/s at 1 MiB, 16.8 GB/s at 16 MiB"
+    ] * 2
     monkeypatch.setattr(network, "_seconds", lambda *_: 1.0)
     assert [f.status for f in network.collectives(torch.device("cpu"))] == ["warn", "warn", "ok"]
 
@@ -257,13 +312,19 @@ def test_bandwidth_counts_the_whole_buffer(monkeypatch: pytest.MonkeyPatch) -> N
 def test_loader_and_the_cores_that_a_rehearsed_run_takes(tmp_path: Path) -> None:
     shards, run = write_shards(tmp_path / "shards", (40, 40)), tmp_path / "run"
     (found,) = feed.loader(shards, run)
-    assert (found.status, "has no index" in found.text, "shards/index.py" in found.fix) == ("fail", True, True)
+    assert (found.status, "has no index" in found.text, "shards/index.py" in found.fix) == (
+        "fail",
+        True,
+        True,
+    )
     assert not (shards / "scaletrain-index.json").exists()
     Shards(shards).check()
     run.mkdir()
     (run / "config.yaml").write_text("data: {lanes: 8, views: [{size: 16, count: 3}]}\n")
     assert "3 views as in the run folder" in said(feed.loader(shards, run))
-    (run / throughput_check.FILE).write_text(json.dumps({"loader_images_per_second": {"process": 1000, "node": 4000}}))
+    (run / throughput_check.FILE).write_text(
+        json.dumps({"loader_images_per_second": {"process": 1000, "node": 4000}})
+    )
     for rate, status, cores in ((400.0, "ok", "2.5 cores"), (300.0, "warn", "3.3 cores")):
         (found,) = feed.needed(run, rate, 3)
         assert (found.status, cores in found.text) == (status, True)
@@ -274,12 +335,16 @@ def test_loader_and_the_cores_that_a_rehearsed_run_takes(tmp_path: Path) -> None
 def test_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fstat
     assert [f.status for f in network.clocks(tmp_path)] == ["ok"]
-    monkeypatch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_mtime=real(fd).st_mtime - 7, st_size=0))
+    monkeypatch.setattr(
+        os, "fstat", lambda fd: SimpleNamespace(st_mtime=real(fd).st_mtime - 7, st_size=0)
+    )
     with monkeypatch.context() as patch:
         patch.setattr(network, "existing", lambda _: tmp_path)
         (found,) = network.clocks(tmp_path)
     assert (found.status, "NTP" in found.fix) == ("warn", True)
-    assert float(found.text.partition("worst: ")[2].split(" ms")[0]) == pytest.approx(-7000, abs=200)
+    assert float(found.text.partition("worst: ")[2].split(" ms")[0]) == pytest.approx(
+        -7000, abs=200
+    )
 
 
 def test_without_a_rendezvous_the_page_is_told_all_the_same(
@@ -299,14 +364,41 @@ def test_without_a_rendezvous_the_page_is_told_all_the_same(
 def test_the_command(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards", (40, 40))
     Shards(shards).check()
-    command = [sys.executable, "-m", "scaletrain", "doctor", "--run", str(tmp_path / "run"), "--data", str(shards)]
+    command = [
+        sys.executable,
+        "-m",
+        "scaletrain",
+        "doctor",
+        "--run",
+        str(tmp_path / "run"),
+        "--data",
+        str(shards),
+    ]
     bare = not torch.cuda.is_available()
-    done = subprocess.run([*command, "--require-gpu"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*command, "--require-gpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (int(bare), "")
     page = done.stdout.splitlines()
     assert page[0].startswith("scaletrain doctor, ")
     assert page[-1].endswith(", 1 failure" if bare else ", 0 failures")
-    names = ("torch", "devices", "CPU", "/dev/shm", "open files", "SLURM", "run folder", "data folder", "loader", "clocks")
+    names = (
+        "torch",
+        "devices",
+        "CPU",
+        "/dev/shm",
+        "open files",
+        "SLURM",
+        "run folder",
+        "data folder",
+        "loader",
+        "clocks",
+    )
     for name in names:
         assert any(line[6:].startswith(name) for line in page), name
     assert not (tmp_path / "run").exists()

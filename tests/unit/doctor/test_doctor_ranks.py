@@ -28,7 +28,9 @@ def check(folder: Path) -> dict[str, torch.Tensor]:
     if one:
         time.time = lambda: real() + AHEAD  # type: ignore[method-assign]
     intervals = network._rank_clocks()
-    warned = [f for f in network.clocks(folder / "both") if f.text.startswith("rank 1 against rank 0")]
+    warned = [
+        f for f in network.clocks(folder / "both") if f.text.startswith("rank 1 against rank 0")
+    ]
     time.time = real  # type: ignore[method-assign]
 
     def fails_on_one() -> dict[str, float]:
@@ -45,7 +47,10 @@ def check(folder: Path) -> dict[str, torch.Tensor]:
         values == {"speed": [3.0]},
         [(f.status, f.text) for f in failures] == [("fail", "OSError: no such disk [rank 1]")],
         [(f.status, f.text) for f in apart]
-        == [("ok", "the same for all ranks [rank 0]"), ("fail", "not the folder that rank 0 sees [rank 1]")],
+        == [
+            ("ok", "the same for all ranks [rank 0]"),
+            ("fail", "not the folder that rank 0 sees [rank 1]"),
+        ],
         [(f.status, f.text) for f in same] == [("ok", "the same for all ranks")],
         len(speeds) == 3 and all("GB/s" in f.text and f.status != "fail" for f in speeds),
     ]
@@ -66,13 +71,18 @@ def test_between_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "start", [["launchers/local.py", "--procs", "2"], ["-m", "torch.distributed.run", "--nproc-per-node=2"]]
+    "start",
+    [["launchers/local.py", "--procs", "2"], ["-m", "torch.distributed.run", "--nproc-per-node=2"]],
 )
 def test_the_command_on_two_processes(start: list[str], tmp_path: Path) -> None:
-    module = ["-m", "--", "scaletrain"] if "-m" in start else []  # else torchrun takes --run for one of its own options
+    module = (
+        ["-m", "--", "scaletrain"] if "-m" in start else []
+    )  # else torchrun takes --run for one of its own options
     command = [sys.executable, *start, *module, "doctor", "--run", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scaletrain doctor, ") == 1
     assert "ok    ranks        2 on 1 node: " in done.stdout

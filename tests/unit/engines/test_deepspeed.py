@@ -1,8 +1,10 @@
-"""engine.name=deepspeed: every ZeRO stage at 2 ranks computes what ddp computes in one process, and refuses what it cannot.
+"""engine.name=deepspeed: every ZeRO stage at 2 ranks computes what ddp computes in one process, and
+refuses what it cannot.
 
-ZeRO is float32, where rounding differs with the order of sums. At a ReLU's kink that grows a thousandfold, so activations are
-smooth here, and parameters are compared by how far they have moved. ddp in float32 deviates by up to 1e-4 between 1 and 2
-ranks that way, a target that moves before the step by 0.04 or more.
+ZeRO is float32, where rounding differs with the order of sums. At a ReLU's kink that grows a
+thousandfold, so activations are smooth here, and parameters are compared by how far they have
+moved. ddp in float32 deviates by up to 1e-4 between 1 and 2 ranks that way, a target that moves
+before the step by 0.04 or more.
 """
 
 from __future__ import annotations
@@ -39,14 +41,21 @@ def config(method: str, engine: dict[str, Any], **changes: Any) -> Config:
 
 
 def run(engine: Engine, cfg: Config, start: int, stop: int) -> StepResult:
-    """Losses, optimizer state and the movement of all else, as "name@start" of what this rank writes."""
+    """Losses, optimizer state and the movement of all else, as "name@start" of what this rank
+    writes.
+    """
     with small.smooth():
-        before = {name: at.tensor.detach().double().reshape(-1).clone() for name, at in engine.placed().items()}
+        before = {
+            name: at.tensor.detach().double().reshape(-1).clone()
+            for name, at in engine.placed().items()
+        }
         losses = small.run(engine, cfg, start, stop)
     moved = {f"loss@{0}": torch.tensor(losses, dtype=torch.float64)}
     for name, piece in engine.state().items():
         if piece.data.numel():
-            moved[f"{name}@{piece.start}"] = piece.data.double() - (before[name] if name.startswith("method.") else 0)
+            moved[f"{name}@{piece.start}"] = piece.data.double() - (
+                before[name] if name.startswith("method.") else 0
+            )
     return moved
 
 
@@ -72,7 +81,9 @@ def bits(engine: Engine) -> StepResult:
 def skip(engine: Engine, cfg: Config) -> bool:
     """Whether a step with a NaN on rank 1 leaves no trace, and the next good one trains."""
     before, good = bits(engine), small.batch(cfg, STOP)
-    broken = dataclasses.replace(good, views=(good.views[0] * (float("nan") if dist.rank() else 1), *good.views[1:]))
+    broken = dataclasses.replace(
+        good, views=(good.views[0] * (float("nan") if dist.rank() else 1), *good.views[1:])
+    )
     clock = Clock(STOP, 20, 2, 4)
     traceless = engine.step(broken, clock, 0.02, 0.02).skipped
     traceless &= all(torch.equal(before[name], tensor) for name, tensor in bits(engine).items())
@@ -91,11 +102,17 @@ def on_ranks(folder: Path) -> StepResult:
         cfg = config("swav", {"name": "deepspeed", "stage": stage})
         found |= {f"swav {stage}/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 4).items()}
     for stage in (1, 2, 3):
-        cfg = config("byol", {"name": "deepspeed", "stage": stage, "grad_accum_steps": 2}, **ACCUMULATED)
-        found |= {f"accumulated {stage}/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()}
+        cfg = config(
+            "byol", {"name": "deepspeed", "stage": stage, "grad_accum_steps": 2}, **ACCUMULATED
+        )
+        found |= {
+            f"accumulated {stage}/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()
+        }
     cfg = config("deepcluster_v2", {"name": "deepspeed", "stage": 3})
     found |= {f"deepcluster 3/{k}": v for k, v in run(small.engine(cfg), cfg, 0, 2).items()}
-    cfg = config("byol", {"name": "deepspeed", "stage": 3, "precision": "bf16", "channels_last": True})
+    cfg = config(
+        "byol", {"name": "deepspeed", "stage": 3, "precision": "bf16", "channels_last": True}
+    )
     engine = small.engine(cfg)
     found |= {f"bf16 3/{k}": v for k, v in run(engine, cfg, 0, 1).items()}
     assert {at.tensor.dtype for at in engine.shards.values()} == {torch.float32}
@@ -140,21 +157,40 @@ def spread(alone: StepResult, folder: Path, tmp_path_factory: pytest.TempPathFac
         for key, value in result.items():
             name, _, start = key.partition("@")
             pieces.setdefault(name, {})[int(start or 0)] = value
-    return {name: torch.cat([parts[s] for s in sorted(parts)]) if "/" in name else parts[0] for name, parts in pieces.items()}
+    return {
+        name: torch.cat([parts[s] for s in sorted(parts)]) if "/" in name else parts[0]
+        for name, parts in pieces.items()
+    }
 
 
 def deviation(case: str, stage: int, alone: StepResult, spread: StepResult) -> tuple[float, str]:
-    """The largest, relative to the tensor, or to 0.01: biases before a norm have no gradient but rounding errors."""
-    a = {k.partition("/")[2].partition("@")[0]: v for k, v in alone.items() if k.startswith(f"{case}/")}
+    """The largest, relative to the tensor, or to 0.01: biases before a norm have no gradient but
+    rounding errors.
+    """
+    a = {
+        k.partition("/")[2].partition("@")[0]: v
+        for k, v in alone.items()
+        if k.startswith(f"{case}/")
+    }
     b = {k.partition("/")[2]: v for k, v in spread.items() if k.startswith(f"{case} {stage}/")}
     assert a.keys() == b.keys()
-    return max(((a[k] - b[k]).abs().max().item() / max(1e-2, a[k].abs().max().item()), k) for k in a)
+    return max(
+        ((a[k] - b[k]).abs().max().item() / max(1e-2, a[k].abs().max().item()), k) for k in a
+    )
 
 
 @pytest.mark.parametrize(
-    ("case", "stage"), [*(("byol", s) for s in STAGES), ("swav", 1), ("swav", 3), *(("accumulated", s) for s in (1, 2, 3))]
+    ("case", "stage"),
+    [
+        *(("byol", s) for s in STAGES),
+        ("swav", 1),
+        ("swav", 3),
+        *(("accumulated", s) for s in (1, 2, 3)),
+    ],
 )
-def test_every_stage_computes_what_ddp_does(case: str, stage: int, alone: StepResult, spread: StepResult) -> None:
+def test_every_stage_computes_what_ddp_does(
+    case: str, stage: int, alone: StepResult, spread: StepResult
+) -> None:
     worst, where = deviation(case, stage, alone, spread)
     assert worst < TOLERANCE, f"{where} deviates by {worst:.1e}"
     assert alone[f"{case}/loss@0"].std() > 1e-3
@@ -162,8 +198,12 @@ def test_every_stage_computes_what_ddp_does(case: str, stage: int, alone: StepRe
 
 def test_a_single_process(alone: StepResult, folder: Path, tmp_path: Path) -> None:
     (found,) = ranks.run(1, on_one, tmp_path, folder)
-    worst, where = deviation("byol", 3, alone, {f"byol 3/{k.partition('@')[0]}": v for k, v in found.items()})
-    assert worst < TOLERANCE / 10, f"{where} deviates by {worst:.1e}"  # sums have one order, but for the norm that clips
+    worst, where = deviation(
+        "byol", 3, alone, {f"byol 3/{k.partition('@')[0]}": v for k, v in found.items()}
+    )
+    assert worst < TOLERANCE / 10, (
+        f"{where} deviates by {worst:.1e}"
+    )  # sums have one order, but for the norm that clips
 
 
 def test_features_of_parameters_that_are_not_whole(alone: StepResult, spread: StepResult) -> None:
@@ -181,7 +221,9 @@ def test_a_non_finite_step_leaves_no_trace(stage: int, spread: StepResult) -> No
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_go_to_and_from_ddp_bit_for_bit(stage: int, spread: StepResult, folder: Path) -> None:
+def test_checkpoints_go_to_and_from_ddp_bit_for_bit(
+    stage: int, spread: StepResult, folder: Path
+) -> None:
     cfg = config("byol", {})
     ours, theirs = (bits(restored(cfg, folder / name)) for name in ("ddp", f"zero{stage}"))
     assert ours.keys() == theirs.keys()
@@ -196,10 +238,16 @@ def test_a_file_of_settings_is_read_once(tmp_path: Path) -> None:
         "gradient_clipping": 0.5,
         "fp16": {"enabled": False},
         "wall_clock_breakdown": False,
-        "zero_optimization": {"stage": 1, "overlap_comm": False, "offload_param": {"device": "none"}},
+        "zero_optimization": {
+            "stage": 1,
+            "overlap_comm": False,
+            "offload_param": {"device": "none"},
+        },
     }
     path.write_text(json.dumps(settings))
-    engine: Any = config("byol", {"name": "deepspeed", "stage": 1, "max_grad_norm": 0.5, "deepspeed": str(path)}).engine
+    engine: Any = config(
+        "byol", {"name": "deepspeed", "stage": 1, "max_grad_norm": 0.5, "deepspeed": str(path)}
+    ).engine
     assert engine.deepspeed == settings
     assert not engine.talk
     told = engine.settings()
@@ -212,26 +260,45 @@ def test_a_file_of_settings_is_read_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "fp64"}, "engine: ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2"),
+        (
+            {"precision": "fp64"},
+            "engine: ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2",
+        ),
         ({"compile": True, "stage": 3}, "set compile=false or stage=2"),
         ({"stage": 4}, "engine.stage"),
         ({"deepspeed": "nowhere.json"}, "engine.deepspeed: cannot read nowhere.json: No such file"),
-        ({"deepspeed": {"train_batch_size": 8}}, r"train_batch_size=8 is for the recipe to say: remove it and set batch"),
+        (
+            {"deepspeed": {"train_batch_size": 8}},
+            r"train_batch_size=8 is for the recipe to say: remove it and set batch",
+        ),
         ({"deepspeed": {"gradient_clipping": 1.0}}, r"remove it and set engine.max_grad_norm"),
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, r"remove it and set optim"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, r"remove it and set engine.precision"),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"zero_optimization.stage=3 .* set engine.stage"),
-        ({"deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}, "engine.name=fsdp2"),
-        ({"deepspeed": {"zero_optimization": {"overlap_com": True}}}, "did you mean 'zero_optimization.overlap_comm'"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}}},
+            r"zero_optimization.stage=3 .* set engine.stage",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_param": {"device": "cpu"}}}},
+            "engine.name=fsdp2",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"overlap_com": True}}},
+            "did you mean 'zero_optimization.overlap_comm'",
+        ),
         ({"deepspeed": {"zero_optimisation": {}}}, "zero_optimisation is not supported"),
     ],
 )
-def test_what_cannot_be_is_refused_when_the_recipe_is_read(changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_is_refused_when_the_recipe_is_read(
+    changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         config("byol", {"name": "deepspeed", "stage": 2, **changes})
 
 
 def test_several_backward_passes_are_refused() -> None:
     cfg = config("byol", {"name": "deepspeed"})
-    with pytest.raises(ConfigError, match=r"one backward pass per step.*use engine.name=ddp or fsdp2"):
+    with pytest.raises(
+        ConfigError, match=r"one backward pass per step.*use engine.name=ddp or fsdp2"
+    ):
         deepspeed.Engine(Toy(cfg), cfg.engine, cfg.optim, torch.device("cpu"))  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""What the engine does around a step: skipping, refusing, clipping, accumulating, two losses, precision."""
+"""What the engine does around a step: skipping, refusing, clipping, accumulating, two losses,
+precision.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("method", ["byol", "swav"])
-def test_a_non_finite_step_leaves_no_trace_and_is_named(method: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_non_finite_step_leaves_no_trace_and_is_named(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
     cfg = small.config(method)
     engine = small.engine(cfg)
     small.run(engine, cfg, 0, 2)
@@ -41,11 +45,16 @@ def test_a_non_finite_step_leaves_no_trace_and_is_named(method: str, caplog: pyt
     broken[1, 5, 0, 3, 3] = float("nan")
     with caplog.at_level(logging.WARNING, "scaletrain"):
         result = engine.step(
-            dataclasses.replace(good, views=(broken, *good.views[1:])), dataclasses.replace(CLOCK, step=2), 0.2, 0.2
+            dataclasses.replace(good, views=(broken, *good.views[1:])),
+            dataclasses.replace(CLOCK, step=2),
+            0.2,
+            0.2,
         )
     assert result.skipped
     assert equal(before, snapshot(engine))
-    assert caplog.messages == [f"step 2 skipped: the loss of rank 0 is not finite; samples {int(good.index[5])}"]
+    assert caplog.messages == [
+        f"step 2 skipped: the loss of rank 0 is not finite; samples {int(good.index[5])}"
+    ]
 
 
 def test_too_many_in_a_row_stop_the_run_and_a_good_one_resets_the_count() -> None:
@@ -67,7 +76,10 @@ def test_accumulation_is_refused_for_losses_over_the_global_batch(method: str) -
 
 
 def test_accumulation_equals_the_whole_batch_where_normalisation_fits_the_micro_batch() -> None:
-    whole, parts = (small.config("byol", engine={"grad_accum_steps": n}, model={"norm_group": 4}) for n in (1, 3))
+    whole, parts = (
+        small.config("byol", engine={"grad_accum_steps": n}, model={"norm_group": 4})
+        for n in (1, 3)
+    )
     a, b = small.engine(whole), small.engine(parts)
     for x, y in zip(small.run(a, whole, 0, 3), small.run(b, parts, 0, 3), strict=True):
         assert x == pytest.approx(y, rel=1e-12)
@@ -92,7 +104,9 @@ class Lines(logging.Handler):
 
 
 def poisoned(poison: bool) -> dict[str, torch.Tensor]:
-    """Two good steps, then, if asked, one with a NaN in a sample of rank 1 that is skipped, then a good one."""
+    """Two good steps, then, if asked, one with a NaN in a sample of rank 1 that is skipped, then a
+    good one.
+    """
     logging.getLogger("scaletrain").addHandler(lines := Lines())
     cfg = small.config("deepcluster_v2")
     engine = small.engine(cfg)
@@ -103,8 +117,12 @@ def poisoned(poison: bool) -> dict[str, torch.Tensor]:
         if dist.rank() == 1:
             bad.views[0][0, 1, 0, 0, 0] = float("nan")
         assert engine.step(bad, dataclasses.replace(CLOCK, step=2), 0.2, 0.2).skipped
-        owner = int(dist.gather_nograd(bad.index)[cfg.batch // 2 + 1])  # second sample of the second half
-        assert not dist.main() or any(line.endswith(f"rank 1 is not finite; samples place{owner}") for line in lines.seen)
+        owner = int(
+            dist.gather_nograd(bad.index)[cfg.batch // 2 + 1]
+        )  # second sample of the second half
+        assert not dist.main() or any(
+            line.endswith(f"rank 1 is not finite; samples place{owner}") for line in lines.seen
+        )
     small.run(engine, cfg, 3, 4)
     return {f"{name}@{piece.start}": piece.data for name, piece in engine.state().items()}
 
@@ -119,11 +137,15 @@ def test_a_bad_sample_of_another_rank_makes_all_skip_and_is_named(tmp_path: Path
         assert equal(skipped, undisturbed)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own looking around
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo's own looking around
 def test_a_compiled_engine_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend="aot_eager", **options),
     )
     counters.clear()
     eager, compiled = (small.config("byol", engine={"compile": c}) for c in (False, True))
@@ -137,14 +159,23 @@ def test_a_compiled_engine_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch)
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees() -> None:
     options = {"optim": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}}
-    free, clipped = (small.config("simclr", **options, engine={"max_grad_norm": c}) for c in (0.0, 0.5))
+    free, clipped = (
+        small.config("simclr", **options, engine={"max_grad_norm": c}) for c in (0.0, 0.5)
+    )
     moved = []
     for cfg in (free, clipped):
         engine = small.engine(cfg)
         before = [p.detach().clone() for p in engine.trained()]
         result = engine.step(small.batch(cfg, 0), CLOCK, 1.0, 1.0)
         moved.append(
-            torch.stack([(p.detach() - q).square().sum() for p, q in zip(engine.trained(), before, strict=True)]).sum().sqrt()
+            torch.stack(
+                [
+                    (p.detach() - q).square().sum()
+                    for p, q in zip(engine.trained(), before, strict=True)
+                ]
+            )
+            .sum()
+            .sqrt()
         )
         assert result.grad_norm > 0.5
     assert moved[0] > 0.5
@@ -153,18 +184,26 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees() -> None:
 
 def test_each_of_two_losses_drives_its_own_group() -> None:
     """Against two separate backward passes written out."""
-    cfg = small.config("byol", optim={"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0})
+    cfg = small.config(
+        "byol", optim={"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    )
     engine, plain = toy_engine(cfg), toy_engine(cfg).method
     assert isinstance(plain, Toy)
     batch = small.batch(cfg, 0)
     out = plain(batch, CLOCK)
-    critic = torch.autograd.grad(out.losses["critic"], list(plain.critic.parameters()), retain_graph=True)
+    critic = torch.autograd.grad(
+        out.losses["critic"], list(plain.critic.parameters()), retain_graph=True
+    )
     encoder = torch.autograd.grad(out.losses["encoder"], list(plain.backbone.parameters()))
     result = engine.step(batch, CLOCK, 0.02, 0.1)
     assert set(result.scalars) == {"loss_critic", "loss_encoder"}
-    for p, q, g in zip(engine.method.critic.parameters(), plain.critic.parameters(), critic, strict=True):  # type: ignore[union-attr,operator]
+    for p, q, g in zip(
+        engine.method.critic.parameters(), plain.critic.parameters(), critic, strict=True
+    ):  # type: ignore[union-attr,operator]
         torch.testing.assert_close(p, q - 0.05 * g)  # constant base rate 0.1, multiplier 0.5
-    for p, q, g in zip(engine.method.backbone.parameters(), plain.backbone.parameters(), encoder, strict=True):
+    for p, q, g in zip(
+        engine.method.backbone.parameters(), plain.backbone.parameters(), encoder, strict=True
+    ):
         torch.testing.assert_close(p, q - 0.02 * g)
 
 
@@ -191,16 +230,24 @@ def test_bfloat16_follows_full_precision() -> None:
         cfg = small.config("byol", engine={"precision": precision}, optim={"lr": 0.01})
         engine = small.engine(cfg, perturb=False)
         batches = [
-            dataclasses.replace(b, views=tuple(v.float() for v in b.views)) for b in (small.batch(cfg, s) for s in range(3))
+            dataclasses.replace(b, views=tuple(v.float() for v in b.views))
+            for b in (small.batch(cfg, s) for s in range(3))
         ]
-        losses[precision] = [engine.step(b, dataclasses.replace(CLOCK, step=s), 0.01, 0.01).loss for s, b in enumerate(batches)]
+        losses[precision] = [
+            engine.step(b, dataclasses.replace(CLOCK, step=s), 0.01, 0.01).loss
+            for s, b in enumerate(batches)
+        ]
         assert all(p.dtype == torch.float32 for p in engine.method.parameters())
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]
 
 
-@pytest.mark.parametrize("optim", [{"name": "sgd", "nesterov": True}, {"name": "adamw"}, {"name": "lars"}])
-def test_every_optimizer_goes_on_bit_for_bit_from_a_checkpoint(optim: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optim", [{"name": "sgd", "nesterov": True}, {"name": "adamw"}, {"name": "lars"}]
+)
+def test_every_optimizer_goes_on_bit_for_bit_from_a_checkpoint(
+    optim: dict[str, object], tmp_path: Path
+) -> None:
     cfg = small.config("byol", optim={**optim, "lr": 0.01})
     straight, first, second = (small.engine(cfg) for _ in range(3))
     small.run(first, cfg, 0, 2)

@@ -1,4 +1,6 @@
-"""The engine fairscale beside ddp: who holds what, clipping, accumulation, frozen groups, two losses, kernels, bad steps."""
+"""The engine fairscale beside ddp: who holds what, clipping, accumulation, frozen groups, two
+losses, kernels, bad steps.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,27 @@ STEPS = (1, 2)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, changes of its configuration)
     "clipped and accumulated": (
         "byol",
-        {"batch": 24, "engine": {"grad_accum_steps": 2, "max_grad_norm": 0.5}, "model": {"norm_group": 6}},
+        {
+            "batch": 24,
+            "engine": {"grad_accum_steps": 2, "max_grad_norm": 0.5},
+            "model": {"norm_group": 6},
+        },
     ),
     # its first pass has no gradient, where ShardedDataParallel cannot hang its hooks yet
-    "cached": ("simclr", {"batch": 24, "engine": {"grad_accum_steps": 2, "gradient_cache": True}, "model": {"norm_group": 6}}),
+    "cached": (
+        "simclr",
+        {
+            "batch": 24,
+            "engine": {"grad_accum_steps": 2, "gradient_cache": True},
+            "model": {"norm_group": 6},
+        },
+    ),
     "frozen": ("swav", {}),  # prototypes have no gradient before step 2
     "adamw": ("byol", {"optim": {"name": "adamw", "lr": 1e-3}}),
-    "fused": ("simclr", {"engine": {"precision": "fp32"}, "optim": {"lr": 1e-4}}),  # LARS' kernels of float32 on the CPU
+    "fused": (
+        "simclr",
+        {"engine": {"precision": "fp32"}, "optim": {"lr": 1e-4}},
+    ),  # LARS' kernels of float32 on the CPU
     "two losses": (ADVERSARY, {}),
 }
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-2}
@@ -44,16 +60,28 @@ def build(case: str, name: str) -> tuple[Engine, Config]:
 
 
 def train(name: str) -> dict[str, torch.Tensor]:
-    """Losses, norms and trust ratios, what this rank holds of the optimizer, and its copy of the method, of every case."""
+    """Losses, norms and trust ratios, what this rank holds of the optimizer, and its copy of the
+    method, of every case.
+    """
     found: dict[str, torch.Tensor] = {}
     for case in CASES:
         trainer, cfg = build(case, name)
         for step in STEPS:
-            result = trainer.step(small.batch(cfg, step), Clock(step, 20, 0, 4), cfg.optim.lr, cfg.optim.lr)
-            shown = [torch.tensor(result.loss), result.grad_norm, *(result.trust[k] for k in sorted(result.trust))]
+            result = trainer.step(
+                small.batch(cfg, step), Clock(step, 20, 0, 4), cfg.optim.lr, cfg.optim.lr
+            )
+            shown = [
+                torch.tensor(result.loss),
+                result.grad_norm,
+                *(result.trust[k] for k in sorted(result.trust)),
+            ]
             found[f"{case}/result{step}"] = torch.stack([x.double() for x in shown])
         found |= {f"{case}/method.{k}": v.clone() for k, v in trainer.method.state_dict().items()}
-        found |= {f"{case}/{k}": v.data.clone() for k, v in trainer.state().items() if k.startswith("optim.") and len(v.data)}
+        found |= {
+            f"{case}/{k}": v.data.clone()
+            for k, v in trainer.state().items()
+            if k.startswith("optim.") and len(v.data)
+        }
     return found
 
 
@@ -66,9 +94,15 @@ def poisoned() -> dict[str, torch.Tensor]:
     if dist.rank() == 1:
         bad.views[0][0, 1, 0, 0, 0] = float("nan")
     skipped = trainer.step(bad, Clock(1, 20, 0, 4), 0.2, 0.2).skipped
-    changed = [name for name, at in trainer.placed().items() if not torch.equal(before[name], at.tensor)]
+    changed = [
+        name for name, at in trainer.placed().items() if not torch.equal(before[name], at.tensor)
+    ]
     gradients = [p for p in trainer.method.parameters() if p.grad is not None]
-    return {"skipped": torch.tensor(skipped), "changed": torch.tensor(len(changed)), "kept": torch.tensor(len(gradients))}
+    return {
+        "skipped": torch.tensor(skipped),
+        "changed": torch.tensor(len(changed)),
+        "kept": torch.tensor(len(gradients)),
+    }
 
 
 def work() -> dict[str, torch.Tensor]:
@@ -113,15 +147,21 @@ def test_parameters_are_replicas_and_each_rank_keeps_about_half_of_the_optimizer
     assert 0.4 < first / (first + second) < 0.6
 
 
-def test_a_bad_sample_of_one_rank_leaves_no_trace_on_any(spread: list[dict[str, torch.Tensor]]) -> None:
+def test_a_bad_sample_of_one_rank_leaves_no_trace_on_any(
+    spread: list[dict[str, torch.Tensor]],
+) -> None:
     for rank in spread:
         assert (rank["skipped"], rank["changed"], rank["kept"]) == (True, 0, 0)
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "fairscale"])
-def test_a_missing_library_is_named_by_the_engine_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_by_the_engine_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine that only evaluates reads the recipe all the same."""
     monkeypatch.setattr(versions, "installed", lambda library: "")
     cfg = small.config("byol", engine={"name": name})
-    with pytest.raises(ConfigError, match=rf"engine.name={name} needs {name}: pip install 'scaletrain\[{name}\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"engine.name={name} needs {name}: pip install 'scaletrain\[{name}\]'"
+    ):
         small.engine(cfg)

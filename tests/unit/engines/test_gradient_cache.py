@@ -1,4 +1,6 @@
-"""Gradient caching against the step of the whole batch: the same losses, parameters, targets and statistics in float64."""
+"""Gradient caching against the step of the whole batch: the same losses, parameters, targets and
+statistics in float64.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,13 @@ def train(parts: int) -> dict[str, Tensor]:
     for method in METHODS:
         cfg = config(method, parts)
         engine = small.engine(cfg)
-        found[f"{method}/loss"] = torch.tensor(small.run(engine, cfg, 0, STEPS), dtype=torch.float64)
-        found |= {f"{method}/{name}": tensor.detach().double() for name, tensor in engine.method.state_dict().items()}
+        found[f"{method}/loss"] = torch.tensor(
+            small.run(engine, cfg, 0, STEPS), dtype=torch.float64
+        )
+        found |= {
+            f"{method}/{name}": tensor.detach().double()
+            for name, tensor in engine.method.state_dict().items()
+        }
     return found
 
 
@@ -56,7 +63,9 @@ def test_it_equals_the_whole_batch(parts: int, whole: dict[str, Tensor]) -> None
     assert deviation(whole, train(parts)) < 1e-9
 
 
-def test_two_ranks_equal_the_whole_batch_in_one_process(whole: dict[str, Tensor], tmp_path: Path) -> None:
+def test_two_ranks_equal_the_whole_batch_in_one_process(
+    whole: dict[str, Tensor], tmp_path: Path
+) -> None:
     for found in ranks.run(2, train, tmp_path, 2):
         assert deviation(whole, found) < 1e-9
 
@@ -74,7 +83,9 @@ def test_accumulation_without_it_gives_another_gradient(method: str) -> None:
     assert norms[1] != pytest.approx(norms[0], rel=1e-2)
 
 
-def test_the_encoder_sees_each_micro_batch_twice_and_keeps_one_graph_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_sees_each_micro_batch_twice_and_keeps_one_graph_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[tuple[int, bool]] = []
     cfg = config("simclr", 4)
     engine = small.engine(cfg)
@@ -99,7 +110,9 @@ def test_a_step_that_is_not_finite_leaves_no_trace() -> None:
     good = small.batch(cfg, 1)
     broken = dataclasses.replace(good, views=(good.views[0] * float("inf"), *good.views[1:]))
     assert engine.step(broken, CLOCK, 0.1, 0.1).skipped
-    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.method.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in engine.method.state_dict().items()
+    )
     assert not any(m.staged for m in engine.staged)  # type: ignore[attr-defined]
     assert not engine.step(good, CLOCK, 0.1, 0.1).skipped
 

@@ -1,4 +1,6 @@
-"""Parts of tensors in any shape, layout and number of copies, as pieces of a checkpoint and back."""
+"""Parts of tensors in any shape, layout and number of copies, as pieces of a checkpoint and
+back.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,11 @@ def test_copies_are_written_once_and_evenly() -> None:
     held = {f"{i}": torch.full((100,), float(i)) for i in range(30)} | {"part": torch.ones(6)}
     written = []
     for rank in range(4):  # two copies of two halves each, and what all four hold
-        placed = {name: Shard(tensor, 0, (100,), rank, 4) for name, tensor in held.items() if name != "part"}
+        placed = {
+            name: Shard(tensor, 0, (100,), rank, 4)
+            for name, tensor in held.items()
+            if name != "part"
+        }
         start = 3 * (rank % 2)
         placed["part"] = Shard(held["part"][start : start + 3], start, (6,), rank // 2, 2)
         written.append(pieces(placed))

@@ -1,4 +1,6 @@
-"""`show memory` and `show comm`: what they predict for N ranks is what N gloo ranks hold and send."""
+"""`show memory` and `show comm`: what they predict for N ranks is what N gloo ranks hold
+and send.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,50 @@ from scaletrain.estimate import comm, memory
 from scaletrain.nn.norm import BatchNorm
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-MANY = [{"size": 16, "count": 4}, {"size": 8, "count": 2}]  # sizes that `show comm` leaves as they are
+MANY = [
+    {"size": 16, "count": 4},
+    {"size": 8, "count": 2},
+]  # sizes that `show comm` leaves as they are
 PAIR = [{"size": 8, "count": 2}]
-ZERO_3 = {"zero_optimization": {"stage3_param_persistence_threshold": 100}}  # so that some stay whole and some do not
+ZERO_3 = {
+    "zero_optimization": {"stage3_param_persistence_threshold": 100}
+}  # so that some stay whole and some do not
 ADAMW = {"name": "adamw"}
-CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {  # method, column of `show memory`, engine, optimizer
+CASES: dict[
+    str, tuple[str, str, dict[str, Any], dict[str, Any]]
+] = {  # method, column of `show memory`, engine, optimizer
     "ddp": ("relicv2", "ddp", {"name": "ddp", "bucket_mb": 0.05}, {}),
-    "ddp swav": ("swav", "ddp", {"name": "ddp", "precision": "bf16", "activation_checkpointing": [2]}, ADAMW),
+    "ddp swav": (
+        "swav",
+        "ddp",
+        {"name": "ddp", "precision": "bf16", "activation_checkpointing": [2]},
+        ADAMW,
+    ),
     "fsdp2": ("relicv2", "fsdp2", {"name": "fsdp2"}, ADAMW),
-    "fsdp2 whole": ("swav", "fsdp2 whole", {"name": "fsdp2", "reshard": False, "activation_checkpointing": True}, {}),
+    "fsdp2 whole": (
+        "swav",
+        "fsdp2 whole",
+        {"name": "fsdp2", "reshard": False, "activation_checkpointing": True},
+        {},
+    ),
     "hsdp": ("relicv2", "fsdp2", {"name": "fsdp2", "replicate": 2, "precision": "bf16"}, {}),
     "oss": ("relicv2", "fairscale", {"name": "fairscale"}, ADAMW),
     "ddp moco": ("moco", "ddp", {"name": "ddp"}, {}),
     "ddp suncet": ("supcon+suncet", "ddp", {"name": "ddp"}, {}),
     "zero 0": ("byol", "zero 0", {"name": "deepspeed", "precision": "fp32", "stage": 0}, {}),
     "zero 1": ("byol", "zero 1", {"name": "deepspeed", "precision": "fp32", "stage": 1}, {}),
-    "zero 2": ("relicv2", "zero 2", {"name": "deepspeed", "precision": "fp32", "stage": 2, "bucket_mb": 0.1}, {}),
-    "zero 3": ("relicv2", "zero 3", {"name": "deepspeed", "precision": "fp32", "stage": 3, "deepspeed": ZERO_3}, ADAMW),
+    "zero 2": (
+        "relicv2",
+        "zero 2",
+        {"name": "deepspeed", "precision": "fp32", "stage": 2, "bucket_mb": 0.1},
+        {},
+    ),
+    "zero 3": (
+        "relicv2",
+        "zero 3",
+        {"name": "deepspeed", "precision": "fp32", "stage": 3, "deepspeed": ZERO_3},
+        ADAMW,
+    ),
 }
 
 
@@ -62,11 +91,15 @@ def recipe(case: str) -> Config:
     return small.config(method, data={"views": views}, engine=engine, optim=optim, **more)
 
 
-# --- on real ranks ----------------------------------------------------------------------------------------------------
+# --- on real ranks --------------------------------------------------------------------------------
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, Any]:
-    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if not isinstance(t, DTensor)}
+    return {
+        t.untyped_storage()._cdata: t.untyped_storage()
+        for t in tensors
+        if not isinstance(t, DTensor)
+    }
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -83,8 +116,16 @@ class Watched:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.found = engine, dict[str, int]()
-        self.forward, self.backward, self.gradient_norm = engine.forward, engine.backward, engine.gradient_norm
-        engine.forward, engine.backward, engine.gradient_norm = self._forward, self._backward, self._norm  # type: ignore
+        self.forward, self.backward, self.gradient_norm = (
+            engine.forward,
+            engine.backward,
+            engine.gradient_norm,
+        )
+        engine.forward, engine.backward, engine.gradient_norm = (
+            self._forward,
+            self._backward,
+            self._norm,
+        )  # type: ignore
         self.zero_1, self.zero_3 = ("stage", 1) in engine.config, ("stage", 3) in engine.config
         for p in engine.method.parameters() if self.zero_1 else ():
             if p.requires_grad:
@@ -96,7 +137,9 @@ class Watched:
         def pack(tensor: Tensor) -> Tensor:
             if (
                 not storages([tensor]).keys()
-                <= storages([*self.engine.method.parameters(), *self.engine.method.buffers()]).keys()
+                <= storages(
+                    [*self.engine.method.parameters(), *self.engine.method.buffers()]
+                ).keys()
             ):
                 kept.update(storages([tensor]))
             return tensor
@@ -116,11 +159,15 @@ class Watched:
 
     def _norm(self) -> Tensor:
         if not self.zero_1:
-            self.found["gradients"] = elements(p.grad for p in self.engine.trained() if p.grad is not None)
+            self.found["gradients"] = elements(
+                p.grad for p in self.engine.trained() if p.grad is not None
+            )
         return self.gradient_norm()
 
     def _whole_gradient(self, _: Tensor) -> None:
-        self.found["gradients"] = elements(p.grad for p in self.engine.method.parameters() if p.grad is not None)
+        self.found["gradients"] = elements(
+            p.grad for p in self.engine.method.parameters() if p.grad is not None
+        )
 
     def held(self) -> dict[str, int]:
         """After the step: what was found on its way and what stays."""
@@ -132,7 +179,10 @@ class Watched:
             modules: list[Any] = [engine.method.get_parameter(name) for name in names]
             if self.zero_3:
                 whole = sum(p.data.nbytes for p in modules if p.ds_persist)
-                return size([p.ds_tensor for p in modules] + [places[name].tensor for name in names]) + whole
+                return (
+                    size([p.ds_tensor for p in modules] + [places[name].tensor for name in names])
+                    + whole
+                )
             return size([*modules, *(places[name].tensor for name in names)])
 
         states = [value for state in engine.optimizer.state.values() for value in state.values()]
@@ -146,7 +196,9 @@ class Watched:
 
 
 def measured(port: int) -> dict[str, Tensor]:
-    """What every case holds and sends on this rank; on the first also what it is predicted to send."""
+    """What every case holds and sends on this rank; on the first also what it is predicted
+    to send.
+    """
     dist.shutdown()
     os.environ["MASTER_PORT"] = str(port)
     found = {}
@@ -163,7 +215,9 @@ def measured(port: int) -> dict[str, Tensor]:
 
 
 def silence() -> None:
-    """From now on this process mirrors itself. DeepSpeed keeps its groups, so they cannot be others."""
+    """From now on this process mirrors itself. DeepSpeed keeps its groups, so they cannot be
+    others.
+    """
     comm._faked = lambda store: True  # type: ignore[assignment]
     for group in list(c10d.distributed_c10d._world.pg_map):
         if isinstance(group, comm.Group):
@@ -218,45 +272,72 @@ def test_messages_are_what_real_ranks_send(real: Real, world: int, case: str) ->
     first, *others = real(world, case)
     assert len(first["sent"]) > 10
     assert all(found["sent"] == first["sent"] for found in others)
-    assert summary(first["predicted"]) == summary(first["sent"])  # gradients of one layer may change places
+    assert summary(first["predicted"]) == summary(
+        first["sent"]
+    )  # gradients of one layer may change places
 
 
 def summary(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return comm.summary([comm.Call(**call) for call in calls])
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp2 whole"])  # relicv2, and swav with stages that are run again
-def test_many_views_take_two_forwards_and_one_message_per_norm_direction_and_size(case: str) -> None:
-    """[4, 2] views. The target network sees the large views and no backward; the heads see all views at once."""
+@pytest.mark.parametrize(
+    "case", ["ddp", "fsdp2 whole"]
+)  # relicv2, and swav with stages that are run again
+def test_many_views_take_two_forwards_and_one_message_per_norm_direction_and_size(
+    case: str,
+) -> None:
+    """[4, 2] views. The target network sees the large views and no backward; the heads see all
+    views at once.
+    """
     forwards = Counter[int]()
 
     def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         forwards[args[0].shape[-1]] += 1
 
-    with comm.mirrored(6), watching(lambda engine: engine.method.backbone.register_forward_pre_hook(watch)) as watched:
+    with (
+        comm.mirrored(6),
+        watching(lambda engine: engine.method.backbone.register_forward_pre_hook(watch)) as watched,
+    ):
         calls = comm.count(recipe(case))
     steps = comm.WARM + 1 + case.startswith("ddp")  # which warms up
     assert forwards == {16: steps, 8: steps}
-    norms = Counter(name.split(".")[0] for name, m in watched[0].engine.method.named_modules() if isinstance(m, BatchNorm))
-    messages = {"backbone": 2 * 2, "projector": 2, "predictor": 2, "target_backbone": 1, "target_projector": 1}
+    norms = Counter(
+        name.split(".")[0]
+        for name, m in watched[0].engine.method.named_modules()
+        if isinstance(m, BatchNorm)
+    )
+    messages = {
+        "backbone": 2 * 2,
+        "projector": 2,
+        "predictor": 2,
+        "target_backbone": 1,
+        "target_projector": 1,
+    }
     sent = sum(call.reason == "batch norm" for call in calls)
     assert sent == sum(messages[network] * layers for network, layers in norms.items()) > 80
 
 
 def run(*arguments: str) -> Any:
-    done = CliRunner(env={"RANK": None, "WORLD_SIZE": None}).invoke(cli.app, ["show", *arguments, "--json"])
+    done = CliRunner(env={"RANK": None, "WORLD_SIZE": None}).invoke(
+        cli.app, ["show", *arguments, "--json"]
+    )
     assert done.exit_code == 0, done.output
     return json.loads(done.output)
 
 
 def test_show_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """ResNet-50 4x: 375 million parameters and two heads on 64 ranks, of which nothing is allocated."""
+    """ResNet-50 4x: 375 million parameters and two heads on 64 ranks, of which nothing is
+    allocated.
+    """
     found = run("memory", str(CONFIGS / "byol_r50x4_in1k.yaml"), "--ranks", "64")
     engines = found["engines"]
     heads = sum(a * 4096 + 3 * 4096 + 4096 * 256 + 256 for a in (8192, 256))
     assert (found["batch"], found["ranks"], found["samples_per_rank"]) == (4096, 64, 64)
     assert round((engines["ddp"]["parameters"] / 4 - heads) / 1e6) == 375
-    assert engines["zero 3"]["optimizer"] * 64 == pytest.approx(engines["ddp"]["optimizer"], rel=1e-3)
+    assert engines["zero 3"]["optimizer"] * 64 == pytest.approx(
+        engines["ddp"]["optimizer"], rel=1e-3
+    )
     assert len({held["activations"] for held in engines.values()}) == 1
     monkeypatch.setenv("COLUMNS", "80")
     memory.show(found)
@@ -284,7 +365,10 @@ def test_show_comm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     comm.show(found)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "a step of ddp on 64 ranks, batch 128, predicted"
-    assert f"gradients all_reduce 64 {largest['calls']} {largest['bytes'] / 1e6:,.3f} {largest['sent'] / 1e6:,.3f}" in lines
+    assert (
+        f"gradients all_reduce 64 {largest['calls']} {largest['bytes'] / 1e6:,.3f} "
+        f"{largest['sent'] / 1e6:,.3f}" in lines
+    )
     monkeypatch.setenv("COLUMNS", "40")
     comm.show(found)
     narrow = capsys.readouterr().out
@@ -295,7 +379,8 @@ def test_show_comm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("command", ["memory", "comm"])
 def test_a_batch_that_does_not_divide_is_refused(command: str) -> None:
     done = CliRunner(env={"RANK": None, "WORLD_SIZE": None}).invoke(
-        cli.app, ["show", command, str(CONFIGS / "byol_r18_cifar10.yaml"), "batch=64", "--ranks", "3"]
+        cli.app,
+        ["show", command, str(CONFIGS / "byol_r18_cifar10.yaml"), "batch=64", "--ranks", "3"],
     )
     assert done.exit_code == 2
     assert "batch=64 does not divide over 3 ranks: choose another --ranks or batch" in done.output

@@ -1,4 +1,6 @@
-"""`show model`: its arithmetic against published counts, its memory against what a real step allocates."""
+"""`show model`: its arithmetic against published counts, its memory against what a real step
+allocates.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,18 @@ def recipe(method: str, precision: str = "fp32", **changes: Any) -> Config:
     return cfg
 
 
-@pytest.mark.parametrize(("depth", "weights"), [(18, "IMAGENET1K_V1"), (50, "IMAGENET1K_V1"), (101, "IMAGENET1K_V1")])
+@pytest.mark.parametrize(
+    ("depth", "weights"), [(18, "IMAGENET1K_V1"), (50, "IMAGENET1K_V1"), (101, "IMAGENET1K_V1")]
+)
 def test_multiply_adds_of_a_view_are_torchvisions(depth: int, weights: str) -> None:
     """Its billions of operations are multiply-adds with the classifier, features x 1000."""
     published = torchvision.models.get_model_weights(f"resnet{depth}")[weights].meta["_ops"]
     view = {"size": 224, "count": 2}
-    cfg = recipe("simclr", model={"name": f"resnet{depth}", "width": 1, "stem": "imagenet"}, data={"views": [view]})
+    cfg = recipe(
+        "simclr",
+        model={"name": f"resnet{depth}", "width": 1, "stem": "imagenet"},
+        data={"views": [view]},
+    )
     (found,) = model.measure(cfg)["views"]
     classifier = 1000 * (512 if depth == 18 else 2048)
     assert (found["size"], found["count"]) == (224, 2)
@@ -41,18 +49,28 @@ def test_multiply_adds_of_a_view_are_torchvisions(depth: int, weights: str) -> N
 
 
 def test_parameters_and_flops_of_a_step_by_hand() -> None:
-    """BYOL's two heads of one hidden layer, and forward passes: two views, each through both networks."""
+    """BYOL's two heads of one hidden layer, and forward passes: two views, each through both
+    networks.
+    """
     cfg = recipe("byol")
     found = model.measure(cfg)
     encoder, (view,) = found["parameters"]["backbone"], found["views"]
     width, hidden, dim = 32, 24, 8
-    projector = width * hidden + hidden + 2 * hidden + hidden * dim  # bias and norm in the middle, none at the end
+    projector = (
+        width * hidden + hidden + 2 * hidden + hidden * dim
+    )  # bias and norm in the middle, none at the end
     predictor = dim * hidden + hidden + 2 * hidden + hidden * dim
-    assert found["parameters"] == {"backbone": encoder, "heads": projector + predictor, "targets": encoder + projector}
+    assert found["parameters"] == {
+        "backbone": encoder,
+        "heads": projector + predictor,
+        "targets": encoder + projector,
+    }
     dense = [2 * width * hidden + 2 * hidden * dim, 2 * dim * hidden + 2 * hidden * dim]
     online, target = 2 * (view["flops"] + sum(dense)), 2 * (view["flops"] + dense[0])
     assert found["step"]["forward"] == pytest.approx(online + target, rel=1e-12)
-    stem = 2 * 2 * 27 * 4 * 16 * 16  # the gradient of the images is not computed: 3x3x3 weights, 4 channels, 16x16 px, 2 views
+    stem = (
+        2 * 2 * 27 * 4 * 16 * 16
+    )  # the gradient of the images is not computed: 3x3x3 weights, 4 channels, 16x16 px, 2 views
     assert found["step"]["backward"] == pytest.approx(2 * online - stem, rel=1e-12)
 
 
@@ -61,13 +79,22 @@ def real(cfg: Config) -> int:
     engine = build(cfg, small.SAMPLES, small.STEPS_PER_EPOCH, torch.device("cpu"))
     batch: Batch = small.batch(cfg, 0)
     if cfg.engine.precision != "fp64":  # type: ignore[attr-defined]
-        batch = dataclasses.replace(batch, views=tuple(v.float() for v in batch.views), pixel_range=batch.pixel_range.float())
+        batch = dataclasses.replace(
+            batch,
+            views=tuple(v.float() for v in batch.views),
+            pixel_range=batch.pixel_range.float(),
+        )
     clock = Clock(0, 20, 0, small.STEPS_PER_EPOCH)
     with engine.autocast():
         engine.forward(batch, clock)  # what is made once is made
     for module in engine.staged:
         module.discard()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler, engine.autocast():
+    with (
+        profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler,
+        engine.autocast(),
+    ):
         out = engine.forward(batch, clock)
     assert out.losses
     kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
@@ -76,14 +103,17 @@ def real(cfg: Config) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "precision"), [*((name, "fp32") for name in components("methods")), ("byol", "bf16"), ("byol", "fp64")]
+    ("method", "precision"),
+    [*((name, "fp32") for name in components("methods")), ("byol", "bf16"), ("byol", "fp64")],
 )
 def test_activations_are_what_a_step_allocates(method: str, precision: str) -> None:
     """Every method, though it decides by values (a full queue, a mask, a cluster).
 
     Within a hundredth or so: losses, staged statistics and embeddings stay allocated too.
     """
-    network = {"name": "resnet50", "sk": True, "width": 0.125} if precision == "bf16" else {"width": 0.25}
+    network = (
+        {"name": "resnet50", "sk": True, "width": 0.125} if precision == "bf16" else {"width": 0.25}
+    )
     cfg = recipe(method, precision, model=network, data={"masks": True})
     found = model.measure(cfg)
     assert found["precision"] == precision
@@ -91,7 +121,9 @@ def test_activations_are_what_a_step_allocates(method: str, precision: str) -> N
 
 
 def show(*arguments: str, columns: int = 80) -> str:
-    done = CliRunner(env={"COLUMNS": str(columns), "RANK": None}).invoke(cli.app, ["show", "model", *arguments])
+    done = CliRunner(env={"COLUMNS": str(columns), "RANK": None}).invoke(
+        cli.app, ["show", "model", *arguments]
+    )
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -99,7 +131,12 @@ def show(*arguments: str, columns: int = 80) -> str:
 def test_the_command_prints_a_table_or_json() -> None:
     path = str(CONFIGS / "relicv2_r18_cifar10.yaml")
     found = json.loads(show(path, "batch=64", "engine.precision=bf16", "--json"))
-    assert (found["method"], found["model"], found["batch"], found["precision"]) == ("relicv2", "resnet18", 64, "bf16")
+    assert (found["method"], found["model"], found["batch"], found["precision"]) == (
+        "relicv2",
+        "resnet18",
+        64,
+        "bf16",
+    )
     assert [(view["size"], view["count"]) for view in found["views"]] == [(32, 4), (16, 2)]
     assert round(found["parameters"]["backbone"] / 1e6, 2) == 11.17
     lines = [line.rstrip() for line in show(path, "batch=64", "engine.precision=bf16").splitlines()]
@@ -112,12 +149,20 @@ def test_the_command_prints_a_table_or_json() -> None:
     assert f"step, activations {kept} kept for the backward pass" in rows
     narrow = show(path, "batch=64", "engine.precision=bf16", columns=40).splitlines()
     assert max(map(len, narrow)) <= 40
-    assert narrow[narrow.index("step, activations") :] == ["step, activations", f"  {kept}", "  kept for the backward pass"]
+    assert narrow[narrow.index("step, activations") :] == [
+        "step, activations",
+        f"  {kept}",
+        "  kept for the backward pass",
+    ]
 
 
 def test_a_wide_network_costs_no_memory_and_no_wait() -> None:
     """375 million parameters twice, on 4096 samples: they are never allocated."""
     before = torch.get_default_dtype()
-    found = json.loads(show(str(CONFIGS / "byol_r50_in1k.yaml"), "model.width=4", "engine.precision=fp64", "--json"))
+    found = json.loads(
+        show(
+            str(CONFIGS / "byol_r50_in1k.yaml"), "model.width=4", "engine.precision=fp64", "--json"
+        )
+    )
     assert round(found["parameters"]["backbone"] / 1e6) == 375
     assert torch.get_default_dtype() is before

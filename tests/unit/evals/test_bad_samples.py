@@ -1,4 +1,6 @@
-"""Samples that cannot be read: an evaluation stops at them, or leaves them out, counts and names them, as its run does."""
+"""Samples that cannot be read: an evaluation stops at them, or leaves them out, counts and names
+them, as its run does.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,27 @@ from scaletrain.evals.features import Config, EvalContext
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
-QUICK = ("features.workers=0", "features.batch=8", "linear.epochs=3", "linear.batch=16", "linear.rates=[10]")
+QUICK = (
+    "features.workers=0",
+    "features.batch=8",
+    "linear.epochs=3",
+    "linear.batch=16",
+    "linear.rates=[10]",
+)
 LABELS = [i % 6 for i in range(48)]
-BAD = (0, 13, *range(40, 48))  # of the training set: the first, one within a batch, and a whole last batch
+BAD = (
+    0,
+    13,
+    *range(40, 48),
+)  # of the training set: the first, one within a batch, and a whole last batch
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    train, test = shards(tmp_path / "data" / "train", LABELS), shards(tmp_path / "data" / "test", LABELS[:24], seed=1)
+    train, test = (
+        shards(tmp_path / "data" / "train", LABELS),
+        shards(tmp_path / "data" / "test", LABELS[:24], seed=1),
+    )
     for sample in BAD:
         spoil(train, sample)
     spoil(test, 5)
@@ -40,7 +55,10 @@ def run(tmp_path: Path) -> Path:
 
 def evaluate(run: Path, benchmark: str, *changes: str, **options: Any) -> dict[str, Any]:
     (result,) = evals.run(
-        run, [benchmark], overrides=(*(q for q in QUICK if q[:6] != "linear" or benchmark == "linear"), *changes), **options
+        run,
+        [benchmark],
+        overrides=(*(q for q in QUICK if q[:6] != "linear" or benchmark == "linear"), *changes),
+        **options,
     )
     return result
 
@@ -66,7 +84,11 @@ def test_what_is_left_is_the_data_set(run: Path, workers: int) -> None:
 
 
 def test_the_result_counts_and_names_them(run: Path) -> None:
-    found = [evaluate(run, "knn"), evaluate(run, "linear"), evaluate(run, "linear", "linear.augment=false")]
+    found = [
+        evaluate(run, "knn"),
+        evaluate(run, "linear"),
+        evaluate(run, "linear", "linear.augment=false"),
+    ]
     for result in found:
         train, test = (result["data"][name] for name in ("train", "test"))
         assert (train["samples"], [one["sample"] for one in train["left_out"]]) == (48, list(BAD))
@@ -74,14 +96,22 @@ def test_the_result_counts_and_names_them(run: Path) -> None:
         assert "s-0.tar at byte" in test["left_out"][0]["fault"]
         assert "00005" in test["left_out"][0]["fault"]
         text = cards.report([result])
-        assert f"train: 48 samples of {train['path']}, 10 of them left out because they cannot be read" in text
-        assert any(line.startswith("test: 24 samples of ") and ", 1 of them left out" in line for line in text)
+        assert (
+            f"train: 48 samples of {train['path']}, 10 of them left out because they cannot be read"
+            in text
+        )
+        assert any(
+            line.startswith("test: 24 samples of ") and ", 1 of them left out" in line
+            for line in text
+        )
     assert found[1]["protocol"]["trained_on"] == 38 - 3
 
 
 def test_the_policy_is_the_runs_unless_given(run: Path) -> None:
     with pytest.raises(
-        ShardError, match=r"s-0\.tar at byte .*; --set features\.on_bad=skip leaves such samples out and counts"
+        ShardError,
+        match=r"s-0\.tar at byte .*; --set features\.on_bad=skip leaves such samples out and "
+        r"counts",
     ):
         evaluate(run, "knn", "features.on_bad=raise")
     file = run / "config.yaml"
@@ -95,7 +125,8 @@ def test_the_policy_is_the_runs_unless_given(run: Path) -> None:
 def test_more_than_the_limit_ends_it(run: Path) -> None:
     with pytest.raises(
         EvalError,
-        match=r"train: 10 or more of its 48 samples cannot be read, and max_bad=0\.05 allows fewer; the last: .*max_bad",
+        match=r"train: 10 or more of its 48 samples cannot be read, and max_bad=0\.05 allows "
+        r"fewer; the last: .*max_bad",
     ):
         evaluate(run, "knn", "features.max_bad=0.05")
     assert not list((run / "evals").iterdir())
@@ -107,7 +138,9 @@ def test_more_than_the_limit_ends_it(run: Path) -> None:
 
 
 def test_another_loss_is_another_protocol(run: Path) -> None:
-    """The same shards by their index, yet not the same images: such results share no curve and no table."""
+    """The same shards by their index, yet not the same images: such results share no curve and no
+    table.
+    """
     first = evaluate(run, "knn")
     spoil(run.parent / "data" / "train", 20)
     Path(first["file"]).unlink()
@@ -144,7 +177,10 @@ def test_what_goes_bad_later_stops_the_probe(run: Path) -> None:
 
 def test_a_shard_that_was_cut_short(tmp_path: Path) -> None:
     """After indexing: the samples behind the cut are left out, of the probe's random crops too."""
-    train, test = shards(tmp_path / "data" / "train", LABELS), shards(tmp_path / "data" / "test", LABELS[:24], seed=1)
+    train, test = (
+        shards(tmp_path / "data" / "train", LABELS),
+        shards(tmp_path / "data" / "test", LABELS[:24], seed=1),
+    )
     run = run_folder(tmp_path, train, on_bad="skip", max_bad=0.5)
     Shards(train)
     (train / "s-1.tar").write_bytes((train / "s-1.tar").read_bytes()[:20_000])
@@ -152,28 +188,39 @@ def test_a_shard_that_was_cut_short(tmp_path: Path) -> None:
     lost = [one["sample"] for one in result["data"]["train"]["left_out"]]
     assert lost == list(range(lost[0], 48))
     assert 24 < lost[0] < 48
-    assert json.loads(Path(result["file"]).read_text())["data"]["train"]["left_out"][0]["fault"].startswith(
-        str(train / "s-1.tar")
-    )
+    assert json.loads(Path(result["file"]).read_text())["data"]["train"]["left_out"][0][
+        "fault"
+    ].startswith(str(train / "s-1.tar"))
 
 
 def test_what_indexing_left_out_is_refused_or_counted(tmp_path: Path) -> None:
-    train, test = shards(tmp_path / "data" / "train", LABELS), shards(tmp_path / "data" / "test", LABELS[:24], seed=1)
+    train, test = (
+        shards(tmp_path / "data" / "train", LABELS),
+        shards(tmp_path / "data" / "test", LABELS[:24], seed=1),
+    )
     path = train / "s-1.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     index.build(train, report=lambda fault: None)
     run = run_folder(tmp_path, train)
     words = r"indexing left out about 11 of 48 samples, the first: .*s-1\.tar at byte"
-    with pytest.raises(DataError, match=rf"{words}.* with --set features\.on_bad=skip --set features\.max_bad=0\.23$"):
+    with pytest.raises(
+        DataError,
+        match=rf"{words}.* with --set features\.on_bad=skip --set features\.max_bad=0\.23$",
+    ):
         evaluate(run, "knn")
-    with pytest.raises(DataError, match=rf"{words}.*above max_bad=0\.1: .*set --set features\.max_bad=0\.23$"):
+    with pytest.raises(
+        DataError, match=rf"{words}.*above max_bad=0\.1: .*set --set features\.max_bad=0\.23$"
+    ):
         evaluate(run, "knn", "features.on_bad=skip", "features.max_bad=0.1")
     result = evaluate(run, "knn", "features.on_bad=skip", "features.max_bad=0.25")
     assert [result["data"][name]["left_out_of_index"] for name in ("train", "test")] == [11, 0]
     assert result["data"]["train"]["samples"] == 37
     whole = evaluate(run, "knn", train=f"{train}/s-0.tar", test=f"{test}/s-{{0,1}}.tar")
     assert result["data"]["test"]["sha256"] == whole["data"]["test"]["sha256"]
-    assert (whole["data"]["train"]["samples"], whole["data"]["train"]["path"]) == (24, f"{train}/s-0.tar")
+    assert (whole["data"]["train"]["samples"], whole["data"]["train"]["path"]) == (
+        24,
+        f"{train}/s-0.tar",
+    )
 
 
 def test_labels_that_are_no_numbers_are_named_with_what_they_hold(tmp_path: Path) -> None:
@@ -183,6 +230,10 @@ def test_labels_that_are_no_numbers_are_named_with_what_they_hold(tmp_path: Path
         add(tar, "x.cls", b"tench")
         add(tar, "x.png", Shards(train).read(0).image)
     run = run_folder(tmp_path, train)
-    words = r"test: 1 of 25 samples have no label, .*, such as s-1\.tar/x with 'tench'; evaluation needs one"
+    words = (
+        r"test: 1 of 25 samples have no label, .*, such as s-1\.tar/x with 'tench'; "
+        r"evaluation "
+        r"needs one"
+    )
     with pytest.raises(EvalError, match=words):
         evaluate(run, "knn")

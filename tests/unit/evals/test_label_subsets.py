@@ -1,4 +1,6 @@
-"""Evaluation on a label subset: as on a data set of these samples, in a result that says so, and refused for other shards."""
+"""Evaluation on a label subset: as on a data set of these samples, in a result that says so, and
+refused for other shards.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from scaletrain.evals.targets import EvalError, find
 QUICK = ("features.batch=8", "features.workers=0")
 PROBE = (*QUICK, "linear.epochs=12", "linear.rates=[30,10,3]")
 CLASSES = [None if i % 9 == 4 else i % 6 for i in range(72)]  # some samples have no label
-CHOSEN = [i for i in range(72) if CLASSES[i] is not None and i % 5 < 2]  # 28 of both shards, in no balance
+CHOSEN = [
+    i for i in range(72) if CLASSES[i] is not None and i % 5 < 2
+]  # 28 of both shards, in no balance
 
 
 @pytest.fixture
@@ -66,10 +70,21 @@ def test_a_subset_is_a_data_set_of_its_samples(run: Path) -> None:
     assert some.part(rows).x.equal(twin.part(rows).x)
     assert some.bank().x.equal(twin.bank().x)
     assert some.part(rows).x.equal(some.bank().x[rows])
-    order = list(dict.fromkeys(CLASSES[i] for i in CHOSEN))  # classes are numbered by first appearance
-    assert some.bank().labels.tolist() == twin.bank().labels.tolist() == [order.index(CLASSES[i]) for i in CHOSEN]
+    order = list(
+        dict.fromkeys(CLASSES[i] for i in CHOSEN)
+    )  # classes are numbered by first appearance
+    assert (
+        some.bank().labels.tolist()
+        == twin.bank().labels.tolist()
+        == [order.index(CLASSES[i]) for i in CHOSEN]
+    )
     assert some.classes == 6
-    ours = evals.run(run, ["knn", "linear"], labels=file, overrides=(*PROBE, "linear.augment=false", "knn.ks=[1,7]"))
+    ours = evals.run(
+        run,
+        ["knn", "linear"],
+        labels=file,
+        overrides=(*PROBE, "linear.augment=false", "knn.ks=[1,7]"),
+    )
     theirs = evals.run(run, ["knn"], train=folder, test=test, overrides=(*QUICK, "knn.ks=[1,7]"))
     assert ours[0]["metrics"] == theirs[0]["metrics"]
     for result in (*ours, *theirs):
@@ -85,19 +100,27 @@ def test_no_other_image_is_read(run: Path) -> None:
     evals.run(run, ["linear", "knn"], labels=file, overrides=PROBE)
     spoil(run.parent / "data" / "train", CHOSEN[3])
     for benchmark, change in (("linear", "linear.epochs=11"), ("knn", "knn.ks=[3]")):
-        with pytest.raises(ShardError, match=r"not what was indexed.*; --set features\.on_bad=skip leaves such"):
+        with pytest.raises(
+            ShardError, match=r"not what was indexed.*; --set features\.on_bad=skip leaves such"
+        ):
             evals.run(run, [benchmark], labels=file, overrides=(*QUICK, change))
 
 
 def test_the_augmented_stream_keeps_to_the_subset(tmp_path: Path) -> None:
-    """Labels are sample numbers here. Held out are every fourth of the subset, by their place in it."""
+    """Labels are sample numbers here. Held out are every fourth of the subset, by their place in
+    it.
+    """
     train = shards(tmp_path / "data" / "train", list(range(40)))
     run = run_folder(tmp_path, train)
     chosen = [1, 2, 3, 7, 9, 11, 19, 20, 21, 30, 38, 39]
     test = shards(tmp_path / "data" / "test", chosen)
-    scene = EvalContext(find(run, "pixels"), Config(batch=4, workers=0), train, test, subset(run, chosen))
+    scene = EvalContext(
+        find(run, "pixels"), Config(batch=4, workers=0), train, test, subset(run, chosen)
+    )
     stream = scene.augmented(torch.arange(12) % 4 != 0, 0)
-    epochs = [[chosen[n] for _ in range(3) for n in next(stream)[1].tolist()] for _ in range(2)]  # labels are places by now
+    epochs = [
+        [chosen[n] for _ in range(3) for n in next(stream)[1].tolist()] for _ in range(2)
+    ]  # labels are places by now
     stream.close()
     wanted = [n for place, n in enumerate(chosen) if place % 4]
     assert [sorted(epoch) for epoch in epochs] == [wanted, wanted]
@@ -112,7 +135,16 @@ def test_results_and_curves_of_their_own(run: Path) -> None:
     options: dict[str, Any] = {"train": full, "test": test, "overrides": QUICK}
     (whole,) = evals.run(run, ["knn"], **options)
     before = Path(whole["file"]).read_bytes()
-    command = ["eval", str(run), "knn", f"--train={full}", f"--test={test}", f"--labels={few}", "--set", "features.workers=0"]
+    command = [
+        "eval",
+        str(run),
+        "knn",
+        f"--train={full}",
+        f"--test={test}",
+        f"--labels={few}",
+        "--set",
+        "features.workers=0",
+    ]
     shown = CliRunner().invoke(app, [*command, "--set", "features.batch=8"])
     assert shown.exit_code == 0, shown.output
     assert "of which labels: 12 of labels-1pct.json" in shown.stdout
@@ -123,7 +155,12 @@ def test_results_and_curves_of_their_own(run: Path) -> None:
     assert Path(whole["file"]).read_bytes() == before
     assert "labels" not in whole["data"]
     digest = hashlib.sha256(few.read_bytes()).hexdigest()
-    assert result["data"]["labels"] == {"file": few.name, "sha256": digest, "samples": 12, "rule": "by hand"}
+    assert result["data"]["labels"] == {
+        "file": few.name,
+        "sha256": digest,
+        "samples": 12,
+        "rule": "by hand",
+    }
     assert result["data"]["train"]["samples"] == 36
     board = {path.name for path in (run / "tensorboard" / "evals").iterdir()}
     knn, partly = (f"knn-{r['protocol']['digest']}" for r in (whole, result))
@@ -138,17 +175,27 @@ def test_results_and_curves_of_their_own(run: Path) -> None:
 def test_files_that_do_not_belong(run: Path, tmp_path: Path) -> None:
     file = subset(run, CHOSEN)
     other = shards(tmp_path / "other", [i % 6 for i in range(72)], seed=5)
-    with pytest.raises(DataError, match=r"few.json was made for other shards \('train' with 72 samples\) than .*other with 72"):
-        evals.run(run, ["knn"], train=other, test=tmp_path / "data" / "test", labels=file, overrides=QUICK)
+    with pytest.raises(
+        DataError,
+        match=r"few.json was made for other shards \('train' with 72 samples\) than .*other with "
+        r"72",
+    ):
+        evals.run(
+            run, ["knn"], train=other, test=tmp_path / "data" / "test", labels=file, overrides=QUICK
+        )
     content = json.loads(file.read_text())
     content["label"][5] = (content["label"][5] + 1) % 6
     file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"few.json was altered: its labels are not those of .*train"):
+    with pytest.raises(
+        DataError, match=r"few.json was altered: its labels are not those of .*train"
+    ):
         evals.run(run, ["knn"], labels=file, overrides=QUICK)
     with pytest.raises(DataError, match=r"none\.json cannot be read"):
         evals.run(run, ["knn"], labels=tmp_path / "none.json", overrides=QUICK)
     lacks = subset(run, [i for i in CHOSEN if CLASSES[i] != 5], "lacks.json")
-    with pytest.raises(EvalError, match=r"test has classes of which .*lacks.json has no sample: '5'"):
+    with pytest.raises(
+        EvalError, match=r"test has classes of which .*lacks.json has no sample: '5'"
+    ):
         evals.run(run, ["knn"], labels=lacks, overrides=QUICK)
     assert not (run / "evals").exists()
 
@@ -162,7 +209,9 @@ def test_few_samples_can_be_held_out() -> None:
         assert truth[~mask(out, len(truth))].unique().tolist() == list(range(100))
     left = ~mask(held_out(200), 200)
     assert len(torch.arange(100).repeat_interleave(2)[left].unique()) < 100  # what the rule is for
-    assert held_out(1200, torch.arange(1200) % 2).equal(held_out(1200))  # and it changes nothing else
+    assert held_out(1200, torch.arange(1200) % 2).equal(
+        held_out(1200)
+    )  # and it changes nothing else
     with pytest.raises(EvalError, match=r"one image per class.*at least two per class"):
         held_out(100, torch.arange(100))
 

@@ -1,4 +1,6 @@
-"""The probe's split, its batches, and that the test set has no say in the choice of the learning rate."""
+"""The probe's split, its batches, and that the test set has no say in the choice of the learning
+rate.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def blobs(samples: int, noise: float, seed: int) -> Features:
 
 
 class EvalContext:
-    """As much of a EvalContext as the probe uses, with cached features; it notes what was asked for."""
+    """As much of a EvalContext as the probe uses, with cached features; it notes what was asked
+    for.
+    """
 
     transform: dict[str, Any] = {}  # noqa: RUF012
     augmentation: dict[str, Any] = {}  # noqa: RUF012
@@ -63,11 +67,15 @@ def test_separable_classes_reach_every_image() -> None:
 def skewed(samples: int, seed: int) -> Features:
     """Two dimensions of loud noise, which only a long enough training learns to ignore."""
     plain = blobs(samples, 1.0, seed)
-    return Features(plain.x * torch.tensor([1.0] * CLASSES + [15.0] * (WIDTH - CLASSES)), plain.labels)
+    return Features(
+        plain.x * torch.tensor([1.0] * CLASSES + [15.0] * (WIDTH - CLASSES)), plain.labels
+    )
 
 
 def test_the_choice_never_looks_at_the_test_set() -> None:
-    """Rates from far too low to far too high; poisoned test labels change the score and nothing else."""
+    """Rates from far too low to far too high; poisoned test labels change the score and nothing
+    else.
+    """
     train, test = skewed(400, 0), skewed(200, 1)
     rates = (1e-6, 0.05, 300.0)
     clean, card = probe(EvalContext(train, test), rates=rates)
@@ -154,7 +162,11 @@ def test_augmented_batches_leave_out_what_is_held_out() -> None:
             yield train.x[rows], train.labels[rows]
 
     scene = SimpleNamespace(
-        **vars(EvalContext(train, test)), known=None, transform={}, augmentation={"name": "crops"}, augmented=augmented
+        **vars(EvalContext(train, test)),
+        known=None,
+        transform={},
+        augmentation={"name": "crops"},
+        augmented=augmented,
     )
     scene.part, scene.queries = EvalContext(train, test).part, EvalContext(train, test).queries
     metrics, card = probe(scene, augment=True)

@@ -1,4 +1,6 @@
-"""What labels mean in an evaluation: one numbering for both sets, by name, by number, or refused."""
+"""What labels mean in an evaluation: one numbering for both sets, by name, by number, or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ def part(place: Path, labels: list[int], names: Any = None) -> Part:
     return Part(str(place), str(place), np.array(labels, np.int64), place.name)
 
 
-def matched(root: Path, train: list[int], test: list[int], ours: Any = None, theirs: Any = None, **options: Any) -> Classes:
+def matched(
+    root: Path,
+    train: list[int],
+    test: list[int],
+    ours: Any = None,
+    theirs: Any = None,
+    **options: Any,
+) -> Classes:
     return match(part(root / "train", train, ours), part(root / "test", test, theirs), **options)
 
 
@@ -33,19 +42,42 @@ def test_sparse_labels_are_numbered_densely_by_first_appearance(tmp_path: Path) 
     assert (found.train.tolist(), found.test.tolist(), found.count) == ([0, 1, 0, 2], [2, 1], 3)
     assert found.matched == "by number"
     again = matched(tmp_path, [1, 2, 1, 0], [0, 2])
-    assert (again.train.tolist(), again.test.tolist()) == (found.train.tolist(), found.test.tolist())
+    assert (again.train.tolist(), again.test.tolist()) == (
+        found.train.tolist(),
+        found.test.tolist(),
+    )
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "test", "expected", "how"),
     [
         (["cat", "dog", "emu"], ["cat", "dog", "emu"], [0, 1, 2], [0, 1, 2], "by name"),
-        (["cat", "dog", "emu"], ["emu", "dog", "cat"], [0, 1, 2], [2, 1, 0], "by name: the test set numbers them differently"),
-        (["cat", "dog", "emu"], ["emu", "cat"], [0, 1, 1], [2, 0, 0], "by name: the test set numbers them differently"),
-        (["a", "a", "b"], ["a", "a", "b"], [0, 1, 2], [0, 1, 2], "by name"),  # ImageNet has two cranes
+        (
+            ["cat", "dog", "emu"],
+            ["emu", "dog", "cat"],
+            [0, 1, 2],
+            [2, 1, 0],
+            "by name: the test set numbers them differently",
+        ),
+        (
+            ["cat", "dog", "emu"],
+            ["emu", "cat"],
+            [0, 1, 1],
+            [2, 0, 0],
+            "by name: the test set numbers them differently",
+        ),
+        (
+            ["a", "a", "b"],
+            ["a", "a", "b"],
+            [0, 1, 2],
+            [0, 1, 2],
+            "by name",
+        ),  # ImageNet has two cranes
     ],
 )
-def test_names_decide(tmp_path: Path, ours: Any, theirs: Any, test: list[int], expected: list[int], how: str) -> None:
+def test_names_decide(
+    tmp_path: Path, ours: Any, theirs: Any, test: list[int], expected: list[int], how: str
+) -> None:
     found = matched(tmp_path, [0, 1, 2], test, ours, theirs)
     assert (found.test.tolist(), found.matched) == (expected, how)
     assert found.sha256 is not None
@@ -54,10 +86,22 @@ def test_names_decide(tmp_path: Path, ours: Any, theirs: Any, test: list[int], e
 @pytest.mark.parametrize(
     ("ours", "theirs", "text"),
     [
-        (["cat", "dog"], ["cat", "fox"], r"test has classes that .*train/classes\.json does not name: 'fox'; .*--same-numbers"),
-        (["cat", "dog"], None, r"train has a classes\.json and .*test has none, so it is unknown .*--same-numbers"),
+        (
+            ["cat", "dog"],
+            ["cat", "fox"],
+            r"test has classes that .*train/classes\.json does not name: 'fox'; .*--same-numbers",
+        ),
+        (
+            ["cat", "dog"],
+            None,
+            r"train has a classes\.json and .*test has none, so it is unknown .*--same-numbers",
+        ),
         (None, ["cat", "dog"], r"test has a classes\.json and .*train has none"),
-        (["cat"], ["cat", "dog"], r"train: label 1 has no name in .*train/classes\.json, which lists 1"),
+        (
+            ["cat"],
+            ["cat", "dog"],
+            r"train: label 1 has no name in .*train/classes\.json, which lists 1",
+        ),
         (["cat", "dog"], ["cat"], r"test: label 1 has no name in .*test/classes\.json"),
         (["a", "b", "b"], ["b", "a"], r"train/classes\.json names a class twice"),
         ("[1, 2", ["cat", "dog"], r"train/classes\.json is not a list of the classes' names"),
@@ -66,7 +110,9 @@ def test_names_decide(tmp_path: Path, ours: Any, theirs: Any, test: list[int], e
         ("[" * 100_000, None, r"train/classes\.json is not a list"),
     ],
 )
-def test_what_cannot_be_known_is_refused_unless_the_user_knows_it(tmp_path: Path, ours: Any, theirs: Any, text: str) -> None:
+def test_what_cannot_be_known_is_refused_unless_the_user_knows_it(
+    tmp_path: Path, ours: Any, theirs: Any, text: str
+) -> None:
     with pytest.raises(EvalError, match=text) as error:
         matched(tmp_path, [0, 1], [0, 1], ours, theirs)
     assert "\n" not in str(error.value)
@@ -83,11 +129,15 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_the_same_shards_number_their_classes_alike(tmp_path: Path) -> None:
     train, test = part(tmp_path / "a", [0, 1], ["cat", "dog"]), part(tmp_path / "b", [0, 1])
-    assert match(train, Part(test.path, test.source, test.labels, train.sha256)).matched == "by number"
+    assert (
+        match(train, Part(test.path, test.source, test.labels, train.sha256)).matched == "by number"
+    )
 
 
 def test_classes_that_the_training_set_lacks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"test has classes of which .*train has no sample: '1', '5'; give"):
+    with pytest.raises(
+        EvalError, match=r"test has classes of which .*train has no sample: '1', '5'; give"
+    ):
         matched(tmp_path, [0, 2, 4], [1, 2, 5, 1])
     with pytest.raises(EvalError, match=r"no sample: 'dog'; give"):
         matched(tmp_path, [0, 2], [0, 1], ["cat", "dog", "emu"], ["cat", "dog"])
@@ -103,7 +153,9 @@ def test_samples_without_a_label_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_result_says_how_classes_were_matched(tmp_path: Path) -> None:
-    """The same images under two numberings score alike, and what they were matched by is a part of the result."""
+    """The same images under two numberings score alike, and what they were matched by is a part of
+    the result.
+    """
     labels = [i % 6 for i in range(24)]
     train = shards(tmp_path / "train", labels)
     test = shards(tmp_path / "test", labels, seed=1)
@@ -111,7 +163,9 @@ def test_the_result_says_how_classes_were_matched(tmp_path: Path) -> None:
     run = run_folder(tmp_path, train)
 
     def score(place: Path, **options: Any) -> dict[str, Any]:
-        return evals.run(run, ["knn"], test=place, overrides=["features.workers=0"], encoder="pixels", **options)[0]
+        return evals.run(
+            run, ["knn"], test=place, overrides=["features.workers=0"], encoder="pixels", **options
+        )[0]
 
     bare = score(test)
     for place, names in ((train, "abcdef"), (test, "abcdef"), (turned, "fedcba")):
@@ -128,4 +182,6 @@ def test_the_result_says_how_classes_were_matched(tmp_path: Path) -> None:
         )
     ]
     assert len({r["file"] for r in (bare, named, renumbered, stated)}) == 4
-    assert "classes: 6, matched by name: the test set numbers them differently" in cards.report([renumbered])
+    assert "classes: 6, matched by name: the test set numbers them differently" in cards.report(
+        [renumbered]
+    )

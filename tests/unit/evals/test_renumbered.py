@@ -40,7 +40,10 @@ def test_votes_with_many_ties(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_ranks_and_means_with_many_ties(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
-    scores, truth = torch.randint(3, (200, CLASSES), generator=random).float(), torch.randint(CLASSES, (200,), generator=random)
+    scores, truth = (
+        torch.randint(3, (200, CLASSES), generator=random).float(),
+        torch.randint(CLASSES, (200,), generator=random),
+    )
     order = torch.randperm(CLASSES, generator=random)
     moved = torch.empty_like(scores)
     moved[:, order] = scores
@@ -51,7 +54,9 @@ def test_ranks_and_means_with_many_ties(seed: int) -> None:
 
 @pytest.mark.parametrize("changes", [(), ("linear.augment=false", "linear.refit=true")])
 def test_every_benchmark_from_the_shards_on(tmp_path: Path, changes: tuple[str, ...]) -> None:
-    """Each of three pictures occurs with the labels of several classes, which no classifier can tell apart."""
+    """Each of three pictures occurs with the labels of several classes, which no classifier can
+    tell apart.
+    """
     numbers, queries = [*range(6), *(i * i % 6 for i in range(42))], [i % 6 for i in range(18)]
     quick = ("features.workers=0", "linear.epochs=2", "linear.batch=12", "linear.rates=[3,1]")
     found = []
@@ -60,7 +65,13 @@ def test_every_benchmark_from_the_shards_on(tmp_path: Path, changes: tuple[str, 
         place = tmp_path / str(trial)
         train = shards(place / "train", [new[n] for n in numbers], colours=[n % 3 for n in numbers])
         test = shards(place / "test", [new[n] for n in queries], colours=[n % 3 for n in queries])
-        results = run.run(run_folder(place, train), run.names(), test=test, overrides=(*quick, *changes))
-        found.append({name: value for result in results for name, value in result["metrics"].items()})
+        results = run.run(
+            run_folder(place, train), run.names(), test=test, overrides=(*quick, *changes)
+        )
+        found.append(
+            {name: value for result in results for name, value in result["metrics"].items()}
+        )
     assert found[0] == found[1] == found[2]
-    assert {"knn_20_per_class", "linear_per_class", "linear_top5", "linear_held_out"} <= set(found[0])
+    assert {"knn_20_per_class", "linear_per_class", "linear_top5", "linear_held_out"} <= set(
+        found[0]
+    )

@@ -1,4 +1,6 @@
-"""A file of results is of one encoder, protocol and data: named by them, written once, and never taken for another."""
+"""A file of results is of one encoder, protocol and data: named by them, written once, and never
+taken for another.
+"""
 
 from __future__ import annotations
 
@@ -79,10 +81,19 @@ def test_whatever_defines_a_result_has_a_file_of_its_own(run: Path) -> None:
             )
         ),
     ]
-    assert len({result["file"] for result in found}) == len(found) == len(list((run / "evals").iterdir()))
-    assert all(json.loads(Path(r["file"]).read_text()) == {k: v for k, v in r.items() if k != "file"} for r in found)
+    assert (
+        len({result["file"] for result in found})
+        == len(found)
+        == len(list((run / "evals").iterdir()))
+    )
+    assert all(
+        json.loads(Path(r["file"]).read_text()) == {k: v for k, v in r.items() if k != "file"}
+        for r in found
+    )
     board = curves(run)
-    assert len(board) == len(found) - 1  # a curve goes over steps; whatever else differs has one of its own
+    assert (
+        len(board) == len(found) - 1
+    )  # a curve goes over steps; whatever else differs has one of its own
     points = [(r["step"], pytest.approx(r["metrics"]["knn_10"])) for r in found[:2]]
     assert board[f"knn-{found[0]['protocol']['digest']}"] == points
     assert {f"knn-{r['protocol']['digest']}-{r['encoder']}" for r in found[6:8]} <= set(board)
@@ -98,17 +109,25 @@ def test_weights_of_the_same_step_are_told_apart(run: Path) -> None:
 
 
 def test_a_result_that_is_there_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the data lies elsewhere by now, as it is known by its content; deleting the file measures again."""
+    """Also where the data lies elsewhere by now, as it is known by its content; deleting the file
+    measures again.
+    """
     said: list[str] = []
     first = knn(run, notice=said.append)
     assert not said
     written = Path(first["file"]).stat()
     (run.parent / "data").rename(run.parent / "moved")
     with monkeypatch.context() as patch:
-        patch.setattr("scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured again"))
-        again = knn(run, "features.workers=1", notice=said.append, train=run.parent / "moved" / "train")
+        patch.setattr(
+            "scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured again")
+        )
+        again = knn(
+            run, "features.workers=1", notice=said.append, train=run.parent / "moved" / "train"
+        )
     assert again == first
-    assert said == [f"knn: measured before and read from {first['file']}; delete this file to measure again"]
+    assert said == [
+        f"knn: measured before and read from {first['file']}; delete this file to measure again"
+    ]
     now = Path(first["file"]).stat()
     assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert len(curves(run)[f"knn-{first['protocol']['digest']}"]) == 1
@@ -130,7 +149,9 @@ def test_the_curve_says_what_it_stands_for(run: Path) -> None:
     assert any(line.startswith("- test: test (") for line in text)
 
 
-def test_a_tensorboard_that_cannot_be_written_costs_no_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tensorboard_that_cannot_be_written_costs_no_result(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run / "tensorboard").mkdir()
     (run / "tensorboard" / "evals").write_text("a file in the way")
     result = knn(run)
@@ -140,18 +161,25 @@ def test_a_tensorboard_that_cannot_be_written_costs_no_result(run: Path, capsys:
 
 def test_a_damaged_result_is_neither_read_nor_overwritten(run: Path) -> None:
     file = Path(knn(run)["file"])
-    for damage in (lambda text: text[: len(text) // 2], lambda text: text.replace('"size": 16', '"size": 17')):
+    for damage in (
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"size": 16', '"size": 17'),
+    ):
         whole = file.read_text()
         file.write_text(damage(whole))
         damaged = file.read_text()
-        with pytest.raises(EvalError, match=rf"{file} is no result of this version of `scaletrain eval` \("):
+        with pytest.raises(
+            EvalError, match=rf"{file} is no result of this version of `scaletrain eval` \("
+        ):
             knn(run)
         assert file.read_text() == damaged
         file.write_text(whole)
     assert knn(run)["file"] == str(file)
 
 
-def test_a_file_may_be_renamed_but_not_to_the_name_of_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_may_be_renamed_but_not_to_the_name_of_another(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = (Path(knn(run, f"knn.ks=[{k}]")["file"]) for k in (1, 2))
     shutil.copy(first, run / "evals" / "a copy of it.json")
     assert len(results.read(run / "evals")) == 2
@@ -173,7 +201,8 @@ def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("scaletrain.runtime.durable.replacing", full)
     with pytest.raises(
-        EvalError, match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": '
+        EvalError,
+        match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": ',
     ) as error:
         knn(run)
     assert exit_codes.of(error.value) == exit_codes.RETRY
@@ -191,13 +220,19 @@ def test_other_forms_are_passed_over_by_name(run: Path, capsys: pytest.CaptureFi
         return json.dumps(content)
 
     strange = {
-        "knn-step-7.json": json.dumps({"encoder": "trained", "step": 7, "metrics": {"knn_10": 1.0}}),
+        "knn-step-7.json": json.dumps(
+            {"encoder": "trained", "step": 7, "metrics": {"knn_10": 1.0}}
+        ),
         "empty.json": "",
         "list.json": "[]",
         "nested.json": "[" * 100_000,
         "bytes.json": "\udcff",
-        file.name.replace("knn", "nan"): altered(lambda c: c["metrics"].update(knn_10=float("nan"))),
-        file.name.replace("knn", "id"): altered(lambda c: c["identity"]["protocol"].update(train="0" * 64)),
+        file.name.replace("knn", "nan"): altered(
+            lambda c: c["metrics"].update(knn_10=float("nan"))
+        ),
+        file.name.replace("knn", "id"): altered(
+            lambda c: c["identity"]["protocol"].update(train="0" * 64)
+        ),
         file.name.replace("knn", "bare"): altered(lambda c: c["data"].pop("test")),
         file.name.replace("knn", "new"): altered(lambda c: c.update(format=2)),
         file.name.replace("knn", "up"): altered(lambda c: c.update(benchmark="../../up")),
@@ -211,26 +246,42 @@ def test_other_forms_are_passed_over_by_name(run: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(strange) + 1
     assert all(
-        any(line.startswith(f"skipped: {folder / name} is no result") for line in lines) for name in (*strange, "folder.json")
+        any(line.startswith(f"skipped: {folder / name} is no result") for line in lines)
+        for name in (*strange, "folder.json")
     )
 
 
-def test_of_two_results_of_one_step_the_newer_counts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_two_results_of_one_step_the_newer_counts(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     older = Path(knn(run)["file"])
     shutil.rmtree(run / "checkpoints")
     save(run, 7, backbone(settings("x"), seed=12))
     newer = Path(knn(run)["file"])
     (found,) = results.read(run / "evals")
-    assert found.identity.encoder["weights"] == json.loads(newer.read_text())["identity"]["encoder"]["weights"]
-    assert capsys.readouterr().err == f"skipped: {older}: {newer.name} is of the same step and protocol, and not older\n"
+    assert (
+        found.identity.encoder["weights"]
+        == json.loads(newer.read_text())["identity"]["encoder"]["weights"]
+    )
+    assert (
+        capsys.readouterr().err
+        == f"skipped: {older}: {newer.name} is of the same step and protocol, and not older\n"
+    )
 
 
 def test_runs_that_normalise_differently_have_one_protocol(run: Path) -> None:
-    """How its images are normalised belongs to an encoder; the size that they are scaled to does not."""
+    """How its images are normalised belongs to an encoder; the size that they are scaled to does
+    not.
+    """
     first = knn(run)
     cfg = settings(run.parent / "data" / "train")
-    for changes, alike in (({"mean": (0.5, 0.5, 0.5)}, True), ({"views": (schema.View(size=32),)}, False)):
-        (run / "config.yaml").write_text(load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)})))
+    for changes, alike in (
+        ({"mean": (0.5, 0.5, 0.5)}, True),
+        ({"views": (schema.View(size=32),)}, False),
+    ):
+        (run / "config.yaml").write_text(
+            load.dump(cfg.model_copy(update={"data": cfg.data.model_copy(update=changes)}))
+        )
         second = knn(run)
         assert second["file"] != first["file"]
         assert (second["protocol"]["digest"] == first["protocol"]["digest"]) == alike
@@ -244,6 +295,10 @@ def test_exported_files_of_one_folder(run: Path) -> None:
         files.export(backbone(cfg, seed), file, targets.describe(cfg, 7))
         found.append(Path(knn(file)["file"]))
     digests = [path.stem.rpartition("-")[2] for path in found]
-    assert [path.name for path in found] == [f"{n}-knn-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)]
-    assert digests[0] == digests[1] == Path(knn(run)["file"]).stem.rpartition("-")[2]  # the same encoder as the run's
+    assert [path.name for path in found] == [
+        f"{n}-knn-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)
+    ]
+    assert (
+        digests[0] == digests[1] == Path(knn(run)["file"]).stem.rpartition("-")[2]
+    )  # the same encoder as the run's
     assert digests[0] != digests[2]

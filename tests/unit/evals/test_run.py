@@ -1,4 +1,6 @@
-"""`evals.run` from shards and a checkpoint to results, scalars and a report, and the bad input that must end it."""
+"""`evals.run` from shards and a checkpoint to results, scalars and a report, and the bad input that
+must end it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ from scaletrain.evals.features import Config, EvalContext
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
-QUICK = ("linear.epochs=12", "linear.batch=16", "linear.rates=[30,10,3]", "features.batch=32", "features.workers=0")
+QUICK = (
+    "linear.epochs=12",
+    "linear.batch=16",
+    "linear.rates=[30,10,3]",
+    "features.batch=32",
+    "features.workers=0",
+)
 BOTH = ("knn", "linear")
 
 
@@ -36,57 +44,86 @@ def run(tmp_path: Path) -> Path:
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_results_and_report(run: Path) -> None:
     before = sums(run)
     found = evals.run(run, BOTH, overrides=(*QUICK, "linear.augment=false", "knn.ks=[1,20]"))
     assert before.items() <= sums(run).items()  # nothing of the run was touched
-    assert {path.name.rpartition("-")[0] for path in (run / "evals").iterdir()} == {"knn-step-7", "linear-step-7"}
+    assert {path.name.rpartition("-")[0] for path in (run / "evals").iterdir()} == {
+        "knn-step-7",
+        "linear-step-7",
+    }
     knn, linear = found
     assert knn["metrics"]["knn_20"] > 40  # of random weights; chance is 17
     assert linear["metrics"]["linear"] > 40
-    assert set(knn["metrics"]) == {f"knn_{k}{part}" for k in (1, 20) for part in ("", "_top5", "_per_class")}
-    assert set(linear["metrics"]) == {"linear", "linear_top5", "linear_per_class", "linear_held_out"}
+    assert set(knn["metrics"]) == {
+        f"knn_{k}{part}" for k in (1, 20) for part in ("", "_top5", "_per_class")
+    }
+    assert set(linear["metrics"]) == {
+        "linear",
+        "linear_top5",
+        "linear_per_class",
+        "linear_held_out",
+    }
     assert linear["protocol"]["epochs"] == 12
     assert linear["protocol"]["test_transform"]["resize"] == "none"
     for result in found:
         assert (result["encoder"], result["step"], result["unit"]) == ("trained", 7, "per cent")
         assert {"scaletrain", "torch", "numpy", "python"} == set(result["versions"])
         folder = run.parent / "data" / "train"
-        contents = [hashlib.sha256((folder / f"s-{n}.tar").read_bytes()).hexdigest() for n in (0, 1)]
+        contents = [
+            hashlib.sha256((folder / f"s-{n}.tar").read_bytes()).hexdigest() for n in (0, 1)
+        ]
         whole = hashlib.sha256("".join(contents).encode()).hexdigest()
         assert result["data"]["train"] == {"path": str(folder), "samples": 72, "sha256": whole}
         assert result["data"]["test"]["samples"] == 24
-    board = EventAccumulator(str(run / "tensorboard" / "evals" / f"linear-{linear['protocol']['digest']}"))
+    board = EventAccumulator(
+        str(run / "tensorboard" / "evals" / f"linear-{linear['protocol']['digest']}")
+    )
     board.Reload()
     (event,) = board.Scalars("eval/linear_held_out")
     assert (event.step, event.value) == (7, pytest.approx(linear["metrics"]["linear_held_out"]))
     lines = cards.report(found)
     assert lines[0] == "trained encoder, step 7, per cent"
-    rows = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("knn", "linear"))}
+    rows = {
+        line.split()[0]: line.split()[1:] for line in lines if line.startswith(("knn", "linear"))
+    }
     assert rows == {
         name: [f"{metrics[name + part]:.2f}" for part in ("", "_top5", "_per_class")]
-        for name, metrics in (("knn_1", knn["metrics"]), ("knn_20", knn["metrics"]), ("linear", linear["metrics"]))
+        for name, metrics in (
+            ("knn_1", knn["metrics"]),
+            ("knn_20", knn["metrics"]),
+            ("linear", linear["metrics"]),
+        )
     }
     assert lines[-2:] == [f"result: {knn['file']}", f"result: {linear['file']}"]
 
 
 @pytest.mark.parametrize("columns", [None, "40", "80"])
 def test_the_command_is_readable_at_any_width_and_in_a_pipe(run: Path, columns: str | None) -> None:
-    """The runner is a pipe. No number and no word of the table is cut, and the last line says where the result lies."""
+    """The runner is a pipe. No number and no word of the table is cut, and the last line says where
+    the result lies.
+    """
     options = [part for change in QUICK[3:] for part in ("--set", change)]
     shown = CliRunner().invoke(app, ["eval", str(run), "knn", *options], env={"COLUMNS": columns})
     assert shown.exit_code == 0, shown.output
     lines = shown.stdout.splitlines()
     (file,) = (run / "evals").glob("*.json")
     metrics = json.loads(file.read_text())["metrics"]
-    start = lines.index(next(line for line in lines if line.split() == ["top-1", "top-5", "per", "class"]))
+    start = lines.index(
+        next(line for line in lines if line.split() == ["top-1", "top-5", "per", "class"])
+    )
     table = lines[start : start + 5]
     assert max(map(len, table)) <= 40
     for line, k in zip(table[1:], (10, 20, 100, 200), strict=True):
-        assert line.split() == [f"knn_{k}", *(f"{metrics[f'knn_{k}{part}']:.2f}" for part in ("", "_top5", "_per_class"))]
+        assert line.split() == [
+            f"knn_{k}",
+            *(f"{metrics[f'knn_{k}{part}']:.2f}" for part in ("", "_top5", "_per_class")),
+        ]
     assert lines[-1] == f"result: {file}"
 
 
@@ -98,7 +135,9 @@ def test_baselines_get_results_of_their_own(run: Path, encoder: Any) -> None:
     assert encoder != "pixels" or result["metrics"]["knn_10"] == 100.0  # the colours are easy
     assert result["about"]
     assert len(list((run / "evals").iterdir())) == 1
-    board = EventAccumulator(str(run / "tensorboard" / "evals" / f"knn-{result['protocol']['digest']}-{encoder}"))
+    board = EventAccumulator(
+        str(run / "tensorboard" / "evals" / f"knn-{result['protocol']['digest']}-{encoder}")
+    )
     board.Reload()
     assert "eval/knn_20" in board.Tags()["scalars"]
 
@@ -110,7 +149,10 @@ def test_an_exported_file_evaluates_like_its_run(run: Path, tmp_path: Path) -> N
     (from_run,) = evals.run(run, ["knn"], overrides=QUICK[3:])
     assert from_file["metrics"] == from_run["metrics"]
     assert from_file["protocol"] == from_run["protocol"]
-    assert {p.name for p in file.parent.iterdir()} == {Path(from_file["file"]).name, "small.safetensors"}
+    assert {p.name for p in file.parent.iterdir()} == {
+        Path(from_file["file"]).name,
+        "small.safetensors",
+    }
 
 
 def test_the_augmented_probe_learns(run: Path) -> None:
@@ -123,10 +165,19 @@ def test_the_augmented_probe_learns(run: Path) -> None:
 def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> None:
     """Labels are sample numbers here, so the stream tells what it read."""
     train = shards(tmp_path / "train", list(range(40)))
-    scene = EvalContext(find(run_folder(tmp_path, train), "pixels"), Config(batch=8, workers=0), train, train)
+    scene = EvalContext(
+        find(run_folder(tmp_path, train), "pixels"), Config(batch=8, workers=0), train, train
+    )
     wanted = torch.arange(40) % 4 != 0
-    epochs = [[next(stream) for _ in range(5)] for stream in [scene.augmented(wanted, 0)] for _ in range(2)]
-    first, second = ({int(n): x for part, labels in epoch for n, x in zip(labels, part, strict=True)} for epoch in epochs)
+    epochs = [
+        [next(stream) for _ in range(5)]
+        for stream in [scene.augmented(wanted, 0)]
+        for _ in range(2)
+    ]
+    first, second = (
+        {int(n): x for part, labels in epoch for n, x in zip(labels, part, strict=True)}
+        for epoch in epochs
+    )
     assert sorted(first) == sorted(second) == wanted.nonzero().flatten().tolist()
     assert list(first) != list(second)  # another order
     assert all(not first[n].equal(second[n]) for n in first)  # another crop
@@ -136,7 +187,12 @@ def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> N
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     subject = find(run)
-    scene = EvalContext(subject, Config(batch=32, workers=0), run.parent / "data" / "train", run.parent / "data" / "test")
+    scene = EvalContext(
+        subject,
+        Config(batch=32, workers=0),
+        run.parent / "data" / "train",
+        run.parent / "data" / "test",
+    )
     rows = torch.tensor([3, 4, 70])
     part = scene.part(rows)
     bank = scene.bank()
@@ -146,7 +202,9 @@ def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     torch.testing.assert_close(part.x, bank.x[rows], rtol=0, atol=1e-5)
     assert part.labels.equal(bank.labels[rows])
     assert scene.bank() is bank
-    one = EvalContext(subject, Config(batch=1, workers=0), scene.train, scene.test).bank()  # eval mode: no sample sees another
+    one = EvalContext(
+        subject, Config(batch=1, workers=0), scene.train, scene.test
+    ).bank()  # eval mode: no sample sees another
     torch.testing.assert_close(one.x, bank.x, rtol=0, atol=1e-5)
 
 
@@ -170,7 +228,10 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
         *(
             (BOTH, (change,), rf"^{change.partition('=')[0]}(\.0)?: {text}")
             for change, text in (
-                ("features.size=7", "write 8 to 4096 pixels, or 0 for the size of the run's largest view"),
+                (
+                    "features.size=7",
+                    "write 8 to 4096 pixels, or 0 for the size of the run's largest view",
+                ),
                 ("features.size=-8", "write 8"),
                 ("features.size=5000", "write 8"),
                 ("features.batch=0", ".*greater than or equal to 1"),
@@ -197,7 +258,9 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
         ),
     ],
 )
-def test_misspelt_and_senseless_requests(run: Path, benchmarks: tuple[str, ...], overrides: tuple[str, ...], text: str) -> None:
+def test_misspelt_and_senseless_requests(
+    run: Path, benchmarks: tuple[str, ...], overrides: tuple[str, ...], text: str
+) -> None:
     refused(run, text, benchmarks, overrides=overrides)
 
 
@@ -207,7 +270,9 @@ def test_no_test_set(run: Path, tmp_path: Path) -> None:
     assert evals.run(run, ["knn"], test=tmp_path / "elsewhere", overrides=QUICK[3:])
     (tmp_path / "elsewhere").rename(tmp_path / "data" / "val")
     (result,) = evals.run(run, ["knn"], overrides=QUICK[3:], train=tmp_path / "data" / "train")
-    assert result["data"]["test"]["path"].endswith("elsewhere")  # the same images: the result is the one of before
+    assert result["data"]["test"]["path"].endswith(
+        "elsewhere"
+    )  # the same images: the result is the one of before
     (result,) = evals.run(run, ["knn"], overrides=(*QUICK[3:], "knn.ks=[1]"))
     assert result["data"]["test"]["path"].endswith("val")
 
@@ -218,18 +283,30 @@ def test_no_training_set(tmp_path: Path, path: str) -> None:
 
 
 def test_remote_shards_name_no_test_set_of_their_own(run: Path) -> None:
-    with pytest.raises(EvalError, match=r"http://127\.0\.0\.1:1/train is remote; give its labelled test shards with --test"):
+    with pytest.raises(
+        EvalError,
+        match=r"http://127\.0\.0\.1:1/train is remote; give its labelled test shards with --test",
+    ):
         evals.run(run, ["knn"], train="http://127.0.0.1:1/train", overrides=QUICK[3:])
 
 
 def test_missing_labels_are_named(run: Path, tmp_path: Path) -> None:
     some = shards(tmp_path / "some", [0, 1, 2, None, 4, 5])
     refused(run, r"some: 1 of 6 samples have no label", test=some)
-    refused(run, r"some: 1 of 6 samples have no label.*--labels FILE", train=some, test=tmp_path / "data" / "test")
+    refused(
+        run,
+        r"some: 1 of 6 samples have no label.*--labels FILE",
+        train=some,
+        test=tmp_path / "data" / "test",
+    )
 
 
 def test_sets_that_are_no_pair(run: Path, tmp_path: Path) -> None:
-    refused(run, r"test has classes of which .*train has no sample: '9'", test=shards(tmp_path / "test", [0, 1, 9, 2]))
+    refused(
+        run,
+        r"test has classes of which .*train has no sample: '9'",
+        test=shards(tmp_path / "test", [0, 1, 9, 2]),
+    )
     (tmp_path / "data" / "train" / "classes.json").write_text(json.dumps(list("abcdef")))
     refused(run, r"train has a classes\.json and .*test has none")
     (tmp_path / "data" / "test" / "classes.json").write_text(json.dumps(list("abcdeg")))
@@ -248,11 +325,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Path) -> None:
 
 def test_unwritable_results(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the work is done."""
-    monkeypatch.setattr("scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured first"))
+    monkeypatch.setattr(
+        "scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured first")
+    )
     (run / "evals").write_text("a file in the way")
     with pytest.raises(EvalError, match=r"cannot write .*evals"):
         evals.run(run, ["knn"], overrides=QUICK[3:])
     (run / "evals").unlink()
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "evals")  # for root may write anywhere
-    with pytest.raises(EvalError, match=r"cannot write .*knn-step-7-.*: the folder is write-protected"):
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: Path(path).name != "evals"
+    )  # for root may write anywhere
+    with pytest.raises(
+        EvalError, match=r"cannot write .*knn-step-7-.*: the folder is write-protected"
+    ):
         evals.run(run, ["knn"], overrides=QUICK[3:])

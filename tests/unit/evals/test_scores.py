@@ -14,7 +14,9 @@ def test_ranks_by_hand() -> None:
 
 
 def test_a_tie_is_not_right() -> None:
-    """Whatever the number of the true class: else a constant score would be right for the class of the lowest one."""
+    """Whatever the number of the true class: else a constant score would be right for the class of
+    the lowest one.
+    """
     scores = torch.ones(3, 3)
     assert ranks(scores, torch.arange(3)).tolist() == [2, 2, 2]
 
@@ -31,4 +33,6 @@ def test_accuracy_by_hand() -> None:
     got = accuracy(rank, labels, 6)
     assert got["top1"] == pytest.approx(50.0)
     assert got["top5"] == pytest.approx(500 / 6)
-    assert got["per_class"] == pytest.approx(100 * (2 / 3 + 0 + 1 / 2) / 3)  # classes 2, 3 and 5 do not occur
+    assert got["per_class"] == pytest.approx(
+        100 * (2 / 3 + 0 + 1 / 2) / 3
+    )  # classes 2, 3 and 5 do not occur

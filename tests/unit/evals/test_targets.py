@@ -45,12 +45,22 @@ def test_an_exported_file_needs_no_run(tmp_path: Path) -> None:
     subject = find(tmp_path / "a.safetensors")
     assert same(subject.module, state)
     assert (subject.step, subject.size, subject.run, subject.home) == (42, 16, None, tmp_path)
-    assert (subject.data.mean, subject.data.std, subject.data.path) == (cfg.data.mean, cfg.data.std, cfg.data.path)
+    assert (subject.data.mean, subject.data.std, subject.data.path) == (
+        cfg.data.mean,
+        cfg.data.std,
+        cfg.data.path,
+    )
 
 
-@pytest.mark.parametrize("views", [((16, 2), (32, 2)), ((32, 2), (16, 2)), ((64, 0), (16, 4), (32, 1))])
-def test_the_size_is_that_of_the_largest_view_in_use(tmp_path: Path, views: tuple[tuple[int, int], ...]) -> None:
-    """In the order of the recipe, of a run and of a file; a file keeps the size that it was exported with."""
+@pytest.mark.parametrize(
+    "views", [((16, 2), (32, 2)), ((32, 2), (16, 2)), ((64, 0), (16, 4), (32, 1))]
+)
+def test_the_size_is_that_of_the_largest_view_in_use(
+    tmp_path: Path, views: tuple[tuple[int, int], ...]
+) -> None:
+    """In the order of the recipe, of a run and of a file; a file keeps the size that it was
+    exported with.
+    """
     listed = tuple(schema.View(size=size, count=count) for size, count in views)
     run = run_folder(tmp_path, "train", views=listed, max_pixels=1234, on_bad="skip")
     assert find(run).size == find(run, "untrained").size == find(run, "pixels").size == 32
@@ -58,12 +68,24 @@ def test_the_size_is_that_of_the_largest_view_in_use(tmp_path: Path, views: tupl
     files.export(backbone(cfg), tmp_path / "new.safetensors", targets.describe(cfg, 1))
     new = find(tmp_path / "new.safetensors")
     assert (new.size, new.data.max_pixels, new.data.on_bad) == (32, 1234, "skip")
-    facts = {"size": 48, "mean": cfg.data.mean, "std": cfg.data.std, "path": "x"}  # as all files had them once
+    facts = {
+        "size": 48,
+        "mean": cfg.data.mean,
+        "std": cfg.data.std,
+        "path": "x",
+    }  # as all files had them once
     old = targets.describe(cfg, 1) | {"data": json.dumps(facts)}
     files.export(backbone(cfg), tmp_path / "old.safetensors", old)
-    assert (find(tmp_path / "old.safetensors").size, find(tmp_path / "old.safetensors").data.on_bad) == (48, "raise")
+    assert (
+        find(tmp_path / "old.safetensors").size,
+        find(tmp_path / "old.safetensors").data.on_bad,
+    ) == (48, "raise")
     for size in (7, 10**9, "large"):
-        files.export(backbone(cfg), tmp_path / "odd.safetensors", old | {"data": json.dumps(facts | {"size": size})})
+        files.export(
+            backbone(cfg),
+            tmp_path / "odd.safetensors",
+            old | {"data": json.dumps(facts | {"size": size})},
+        )
         with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not tell"):
             find(tmp_path / "odd.safetensors")
 
@@ -71,7 +93,11 @@ def test_the_size_is_that_of_the_largest_view_in_use(tmp_path: Path, views: tupl
 def test_weights_are_known_by_name_type_shape_and_value(tmp_path: Path) -> None:
     run = run_folder(tmp_path, "train")
     first = find(run).weights
-    assert first == find(run / "checkpoints" / "step-00000007").weights != find(run, "untrained").weights
+    assert (
+        first
+        == find(run / "checkpoints" / "step-00000007").weights
+        != find(run, "untrained").weights
+    )
     state = backbone(settings("train"))
     name = "layer1.0.conv1.weight"
     save(run, 8, state | {name: state[name] + 1e-6})
@@ -112,8 +138,14 @@ def test_baselines_need_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"layer1.0.conv1.weight": torch.zeros(8, 4, 3, 3)}, r"'layer1.0.conv1.weight' is \[8, 4, 3, 3\], .* \[4, 4, 3, 3\]"),
-        ({"layer1.0.conv1.weight": None, "layer4.1.bn2.bias": None}, r"no tensor 'layer1.0.conv1.weight' \[4, 4, 3, 3\]"),
+        (
+            {"layer1.0.conv1.weight": torch.zeros(8, 4, 3, 3)},
+            r"'layer1.0.conv1.weight' is \[8, 4, 3, 3\], .* \[4, 4, 3, 3\]",
+        ),
+        (
+            {"layer1.0.conv1.weight": None, "layer4.1.bn2.bias": None},
+            r"no tensor 'layer1.0.conv1.weight' \[4, 4, 3, 3\]",
+        ),
         ({"fc.weight": torch.zeros(10, 32)}, r"the model has no tensor 'fc.weight' \[10, 32\]"),
     ],
 )

@@ -1,4 +1,6 @@
-"""CIFAR's Python releases, read without unpickling: as they were published, and as an attacker would write them."""
+"""CIFAR's Python releases, read without unpickling: as they were published, and as an attacker
+would write them.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,29 @@ def text(value: str) -> bytes:
 
 
 def python2(columns: dict[str, list[int] | list[str] | np.ndarray]) -> bytes:
-    """A dict as Python 2's cPickle with protocol 2 wrote it, by hand after the disassembly of a published batch."""
+    """A dict as Python 2's cPickle with protocol 2 wrote it, by hand after the disassembly of a
+    published batch.
+    """
     body = b"\x80\x02}q\x01("
     for name, value in columns.items():
         body += text(name)
         if isinstance(value, np.ndarray):
             raw = value.tobytes()
-            body += b"cnumpy.core.multiarray\n_reconstruct\nq\x08cnumpy\nndarray\nq\tK\x00\x85U\x01b\x87Rq\n(K\x01"
-            body += b"M" + struct.pack("<H", value.shape[0]) + b"M" + struct.pack("<H", value.shape[1]) + b"\x86"
-            body += b"cnumpy\ndtype\nq\x0bU\x02u1K\x00K\x01\x87Rq\x0c(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+            body += (
+                b"cnumpy.core.multiarray\n_reconstruct\nq\x08cnumpy\nndarray\nq\tK\x00\x85"
+                b"U\x01b\x87Rq\n(K\x01"
+            )
+            body += (
+                b"M"
+                + struct.pack("<H", value.shape[0])
+                + b"M"
+                + struct.pack("<H", value.shape[1])
+                + b"\x86"
+            )
+            body += (
+                b"cnumpy\ndtype\nq\x0bU\x02u1K\x00K\x01\x87Rq\x0c(K\x03U\x01|NNN"
+                b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+            )
             body += b"\x89T" + struct.pack("<I", len(raw)) + raw + b"tb"
         else:
             items = b"".join(b"K" + bytes([v]) if isinstance(v, int) else text(v) for v in value)
@@ -55,16 +71,28 @@ def test_cifar10_python_release(tmp_path: Path) -> None:
     names = [f"class{i}" for i in range(10)]
     for part in range(5):
         numbers = range(part * 8, part * 8 + 8)
-        batch = {"batch_label": [], "labels": [n % 10 for n in numbers], "data": planes(numbers), "filenames": ["x.png"] * 8}
+        batch = {
+            "batch_label": [],
+            "labels": [n % 10 for n in numbers],
+            "data": planes(numbers),
+            "filenames": ["x.png"] * 8,
+        }
         (tmp_path / f"data_batch_{part + 1}").write_bytes(python2(batch))
-    (tmp_path / "test_batch").write_bytes(python2({"data": planes(range(50, 60)), "labels": [n % 10 for n in range(50, 60)]}))
+    (tmp_path / "test_batch").write_bytes(
+        python2({"data": planes(range(50, 60)), "labels": [n % 10 for n in range(50, 60)]})
+    )
     (tmp_path / "batches.meta").write_bytes(python2({"num_vis": [0], "label_names": names}))
     run("cifar10", tmp_path, tmp_path / "out")
     assert decoded(tmp_path / "out" / "train") == wanted(range(40), 10)
     assert decoded(tmp_path / "out" / "test") == wanted(range(50, 60), 10)
     assert json.loads((tmp_path / "out" / "test" / "classes.json").read_text()) == names
     (tmp_path / "batches.meta").write_bytes(python2({"num_vis": [0]}))
-    run("cifar10", tmp_path, tmp_path / "more", fails="batches.meta: no list 'label_names' of type str")
+    run(
+        "cifar10",
+        tmp_path,
+        tmp_path / "more",
+        fails="batches.meta: no list 'label_names' of type str",
+    )
 
 
 def test_cifar100_in_both_releases_and_with_both_labels(tmp_path: Path) -> None:
@@ -77,7 +105,10 @@ def test_cifar100_in_both_releases_and_with_both_labels(tmp_path: Path) -> None:
     for key, names in meta.items():
         (binary / f"{key}.txt").write_text("\n".join(names))
     for split, numbers in (("train", range(21)), ("test", range(30, 42))):
-        columns = {"fine_labels": [n % 7 for n in numbers], "coarse_labels": [n % 3 for n in numbers]}
+        columns = {
+            "fine_labels": [n % 7 for n in numbers],
+            "coarse_labels": [n % 3 for n in numbers],
+        }
         (python / split).write_bytes(python2({"data": planes(numbers), **columns}))
         (binary / f"{split}.bin").write_bytes(
             b"".join(bytes([n % 3, n % 7]) + planes(range(n, n + 1)).tobytes() for n in numbers)
@@ -94,7 +125,9 @@ def test_cifar100_in_both_releases_and_with_both_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_numpys_own_pickles_are_read(tmp_path: Path, protocol: int) -> None:
     path, pixels = tmp_path / "batch", planes(range(3))
-    path.write_bytes(pickle.dumps({"data": pixels, "labels": [1, 2, 300], "more": (None, True, [])}, protocol))
+    path.write_bytes(
+        pickle.dumps({"data": pixels, "labels": [1, 2, 300], "more": (None, True, [])}, protocol)
+    )
     content = numpy_pickle.load(path)
     assert np.array_equal(numpy_pickle.array(content["data"], path), pixels)
     assert content["labels"] == [1, 2, 300]
@@ -163,7 +196,13 @@ DAMAGED = (
         b"\x80\x02K\x01.",
         b"\xff\xd8\xff",
     ),
-    *(b"\x80\x02]K\x01K\x02s.", b"\x80\x02}]K\x01s.", b"\x80\x02}K\x01K\x02s.", b"\x80\x02t.", b"\x80\x02q\x00."),
+    *(
+        b"\x80\x02]K\x01K\x02s.",
+        b"\x80\x02}]K\x01s.",
+        b"\x80\x02}K\x01K\x02s.",
+        b"\x80\x02t.",
+        b"\x80\x02q\x00.",
+    ),
     b"\x80\x02T\xff\xff\xff\x7fa.",
 )
 
@@ -176,7 +215,13 @@ def test_damaged_pickles_are_one_clear_error(tmp_path: Path, data: bytes) -> Non
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 3), np.int16), np.zeros((2, 3), object), np.zeros(3), np.asfortranarray(np.eye(3, dtype=np.uint8))]
+    "array",
+    [
+        np.zeros((2, 3), np.int16),
+        np.zeros((2, 3), object),
+        np.zeros(3),
+        np.asfortranarray(np.eye(3, dtype=np.uint8)),
+    ],
 )
 def test_only_arrays_of_bytes_are_taken(tmp_path: Path, array: np.ndarray) -> None:
     path = tmp_path / "batch"

@@ -1,4 +1,6 @@
-"""From the labels of a listing to classes: numbers or names, never a mixture, numbered without gaps and alike in all splits."""
+"""From the labels of a listing to classes: numbers or names, never a mixture, numbered without gaps
+and alike in all splits.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,30 @@ def photos(root: Path, count: int) -> list[bytes]:
 
 def write_labels(path: Path, labels: list[str]) -> Path:
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "label"], *([f"{i}.png", label] for i, label in enumerate(labels))])
+        csv.writer(file).writerows(
+            [["path", "label"], *([f"{i}.png", label] for i, label in enumerate(labels))]
+        )
     return path
 
 
 @pytest.mark.parametrize(
     ("labels", "fault"),
     [
-        (["1", "0", "NA", "2"], "line 4: label 'NA' may mean that there is none; correct it, or give --no-label WORD"),
+        (
+            ["1", "0", "NA", "2"],
+            "line 4: label 'NA' may mean that there is none; correct it, or give --no-label WORD",
+        ),
         (["cat", "none", "dog"], "line 3: label 'none' may mean that there is none"),
-        (["1", "0", "", "2"], "line 4: no label, where other rows have one; fill it, write -1, or give --no-label ''"),
+        (
+            ["1", "0", "", "2"],
+            "line 4: no label, where other rows have one; fill it, write -1, or give --no-label ''",
+        ),
         (["1", "cat", "0"], "line 3: label 'cat' is a name, where most are numbers"),
         (["cat", "dog", "7", "emu"], "line 4: label '7' is a number, where most are names"),
-        (["1", "1.5", "0"], "line 3: label '1.5' is no whole number from 0 on, of at most 18 digits"),
+        (
+            ["1", "1.5", "0"],
+            "line 3: label '1.5' is no whole number from 0 on, of at most 18 digits",
+        ),
         (["0.5", "1.5"], "line 2: label '0.5' is no whole number"),
         (["1", "9" * 19], f"line 3: label '{'9' * 19}' is no whole number"),
         (["1", "-2"], "line 3: label '-2' is no whole number"),
@@ -40,7 +53,9 @@ def write_labels(path: Path, labels: list[str]) -> Path:
         (["1", "inf"], "line 3: label 'inf' is no whole number"),
     ],
 )
-def test_one_odd_label_is_named_with_its_line(tmp_path: Path, labels: list[str], fault: str) -> None:
+def test_one_odd_label_is_named_with_its_line(
+    tmp_path: Path, labels: list[str], fault: str
+) -> None:
     photos(tmp_path, len(labels))
     listing = write_labels(tmp_path / "list.csv", labels)
     run("listing", listing, tmp_path / "out", fails=f"{listing}, {fault}")
@@ -59,7 +74,9 @@ def test_words_for_no_label_and_names_that_look_like_numbers(tmp_path: Path) -> 
     assert json.loads((tmp_path / "b" / "classes.json").read_text()) == ["0", "1", "?", "NA"]
 
 
-def test_sparse_numbers_are_numbered_without_gaps_and_alike_by_the_classes_of_another_split(tmp_path: Path) -> None:
+def test_sparse_numbers_are_numbered_without_gaps_and_alike_by_the_classes_of_another_split(
+    tmp_path: Path,
+) -> None:
     data = photos(tmp_path, 4)
     train = write_labels(tmp_path / "train.csv", ["1440764", "7", "1440764", "19"])
     assert "labels are numbered anew" in run("listing", train, tmp_path / "train")
@@ -79,20 +96,47 @@ def test_sparse_numbers_are_numbered_without_gaps_and_alike_by_the_classes_of_an
         fails="test.csv, line 3: label '019' is not in",
     )
     write_labels(test, ["1440764", "19", "7", "7"])
-    assert "numbered anew" not in run("listing", test, tmp_path / "test", "--name", "test", "--classes", names)
+    assert "numbered anew" not in run(
+        "listing", test, tmp_path / "test", "--name", "test", "--classes", names
+    )
     assert contents(tmp_path / "test") == dict(zip(data, (2, 1, 0, 0), strict=True))
     assert (tmp_path / "test" / "classes.json").read_bytes() == names.read_bytes()
     words = tmp_path / "words.txt"
     words.write_text("cat\ndog\nemu\n")
-    run("listing", write_labels(test, ["2", "0", "1", "2"]), tmp_path / "by_number", "--classes", words)
+    run(
+        "listing",
+        write_labels(test, ["2", "0", "1", "2"]),
+        tmp_path / "by_number",
+        "--classes",
+        words,
+    )
     assert contents(tmp_path / "by_number") == dict(zip(data, (2, 0, 1, 2), strict=True))
     write_labels(test, ["2", "3", "1", "2"])
-    run("listing", test, tmp_path / "x", "--classes", words, fails="line 3: label '3' is outside the 3 classes of --classes")
+    run(
+        "listing",
+        test,
+        tmp_path / "x",
+        "--classes",
+        words,
+        fails="line 3: label '3' is outside the 3 classes of --classes",
+    )
     write_labels(test, ["2", "emu", "1", "2"])
-    run("listing", test, tmp_path / "x", "--classes", words, fails="line 3: label 'emu' is a name, where most are numbers")
+    run(
+        "listing",
+        test,
+        tmp_path / "x",
+        "--classes",
+        words,
+        fails="line 3: label 'emu' is a name, where most are numbers",
+    )
     words.write_text("{}")
     run(
-        "listing", test, tmp_path / "x", "--classes", words.rename(tmp_path / "w.json"), fails="w.json is no JSON list of texts"
+        "listing",
+        test,
+        tmp_path / "x",
+        "--classes",
+        words.rename(tmp_path / "w.json"),
+        fails="w.json is no JSON list of texts",
     )
 
 

@@ -1,4 +1,6 @@
-"""Where importers write and what they find: links, mount points, kills at any point; hidden files, odd names, pipes, loops."""
+"""Where importers write and what they find: links, mount points, kills at any point; hidden files,
+odd names, pipes, loops.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def source(tmp_path: Path) -> Path:
     return tree(tmp_path / "src", {"a": 10, "b": 10})
 
 
-# --- destinations -----------------------------------------------------------------------------------------------------
+# --- destinations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("there", ["folder", "nothing"])
@@ -112,7 +114,9 @@ class Kill(BaseException):
 def test_a_kill_while_a_mount_point_is_filled_loses_nothing(
     tmp_path: Path, mount: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, ...]
 ) -> None:
-    """At every one of its steps; the same import goes on, and until then readers are told that shards are missing."""
+    """At every one of its steps; the same import goes on, and until then readers are told that
+    shards are missing.
+    """
     head = {"splits": list(splits)}
 
     def filled(force: bool = False) -> None:
@@ -143,7 +147,9 @@ def test_a_kill_while_a_mount_point_is_filled_loses_nothing(
         with pytest.raises(Kill):
             filled(force=True)
         if not splits[0]:
-            with pytest.raises(DataError, match=r"holds no \.tar|is in scaletrain-index.json but not in the folder"):
+            with pytest.raises(
+                DataError, match=r"holds no \.tar|is in scaletrain-index.json but not in the folder"
+            ):
                 index.load(mount, lambda text: None)
         left = 10**6
         with partial.replacing(mount, head, force=True) as job:
@@ -168,14 +174,18 @@ def test_the_working_directory_and_folders_of_others_are_filled(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs" / "mine").mkdir(parents=True)
     right = os.access
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "theirs" and right(path, mode))
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: Path(path) != tmp_path / "theirs" and right(path, mode)
+    )
     run("folder", source, tmp_path / "theirs" / "mine")
     assert files(tmp_path / "theirs" / "mine") == files(tmp_path / "whole")
     assert [p.name for p in (tmp_path / "theirs").iterdir()] == ["mine"]
 
 
 def test_advice_is_true(tmp_path: Path, source: Path) -> None:
-    """Complete shards are promised only where there are some, and the same command goes on with them."""
+    """Complete shards are promised only where there are some, and the same command goes on with
+    them.
+    """
     out, kept = tmp_path / "out", tmp_path / "out.partial"
     run("folder", source, tmp_path / "whole", "--per-shard", 5)
     order = [sorted(source.rglob("*.png"))[int(key[:9])] for key in keys(tmp_path / "whole")]
@@ -192,15 +202,23 @@ def test_advice_is_true(tmp_path: Path, source: Path) -> None:
 
     assert "complete shards stay" not in failed(order[2])
     assert not kept.exists()
-    assert f"complete shards stay in {kept}: the same command goes on with them" in failed(order[17])
-    shards = {p.name: p.stat().st_mtime_ns for p in kept.glob("*.tar") if (kept / f"{p.name}.stidx").exists()}
+    assert f"complete shards stay in {kept}: the same command goes on with them" in failed(
+        order[17]
+    )
+    shards = {
+        p.name: p.stat().st_mtime_ns
+        for p in kept.glob("*.tar")
+        if (kept / f"{p.name}.stidx").exists()
+    }
     assert len(shards) >= 2
     assert f"going on with {kept}" in run("folder", source, out, "--per-shard", 5)
     assert files(out) == files(tmp_path / "whole")
-    assert {name: (out / name).stat().st_mtime_ns for name in list(shards)[:2]} == dict(list(shards.items())[:2])
+    assert {name: (out / name).stat().st_mtime_ns for name in list(shards)[:2]} == dict(
+        list(shards.items())[:2]
+    )
 
 
-# --- names and kinds of files -----------------------------------------------------------------------------------------
+# --- names and kinds of files ---------------------------------------------------------------------
 
 MAC = b"\0\5\26\7\0\2\0\0Mac OS X        "
 
@@ -231,7 +249,18 @@ def test_litter_is_no_class_and_no_image(tmp_path: Path, source: Path) -> None:
     assert "20 images in 2 classes" in said
     told = re.search(r"not images, ignored: (.*)", said)[1].split(", ")
     assert set(told) == {
-        *(f"2 x {name}" for name in ("._*", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.png", "__MACOSX", ".cache")),
+        *(
+            f"2 x {name}"
+            for name in (
+                "._*",
+                ".DS_Store",
+                "Thumbs.db",
+                "desktop.ini",
+                ".hidden.png",
+                "__MACOSX",
+                ".cache",
+            )
+        ),
         "1 x .txt",
     }
     assert files(tmp_path / "out") == files(tmp_path / "clean")
@@ -251,7 +280,12 @@ def test_litter_is_ignored_by_every_importer(tmp_path: Path) -> None:
         litter(cifar / split)
     tars.mkdir()
     with tarfile.open(tars / "inner.tar", "w") as inner:
-        for name, data in ((f"{wnid}_1.JPEG", jpeg), (f"._{wnid}_1.JPEG", MAC), ("__MACOSX/x.JPEG", MAC), ("./.x.jpg", MAC)):
+        for name, data in (
+            (f"{wnid}_1.JPEG", jpeg),
+            (f"._{wnid}_1.JPEG", MAC),
+            ("__MACOSX/x.JPEG", MAC),
+            ("./.x.jpg", MAC),
+        ):
             add(inner, name, data)
     with tarfile.open(tars / "ILSVRC2012_img_train.tar", "w") as outer:
         add(outer, f"__MACOSX/._{wnid}.tar", MAC)
@@ -261,7 +295,10 @@ def test_litter_is_ignored_by_every_importer(tmp_path: Path) -> None:
         add(tar, "./ILSVRC2012_val_00000001.JPEG", jpeg)
         add(tar, "Thumbs.db", MAC)
     (tmp_path / "truth").write_text(f"{wnid}\n")
-    for name, place, options in (("folders", folders, ()), ("tars", tars, ("--val-labels", tmp_path / "truth"))):
+    for name, place, options in (
+        ("folders", folders, ()),
+        ("tars", tars, ("--val-labels", tmp_path / "truth")),
+    ):
         said = run("imagenet", place, tmp_path / f"out_{name}", *options)
         assert said.count("1 image in 1 class, 1 shard") == 2
         assert said.count("ignored: ") == 2
@@ -297,20 +334,36 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert "sound" in run("verify", out)
     bad = tmp_path / "src" / os.fsdecode(b"ok/b\xe9.png")
     bad.write_bytes(b"junk")
-    run("folder", tmp_path / "src", tmp_path / "x", fails=f"{tmp_path}/src/ok/b\\xe9.png: not a JPEG")
+    run(
+        "folder",
+        tmp_path / "src",
+        tmp_path / "x",
+        fails=f"{tmp_path}/src/ok/b\\xe9.png: not a JPEG",
+    )
     run("folder", tmp_path / "src", tmp_path / "x", "--max-bad", 1)
-    assert json.loads((tmp_path / "x" / "quarantine.jsonl").read_bytes())["path"] == f"{tmp_path}/src/ok/b\\xe9.png"
+    assert (
+        json.loads((tmp_path / "x" / "quarantine.jsonl").read_bytes())["path"]
+        == f"{tmp_path}/src/ok/b\\xe9.png"
+    )
     bad.unlink()
     tree(tmp_path / "src", {"caf\\xe9": 1})
     run(
-        "folder", tmp_path / "src", tmp_path / "y", fails="two class folders whose names become 'caf\\xe9' as UTF-8; rename one"
+        "folder",
+        tmp_path / "src",
+        tmp_path / "y",
+        fails="two class folders whose names become 'caf\\xe9' as UTF-8; rename one",
     )
 
 
-def test_pipes_and_sockets_among_images_are_bad_images(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_and_sockets_among_images_are_bad_images(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(source / "a" / "pipe.png")
     run(
-        "folder", source, tmp_path / "out", fails=f"{source}/a/pipe.png: cannot be read: it is a pipe and not a file; --max-bad"
+        "folder",
+        source,
+        tmp_path / "out",
+        fails=f"{source}/a/pipe.png: cannot be read: it is a pipe and not a file; --max-bad",
     )
     monkeypatch.chdir(source / "b")  # a socket's path must be short
     with socket.socket(socket.AF_UNIX) as server:
@@ -318,21 +371,33 @@ def test_pipes_and_sockets_among_images_are_bad_images(tmp_path: Path, source: P
         (source / "b" / "zero.png").symlink_to("/dev/zero")
         said = run("folder", source, tmp_path / "out", "--max-bad", 3)
     assert "20 images in 2 classes, 1 shard; left out as bad: 3" in said
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted(reasons) == [f"cannot be read: it is a {kind} and not a file" for kind in ("device", "pipe", "socket")]
+    reasons = [
+        json.loads(line)["reason"]
+        for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert sorted(reasons) == [
+        f"cannot be read: it is a {kind} and not a file" for kind in ("device", "pipe", "socket")
+    ]
 
 
 LOOPS: dict[str, Callable[[Path], str]] = {
     "up": lambda a: (a / "loop").symlink_to("..") or "a/loop",
     "self": lambda a: (a / "loop").symlink_to(".") or "a/loop",
-    "pair": lambda a: (a / "x").symlink_to("../b") or (a.parent / "b" / "y").symlink_to("../a") or "a/x/y",
+    "pair": lambda a: (
+        (a / "x").symlink_to("../b") or (a.parent / "b" / "y").symlink_to("../a") or "a/x/y"
+    ),
 }
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loops_of_links_are_named(tmp_path: Path, source: Path, loop: str) -> None:
     place = LOOPS[loop](source / "a")
-    run("folder", source, tmp_path / "out", fails=f"{source}/{place} is a link to a folder around it; remove it")
+    run(
+        "folder",
+        source,
+        tmp_path / "out",
+        fails=f"{source}/{place} is a link to a folder around it; remove it",
+    )
 
 
 def test_links_to_other_folders_are_followed(tmp_path: Path, source: Path) -> None:

@@ -63,7 +63,10 @@ def test_flat_val_with_every_form_of_labels(tmp_path: Path, form: str) -> None:
     truth = val(tmp_path / "src")
     pairs = [(f"ILSVRC2012_val_{i:08d}", wnid) for i, wnid in enumerate(truth, 1)]
     text = {
-        "kaggle": ["ImageId,PredictionString", *(f"{i},{w} 85 1 499 272 {w} 1 2 3 4" for i, w in reversed(pairs))],
+        "kaggle": [
+            "ImageId,PredictionString",
+            *(f"{i},{w} 85 1 499 272 {w} 1 2 3 4" for i, w in reversed(pairs)),
+        ],
         "pairs": [f"{i}.JPEG {w}" for i, w in pairs],
         "commas": [f"val/{i}.JPEG,{w}" for i, w in pairs],
         "lines": truth,
@@ -82,12 +85,30 @@ def test_faults_of_val_are_named(tmp_path: Path) -> None:
         truth.write_text("\n".join(lines))
         run("imagenet", source, tmp_path / "out", "--val-labels", truth, fails=text)
 
-    run("imagenet", source, tmp_path / "out", fails=f"{source}/val has no class folders: --val-labels FILE must say")
+    run(
+        "imagenet",
+        source,
+        tmp_path / "out",
+        fails=f"{source}/val has no class folders: --val-labels FILE must say",
+    )
     fails(labels[:-1], "4 lines for the 5 images")
-    fails(["490", "361", "171", "822", "297"], "the numbers of the development kit do not follow the sorted wnids")
-    fails(["ILSVRC2012_val_00000001.JPEG n01440764"], "does not say the class of ILSVRC2012_val_00000002")
+    fails(
+        ["490", "361", "171", "822", "297"],
+        "the numbers of the development kit do not follow the sorted wnids",
+    )
+    fails(
+        ["ILSVRC2012_val_00000001.JPEG n01440764"],
+        "does not say the class of ILSVRC2012_val_00000002",
+    )
     fails(["n99999999"] * 5, "has class n99999999, which")
-    run("imagenet", source, tmp_path / "out", "--val-labels", tmp_path / "none", fails="none cannot be read")
+    run(
+        "imagenet",
+        source,
+        tmp_path / "out",
+        "--val-labels",
+        tmp_path / "none",
+        fails="none cannot be read",
+    )
     assert not list(tmp_path.glob("out*"))
 
 
@@ -99,8 +120,13 @@ def test_a_list_of_classes_keeps_and_numbers_these(tmp_path: Path) -> None:
     listed = tmp_path / "hundred.txt"
     listed.write_text("n02105855 Shetland sheepdog\nn01440764\n\n")
     run("imagenet", tmp_path / "src", tmp_path / "out", "--classes", listed)
-    assert json.loads((tmp_path / "out" / "val" / "classes.json").read_text()) == ["n01440764", "n02105855"]
-    assert named(tmp_path / "out" / "train") == {d: w for d, w in wanted.items() if w != "n01751748"}
+    assert json.loads((tmp_path / "out" / "val" / "classes.json").read_text()) == [
+        "n01440764",
+        "n02105855",
+    ]
+    assert named(tmp_path / "out" / "train") == {
+        d: w for d, w in wanted.items() if w != "n01751748"
+    }
     assert contents(tmp_path / "out" / "val") == {jpeg(200): 0, jpeg(201): 1}
     for text, fault in (
         ("tench", "'tench' is no wnid such as n01440764"),
@@ -117,22 +143,39 @@ def test_straight_from_the_tar_of_tars(tmp_path: Path) -> None:
     labels = val(tmp_path / "folders")
     (tmp_path / "truth").write_text("\n".join(labels))
     (tmp_path / "tars").mkdir()
-    with tarfile.open(tmp_path / "tars" / "ILSVRC2012_img_train.tar", "w", format=tarfile.GNU_FORMAT) as outer:
+    with tarfile.open(
+        tmp_path / "tars" / "ILSVRC2012_img_train.tar", "w", format=tarfile.GNU_FORMAT
+    ) as outer:
         for wnid in sorted(WNIDS):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w", format=tarfile.GNU_FORMAT) as tar:
                 for path in sorted((tmp_path / "folders" / "train" / wnid).iterdir()):
                     add(tar, path.name, path.read_bytes())
             add(outer, f"{wnid}.tar", inner.getvalue())
-    with tarfile.open(tmp_path / "tars" / "ILSVRC2012_img_val.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(
+        tmp_path / "tars" / "ILSVRC2012_img_val.tar", "w", format=tarfile.GNU_FORMAT
+    ) as tar:
         for path in sorted((tmp_path / "folders" / "val").iterdir()):
             add(tar, path.name, path.read_bytes())
     for form in ("folders", "tars"):
-        run("imagenet", tmp_path / form, tmp_path / f"from_{form}", "--val-labels", tmp_path / "truth")
+        run(
+            "imagenet",
+            tmp_path / form,
+            tmp_path / f"from_{form}",
+            "--val-labels",
+            tmp_path / "truth",
+        )
     assert files(tmp_path / "from_tars") == files(tmp_path / "from_folders")
     whole = (tmp_path / "tars" / "ILSVRC2012_img_train.tar").read_bytes()
     (tmp_path / "tars" / "ILSVRC2012_img_train.tar").write_bytes(whole[:20000])
-    run("imagenet", tmp_path / "tars", tmp_path / "cut", "--val-labels", tmp_path / "truth", fails="truncated or damaged")
+    run(
+        "imagenet",
+        tmp_path / "tars",
+        tmp_path / "cut",
+        "--val-labels",
+        tmp_path / "truth",
+        fails="truncated or damaged",
+    )
 
 
 def test_oddities_of_ilsvrc_survive(tmp_path: Path) -> None:
@@ -147,7 +190,9 @@ def test_oddities_of_ilsvrc_survive(tmp_path: Path) -> None:
     (folder / "n02105855_1.JPEG").write_bytes(cmyk.getvalue())
     run("imagenet", tmp_path / "src", tmp_path / "out")
     run("verify", tmp_path / "out" / "train")
-    found = {image.kind(data): image.decode(data, 10**6) for data in contents(tmp_path / "out" / "train")}
+    found = {
+        image.kind(data): image.decode(data, 10**6) for data in contents(tmp_path / "out" / "train")
+    }
     assert set(found) == {"png", "jpg"}
     assert np.array_equal(found["png"], rgb)
     assert np.abs(found["jpg"].astype(int) - rgb).mean() < 3
@@ -155,7 +200,12 @@ def test_oddities_of_ilsvrc_survive(tmp_path: Path) -> None:
 
 def test_faults_of_the_source(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
-    run("imagenet", tmp_path / "src", tmp_path / "out", fails="has none of train/, val/, ILSVRC2012_img_train.tar")
+    run(
+        "imagenet",
+        tmp_path / "src",
+        tmp_path / "out",
+        fails="has none of train/, val/, ILSVRC2012_img_train.tar",
+    )
     (tmp_path / "src" / "train" / "dogs").mkdir(parents=True)
     run("imagenet", tmp_path / "src", tmp_path / "out", fails="'dogs' is no wnid")
     (tmp_path / "src" / "train" / "dogs").rename(tmp_path / "src" / "train" / "n01440764")

@@ -1,4 +1,6 @@
-"""The listing importer: CSV and Parquet, paths and addresses, no, one and many labels; and what it may not fetch."""
+"""The listing importer: CSV and Parquet, paths and addresses, no, one and many labels; and what it
+may not fetch.
+"""
 
 from __future__ import annotations
 
@@ -45,21 +47,38 @@ def members(folder: Path) -> dict[str, bytes]:
 
 def test_none_one_and_many_labels(tmp_path: Path) -> None:
     data = photos(tmp_path / "images", 5)
-    rows = [["0.png", "4"], ["1.png", ""], ["2.png", "7;1"], ["3.png", "-1"], [str(tmp_path / "images" / "4.png"), "2.0"]]
+    rows = [
+        ["0.png", "4"],
+        ["1.png", ""],
+        ["2.png", "7;1"],
+        ["3.png", "-1"],
+        [str(tmp_path / "images" / "4.png"), "2.0"],
+    ]
     listing = write_csv(tmp_path / "list.csv", [["path", "label"], *rows])
-    said = run("listing", listing, tmp_path / "out", "--root", tmp_path / "images", "--no-label", "")
+    said = run(
+        "listing", listing, tmp_path / "out", "--root", tmp_path / "images", "--no-label", ""
+    )
     assert "5 images in 4 classes, 1 shard; without a label: 2" in said
     assert (
-        f"labels are numbered anew, without gaps; give other splits these classes: --classes {tmp_path}/out/classes.json"
-        in said
+        "labels are numbered anew, without gaps; give other splits these classes: --classes "
+        f"{tmp_path}/out/classes.json" in said
     )
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["1", "2", "4", "7"]
-    assert contents(tmp_path / "out") == {data[0]: 2, data[1]: -1, data[2]: -1, data[3]: -1, data[4]: 1}
+    assert contents(tmp_path / "out") == {
+        data[0]: 2,
+        data[1]: -1,
+        data[2]: -1,
+        data[3]: -1,
+        data[4]: 1,
+    }
     found = members(tmp_path / "out")
     assert {key: json.loads(value) for key, value in found.items() if key.endswith(".json")} == {
         "000000002-2.json": {"labels": [0, 3]}
     }
-    assert sorted(key.partition("-")[0] for key in found if key.endswith(".cls")) == ["000000000", "000000004"]
+    assert sorted(key.partition("-")[0] for key in found if key.endswith(".cls")) == [
+        "000000000",
+        "000000004",
+    ]
     assert "5 samples, 2 labelled" in run("verify", tmp_path / "out")
 
 
@@ -67,10 +86,20 @@ def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
     from scaletrain.data.sampling.plan import Plan
 
     photos(tmp_path, 4)
-    listing = write_csv(tmp_path / "list.csv", [["file", "labels"], *([f"{i}.png", "1;2" if i % 2 else "3"] for i in range(4))])
+    listing = write_csv(
+        tmp_path / "list.csv",
+        [["file", "labels"], *([f"{i}.png", "1;2" if i % 2 else "3"] for i in range(4))],
+    )
     run("listing", listing, tmp_path / "out")
     shards = Shards(tmp_path / "out")
-    data = Data.model_validate({"path": str(tmp_path / "out"), "lanes": 4, "window": 1, "views": [{"size": 16, "count": 1}]})
+    data = Data.model_validate(
+        {
+            "path": str(tmp_path / "out"),
+            "lanes": 4,
+            "window": 1,
+            "views": [{"size": 16, "count": 1}],
+        }
+    )
     raw = Images(data, shards, Plan(shards.counts, seed=0, batch=4, lanes=4, window=1), 0, 4)[0, 0]
     assert sorted(raw.labels.tolist()) == [-1, -1, 2, 2]  # of the classes 1, 2, 3
 
@@ -78,15 +107,26 @@ def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        *(('{"labels": [5]}', 5), ('{"labels": []}', -1), ('{"labels": [1, 2]}', -1), ('{"labels": [1, 2], "label": 2}', 2)),
-        *(('{"labels": [-1]}', -1), ('{"labels": [-1, 5]}', 5), ('{"labels": [5], "label": null}', 5)),
+        *(
+            ('{"labels": [5]}', 5),
+            ('{"labels": []}', -1),
+            ('{"labels": [1, 2]}', -1),
+            ('{"labels": [1, 2], "label": 2}', 2),
+        ),
+        *(
+            ('{"labels": [-1]}', -1),
+            ('{"labels": [-1, 5]}', 5),
+            ('{"labels": [5], "label": null}', 5),
+        ),
     ],
 )
 def test_json_members_of_others(text: str, label: int) -> None:
     assert offsets._single(json.loads(text)) == label
 
 
-@pytest.mark.parametrize("text", ['{"labels": 3}', '{"labels": ["dog"]}', '{"labels": [true]}', '{"labels": [-2, 1]}'])
+@pytest.mark.parametrize(
+    "text", ['{"labels": 3}', '{"labels": ["dog"]}', '{"labels": [true]}', '{"labels": [-2, 1]}']
+)
 def test_malformed_json_labels_are_refused(text: str) -> None:
     assert offsets._single(json.loads(text)) is None
 
@@ -96,14 +136,32 @@ def test_names_as_labels(tmp_path: Path) -> None:
     rows = [["0.png", "golden retriever"], ["1.png", "cat"], ["2.png", "cat;axolotl"]]
     listing = write_csv(tmp_path / "list.csv", [["image", "tags"], *rows])
     run("listing", listing, tmp_path / "out", "--label", "tags")
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["axolotl", "cat", "golden retriever"]
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == [
+        "axolotl",
+        "cat",
+        "golden retriever",
+    ]
     assert contents(tmp_path / "out") == {data[0]: 2, data[1]: 1, data[2]: -1}
     (tmp_path / "names.txt").write_text("cat\ngolden retriever\naxolotl\n")
-    run("listing", listing, tmp_path / "given", "--label", "tags", "--classes", tmp_path / "names.txt")
+    run(
+        "listing",
+        listing,
+        tmp_path / "given",
+        "--label",
+        "tags",
+        "--classes",
+        tmp_path / "names.txt",
+    )
     assert contents(tmp_path / "given") == {data[0]: 1, data[1]: 0, data[2]: -1}
     (tmp_path / "names.txt").write_text("cat\naxolotl\n")
     few = ("--label", "tags", "--classes", tmp_path / "names.txt")
-    run("listing", listing, tmp_path / "more", *few, fails="label 'golden retriever' is not in --classes")
+    run(
+        "listing",
+        listing,
+        tmp_path / "more",
+        *few,
+        fails="label 'golden retriever' is not in --classes",
+    )
 
 
 def test_parquet_gives_the_shards_of_the_same_csv(tmp_path: Path) -> None:
@@ -113,14 +171,33 @@ def test_parquet_gives_the_shards_of_the_same_csv(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for part in range(2):
         rows = slice(3 * part, 3 * part + 3)
-        columns = {"path": [f"{i}.png" for i in range(6)][rows], "noise": [0.5] * 3, "labels": labels[rows]}
-        parquet.write_table(arrow.table(columns), tmp_path / "parts" / f"part-{part}.parquet", row_group_size=2)
+        columns = {
+            "path": [f"{i}.png" for i in range(6)][rows],
+            "noise": [0.5] * 3,
+            "labels": labels[rows],
+        }
+        parquet.write_table(
+            arrow.table(columns), tmp_path / "parts" / f"part-{part}.parquet", row_group_size=2
+        )
     texts = [";".join(map(str, row or [])) for row in labels]
-    listing = write_csv(tmp_path / "list.csv", [["path", "labels"], *([f"{i}.png", text] for i, text in enumerate(texts))])
+    listing = write_csv(
+        tmp_path / "list.csv",
+        [["path", "labels"], *([f"{i}.png", text] for i, text in enumerate(texts))],
+    )
     for name, source in (("a", tmp_path / "parts"), ("b", listing)):
-        run("listing", source, tmp_path / name, "--root", tmp_path / "images", *(("--no-label", "") if name == "b" else ()))
+        run(
+            "listing",
+            source,
+            tmp_path / name,
+            "--root",
+            tmp_path / "images",
+            *(("--no-label", "") if name == "b" else ()),
+        )
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    flat = {"path": ["0.png", "1.png"], "label": np.array([4.0, np.nan])}  # whole numbers with gaps, as pandas saves them
+    flat = {
+        "path": ["0.png", "1.png"],
+        "label": np.array([4.0, np.nan]),
+    }  # whole numbers with gaps, as pandas saves them
     parquet.write_table(arrow.table(flat), tmp_path / "images" / "flat.parquet")
     run("listing", tmp_path / "images" / "flat.parquet", tmp_path / "flat")
     assert sorted(contents(tmp_path / "flat").values()) == [-1, 0]
@@ -137,7 +214,10 @@ def test_faults_of_listings_are_named(tmp_path: Path) -> None:
         path.write_text(text)
         run("listing", path, out, *options, fails=fault)
 
-    fails("", "has no column path or url or image or file, only an empty first line; choose with --image")
+    fails(
+        "",
+        "has no column path or url or image or file, only an empty first line; choose with --image",
+    )
     fails("a,b\n", "only a, b; choose with --image")
     fails("path,b\n", "has no column c, only path, b; choose with --label", "--label", "c")
     fails("path\n", "lists no images")
@@ -145,18 +225,22 @@ def test_faults_of_listings_are_named(tmp_path: Path) -> None:
     fails('path,label\n"0.png,1\n', "cannot be read: unexpected end of data")
     fails("path,label\n,1\n", "line 2: no path or address")
     fails("path\n0.png\ngone.png\n", f"{tmp_path}/gone.png: cannot be read: No such file")
-    fails("path\nfile:///etc/hostname\n", "only http:// and https:// addresses are fetched, not file:")
+    fails(
+        "path\nfile:///etc/hostname\n", "only http:// and https:// addresses are fetched, not file:"
+    )
     run("listing", tmp_path / "none.csv", out, fails="none.csv cannot be read")
     (tmp_path / "void").mkdir()
     run("listing", tmp_path / "void", out, fails="holds neither .csv nor .parquet files")
     assert not list(tmp_path.glob("out*"))
 
 
-# --- addresses --------------------------------------------------------------------------------------------------------
+# --- addresses ------------------------------------------------------------------------------------
 
 
 class Web(ThreadingHTTPServer):
-    """Answers /NUMBER.png with a picture and a few special paths with trouble; counts the requests."""
+    """Answers /NUMBER.png with a picture and a few special paths with trouble; counts the
+    requests.
+    """
 
     daemon_threads = True
 
@@ -175,7 +259,11 @@ class Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         self.server.asked.append(path)
-        image = encode(picture(int(path[1:-4]))) if path.endswith(".png") and path[1:-4].isdigit() else b""
+        image = (
+            encode(picture(int(path[1:-4])))
+            if path.endswith(".png") and path[1:-4].isdigit()
+            else b""
+        )
         redirects = {
             "/moved": "/7.png",
             "/file": "file:///etc/hostname",
@@ -232,9 +320,21 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 
 def test_addresses_are_fetched_and_dead_ones_quarantined(tmp_path: Path, web: Web) -> None:
-    urls = [f"{web.url}/{i}.png?size=l" for i in range(6)] + [f"{web.url}/gone.png", f"{web.url}/moved"]
-    listing = write_csv(tmp_path / "list.csv", [["url", "label"], *([url, i] for i, url in enumerate(urls))])
-    run("listing", listing, tmp_path / "out", "--per-shard", 3, fails="gone.png: HTTP 404 Not Found; --max-bad")
+    urls = [f"{web.url}/{i}.png?size=l" for i in range(6)] + [
+        f"{web.url}/gone.png",
+        f"{web.url}/moved",
+    ]
+    listing = write_csv(
+        tmp_path / "list.csv", [["url", "label"], *([url, i] for i, url in enumerate(urls))]
+    )
+    run(
+        "listing",
+        listing,
+        tmp_path / "out",
+        "--per-shard",
+        3,
+        fails="gone.png: HTTP 404 Not Found; --max-bad",
+    )
     run("listing", listing, tmp_path / "out", "--per-shard", 3, "--max-bad", "20%", "--workers", 8)
     wanted = {encode(picture(i)): i for i in range(6)} | {encode(picture(7)): 7}
     assert contents(tmp_path / "out") == wanted
@@ -268,7 +368,9 @@ def test_failures_that_may_pass_are_tried_again(web: Web) -> None:
         ("/huge", "is larger than 4000 bytes"),
     ],
 )
-def test_what_is_not_fetched(web: Web, monkeypatch: pytest.MonkeyPatch, path: str, fault: str) -> None:
+def test_what_is_not_fetched(
+    web: Web, monkeypatch: pytest.MonkeyPatch, path: str, fault: str
+) -> None:
     monkeypatch.setattr(http, "MEMBER_BYTES", 4000)
     with pytest.raises(DataError, match=fault):
         http.fetch(web.url + path, 0.2, 1)
@@ -277,7 +379,15 @@ def test_what_is_not_fetched(web: Web, monkeypatch: pytest.MonkeyPatch, path: st
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/hostname", "ftp://x/y", "data:image/png;base64,AA", "gopher://x", "http://", "http://[x"]
+    "url",
+    [
+        "file:///etc/hostname",
+        "ftp://x/y",
+        "data:image/png;base64,AA",
+        "gopher://x",
+        "http://",
+        "http://[x",
+    ],
 )
 def test_only_the_web(url: str) -> None:
     with pytest.raises(DataError, match=r"only http:// and https://|no valid address"):
@@ -295,15 +405,21 @@ def test_only_the_web(url: str) -> None:
         ("::1", False),
     ],
 )
-def test_redirects_stay_out_of_private_networks(monkeypatch: pytest.MonkeyPatch, address: str, allowed: bool) -> None:
+def test_redirects_stay_out_of_private_networks(
+    monkeypatch: pytest.MonkeyPatch, address: str, allowed: bool
+) -> None:
     monkeypatch.setattr(http.socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (address, 80))])
     start = http.request.Request("http://images.example/a.jpg")
 
     def redirect() -> object:
-        return http._Redirects().redirect_request(start, io.BytesIO(), 302, "Found", {}, "http://other.example/b.jpg")
+        return http._Redirects().redirect_request(
+            start, io.BytesIO(), 302, "Found", {}, "http://other.example/b.jpg"
+        )
 
     if allowed:
         assert redirect().full_url == "http://other.example/b.jpg"
     else:
-        with pytest.raises(DataError, match=r"redirects to other\.example, which is in a private network"):
+        with pytest.raises(
+            DataError, match=r"redirects to other\.example, which is in a private network"
+        ):
             redirect()

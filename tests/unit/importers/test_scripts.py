@@ -1,4 +1,6 @@
-"""The importers, index.py and verify.py, run as a user runs them; webdataset reads what they write."""
+"""The importers, index.py and verify.py, run as a user runs them; webdataset reads what
+they write.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from scaletrain.data.format import index
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.transforms import image
 
-# --- folder -----------------------------------------------------------------------------------------------------------
+# --- folder ---------------------------------------------------------------------------------------
 
 
 def test_folder_of_classes(tmp_path: Path) -> None:
@@ -30,7 +32,9 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert "1 x .txt" in said
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog", "emu"]
     wanted = {
-        path.read_bytes(): label for label, name in enumerate(("cat", "dog", "emu")) for path in (source / name).glob("*.png")
+        path.read_bytes(): label
+        for label, name in enumerate(("cat", "dog", "emu"))
+        for path in (source / name).glob("*.png")
     }
     assert contents(tmp_path / "out") == wanted
     names = [s["name"] for s in index.load(tmp_path / "out")]
@@ -62,7 +66,13 @@ def test_flat_folder_and_other_kinds_of_images(tmp_path: Path) -> None:
     said = run("folder", source, tmp_path / "out", "--name", "all")
     assert "5 images without labels" in said
     assert set(contents(tmp_path / "out").values()) == {-1}
-    assert sorted(image.kind(i) for i in contents(tmp_path / "out")) == ["jpg", "jpg", "png", "png", "webp"]
+    assert sorted(image.kind(i) for i in contents(tmp_path / "out")) == [
+        "jpg",
+        "jpg",
+        "png",
+        "png",
+        "webp",
+    ]
     assert not (tmp_path / "out" / "classes.json").exists()
     assert (tmp_path / "out" / "all-000000.tar").exists()
 
@@ -78,9 +88,23 @@ def test_masks_travel_with_their_images(tmp_path: Path) -> None:
     assert all(image.decode_mask(shards.read(i, mask=True).mask, 10**6).all() for i in range(4))
     odd = tmp_path / "masks" / "a" / "im.1.png"
     odd.write_bytes(encode(np.zeros((3, 3), np.uint8)))
-    run("folder", source, tmp_path / "more", "--masks", tmp_path / "masks", fails=f"{odd}: the mask of")
+    run(
+        "folder",
+        source,
+        tmp_path / "more",
+        "--masks",
+        tmp_path / "masks",
+        fails=f"{odd}: the mask of",
+    )
     odd.unlink()
-    run("folder", source, tmp_path / "more", "--masks", tmp_path / "masks", fails=f"{odd} cannot be read")
+    run(
+        "folder",
+        source,
+        tmp_path / "more",
+        "--masks",
+        tmp_path / "masks",
+        fails=f"{odd} cannot be read",
+    )
     assert not list(tmp_path.glob("more*"))
 
 
@@ -109,23 +133,44 @@ def test_destination_is_protected(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     run("folder", source, out)  # an empty folder is fine
-    run("folder", source, out, fails="out exists already; choose another folder, or replace it with --force")
+    run(
+        "folder",
+        source,
+        out,
+        fails="out exists already; choose another folder, or replace it with --force",
+    )
     run("folder", source, out, "--per-shard", 1, "--force")
     assert len(list(out.glob("*.tar"))) == 3
     (out / "thesis.doc").write_text("precious")
-    run("folder", source, out, "--force", fails="not replaced, since it holds more than shards (thesis.doc)")
+    run(
+        "folder",
+        source,
+        out,
+        "--force",
+        fails="not replaced, since it holds more than shards (thesis.doc)",
+    )
     assert (out / "thesis.doc").read_text() == "precious"
     (out / "thesis.doc").unlink()
     (out / "index.json").write_text('{"chunks": []}')  # of another tool
-    run("folder", source, out, "--force", fails="not replaced, since it holds more than shards (index.json)")
-    (out / "index.json").write_text('{\n"version": 1,\n"samples": 3,\n"shards": [\n]\n}')  # of an older version
+    run(
+        "folder",
+        source,
+        out,
+        "--force",
+        fails="not replaced, since it holds more than shards (index.json)",
+    )
+    (out / "index.json").write_text(
+        '{\n"version": 1,\n"samples": 3,\n"shards": [\n]\n}'
+    )  # of an older version
     run("folder", source, out, "--force")
     (tmp_path / "file").write_text("x")
     run("folder", source, tmp_path / "file", fails="exists already")
     run("folder", source, tmp_path / "file" / "out", fails="cannot be made")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # webdataset leaves its file open
 def test_webdataset_reads_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_SECURE", "1")
     import webdataset
@@ -136,7 +181,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path, monkeypatch: pytest.Monk
     assert {s["png"]: int(s["cls"]) for s in samples} == contents(tmp_path / "out")
 
 
-# --- other importers --------------------------------------------------------------------------------------------------
+# --- other importers ------------------------------------------------------------------------------
 
 
 def idx(path: Path, array: np.ndarray, kind: int = 8) -> None:
@@ -160,7 +205,9 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     for split, prefix in (("train", "train"), ("test", "t10k")):
         found = contents(tmp_path / "out" / split)
         wanted = {pixels.tobytes(): i % 10 for i, pixels in enumerate(images[prefix])}
-        assert {image.decode(data, 10**6)[..., 0].tobytes(): label for data, label in found.items()} == wanted
+        assert {
+            image.decode(data, 10**6)[..., 0].tobytes(): label for data, label in found.items()
+        } == wanted
         assert len(json.loads((tmp_path / "out" / split / "classes.json").read_text())) == 10
 
 
@@ -189,11 +236,15 @@ def test_cifar10_from_class_folders_and_from_the_binary_release(tmp_path: Path) 
     binary.mkdir()
     (binary / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
     pixels = {}
-    for split, files in (("train", [f"data_batch_{i}.bin" for i in range(1, 6)]), ("test", ["test_batch.bin"])):
+    for split, files in (
+        ("train", [f"data_batch_{i}.bin" for i in range(1, 6)]),
+        ("test", ["test_batch.bin"]),
+    ):
         pixels[split] = [picture(i + 100 * len(files), 32, 32) for i in range(10 * len(files))]
         for part, name in enumerate(files):
             records = b"".join(
-                bytes([i % 10]) + pixels[split][i].transpose(2, 0, 1).tobytes() for i in range(part * 10, part * 10 + 10)
+                bytes([i % 10]) + pixels[split][i].transpose(2, 0, 1).tobytes()
+                for i in range(part * 10, part * 10 + 10)
             )
             (binary / name).write_bytes(records)
         for i, image_ in enumerate(pixels[split]):
@@ -226,7 +277,7 @@ def test_cifar10_faults(tmp_path: Path) -> None:
     run("cifar10", source, out, fails="label 11 is outside the 3 classes")
 
 
-# --- index and verify -------------------------------------------------------------------------------------------------
+# --- index and verify -----------------------------------------------------------------------------
 
 
 def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
@@ -247,7 +298,10 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     assert "1 shard, 3 samples" in said
     assert "4 FAULTS" in said
     result = subprocess.run(
-        [sys.executable, "shards/verify.py", folder], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+        [sys.executable, "shards/verify.py", folder],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
     )
     assert result.returncode == 2
     faults = [line for line in result.stderr.decode().splitlines() if line.startswith("damaged:")]
@@ -265,7 +319,9 @@ def test_verify_finds_images_that_were_broken_before_indexing(tmp_path: Path) ->
     data = bytearray(path.read_bytes())
     at = Shards(folder)._shard(0)[1][1]
     middle = int(at["image"] + at["image_size"] // 2)
-    data[middle : int(at["image"] + at["image_size"])] = bytes(int(at["image"] + at["image_size"]) - middle)
+    data[middle : int(at["image"] + at["image_size"])] = bytes(
+        int(at["image"] + at["image_size"]) - middle
+    )
     path.write_bytes(data)
     run("index", folder, "--force")
     said = run("verify", folder)

@@ -1,4 +1,6 @@
-"""Data sets of torchvision: files are taken as they are, arrays become PNG, and nothing is fetched unasked."""
+"""Data sets of torchvision: files are taken as they are, arrays become PNG, and nothing is fetched
+unasked.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def test_files_are_taken_as_they_are(tmp_path: Path) -> None:
     source = tree(tmp_path / "src", {"dog": 3, "cat": 2}, ".jpg")
     said = run("from_torchvision", "ImageFolder", source, tmp_path / "out", "--workers", 3)
     assert "5 images in 2 classes" in said
-    wanted = {path.read_bytes(): label for label, name in enumerate(("cat", "dog")) for path in (source / name).iterdir()}
+    wanted = {
+        path.read_bytes(): label
+        for label, name in enumerate(("cat", "dog"))
+        for path in (source / name).iterdir()
+    }
     assert contents(tmp_path / "out") == wanted
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
     assert Image.open.__module__ == "PIL.Image"  # as it was before
@@ -41,15 +47,30 @@ def test_arrays_with_splits(tmp_path: Path) -> None:
     pixels = {}
     for prefix, n in (("train", 20), ("t10k", 10)):
         pixels[prefix] = np.random.default_rng(n).integers(0, 256, (n, 28, 28), np.uint8)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + pixels[prefix].tobytes())
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + bytes(i % 10 for i in range(n)))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, n, 28, 28) + pixels[prefix].tobytes()
+        )
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, n) + bytes(i % 10 for i in range(n))
+        )
     run("from_torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "out")
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        found = {image.decode(d, 10**6)[..., 0].tobytes(): y for d, y in contents(tmp_path / "out" / split).items()}
+        found = {
+            image.decode(d, 10**6)[..., 0].tobytes(): y
+            for d, y in contents(tmp_path / "out" / split).items()
+        }
         assert found == {p.tobytes(): i % 10 for i, p in enumerate(pixels[prefix])}
     run("from_torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "one", "--split", "test")
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["test"]
-    run("from_torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "two", "--split", "val", fails="are train and test")
+    run(
+        "from_torchvision",
+        "FashionMNIST",
+        tmp_path / "root",
+        tmp_path / "two",
+        "--split",
+        "val",
+        fails="are train and test",
+    )
 
 
 def test_named_splits_and_options(tmp_path: Path) -> None:
@@ -88,16 +109,43 @@ def test_named_splits_and_options(tmp_path: Path) -> None:
         "speed=3",
         fails="DTD has no option 'speed', only",
     )
-    run("from_torchvision", "DTD", tmp_path / "root", tmp_path / "x", "--option", "speed", fails="write NAME=VALUE")
+    run(
+        "from_torchvision",
+        "DTD",
+        tmp_path / "root",
+        tmp_path / "x",
+        "--option",
+        "speed",
+        fails="write NAME=VALUE",
+    )
 
 
 def test_faults_are_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("from_torchvision", "Imagenet1k", tmp_path, out, fails="torchvision.datasets has no data set 'Imagenet1k'")
+    run(
+        "from_torchvision",
+        "Imagenet1k",
+        tmp_path,
+        out,
+        fails="torchvision.datasets has no data set 'Imagenet1k'",
+    )
     run("from_torchvision", "DatasetFolder.x", tmp_path, out, fails="has no data set")
-    run("from_torchvision", "CIFAR10", tmp_path, out, fails="torchvision unpickles CIFAR10: take shards/cifar10.py")
+    run(
+        "from_torchvision",
+        "CIFAR10",
+        tmp_path,
+        out,
+        fails="torchvision unpickles CIFAR10: take shards/cifar10.py",
+    )
     run("from_torchvision", "Food101", tmp_path, out, fails="fetch it with --download")
-    run("from_torchvision", "ImageFolder", tmp_path, out, "--download", fails="torchvision cannot download ImageFolder")
+    run(
+        "from_torchvision",
+        "ImageFolder",
+        tmp_path,
+        out,
+        "--download",
+        fails="torchvision cannot download ImageFolder",
+    )
     run(
         "from_torchvision",
         "ImageFolder",
@@ -111,7 +159,9 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [(1, 2), "dog", np.zeros(40), None, Image.new("L", (2, 2))])
-def test_other_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: object) -> None:
+def test_other_tasks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: object
+) -> None:
     class Odd(datasets.VisionDataset):
         def __init__(self, root: str) -> None:
             super().__init__(root)
@@ -127,7 +177,9 @@ def test_other_tasks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("labels", [[-1, -1, -1, -1], [1, -1, 0, -1]])
-def test_a_target_of_minus_one_is_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int]) -> None:
+def test_a_target_of_minus_one_is_no_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: list[int]
+) -> None:
     class Partly(datasets.VisionDataset):
         """As STL10, whose splits are `unlabeled` and `train+unlabeled`."""
 
@@ -144,17 +196,33 @@ def test_a_target_of_minus_one_is_no_label(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "Partly", Partly, raising=False)
     said = run("from_torchvision", "Partly", tmp_path, tmp_path / "out", "--split", "unlabeled")
-    unlabelled = "without labels, 1 shard" if max(labels) < 0 else "in 2 classes, 1 shard; without a label: 2"
+    unlabelled = (
+        "without labels, 1 shard"
+        if max(labels) < 0
+        else "in 2 classes, 1 shard; without a label: 2"
+    )
     assert f"4 images {unlabelled}" in said
     wanted = {picture(n).tobytes(): label for n, label in enumerate(labels)}
-    assert {image.decode(d, 10**6).tobytes(): y for d, y in contents(tmp_path / "out" / "unlabeled").items()} == wanted
-    assert json.loads((tmp_path / "out" / "unlabeled" / "classes.json").read_text()) == ["cat", "dog"]
+    assert {
+        image.decode(d, 10**6).tobytes(): y
+        for d, y in contents(tmp_path / "out" / "unlabeled").items()
+    } == wanted
+    assert json.loads((tmp_path / "out" / "unlabeled" / "classes.json").read_text()) == [
+        "cat",
+        "dog",
+    ]
 
 
 def test_damaged_files_are_bad_images(tmp_path: Path) -> None:
     source = tree(tmp_path / "src", {"a": 3, "b": 3}, ".jpg")
     (source / "b" / "im.1.jpg").write_bytes((source / "b" / "im.1.jpg").read_bytes()[:200])
-    run("from_torchvision", "ImageFolder", source, tmp_path / "out", fails="ImageFolder, sample 4: the image is damaged")
+    run(
+        "from_torchvision",
+        "ImageFolder",
+        source,
+        tmp_path / "out",
+        fails="ImageFolder, sample 4: the image is damaged",
+    )
     run("from_torchvision", "ImageFolder", source, tmp_path / "out", "--max-bad", 1)
     assert len(contents(tmp_path / "out")) == 5
 

@@ -1,4 +1,6 @@
-"""What all importers do alike: the same bytes at any number of workers, after kills, and around bad images."""
+"""What all importers do alike: the same bytes at any number of workers, after kills, and around bad
+images.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def hang_at(path: Path, command: list[object], until: Path, lines: int) -> None:
-    """Run an import that waits at `path` for ever, and kill it when its journal has so many lines."""
+    """Run an import that waits at `path` for ever, and kill it when its journal has so many
+    lines.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", HANG, str(path), *map(str, command)]
     with subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
@@ -75,32 +79,51 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     hang_at(path, ["shards/folder.py", src, out, *options], partial / ".journal.jsonl", 3)
     assert not out.exists()
     assert len(journal(partial)) == 3
-    (partial / ".train-000003.tar.stidx.x7f").write_bytes(b"half")  # as a kill in mid-write may leave it
+    (partial / ".train-000003.tar.stidx.x7f").write_bytes(
+        b"half"
+    )  # as a kill in mid-write may leave it
     before = {p.name: p.stat().st_mtime_ns for p in sorted(partial.glob("*.tar"))[:3]}
     assert "going on with" in run("folder", src, out, *options)
     assert files(out) == files(tmp_path / "undisturbed")
-    assert {name: (out / name).stat().st_mtime_ns for name in before} == before  # kept, and not written again
+    assert {
+        name: (out / name).stat().st_mtime_ns for name in before
+    } == before  # kept, and not written again
     assert not partial.exists()
 
 
 def interrupted(tmp_path: Path) -> tuple[Path, Path]:
-    """An import that stopped at a bad image, with three of five shards complete; the image is mended."""
+    """An import that stopped at a bad image, with three of five shards complete; the image is
+    mended.
+    """
     src, out = source(tmp_path / "src", 25 - 1), tmp_path / "out"
     run("folder", src, tmp_path / "whole", "--per-shard", 5)
     number = int(keys(tmp_path / "whole")[16].split("-")[0])
     path = sorted(src.rglob("*.png"))[number]
     data = path.read_bytes()
     path.write_bytes(b"no image")
-    run("folder", src, out, "--per-shard", 5, fails=f"{path}: not a JPEG, PNG or WebP image; --max-bad")
+    run(
+        "folder",
+        src,
+        out,
+        "--per-shard",
+        5,
+        fails=f"{path}: not a JPEG, PNG or WebP image; --max-bad",
+    )
     path.write_bytes(data)
-    assert len(journal(tmp_path / "out.partial")) in (2, 3)  # the third may still be indexed when the fourth fails
+    assert len(journal(tmp_path / "out.partial")) in (
+        2,
+        3,
+    )  # the third may still be indexed when the fourth fails
     return src, out
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose", "torn"])
 def test_resume_verifies_what_is_there(tmp_path: Path, damage: str) -> None:
     src, out = interrupted(tmp_path)
-    shard, log = tmp_path / "out.partial" / "train-000001.tar", tmp_path / "out.partial" / ".journal.jsonl"
+    shard, log = (
+        tmp_path / "out.partial" / "train-000001.tar",
+        tmp_path / "out.partial" / ".journal.jsonl",
+    )
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     if damage == "flip":
@@ -117,7 +140,16 @@ def test_resume_verifies_what_is_there(tmp_path: Path, damage: str) -> None:
 
 def test_another_import_does_not_go_on_with_it(tmp_path: Path) -> None:
     src, out = interrupted(tmp_path)
-    run("folder", src, out, "--per-shard", 5, "--seed", 3, fails="was begun with seed=0 and not 3; --force discards")
+    run(
+        "folder",
+        src,
+        out,
+        "--per-shard",
+        5,
+        "--seed",
+        3,
+        fails="was begun with seed=0 and not 3; --force discards",
+    )
     (src / "a" / "new.png").write_bytes(encode(picture(77)))
     run("folder", src, out, "--per-shard", 5, fails="was begun with another source")
     run("folder", src, out, "--per-shard", 5, "--force")
@@ -143,17 +175,31 @@ def test_bad_images_are_quarantined_with_the_reason(tmp_path: Path) -> None:
     run("folder", src, tmp_path / "out", fails="--max-bad N or N% leaves such images out")
     run("folder", src, tmp_path / "out", "--max-bad", 1, fails="--max-bad")
     run("folder", src, tmp_path / "out", "--max-bad", "9.9%", fails="--max-bad")  # of 20: one
-    run("folder", src, tmp_path / "out", "--max-bad", "few", fails="neither a number of images nor a share")
+    run(
+        "folder",
+        src,
+        tmp_path / "out",
+        "--max-bad",
+        "few",
+        fails="neither a number of images nor a share",
+    )
     said = run("folder", src, tmp_path / "out", "--max-bad", "10%", "--per-shard", 6)
     assert "18 images in 2 classes, 4 shards; left out as bad: 2, see quarantine.jsonl" in said
-    noted = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    noted = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert {n["path"] for n in noted} == {str(bad), str(src / "b" / "im.2.png")}
     assert {n["number"] for n in noted} == {4, 12}
     assert next(n["reason"] for n in noted if n["number"] == 12) == "not a JPEG, PNG or WebP image"
     gone = {n["number"] for n in noted}
-    assert keys(tmp_path / "out") == [key for key in keys(tmp_path / "whole") if int(key[:9]) not in gone]
+    assert keys(tmp_path / "out") == [
+        key for key in keys(tmp_path / "whole") if int(key[:9]) not in gone
+    ]
     assert "sound" in run("verify", tmp_path / "out")
-    run("folder", src, tmp_path / "out", "--max-bad", 2, "--force")  # a folder with a quarantine can be replaced
+    run(
+        "folder", src, tmp_path / "out", "--max-bad", 2, "--force"
+    )  # a folder with a quarantine can be replaced
 
 
 def test_a_lower_limit_counts_what_was_left_out_before(tmp_path: Path) -> None:
@@ -163,8 +209,26 @@ def test_a_lower_limit_counts_what_was_left_out_before(tmp_path: Path) -> None:
     paths = sorted(src.rglob("*.png"))
     for place in (0, 12, 13):  # one in the first shard, two in the third
         paths[order[place]].write_bytes(b"")
-    run("folder", src, tmp_path / "out", "--per-shard", 5, "--max-bad", 2, fails=str(paths[order[13]]))
-    run("folder", src, tmp_path / "out", "--per-shard", 5, "--max-bad", 0, fails=str(paths[order[0]]))
+    run(
+        "folder",
+        src,
+        tmp_path / "out",
+        "--per-shard",
+        5,
+        "--max-bad",
+        2,
+        fails=str(paths[order[13]]),
+    )
+    run(
+        "folder",
+        src,
+        tmp_path / "out",
+        "--per-shard",
+        5,
+        "--max-bad",
+        0,
+        fails=str(paths[order[0]]),
+    )
     run("folder", src, tmp_path / "out", "--per-shard", 5, "--max-bad", 3)
     assert len(contents(tmp_path / "out")) == 17
 
@@ -172,7 +236,9 @@ def test_a_lower_limit_counts_what_was_left_out_before(tmp_path: Path) -> None:
 def test_resize_shrinks_the_large_and_leaves_the_small(tmp_path: Path) -> None:
     src = tmp_path / "src"
     src.mkdir()
-    stripes = np.array([0, 255, 255, 0], np.uint8)  # four pixels become one: their mean, and not what lies in the middle
+    stripes = np.array(
+        [0, 255, 255, 0], np.uint8
+    )  # four pixels become one: their mean, and not what lies in the middle
     fine = np.broadcast_to(np.tile(stripes, 40)[None, :, None], (120, 160, 3)).copy()
     small = encode(picture(1, 40, 30), ".jpg")
     (src / "large.png").write_bytes(encode(fine))
@@ -227,12 +293,21 @@ def test_a_sideways_photo_is_upright_after_resize(tmp_path: Path) -> None:
     assert np.abs(pixels - turned).mean() < 3
 
 
-def test_failures_of_the_disk_are_not_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_the_disk_are_not_bad_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from scaletrain.data.format import index
 
     def full(path: Path) -> object:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(index, "tabulate", full)
-    run("folder", source(tmp_path / "src"), tmp_path / "out", "--max-bad", "100%", fails="No space left on device")
+    run(
+        "folder",
+        source(tmp_path / "src"),
+        tmp_path / "out",
+        "--max-bad",
+        "100%",
+        fails="No space left on device",
+    )
     assert not list(tmp_path.glob("out*"))

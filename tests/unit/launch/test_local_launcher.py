@@ -1,4 +1,6 @@
-"""The local launcher over stub workers: exit codes, environment, and that nothing is left running."""
+"""The local launcher over stub workers: exit codes, environment, and that nothing is left
+running.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 rank = os.environ["RANK"]
 names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 with open(f"rank{{rank}}.jsonl", "a") as file:
-    file.write(json.dumps({{"pid": os.getpid(), "argv": sys.argv[1:], **{{n: os.environ[n] for n in names}}}}) + "\\n")
-while not all(os.path.exists(f"rank{{r}}.jsonl") for r in range(2)):  # a failure is to find the other at work
+    found = {{n: os.environ[n] for n in names}}
+    file.write(json.dumps({{"pid": os.getpid(), "argv": sys.argv[1:], **found}}) + "\\n")
+# a failure is to find the other at work
+while not all(os.path.exists(f"rank{{r}}.jsonl") for r in range(2)):
     time.sleep(0.02)
 wish = sys.argv[-1]
 def wait_for_the_failure():
@@ -53,7 +57,9 @@ def place(tmp_path: Path) -> Path:
     """A folder from which `python -m scaletrain` is the stub."""
     (tmp_path / "scaletrain").mkdir()
     (tmp_path / "scaletrain" / "__init__.py").touch()
-    (tmp_path / "scaletrain" / "__main__.py").write_text(WORKER.format(cli=str(ROOT / "scaletrain" / "cli.py")))
+    (tmp_path / "scaletrain" / "__main__.py").write_text(
+        WORKER.format(cli=str(ROOT / "scaletrain" / "cli.py"))
+    )
     return tmp_path
 
 
@@ -63,7 +69,13 @@ def start(place: Path, *arguments: str, threads: str | None = None) -> subproces
     )
     command = [sys.executable, str(ROOT / "launchers" / "local.py"), *arguments]
     return subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -91,9 +103,13 @@ def assert_gone(place: Path) -> None:
 
 
 def test_workers_get_the_arguments_and_a_meeting_place(place: Path) -> None:
-    assert finish(start(place, "--procs", "2", "r.yaml", "a=1", "--run", "x", "--profile", "ok")) == (0, "")
+    assert finish(
+        start(place, "--procs", "2", "r.yaml", "a=1", "--run", "x", "--profile", "ok")
+    ) == (0, "")
     found = workers(place)
-    assert [w["argv"] for w in found] == [["train", "r.yaml", "a=1", "--run", "x", "--profile", "ok"]] * 2
+    assert [w["argv"] for w in found] == [
+        ["train", "r.yaml", "a=1", "--run", "x", "--profile", "ok"]
+    ] * 2
     assert [(w["WORLD_SIZE"], w["LOCAL_RANK"], w["MASTER_ADDR"]) for w in found] == [
         ("2", "0", "127.0.0.1"),
         ("2", "1", "127.0.0.1"),
@@ -110,7 +126,11 @@ def test_port_in_use_is_one_error(place: Path) -> None:
         port = taken.getsockname()[1]
         code, errors = finish(start(place, "--port", str(port), "--procs", "2", "ok"))
     assert code == 2
-    assert errors == f"error: port {port} on 127.0.0.1: Address already in use; choose another --port or leave it out\n"
+    assert (
+        errors
+        == f"error: port {port} on 127.0.0.1: Address already in use; choose another --port or "
+        "leave it out\n"
+    )
 
 
 def test_first_failure_ends_all_at_the_chosen_port(place: Path) -> None:
@@ -131,7 +151,10 @@ def test_killed_worker_is_named(place: Path) -> None:
 
 def test_restart_goes_on_after_a_failure_but_not_after_a_refusal(place: Path) -> None:
     code, errors = finish(start(place, "--procs", "2", "--restarts", "2", "once"))
-    assert (code, errors) == (0, "process 0 failed with exit code 1\nstarting again, 2 restarts left\n")
+    assert (code, errors) == (
+        0,
+        "process 0 failed with exit code 1\nstarting again, 2 restarts left\n",
+    )
     assert len(workers(place)) == 4
     for name in ("rank1.jsonl", "failed"):
         (place / name).unlink()
@@ -150,6 +173,8 @@ def test_workers_end_with_the_launcher(place: Path, number: signal.Signals, code
 
 def test_real_command_reports_a_bad_recipe_once(tmp_path: Path) -> None:
     command = [sys.executable, "launchers/local.py", "--procs", "2", str(tmp_path / "no.yaml")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'no.yaml'}: no such recipe\n"

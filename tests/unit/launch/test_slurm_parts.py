@@ -15,8 +15,9 @@ from scaletrain.report import grid
 
 def test_torchrun_variables_of_the_last_task_of_an_uneven_job() -> None:
     slurm = {
-        "SLURM_JOB_ID": "41", "SLURM_PROCID": "9", "SLURM_NTASKS": "10", "SLURM_LOCALID": "1", "SLURM_NODEID": "3",
-        "SLURM_STEP_TASKS_PER_NODE": "4,2(x3)", "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.7", "SLURM_CPUS_PER_TASK": "6",
+        "SLURM_JOB_ID": "41", "SLURM_PROCID": "9", "SLURM_NTASKS": "10", "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "3", "SLURM_STEP_TASKS_PER_NODE": "4,2(x3)",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.7", "SLURM_CPUS_PER_TASK": "6",
     }  # fmt: skip
     first = task.environment(slurm, "/shared/launch")
     assert (first["RANK"], first["WORLD_SIZE"]) == ("9", "10")
@@ -35,7 +36,14 @@ def test_ports_stay_in_their_range_and_spread() -> None:
 
 @pytest.mark.parametrize(
     ("text", "gpus"),
-    [("(null)", 0), ("gpu:8", 8), ("gpu:a100:8(S:0-1)", 8), ("gpu:a100:4,gpu:h100:2,nvme:3", 6), ("nvme:2", 0), ("mygpu:3", 0)],
+    [
+        ("(null)", 0),
+        ("gpu:8", 8),
+        ("gpu:a100:8(S:0-1)", 8),
+        ("gpu:a100:4,gpu:h100:2,nvme:3", 6),
+        ("nvme:2", 0),
+        ("mygpu:3", 0),
+    ],
 )
 def test_gpus_of_a_node(text: str, gpus: int) -> None:
     assert queue._gpus(text) == gpus
@@ -75,7 +83,10 @@ def test_grid_files_are_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        for write in (lambda: grid.save(tmp_path, grid.combinations(["seed=3"], 1)), lambda: grid.table(tmp_path)):
+        for write in (
+            lambda: grid.save(tmp_path, grid.combinations(["seed=3"], 1)),
+            lambda: grid.table(tmp_path),
+        ):
             with pytest.raises(OSError, match="No space left"):
                 write()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
@@ -95,7 +106,12 @@ def test_damaged_grid_is_named(text: str, tmp_path: Path) -> None:
 
 def test_folder_that_only_this_machine_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(queue, "_here", lambda node: node == "here")
-    for kind, problem in (("nfs4", None), ("lustre", None), ("ext4", None), ("tmpfs", "on this machine only")):
+    for kind, problem in (
+        ("nfs4", None),
+        ("lustre", None),
+        ("ext4", None),
+        ("tmpfs", "on this machine only"),
+    ):
         monkeypatch.setattr(queue, "filesystem", lambda path, kind=kind: kind)
         assert queue.check_shared(Path("/shared/run"), ["here"]) is None
         if problem:

@@ -1,4 +1,6 @@
-"""The batch script: what may stand in it, what bash makes of it, and when it brings a job back. The bash is a real one."""
+"""The batch script: what may stand in it, what bash makes of it, and when it brings a job back. The
+bash is a real one.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,15 @@ NUMBERS = ("int", "int | None")
 def texts() -> dict[str, str]:
     """The fields of Resources that hold text, with their types."""
     kinds = {field.name: str(field.type) for field in fields(Resources)}
-    assert {*kinds.values()} <= {*TEXTS, *NUMBERS}, "a field of a new kind: is what it holds checked, and is it tried here?"
+    assert {*kinds.values()} <= {*TEXTS, *NUMBERS}, (
+        "a field of a new kind: is what it holds checked, and is it tried here?"
+    )
     return {name: kind for name, kind in kinds.items() if kind in TEXTS}
 
 
-@pytest.mark.parametrize("bad", ["\n", "\r", "\0", "\x1b", "\t", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"], ids=ascii)
+@pytest.mark.parametrize(
+    "bad", ["\n", "\r", "\0", "\x1b", "\t", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"], ids=ascii
+)
 def test_no_control_character_reaches_the_script(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"a{bad}touch planted{bad}b"
     assert len(texts()) >= 10
@@ -59,22 +65,42 @@ def test_a_backslash_is_refused_where_slurm_would_take_it_for_an_escape() -> Non
     with pytest.raises(SlurmError, match=r"^--run contains a backslash"):
         submit.script(Path("/runs/a\\b/1"), Path("/runs/a\\b"), Resources(), 1)
     line = "echo a\\ b"
-    assert f"\n{line}\n" in submit.script(Path("/runs/1"), Path("/runs"), Resources(setup=(line,)), 1)
+    assert f"\n{line}\n" in submit.script(
+        Path("/runs/1"), Path("/runs"), Resources(setup=(line,)), 1
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["$(touch planted)", "`touch planted`", "'; touch planted; '", '" # & | > x', "it's ~ * [a]", "é"]
+    "text",
+    [
+        "$(touch planted)",
+        "`touch planted`",
+        "'; touch planted; '",
+        '" # & | > x',
+        "it's ~ * [a]",
+        "é",
+    ],
 )
-def test_what_stands_in_the_script_is_not_run(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_in_the_script_is_not_run(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every option but those that are shell code, and every path."""
-    values = {name: "1-0" if name == "time" else f"{name} {text}" for name in texts() if name not in submit.SHELL}
+    values = {
+        name: "1-0" if name == "time" else f"{name} {text}"
+        for name in texts()
+        if name not in submit.SHELL
+    }
     run = tmp_path / text
     (folder := run / "launches" / "0001").mkdir(parents=True)
     monkeypatch.setattr(sys, "executable", f"/bin/{text}")
     script = submit.script(folder, run, Resources(nodes=2, **values), 3)
 
-    directives = [line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --")]
-    assert {*values.values(), str(run), f"scaletrain-{text}"} <= {"".join(shlex.split(value)) for value in directives}
+    directives = [
+        line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --")
+    ]
+    assert {*values.values(), str(run), f"scaletrain-{text}"} <= {
+        "".join(shlex.split(value)) for value in directives
+    }
     done, (look, step) = bash(script, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert look[-3:] == ["test", "-d", str(folder)]
@@ -95,7 +121,9 @@ def test_percent_signs_of_a_path_are_not_slurms() -> None:
 def bash(
     script: str, place: Path, code: int = 0, **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
-    """Run a batch script; also the arguments of each srun in it. Python ends with `code`, and a requeue ends the script."""
+    """Run a batch script; also the arguments of each srun in it. Python ends with `code`, and a
+    requeue ends the script.
+    """
     note = f'printf "%s\\x1f" "$@" >> {place}/calls; echo >> {place}/calls'
     tools = {
         "srun": f'{note}\ncase "$*" in *scaletrain.launch.slurm.task*) exit {code};; esac',
@@ -107,8 +135,20 @@ def bash(
         (place / name).chmod(0o755)
     (place / "calls").write_text("")
     (place / "script").write_text(script)
-    slurm = {"PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **environment}
-    done = subprocess.run(["bash", str(place / "script")], env=slurm, cwd=place, capture_output=True, text=True, check=False)
+    slurm = {
+        "PATH": f"{place}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        **environment,
+    }
+    done = subprocess.run(
+        ["bash", str(place / "script")],
+        env=slurm,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done, [line.split("\x1f")[:-1] for line in (place / "calls").read_text().splitlines()]
 
 
@@ -154,7 +194,10 @@ def test_what_others_save_in_the_run_folder_is_no_progress_of_this_job(tmp_path:
         assert job.crashes() == outcome
     assert job.said == "error: 7 failed 2 times before this job has saved anything"
 
-    elements = [{"job": number, "SLURM_ARRAY_JOB_ID": "20", "SLURM_ARRAY_TASK_ID": number[1]} for number in ("20", "21")]
+    elements = [
+        {"job": number, "SLURM_ARRAY_JOB_ID": "20", "SLURM_ARRAY_TASK_ID": number[1]}
+        for number in ("20", "21")
+    ]
     job.saves(5, job="21")
     assert [job.crashes(**element) for element in elements] == ["requeued", "requeued"]
     assert [job.crashes(**element) for element in elements] == ["1", "1"]
@@ -177,8 +220,10 @@ def test_a_refusal_is_final_and_a_stop_on_request_is_no_crash(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("limit", "wanted"),
     [
-        ("90", 5400), ("90:30", 5430), ("1:00:00", 3600), ("2-0", 172800), ("1-12:30", 131400), ("1-12:30:15", 131415),
-        ("00:00:30", 30), ("0", NEVER), ("0:00", NEVER), ("UNLIMITED", NEVER), ("infinite", NEVER), ("Unlimited", NEVER),
+        ("90", 5400), ("90:30", 5430), ("1:00:00", 3600), ("2-0", 172800),
+        ("1-12:30", 131400), ("1-12:30:15", 131415),
+        ("00:00:30", 30), ("0", NEVER), ("0:00", NEVER), ("UNLIMITED", NEVER),
+        ("infinite", NEVER), ("Unlimited", NEVER),
     ],
 )  # fmt: skip
 def test_time_limits(limit: str, wanted: float) -> None:
@@ -189,19 +234,33 @@ def test_time_limits(limit: str, wanted: float) -> None:
             Resources(time=limit, warning=int(wanted))
 
 
-@pytest.mark.parametrize("limit", ["1h", "1d", "-5", "1-00:00:00:00", "1:2:3:4", "5 ", "", "1-", "1.5", "NONE", "٣"])
+@pytest.mark.parametrize(
+    "limit", ["1h", "1d", "-5", "1-00:00:00:00", "1:2:3:4", "5 ", "", "1-", "1.5", "NONE", "٣"]
+)
 def test_what_is_no_time_limit_is_told_the_forms(limit: str) -> None:
-    with pytest.raises(SlurmError, match=r"DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS; 0 or UNLIMITED for none$"):
+    with pytest.raises(
+        SlurmError,
+        match=r"DAYS-HOURS:MINUTES, DAYS-HOURS:MINUTES:SECONDS; 0 or UNLIMITED for none$",
+    ):
         Resources(time=limit)
 
 
 def test_what_the_partition_decides() -> None:
     place = Partition("train", ("n1", "n2"), (64, 64), (8, 8))
-    assert list(Resources(time="0").undecided()) == ["--gpus-per-node", "--ntasks-per-node", "--cpus-per-task", "--mem"]
+    assert list(Resources(time="0").undecided()) == [
+        "--gpus-per-node",
+        "--ntasks-per-node",
+        "--cpus-per-task",
+        "--mem",
+    ]
     decided = Resources(nodes=2).on(place)
     assert (decided.gpus_per_node, decided.tasks_per_node, decided.cpus_per_task) == (8, 8, 8)
     script = submit.script(Path("/runs/1"), Path("/runs"), decided, 1)
-    assert {"#SBATCH --gpus-per-node=8", "#SBATCH --ntasks-per-node=8", "#SBATCH --cpus-per-task=8"} <= set(script.splitlines())
+    assert {
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --cpus-per-task=8",
+    } <= set(script.splitlines())
     own = Resources(gpus_per_node=2, tasks_per_node=1, cpus_per_task=3)
     assert own.on(place) == own
     with pytest.raises(SlurmError, match="have 4 to 8 GPUs: say --gpus-per-node"):
@@ -209,7 +268,10 @@ def test_what_the_partition_decides() -> None:
 
 
 def test_json_of_tasks(tmp_path: Path) -> None:
-    tasks = [task.Task(["train", "a b.yaml", 'data.path="é\\n"'], "/runs/x"), task.Task([], "/runs/y")]
+    tasks = [
+        task.Task(["train", "a b.yaml", 'data.path="é\\n"'], "/runs/x"),
+        task.Task([], "/runs/y"),
+    ]
     task.write(tmp_path, tasks)
     assert task.read(tmp_path) == tasks
     assert json.loads((tmp_path / task.TASKS).read_text())[1] == {"arguments": [], "run": "/runs/y"}
@@ -221,11 +283,15 @@ def dry_run(*options: str) -> Any:
     return CliRunner().invoke(app, ["--dry-run", *options])
 
 
-def test_dry_run_needs_neither_slurm_nor_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_needs_neither_slurm_nor_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "80")
     run = tmp_path / "run"
-    done = dry_run("--nodes", "8", "--run", str(run), "data.path=/not/here", "--grid", "optim.lr=0.1,0.2")
+    done = dry_run(
+        "--nodes", "8", "--run", str(run), "data.path=/not/here", "--grid", "optim.lr=0.1,0.2"
+    )
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("#!/bin/bash\n")
     assert "\n#SBATCH --job-name=scaletrain-run\n" in done.stdout
@@ -238,22 +304,49 @@ def test_dry_run_needs_neither_slurm_nor_data(tmp_path: Path, monkeypatch: pytes
     subprocess.run(["/bin/bash", "-n"], input=done.stdout, text=True, check=True)
     assert not run.exists()
 
-    whole = ("--gpus-per-node", "4", "--tasks-per-node", "4", "--cpus-per-task", "8", "--time", "0", "--mem", "9G")
+    whole = (
+        "--gpus-per-node",
+        "4",
+        "--tasks-per-node",
+        "4",
+        "--cpus-per-task",
+        "8",
+        "--time",
+        "0",
+        "--mem",
+        "9G",
+    )
     decided = dry_run(*whole, "--run", str(run))
     assert "left to the cluster" not in decided.stdout
     assert "\n#SBATCH --time=0\n" in decided.stdout
-    for options in (["optim.lrr=1"], ["--grid", "optim.lrr=1,2"], ["--run", f"{run}\ntouch planted"], ["--time", "1h"]):
+    for options in (
+        ["optim.lrr=1"],
+        ["--grid", "optim.lrr=1,2"],
+        ["--run", f"{run}\ntouch planted"],
+        ["--time", "1h"],
+    ):
         refused = dry_run("--run", str(run), *options)
         assert isinstance(refused.exception, ValueError)
         assert refused.stdout == ""
 
 
-def test_progress_is_noted_for_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_noted_for_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(signals.PROGRESS_FILE, raising=False)
     signals.note_progress("step 1")
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
     slurm |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.1.0.7"}
-    monkeypatch.setenv("SCALETRAIN_PROGRESS_FILE", task.environment(slurm, str(tmp_path))["SCALETRAIN_PROGRESS_FILE"])
+    monkeypatch.setenv(
+        "SCALETRAIN_PROGRESS_FILE",
+        task.environment(slurm, str(tmp_path))["SCALETRAIN_PROGRESS_FILE"],
+    )
     for step in (2, 10):
         signals.note_progress(f"step {step}")
         assert (tmp_path / "7.progress").read_text() == f"step {step}\n"

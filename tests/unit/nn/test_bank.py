@@ -1,4 +1,6 @@
-"""Queue, bank and number: what micro-batches stage is written as one; and ShuffleBN against batch norm of permuted groups."""
+"""Queue, bank and number: what micro-batches stage is written as one; and ShuffleBN against batch
+norm of permuted groups.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def memories(parts: int) -> dict[str, Tensor]:
     """Three steps on this rank's slices, each in so many micro-batches with two pushes."""
     queue, bank, once = Queue(2 * B + 7, D), Bank(40, D, noise=4), Once()
     for step in range(3):
-        mine, others, which = (dist.mine(x).chunk(parts) for x in (rows(step), rows(10 + step), index(step)))
+        mine, others, which = (
+            dist.mine(x).chunk(parts) for x in (rows(step), rows(10 + step), index(step))
+        )
         for a, b, i in zip(mine, others, which, strict=True):
             queue.push(a)
             queue.push(b)
@@ -44,11 +48,17 @@ def permuted() -> dict[str, Tensor]:
     x = torch.arange(B * 2.0).view(B, 2)
     order = rng.permutation(B, 5)
     there = dist.permute_nograd(dist.mine(x), order)
-    return {"there": dist.gather_nograd(there), "back": dist.gather_nograd(dist.permute_nograd(there, order.argsort()))}
+    return {
+        "there": dist.gather_nograd(there),
+        "back": dist.gather_nograd(dist.permute_nograd(there, order.argsort())),
+    }
 
 
 def work() -> dict[str, Tensor]:
-    return {**{f"{parts}/{k}": v for parts in (1, 2) for k, v in memories(parts).items()}, **permuted()}
+    return {
+        **{f"{parts}/{k}": v for parts in (1, 2) for k, v in memories(parts).items()},
+        **permuted(),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,9 @@ from scaletrain.nn.norm import BatchNorm, per_view, pooled, views
 def reference(x: Tensor, norm: BatchNorm, group: int) -> Tensor:
     """[V, B, C, ...] by torch's batch norm on each group of each view alone."""
     out = [
-        nn.functional.batch_norm(g, None, None, norm.weight, norm.bias, True, 0.0, norm.eps) for v in x for g in v.split(group)
+        nn.functional.batch_norm(g, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+        for v in x
+        for g in v.split(group)
     ]
     return torch.cat(out).view_as(x)
 
@@ -41,7 +43,9 @@ def data(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("spatial", [(), (4, 3)])
 @pytest.mark.parametrize("group", [0, 4, 12])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_one_process_equals_torch(spatial: tuple[int, ...], group: int, channels_last: bool) -> None:
+def test_one_process_equals_torch(
+    spatial: tuple[int, ...], group: int, channels_last: bool
+) -> None:
     x, weight = data((3, 12, 5, *spatial))
     results = []
     for ours in (True, False):
@@ -95,11 +99,13 @@ def test_a_group_that_fits_nowhere_is_refused() -> None:
         make(5)(torch.zeros(12, 5, dtype=torch.float64))
 
 
-# --- several ranks ----------------------------------------------------------------------------------------------------
+# --- several ranks --------------------------------------------------------------------------------
 
 
 def on_ranks(cases: tuple[tuple[int, tuple[int, ...]], ...]) -> dict[str, Tensor]:
-    """Each case: (group, rows of every rank). Returns y, dx, the averaged parameter gradients and running statistics."""
+    """Each case: (group, rows of every rank). Returns y, dx, the averaged parameter gradients and
+    running statistics.
+    """
     found: dict[str, Tensor] = {}
     for case, (group, rows) in enumerate(cases):
         x, weight = data((2, sum(rows), 5, 4))
@@ -109,13 +115,17 @@ def on_ranks(cases: tuple[tuple[int, tuple[int, ...]], ...]) -> dict[str, Tensor
         (y * weight[:, own]).sum().backward()
         norm.commit()
         found |= {f"{case}/y": y.detach(), f"{case}/dx": leaf.grad}  # type: ignore[dict-item]
-        found |= {f"{case}/dw": dist.sum_nograd(norm.weight.grad), f"{case}/db": dist.sum_nograd(norm.bias.grad)}  # type: ignore[union-attr,arg-type]
+        found |= {
+            f"{case}/dw": dist.sum_nograd(norm.weight.grad),
+            f"{case}/db": dist.sum_nograd(norm.bias.grad),
+        }  # type: ignore[union-attr,arg-type]
         found |= {f"{case}/mean": norm.running_mean, f"{case}/var": norm.running_var}
     return found
 
 
 def test_ranks_equal_one_big_batch_also_with_unequal_slices(tmp_path: Path) -> None:
-    # groups inside a rank, one group over two ranks, the whole batch, and a last batch that ranks share unequally
+    # groups inside a rank, one group over two ranks, the whole batch, and a last batch that ranks
+    # share unequally
     cases = ((2, (4, 4, 4, 4)), (8, (4, 4, 4, 4)), (0, (4, 4, 4, 4)), (0, (5, 3, 1, 4)))
     results = ranks.run(4, on_ranks, tmp_path, cases)
     for case, (group, rows) in enumerate(cases):
@@ -129,7 +139,9 @@ def test_ranks_equal_one_big_batch_also_with_unequal_slices(tmp_path: Path) -> N
         for key, whole in (("dw", norm.weight.grad), ("db", norm.bias.grad)):  # type: ignore[union-attr]
             torch.testing.assert_close(results[0][f"{case}/{key}"], whole, rtol=1e-11, atol=1e-11)
         for key in ("mean", "var"):
-            assert all(torch.equal(r[f"{case}/{key}"], results[0][f"{case}/{key}"]) for r in results), f"case {case} {key}"
+            assert all(
+                torch.equal(r[f"{case}/{key}"], results[0][f"{case}/{key}"]) for r in results
+            ), f"case {case} {key}"
         if not group:
             torchs = nn.BatchNorm1d(5).double()
             for view in x:
@@ -171,7 +183,9 @@ def collectives(group: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("group", "calls"), [(0, [1, 1]), (2, [0, 0])])
-def test_all_views_share_one_collective_a_direction(group: int, calls: list[int], tmp_path: Path) -> None:
+def test_all_views_share_one_collective_a_direction(
+    group: int, calls: list[int], tmp_path: Path
+) -> None:
     for result in ranks.run(2, collectives, tmp_path, group):
         assert result["calls"].tolist() == calls
 
@@ -189,8 +203,16 @@ def pooled_on_ranks(group: int) -> dict[str, Tensor]:
 def test_a_pooled_group_is_its_samples_with_all_their_views(group: int, tmp_path: Path) -> None:
     x, weight = data((2, 8, 5, 4))
     norm, leaf = make(), x.clone().requires_grad_()
-    y = torch.cat([reference(g.flatten(0, 1)[None], norm, 2 * group).view_as(g) for g in leaf.split(group, 1)], 1)
+    y = torch.cat(
+        [
+            reference(g.flatten(0, 1)[None], norm, 2 * group).view_as(g)
+            for g in leaf.split(group, 1)
+        ],
+        1,
+    )
     (y * weight).sum().backward()
     results = ranks.run(4, pooled_on_ranks, tmp_path, group)
     torch.testing.assert_close(torch.cat([r["y"] for r in results], 1), y, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(torch.cat([r["dx"] for r in results], 1), leaf.grad, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        torch.cat([r["dx"] for r in results], 1), leaf.grad, rtol=1e-11, atol=1e-11
+    )

@@ -1,4 +1,6 @@
-"""The networks against torchvision's and timm's with the same weights, and their sizes against the papers'."""
+"""The networks against torchvision's and timm's with the same weights, and their sizes against the
+papers'.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from scaletrain.nn import backbone, resnet
 
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
-# Millions of parameters: ReLICv2 (arXiv 2201.05119), and table 1 of SimCLRv2 (arXiv 2006.10029), which also has the former's.
+# Millions of parameters: ReLICv2 (arXiv 2201.05119), and table 1 of SimCLRv2 (arXiv 2006.10029),
+# which also has the former's.
 RELICV2 = {
     ("resnet50", 1): 24,
     ("resnet50", 2): 94,
@@ -55,7 +58,9 @@ def numbers(name: str, width: float, sk: bool = False) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-def test_outputs_equal_torchvision_and_timm_with_exported_weights(name: str, tmp_path: Path) -> None:
+def test_outputs_equal_torchvision_and_timm_with_exported_weights(
+    name: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     ours = resnet.ResNet(Model(name=name))
     ours(torch.randn(8, 3, 32, 32))  # move the running statistics off their start
@@ -100,7 +105,9 @@ def test_parameters_are_the_relicv2_papers(name: str, width: int) -> None:
 
 @pytest.mark.parametrize(("name", "width"), SIMCLRV2)
 def test_parameters_are_the_simclrv2_papers(name: str, width: int) -> None:
-    """Its figures include the running statistics: without them, ResNet-152 at 2x would be 232 and 353 million."""
+    """Its figures include the running statistics: without them, ResNet-152 at 2x would be 232 and
+    353 million.
+    """
     for sk, published in enumerate(SIMCLRV2[name, width]):
         assert published in (None, round(sum(numbers(name, width, bool(sk))) / 1e6))
 
@@ -109,23 +116,36 @@ def test_resnet295_has_295_convolutions() -> None:
     """The stem and three a block; the projections of the shortcuts are not counted as layers."""
     with torch.device("meta"):
         net = resnet.ResNet(Model(name="resnet295"))
-    convolutions = [key for key, module in net.named_modules() if isinstance(module, nn.Conv2d) and "downsample" not in key]
+    convolutions = [
+        key
+        for key, module in net.named_modules()
+        if isinstance(module, nn.Conv2d) and "downsample" not in key
+    ]
     assert len(convolutions) == 295
 
 
 def test_width_multiplies_every_stage_and_the_stem() -> None:
     narrow = resnet.ResNet(Model(name="resnet18", width=0.25, stem="cifar"))
     assert narrow.conv1.weight.shape == (16, 3, 3, 3)
-    assert [narrow.get_submodule(f"layer{i}")[-1].conv2.out_channels for i in range(1, 5)] == [16, 32, 64, 128]  # type: ignore[index]
+    assert [narrow.get_submodule(f"layer{i}")[-1].conv2.out_channels for i in range(1, 5)] == [
+        16,
+        32,
+        64,
+        128,
+    ]  # type: ignore[index]
     assert narrow.features == 128
     assert narrow(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 
 def test_sobel_shows_the_gradients_of_the_grey_image() -> None:
-    """Across and down, pixel by pixel; names and shapes stay torchvision's, and evaluations build the same from the recipe."""
+    """Across and down, pixel by pixel; names and shapes stay torchvision's, and evaluations build
+    the same from the recipe.
+    """
     net = backbone.build(Model(name="resnet18", sobel=True)).double()
     plain = backbone.build(Model(name="resnet18"))
-    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert {k: v.shape for k, v in net.state_dict().items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
     seen: list[Tensor] = []
     net.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

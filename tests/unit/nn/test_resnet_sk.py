@@ -1,6 +1,8 @@
-"""Selective kernels against a transcription of the formulas of SimCLRv2's network, written channels-last as its code is.
+"""Selective kernels against a transcription of the formulas of SimCLRv2's network, written
+channels-last as its code is.
 
-Source: google-research/simclr, tf2/resnet.py. The batch norms run in eval mode with given statistics.
+Source: google-research/simclr, tf2/resnet.py. The batch norms run in eval mode with given
+statistics.
 """
 
 from __future__ import annotations
@@ -19,22 +21,30 @@ State = Mapping[str, Tensor]
 
 
 def convolve(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
-    """[N, H, W, C] with the edges padded by zeros before striding, the kernel's side less one in all."""
+    """[N, H, W, C] with the edges padded by zeros before striding, the kernel's side less one in
+    all.
+    """
     side = kernel.shape[-1]
     before, after = (side - 1) // 2, side - 1 - (side - 1) // 2
-    padded = torch.zeros(len(x), x.shape[1] + side - 1, x.shape[2] + side - 1, x.shape[3], dtype=x.dtype)
+    padded = torch.zeros(
+        len(x), x.shape[1] + side - 1, x.shape[2] + side - 1, x.shape[3], dtype=x.dtype
+    )
     padded[:, before : padded.shape[1] - after, before : padded.shape[2] - after] = x
     patches = padded.unfold(1, side, stride).unfold(2, side, stride)  # [N, H', W', C, side, side]
     return torch.einsum("nhwcij,ocij->nhwo", patches, kernel)
 
 
 def normalise(x: Tensor, s: State, name: str) -> Tensor:
-    mean, var, scale, shift = (s[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, scale, shift = (
+        s[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+    )
     return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
 
 def average(x: Tensor, stride: int) -> Tensor:
-    """2x2 windows. Stride 1: pixels past the edge are left out of the mean; stride 2: they are zeros within it."""
+    """2x2 windows. Stride 1: pixels past the edge are left out of the mean; stride 2: they are
+    zeros within it.
+    """
     count = torch.ones_like(x)
     x, count = (torch.cat([t, torch.zeros_like(t[:, :1])], 1) for t in (x, count))
     x, count = (torch.cat([t, torch.zeros_like(t[:, :, :1])], 2) for t in (x, count))
@@ -90,8 +100,18 @@ def test_widths_of_the_selection() -> None:
     with torch.device("meta"):
         net = resnet.ResNet(Model(name="resnet50", width=2, sk=True))
     last = [net.get_submodule(f"layer{i}.0") for i in range(1, 5)]
-    assert [layer.get_parameter("select.conv1.weight").shape[0] for layer in last] == [32, 32, 32, 64]
-    assert [layer.get_parameter("conv2.weight").shape[0] for layer in last] == [256, 512, 1024, 2048]
+    assert [layer.get_parameter("select.conv1.weight").shape[0] for layer in last] == [
+        32,
+        32,
+        32,
+        64,
+    ]
+    assert [layer.get_parameter("conv2.weight").shape[0] for layer in last] == [
+        256,
+        512,
+        1024,
+        2048,
+    ]
     assert net.get_parameter("conv1.0.weight").shape == (64, 3, 3, 3)
     assert net.get_parameter("conv1.6.weight").shape == (128, 64, 3, 3)
 
@@ -106,6 +126,8 @@ def test_views_keep_their_own_statistics_within_the_selection() -> None:
     net = network(0.125)
     x = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
     together = per_view(net, x)
-    torch.testing.assert_close(together, torch.stack([net(view) for view in x]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        together, torch.stack([net(view) for view in x]), rtol=1e-9, atol=1e-9
+    )
     norms = [module for module in net.modules() if isinstance(module, BatchNorm)]
     assert all(len(norm.staged) == 3 for norm in norms)

@@ -1,4 +1,6 @@
-"""Networks of the timm library as backbones: same function, our batch norm in them, and a clear word where one does not fit."""
+"""Networks of the timm library as backbones: same function, our batch norm in them, and a clear
+word where one does not fit.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,15 @@ from scaletrain.nn import backbone
 from scaletrain.nn.norm import BatchNorm, per_view
 from scaletrain.optim.groups import parameter_groups
 
-# plain norms; norms fused with their activation; other eps and momentum; a wider output than the last stage; no batch norm
-NETWORKS = ("resnet10t", "regnetx_002", "tf_mobilenetv3_small_minimal_100", "mobilenetv3_small_050", "convnext_atto")
+# plain norms; norms fused with their activation; other eps and momentum; a wider output than the
+# last stage; no batch norm
+NETWORKS = (
+    "resnet10t",
+    "regnetx_002",
+    "tf_mobilenetv3_small_minimal_100",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+)
 OURS = {"width": 1, "stem": "imagenet", "zero_init": False}
 
 
@@ -63,7 +72,9 @@ def test_a_norm_keeps_its_momentum_and_its_lack_of_scale(affine: bool) -> None:
     torch.testing.assert_close(ours(x), theirs(x))
     ours.commit()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
-    with pytest.raises(ConfigError, match="normalises by a BatchNorm2d that we have no replacement for"):
+    with pytest.raises(
+        ConfigError, match="normalises by a BatchNorm2d that we have no replacement for"
+    ):
         backbone._ours(nn.BatchNorm2d(4, momentum=None), Model())  # a plain mean over all steps
 
 
@@ -77,14 +88,21 @@ def test_views_and_groups_reach_its_norms() -> None:
 def test_its_norms_are_neither_decayed_nor_adapted() -> None:
     engine = small.engine(settings(0), perturb=False)
     exempt = {
-        name for group in parameter_groups(engine.method, settings(0).optim) if not group["adapt"] for name in group["names"]
+        name
+        for group in parameter_groups(engine.method, settings(0).optim)
+        if not group["adapt"]
+        for name in group["names"]
     }
-    norms = {name for name, module in engine.method.named_modules() if isinstance(module, BatchNorm)}
+    norms = {
+        name for name, module in engine.method.named_modules() if isinstance(module, BatchNorm)
+    }
     assert {f"{name}.weight" for name in norms if not name.startswith("target")} <= exempt
 
 
 def settings(group: int) -> Config:
-    cfg: Config = small.config("byol", model={**OURS, "name": "timm/mobilenetv3_small_050", "norm_group": group})
+    cfg: Config = small.config(
+        "byol", model={**OURS, "name": "timm/mobilenetv3_small_050", "norm_group": group}
+    )
     return cfg
 
 
@@ -101,7 +119,9 @@ def both() -> dict[str, Tensor]:
 
 
 def test_ranks_do_not_matter(tmp_path: Path) -> None:
-    """Cross-rank statistics and groups of the global batch: two ranks compute what one process does."""
+    """Cross-rank statistics and groups of the global batch: two ranks compute what one process
+    does.
+    """
     one = both()
     for two in ranks.run(2, both, tmp_path):
         for name, value in one.items():
@@ -136,7 +156,11 @@ def test_its_export_loads_into_timm_and_is_judged(tmp_path: Path) -> None:
         ({"name": "timm/hf-hub:someone/resnet18"}, r"timm has no 'hf-hub:someone/resnet18'"),
         ({"name": "timm/densenet121"}, r"timm/densenet121: its layers are named 'features'"),
         ({"name": "timm/levit_128s"}, r"timm/levit_128s normalises by a BatchNorm1d"),
-        ({"width": 2}, r"model\.width=2\.0 is for our own ResNets; with model\.name=timm/resnet18 leave it at 1\.0"),
+        (
+            {"width": 2},
+            r"model\.width=2\.0 is for our own ResNets; with model\.name=timm/resnet18 leave it at "
+            r"1\.0",
+        ),
         ({"stem": "cifar"}, r"model\.stem=cifar .* leave it at imagenet"),
         ({"sk": True}, r"model\.sk=True .* leave it at False"),
         ({"zero_init": True}, r"model\.zero_init=True .* leave it at False"),
@@ -149,6 +173,8 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], text: str) -> Non
 
 def test_without_timm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"timm/resnet18 needs the timm library: pip install timm"):
+    with pytest.raises(
+        ConfigError, match=r"timm/resnet18 needs the timm library: pip install timm"
+    ):
         backbone.build(Model(name="timm/resnet18"))
     assert backbone.build(Model(name="resnet18", width=0.125)).features == 64

@@ -26,14 +26,24 @@ from scaletrain.train.resume import Start
 PER_EPOCH, EVERY = 40, 7
 
 
-def make(root: Path, name: str, scores: dict[int, float], *, batch: int, steps: int, seconds: float = 0.1) -> Path:
-    """A run of `steps` steps, recorded as a Monitor does it, with a result of `linear` for each step in `scores`."""
+def make(
+    root: Path, name: str, scores: dict[int, float], *, batch: int, steps: int, seconds: float = 0.1
+) -> Path:
+    """A run of `steps` steps, recorded as a Monitor does it, with a result of `linear` for each
+    step in `scores`.
+    """
     run = root / name
     (run / "evals").mkdir(parents=True)
     recipe = {"batch": batch, "data": {"lanes": 1}, "method": "byol", "monitor": {"every": EVERY}}
     (run / "config.yaml").write_text(load.dump(load.build(recipe)))
     records = [
-        {"step": s, "epoch": s // PER_EPOCH, "steps_per_epoch": PER_EPOCH, "speed/images_per_second": 1.0, "train/loss": None}
+        {
+            "step": s,
+            "epoch": s // PER_EPOCH,
+            "steps_per_epoch": PER_EPOCH,
+            "speed/images_per_second": 1.0,
+            "train/loss": None,
+        }
         | ({"speed/seconds_per_step": seconds} if s else {})
         for s in range(0, steps, EVERY)
     ]
@@ -77,8 +87,12 @@ def test_points_count_epochs_images_and_hours(slow: Path, fast: Path) -> None:
     assert [p["epochs"] for p in found["points"][str(slow)]] == [1.25, 2.5, 5]
     assert [p["epochs"] for p in found["points"][str(fast)]] == [0.5, 0.75, 1]
     assert [p["images"] for p in found["points"][str(fast)]] == [1440, 2160, 2880]
-    assert [p["hours"] for p in found["points"][str(slow)]] == pytest.approx([5 / 3600, 10 / 3600, 20 / 3600])
-    assert [p["hours"] for p in found["points"][str(fast)]] == pytest.approx([12 / 3600, 18 / 3600, 24 / 3600])
+    assert [p["hours"] for p in found["points"][str(slow)]] == pytest.approx(
+        [5 / 3600, 10 / 3600, 20 / 3600]
+    )
+    assert [p["hours"] for p in found["points"][str(fast)]] == pytest.approx(
+        [12 / 3600, 18 / 3600, 24 / 3600]
+    )
     assert found["described"]["linear.epochs"] == "5"
     assert found["left_out"] == 0
 
@@ -86,14 +100,31 @@ def test_points_count_epochs_images_and_hours(slow: Path, fast: Path) -> None:
 def test_images_are_those_that_were_drawn_under_a_changed_batch(slow: Path, fast: Path) -> None:
     for step, samples, epochs in ((150, 9_000, 3.125), (201, 14_400, 5.0)):
         result(slow, step, 76.0, trained={"samples": samples, "epochs": epochs})
-    points = {p["step"]: (p["images"], p["epochs"]) for p in compare([slow, fast])["points"][str(slow)]}
-    assert points == {50: (1800, 1.25), 100: (3600, 2.5), 150: (9_000, 3.125), 200: (7200, 5.0), 201: (14_400, 5.0)}
+    points = {
+        p["step"]: (p["images"], p["epochs"]) for p in compare([slow, fast])["points"][str(slow)]
+    }
+    assert points == {
+        50: (1800, 1.25),
+        100: (3600, 2.5),
+        150: (9_000, 3.125),
+        200: (7200, 5.0),
+        201: (14_400, 5.0),
+    }
 
 
 def test_time_to_the_others_final_accuracy(slow: Path, fast: Path) -> None:
     one, other = compare([slow, fast])["reached"]
-    assert (one["run"], one["other"], one["accuracy"], one["point"]) == (str(slow), str(fast), 80.0, None)
-    assert (other["run"], other["accuracy"], other["point"]["step"]) == (str(fast), 75.0, 40)  # 74 at step 30 is not enough
+    assert (one["run"], one["other"], one["accuracy"], one["point"]) == (
+        str(slow),
+        str(fast),
+        80.0,
+        None,
+    )
+    assert (other["run"], other["accuracy"], other["point"]["step"]) == (
+        str(fast),
+        75.0,
+        40,
+    )  # 74 at step 30 is not enough
     assert other["images_share"] == pytest.approx(2880 / 7200)
     assert other["hours_share"] == pytest.approx(24 / 20)
 
@@ -113,7 +144,9 @@ def test_each_interval_counts_at_its_own_pace(slow: Path, fast: Path) -> None:
 def test_a_resume_adds_neither_its_start_up_nor_what_it_repeats(
     slow: Path, fast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at step 64, resumed from 59, again at 129 and from 126, which is recorded alone: every start takes an hour."""
+    """Killed at step 64, resumed from 59, again at 129 and from 126, which is recorded alone: every
+    start takes an hour.
+    """
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     (slow / "metrics.jsonl").unlink()
@@ -121,18 +154,30 @@ def test_a_resume_adds_neither_its_start_up_nor_what_it_repeats(
     for start, stop in ((0, 64), (59, 129), (126, 200)):
         recipe = load.load(slow / "config.yaml")
         watch = Monitor(
-            slow, recipe, total_steps=200, steps_per_epoch=PER_EPOCH, start=Start(start, start, recipe.batch * start)
+            slow,
+            recipe,
+            total_steps=200,
+            steps_per_epoch=PER_EPOCH,
+            start=Start(start, start, recipe.batch * start),
         )
         for step in range(start, stop):
             clock.now += 3600 if step == start else 0.25
-            watch.step(Clock(step, 200, step // PER_EPOCH, PER_EPOCH), StepResult(1.0, {}, torch.ones(())), {}, images, 0.0)
+            watch.step(
+                Clock(step, 200, step // PER_EPOCH, PER_EPOCH),
+                StepResult(1.0, {}, torch.ones(())),
+                {},
+                images,
+                0.0,
+            )
         watch.close()
     assert [r["step"] for r in read(slow) if "speed/seconds_per_step" not in r] == [0, 126]
     assert seconds(slow, fast) == pytest.approx([12.5, 25, 50])
 
 
 def test_results_of_one_protocol_stand_together_whatever_came_out(tmp_path: Path) -> None:
-    """Real results of two encoders; then another length of the probe, another bank, another test set."""
+    """Real results of two encoders; then another length of the probe, another bank, another test
+    set.
+    """
     train = shards(tmp_path / "data" / "train", [i % 6 for i in range(72)])
     shards(tmp_path / "data" / "test", [i % 6 for i in range(24)], seed=1)
     runs = []
@@ -140,13 +185,23 @@ def test_results_of_one_protocol_stand_together_whatever_came_out(tmp_path: Path
         (tmp_path / str(seed)).mkdir()
         runs.append(run_folder(tmp_path / str(seed), train))
         save(runs[-1], 9, backbone(settings(train), seed))
-    quick = ("features.batch=32", "features.workers=0", "linear.augment=false", "linear.batch=16", "linear.rates=[9,3,1e-3]")
-    probes = [evals.run(run, ["linear", "knn"], overrides=(*quick, "linear.epochs=3"))[0] for run in runs]
+    quick = (
+        "features.batch=32",
+        "features.workers=0",
+        "linear.augment=false",
+        "linear.batch=16",
+        "linear.rates=[9,3,1e-3]",
+    )
+    probes = [
+        evals.run(run, ["linear", "knn"], overrides=(*quick, "linear.epochs=3"))[0] for run in runs
+    ]
     assert probes[0]["found"] != probes[1]["found"]
     assert set(probes[0]["found"]) == {"chosen_rate", "chosen_at_edge", "held_out_top1"}
     assert not set(probes[0]["found"]) & set(probes[0]["protocol"])
     before = [compare(runs, metric) for metric in ("linear", "knn_20")]
-    assert before[0]["protocol"] == probes[0]["protocol"]["digest"] == probes[1]["protocol"]["digest"]
+    assert (
+        before[0]["protocol"] == probes[0]["protocol"]["digest"] == probes[1]["protocol"]["digest"]
+    )
     evals.run(runs[1], ["linear"], overrides=(*quick, "linear.epochs=4"))
     bank = shards(tmp_path / "bank", [i % 6 for i in range(36)])
     for sets in ((bank, tmp_path / "data" / "test"), (train, bank)):
@@ -163,7 +218,10 @@ def test_other_results_are_not_mixed_in(slow: Path, fast: Path) -> None:
     result(slow, 200, 97.0, test="d" * 64)
     result(slow, 200, 0.0, metrics={"knn_20": 9.0, "knn_20_per_class": 9.0}, benchmark="knn")
     found = compare([slow, fast])
-    assert (found["metric"], [p["accuracy"] for p in found["points"][str(slow)]]) == ("linear", [60, 70, 75])
+    assert (found["metric"], [p["accuracy"] for p in found["points"][str(slow)]]) == (
+        "linear",
+        [60, 70, 75],
+    )
     assert found["left_out"] == 2
     with pytest.raises(ConfigError, match=r"fast/evals has no results of 'knn_20'; it has linear"):
         compare([slow, fast], "knn_20")
@@ -176,7 +234,8 @@ def test_of_several_protocols_none_is_chosen_in_silence(slow: Path, fast: Path) 
         result(run, 200, score, linear={"epochs": 100})
         result(run, 200, score / 10, labels="c" * 64)
     with pytest.raises(
-        ConfigError, match=r"all runs have results of 'linear' of 2 protocols; choose one by --protocol: "
+        ConfigError,
+        match=r"all runs have results of 'linear' of 2 protocols; choose one by --protocol: ",
     ) as error:
         compare([slow, fast])
     listed = dict(re.findall(r"(\w{12}) \((.*?)\)(?=, \w{12} |$)", str(error.value)))
@@ -187,13 +246,19 @@ def test_of_several_protocols_none_is_chosen_in_silence(slow: Path, fast: Path) 
     ]
     for digest, described in listed.items():
         found = compare([slow, fast], protocol=digest[:8])
-        assert (found["protocol"], found["left_out"]) == (digest, 8 - sum(map(len, found["points"].values())) + 2)
-        scores = [p["accuracy"] for p in found["points"][str(fast)]]
-        assert scores == {"linear.epochs=100, labels=None": [40], "linear.epochs=5, labels=None": [71, 74, 80]}.get(
-            described, [4]
+        assert (found["protocol"], found["left_out"]) == (
+            digest,
+            8 - sum(map(len, found["points"].values())) + 2,
         )
+        scores = [p["accuracy"] for p in found["points"][str(fast)]]
+        assert scores == {
+            "linear.epochs=100, labels=None": [40],
+            "linear.epochs=5, labels=None": [71, 74, 80],
+        }.get(described, [4])
     with pytest.raises(
-        ConfigError, match=r"--protocol xyz is none, or more than one, of those with results of 'linear' of all runs;"
+        ConfigError,
+        match=r"--protocol xyz is none, or more than one, of those with results of 'linear' of all "
+        r"runs;",
     ):
         compare([slow, fast], protocol="xyz")
 
@@ -202,35 +267,55 @@ def test_without_a_common_protocol_it_says_what_differs(slow: Path, tmp_path: Pa
     other = make(tmp_path, "other", {}, batch=4, steps=20)
     result(other, 20, 50.0, linear={"epochs": 100})
     with pytest.raises(
-        ConfigError, match=r"not evaluated alike: no protocol has results of 'linear' of all; there are .*epochs=5.*100"
+        ConfigError,
+        match=r"not evaluated alike: no protocol has results of 'linear' of all; there are "
+        r".*epochs=5.*100",
     ):
         compare([slow, other], "linear")
     result(other, 20, 50.0, labels="c" * 64)
     result(slow, 200, 40.0, labels="c" * 64)
-    with pytest.raises(ConfigError, match=r"of 'linear' of label subsets only; choose one by --protocol: \w{12}"):
+    with pytest.raises(
+        ConfigError, match=r"of 'linear' of label subsets only; choose one by --protocol: \w{12}"
+    ):
         compare([slow, other])
     for run in (slow, other):
         result(run, 200, 0.0, metrics={"zeta": 9.0, "zeta_per_class": 9.0}, benchmark="zeta")
     assert compare([slow, other])["metric"] == "zeta"  # the first that needs no choice
 
 
-def test_files_in_another_form_are_passed_over(slow: Path, fast: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_in_another_form_are_passed_over(
+    slow: Path, fast: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = compare([slow, fast])
-    old = {"encoder": "trained", "step": 200, "metrics": {"linear": 99.0, "linear_per_class": 99.0}, "protocol": {}, "data": {}}
+    old = {
+        "encoder": "trained",
+        "step": 200,
+        "metrics": {"linear": 99.0, "linear_per_class": 99.0},
+        "protocol": {},
+        "data": {},
+    }
     for name, text in (("linear-step-200.json", json.dumps(old)), ("broken.json", '{"step": 1')):
         (fast / "evals" / name).write_text(text)
         assert compare([slow, fast]) == before
-        assert f"skipped: {fast / 'evals' / name} is no result of this version" in capsys.readouterr().err
+        assert (
+            f"skipped: {fast / 'evals' / name} is no result of this version"
+            in capsys.readouterr().err
+        )
 
 
 def test_what_the_records_do_not_tell_is_open(slow: Path, fast: Path) -> None:
-    """A step long after the last record; records of an earlier version, before others or alone; none."""
+    """A step long after the last record; records of an earlier version, before others or alone;
+    none.
+    """
     for path in (slow / "evals").glob("linear-step-200-*"):
         path.unlink()
     result(slow, 205, 75.0)
     assert seconds(slow, fast)[-1] is None
     records = read(slow)
-    old_records = [{k: v for k, v in r.items() if k not in ("steps_per_epoch", "speed/seconds_per_step")} for r in records]
+    old_records = [
+        {k: v for k, v in r.items() if k not in ("steps_per_epoch", "speed/seconds_per_step")}
+        for r in records
+    ]
     write(slow, [*old_records[:9], *records[9:]])
     assert seconds(slow, fast) == [None, None, None]
     write(slow, old_records)
@@ -258,7 +343,9 @@ def test_what_cannot_be_compared_is_refused(slow: Path, fast: Path, tmp_path: Pa
             compare([slow, fast, same])
 
 
-@pytest.mark.parametrize("line", ["{}", "7", "", '{"step": 3, "epo', '{"step": 1, "steps_per_epoch": 0}'])
+@pytest.mark.parametrize(
+    "line", ["{}", "7", "", '{"step": 3, "epo', '{"step": 1, "steps_per_epoch": 0}']
+)
 def test_a_damaged_record_is_named(slow: Path, fast: Path, line: str) -> None:
     """In the middle; what is cut short at the end is no damage."""
     first, rest = (slow / "metrics.jsonl").read_text().split("\n", 1)
@@ -271,7 +358,15 @@ def test_the_command(slow: Path, fast: Path) -> None:
     run = CliRunner().invoke(app, ["compare", str(slow), str(fast), "--json", "--metric", "linear"])
     assert json.loads(run.stdout) == compare([slow, fast])
     again = CliRunner().invoke(
-        app, ["compare", str(slow), str(fast), "--json", "--protocol", json.loads(run.stdout)["protocol"]]
+        app,
+        [
+            "compare",
+            str(slow),
+            str(fast),
+            "--json",
+            "--protocol",
+            json.loads(run.stdout)["protocol"],
+        ],
     )
     assert again.stdout == run.stdout
     refused = CliRunner().invoke(app, ["compare", str(slow), str(slow)])
@@ -279,14 +374,18 @@ def test_the_command(slow: Path, fast: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [None, "40", "80"])
-def test_tables_are_readable_at_any_width_and_in_a_pipe(slow: Path, fast: Path, columns: str | None) -> None:
+def test_tables_are_readable_at_any_width_and_in_a_pipe(
+    slow: Path, fast: Path, columns: str | None
+) -> None:
     """The runner is a pipe. No row is longer than 40 characters, and no cell is cut or broken."""
     result(slow, 200, 99.0, linear={"epochs": 100})
     shown = CliRunner().invoke(app, ["compare", str(slow), str(fast)], env={"COLUMNS": columns})
     lines = shown.stdout.splitlines()
     assert lines[0] == "linear, top-1 accuracy in per cent"
     assert lines[1].startswith("protocol ")
-    assert [line.split() for line in lines if line.split()[-1:] in (["60.00"], ["70.00"], ["75.00"])] == [
+    assert [
+        line.split() for line in lines if line.split()[-1:] in (["60.00"], ["70.00"], ["75.00"])
+    ] == [
         ["50", "1.2", "1,800", "0.00", "60.00"],
         ["100", "2.5", "3,600", "0.00", "70.00"],
         ["200", "5.0", "7,200", "0.01", "75.00"],
@@ -298,5 +397,15 @@ def test_tables_are_readable_at_any_width_and_in_a_pipe(slow: Path, fast: Path, 
         ["images", "2,880", "0.40"],
         ["hours", "0.01", "1.20"],
     ]
-    assert lines[-1] == "note: results that are left out, as they are of another protocol or other data: 1"
-    assert max(len(line) for line in lines if str(slow.parent) not in line and line[:4] not in ("prot", "note")) <= 40
+    assert (
+        lines[-1]
+        == "note: results that are left out, as they are of another protocol or other data: 1"
+    )
+    assert (
+        max(
+            len(line)
+            for line in lines
+            if str(slow.parent) not in line and line[:4] not in ("prot", "note")
+        )
+        <= 40
+    )

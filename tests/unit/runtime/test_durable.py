@@ -1,4 +1,6 @@
-"""Records and curves that cannot be written never end a run, and are complete again once they can be."""
+"""Records and curves that cannot be written never end a run, and are complete again once they can
+be.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_records_wait_until_they_can_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_wait_until_they_can_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
     records = Records(path)
     records.add({"step": 0})
@@ -67,7 +71,9 @@ def test_damaged_lines_are_dropped_and_the_rest_is_kept_in_one_piece(tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["rank-0.jsonl"]
 
 
-def test_tensorboard_goes_on_after_a_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensorboard_goes_on_after_a_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As a warning once, and without the traceback of its thread, which would end a test here."""
     folder = tmp_path / "tensorboard"
     board = Board(folder, 0)

@@ -1,4 +1,6 @@
-"""Signals: which of them ask a run to save and stop, which end it at once, and what stays ignored."""
+"""Signals: which of them ask a run to save and stop, which end it at once, and what stays
+ignored.
+"""
 
 from __future__ import annotations
 

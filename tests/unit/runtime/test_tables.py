@@ -30,7 +30,10 @@ def test_columns_are_aligned_and_numbers_flush_right() -> None:
         "below",
     ]
     assert render(("", ""), [("a", "2.5 MB"), ("bcd", "10.5 MB")]) == "a     2.5 MB\nbcd  10.5 MB"
-    assert render(("key", "value"), [("a", 1), ("b", "[1, 2]")]).split("\n")[1:] == ["a    1", "b    [1, 2]"]
+    assert render(("key", "value"), [("a", 1), ("b", "[1, 2]")]).split("\n")[1:] == [
+        "a    1",
+        "b    [1, 2]",
+    ]
     assert render(("key",), []) == "key"
 
 
@@ -47,7 +50,9 @@ def test_a_narrow_terminal_shows_a_block_for_each_row(width: int) -> None:
         assert found == ["of a step", *ddp, "zero 3", "  MB     -", "  share  100.0%"]
 
 
-def test_a_pipe_takes_a_row_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_takes_a_row_as_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     long = ("x" * 300, "word " * 60, "7")
     monkeypatch.delenv("COLUMNS", raising=False)
     tables.show(("a", "b", "c"), [long])
@@ -60,9 +65,13 @@ def test_a_pipe_takes_a_row_as_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_terminal_says_how_wide_it_is() -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 40))
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     code = "from scaletrain.runtime import tables; print(tables.width())"
-    subprocess.run([sys.executable, "-c", code], stdout=slave, env=environment, timeout=60, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code], stdout=slave, env=environment, timeout=60, check=True
+    )
     os.close(slave)
     assert os.read(master, 100).split() == [b"40"]
     os.close(master)
@@ -70,20 +79,30 @@ def test_a_terminal_says_how_wide_it_is() -> None:
 
 def test_words_stay_whole() -> None:
     assert wrap("one two three", 8) == "one two\nthree"
-    assert wrap("ok    name  some-thing /a/long/path", 16, 6) == "ok    name\n      some-thing\n      /a/long/path"
+    assert (
+        wrap("ok    name  some-thing /a/long/path", 16, 6)
+        == "ok    name\n      some-thing\n      /a/long/path"
+    )
     assert wrap("x" * 50 + " y", 10) == "x" * 50 + "\ny"
     assert wrap("x" * 50, None) == "x" * 50
 
 
 def test_counts_go_with_their_nouns() -> None:
-    assert [plural(n, "shard") for n in (0, 1, 2, 1_000_000)] == ["0 shards", "1 shard", "2 shards", "1,000,000 shards"]
+    assert [plural(n, "shard") for n in (0, 1, 2, 1_000_000)] == [
+        "0 shards",
+        "1 shard",
+        "2 shards",
+        "1,000,000 shards",
+    ]
     assert [plural(n, noun) for n in (1, 2) for noun in ("process", "class")] == [
         "1 process", "1 class", "2 processes", "2 classes",
     ]  # fmt: skip
 
 
 def test_the_page_of_the_doctor_hangs_below_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = Finding("warn", "memory", "3.5 GiB in the machine, limit of 3 GiB", "ask for more, or lower batch")
+    finding = Finding(
+        "warn", "memory", "3.5 GiB in the machine, limit of 3 GiB", "ask for more, or lower batch"
+    )
     monkeypatch.setenv("COLUMNS", "40")
     narrow = lines([finding]).splitlines()
     assert max(map(len, narrow)) <= 40

@@ -1,4 +1,6 @@
-"""What the monitor is shown of similarities, codes and clusters: right by hand, the same over ranks, telling in collapse."""
+"""What the monitor is shown of similarities, codes and clusters: right by hand, the same over
+ranks, telling in collapse.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,22 @@ def test_similarities(n: int) -> None:
     others = [cosine_similarity(a[i], b[j], 0).item() for i in range(n) for j in range(n) if i != j]
     shown = similarities(a.requires_grad_(), b)
     assert shown["positive_similarity"].item() == pytest.approx(sum(own) / n, abs=1e-6)
-    assert shown["negative_similarity"].item() == pytest.approx(sum(others) / max(1, len(others)), abs=1e-6)
+    assert shown["negative_similarity"].item() == pytest.approx(
+        sum(others) / max(1, len(others)), abs=1e-6
+    )
     assert not any(value.requires_grad for value in shown.values())
 
 
 def test_swav_shows_collapse() -> None:
-    """Samples that all look alike: codes and loss are ln K, and one prototype is everybody's nearest."""
+    """Samples that all look alike: codes and loss are ln K, and one prototype is everybody's
+    nearest.
+    """
     cfg = small.config("swav", engine={"precision": "fp64"}, method={"freeze_steps": 0})
     model = small.engine(cfg).method
-    z = normalize(torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    z = normalize(
+        torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        dim=-1,
+    )
     prototypes = model.prototypes.weight.detach()
     _, healthy = model._loss(z, prototypes, CLOCK)  # type: ignore[operator]
     loss, collapsed = model._loss(z[:, :1].expand_as(z), prototypes, CLOCK)  # type: ignore[operator]
@@ -56,7 +65,10 @@ def clusterings() -> dict[str, Tensor]:
     for labels in (EARLIER, LABELS):
         mine = labels[clusters.start : clusters.start + len(clusters.rows)]
         sizes = clusters.renew(1, mine)
-    return {"sizes": sizes, **{name: value[1] for name, value in clusters.named_buffers() if name != "rows"}}
+    return {
+        "sizes": sizes,
+        **{name: value[1] for name, value in clusters.named_buffers() if name != "rows"},
+    }
 
 
 def test_clusters_are_described_alike_by_any_number_of_ranks(tmp_path: Path) -> None:
@@ -74,7 +86,10 @@ def test_clusters_are_described_alike_by_any_number_of_ranks(tmp_path: Path) -> 
     [
         (["data.mask_study=points"], r"mask_study needs the foreground; add data\.masks=true"),
         (["data.good_crops=0.5"], r"good_crops needs the foreground; add data\.masks=true"),
-        (["method=byol", "method.mask_probability=0.2"], r"mask_probability needs the foreground; add data\.masks=true"),
+        (
+            ["method=byol", "method.mask_probability=0.2"],
+            r"mask_probability needs the foreground; add data\.masks=true",
+        ),
     ],
 )
 def test_studies_of_masks_without_masks_are_refused(overrides: list[str], text: str) -> None:
@@ -90,4 +105,7 @@ def test_every_objective_shows_more_than_its_loss() -> None:
         small.run(engine, cfg, 0, 1)
         scalars = engine.method(small.batch(cfg, 1), CLOCK).scalars
         assert scalars, name
-        assert all(value.shape == () and value.isfinite() and not value.requires_grad for value in scalars.values()), name
+        assert all(
+            value.shape == () and value.isfinite() and not value.requires_grad
+            for value in scalars.values()
+        ), name

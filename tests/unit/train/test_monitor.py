@@ -17,7 +17,7 @@ from torch import Tensor
 
 import scaletrain.train.progress
 from scaletrain import dist
-from scaletrain.config import schema
+from scaletrain.config import load, schema
 from scaletrain.core import Batch, Clock, StepResult
 from scaletrain.train import monitor
 from scaletrain.train.resume import Start
@@ -45,7 +45,7 @@ def settings(every: int = 4, images_every: int = 10) -> Any:
 
 @pytest.fixture(autouse=True)
 def plain_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "dump", lambda _: "seed: 7\n")
+    monkeypatch.setattr(load, "dump", lambda _: "seed: 7\n")
 
 
 def batch() -> Batch:
@@ -63,7 +63,11 @@ def result(step: int, embedding: Tensor | None = None, skipped: bool = False) ->
 
 def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> None:
     watch = monitor.Monitor(
-        run, settings(**kwargs), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(start, start, 32 * start)
+        run,
+        settings(**kwargs),
+        total_steps=TOTAL,
+        steps_per_epoch=PER_EPOCH,
+        start=Start(start, start, 32 * start),
     )
     for step in range(start, stop):
         clock = Clock(step, TOTAL, step // PER_EPOCH, PER_EPOCH)
@@ -88,20 +92,41 @@ def test_scalars_go_to_both_places_under_stable_names(tmp_path: Path) -> None:
     records, events = lines(tmp_path), board(tmp_path)
     assert [record["step"] for record in records] == [0, 4, 8, 12, 16, 19]  # and the last step
     assert [record["epoch"] for record in records] == [0, 0, 1, 2, 3, 3]
-    expected = {"train/loss": 8.0, "train/invariance": 8.5, "lr/all": 0.8, "lr/bias": 0.5, "ema": 0.99, "grad_norm": 2.0}
+    expected = {
+        "train/loss": 8.0,
+        "train/invariance": 8.5,
+        "lr/all": 0.8,
+        "lr/bias": 0.5,
+        "ema": 0.99,
+        "grad_norm": 2.0,
+    }
     expected |= {"trust/min": 0.1, "trust/median": 0.2, "trust/max": 0.3, "steps/skipped": 1.0}
     expected |= {"embedding/effective_rank": 8.0, "embedding/std": math.sqrt(1 / 8 - 1 / 64)}
-    speeds = {f"speed/{name}" for name in ("images_per_second", "data_wait_share", "seconds_per_step")}
+    speeds = {
+        f"speed/{name}" for name in ("images_per_second", "data_wait_share", "seconds_per_step")
+    }
     measured = {*speeds, "memory/rss_peak_mb", "embedding/std_ratio"}
     assert {key: records[2][key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert (records[2]["epochs"], records[2]["samples"]) == (9 / 5, 9 * 32)
-    assert set(records[2]) - {"step", "epoch", "epochs", "samples", "steps_per_epoch", "time"} == set(expected) | measured
+    assert (
+        set(records[2]) - {"step", "epoch", "epochs", "samples", "steps_per_epoch", "time"}
+        == set(expected) | measured
+    )
     assert {record["steps_per_epoch"] for record in records} == {PER_EPOCH}
     assert set(events.Tags()["scalars"]) == set(expected) | measured
     for name in set(expected) | measured:
         points = [(e.step, e.value) for e in events.Scalars(name)]
-        assert points == [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
-    assert ["speed/seconds_per_step" in r for r in records] == [False, True, True, True, True, True]  # not of the first step
+        assert points == [
+            (r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r
+        ]
+    assert ["speed/seconds_per_step" in r for r in records] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]  # not of the first step
     assert [record["steps/skipped"] for record in records] == [0, 0, 1, 0, 0, 0]
 
 
@@ -131,7 +156,13 @@ def test_start_from_zero_clears_an_abandoned_curve(tmp_path: Path) -> None:
 
 
 def test_tensors_are_read_only_on_recorded_steps(tmp_path: Path) -> None:
-    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(1, 1, 32 * 1))
+    watch = monitor.Monitor(
+        tmp_path,
+        settings(),
+        total_steps=TOTAL,
+        steps_per_epoch=PER_EPOCH,
+        start=Start(1, 1, 32 * 1),
+    )
     Unread.reads = 0
     for step in (1, 2, 3):
         watch.step(Clock(step, TOTAL, 0, PER_EPOCH), result(step), {}, batch(), 0.0)
@@ -148,8 +179,16 @@ def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_non_finite_numbers_stay_valid_json(tmp_path: Path) -> None:
-    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(0, 0, 32 * 0))
-    bad = StepResult(math.inf, {}, torch.tensor(math.nan), embedding=torch.full((4, 2), math.nan), skipped=True)
+    watch = monitor.Monitor(
+        tmp_path,
+        settings(),
+        total_steps=TOTAL,
+        steps_per_epoch=PER_EPOCH,
+        start=Start(0, 0, 32 * 0),
+    )
+    bad = StepResult(
+        math.inf, {}, torch.tensor(math.nan), embedding=torch.full((4, 2), math.nan), skipped=True
+    )
     watch.step(Clock(0, TOTAL, 0, PER_EPOCH), bad, {}, batch(), 0.0)
     watch.close()
 
@@ -157,7 +196,11 @@ def test_non_finite_numbers_stay_valid_json(tmp_path: Path) -> None:
         raise AssertionError(word)
 
     record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert (record["train/loss"], record["grad_norm"], record["embedding/std"]) == (None, None, None)
+    assert (record["train/loss"], record["grad_norm"], record["embedding/std"]) == (
+        None,
+        None,
+        None,
+    )
     assert record["steps/skipped"] == 1
 
 
@@ -168,7 +211,10 @@ def test_pictures_and_configuration_reach_tensorboard(tmp_path: Path) -> None:
     assert sorted(tags["images"]) == ["views/16px", "views/8px"]
     assert [image.step for image in events.Images("views/16px")] == [0, 10]
     small = events.Images("views/8px")[0]
-    assert (small.width, small.height) == (4 * 10 + 2, 8 * 10 + 2)  # a column per view, a row for each of 8 samples
+    assert (small.width, small.height) == (
+        4 * 10 + 2,
+        8 * 10 + 2,
+    )  # a column per view, a row for each of 8 samples
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert b"seed: 7" in text
 
@@ -194,7 +240,9 @@ def test_grid_undoes_the_normalisation() -> None:
 
 
 def slow_collapse(rows: list[list[float]]) -> tuple[float, float]:
-    """Standard deviation and effective rank by their definitions, the latter through the Gram matrix's eigenvalues."""
+    """Standard deviation and effective rank by their definitions, the latter through the Gram
+    matrix's eigenvalues.
+    """
     unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows]
     count, width = len(unit), len(unit[0])
     deviations = []
@@ -213,7 +261,9 @@ def test_collapse_signals_follow_their_definitions() -> None:
     x = torch.randn(12, 5) * torch.tensor([3.0, 1.0, 1.0, 0.2, 0.1])
     std, rank = slow_collapse(x.tolist())
     signals = monitor.collapse(x)
-    assert signals == pytest.approx({"std": std, "std_ratio": std * math.sqrt(5), "effective_rank": rank}, rel=1e-5)
+    assert signals == pytest.approx(
+        {"std": std, "std_ratio": std * math.sqrt(5), "effective_rank": rank}, rel=1e-5
+    )
 
 
 def test_collapse_signals_at_the_extremes() -> None:
@@ -253,11 +303,19 @@ def test_pace_leaves_the_first_step_out_and_nothing_else(monkeypatch: pytest.Mon
         assert pace.read()["speed/seconds_per_step"] == seconds
 
 
-def test_plain_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_console_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scaletrain.train.progress.Pace, "seconds_per_step", 4000.0)
     fixed = {"speed/images_per_second": 812.3, "speed/data_wait_share": 0.03}
     monkeypatch.setattr(scaletrain.train.progress.Pace, "read", lambda self: fixed)
-    watch = monitor.Monitor(tmp_path, settings(), total_steps=TOTAL, steps_per_epoch=PER_EPOCH, start=Start(12, 12, 32 * 12))
+    watch = monitor.Monitor(
+        tmp_path,
+        settings(),
+        total_steps=TOTAL,
+        steps_per_epoch=PER_EPOCH,
+        start=Start(12, 12, 32 * 12),
+    )
     watch.step(Clock(12, TOTAL, 2, PER_EPOCH), result(12), {"all": 0.12345}, batch(), 0.0)
     watch.note("checkpoint [step 12] saved")
     watch.close()
@@ -267,7 +325,9 @@ def test_plain_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     ]
 
 
-def test_terminal_shows_a_live_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_shows_a_live_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
     monkeypatch.setenv("COLUMNS", "160")

@@ -16,7 +16,16 @@ from scaletrain.data.loading import support
 from scaletrain.data.loading.loader import Stream
 from scaletrain.train.loop import _whole, train
 
-VIEWS = [{"size": 16, "count": 2, "scale": [0.1, 0.3], "grayscale": 1.0, "solarize": 1.0, "interpolation": "bilinear"}]
+VIEWS = [
+    {
+        "size": 16,
+        "count": 2,
+        "scale": [0.1, 0.3],
+        "grayscale": 1.0,
+        "solarize": 1.0,
+        "interpolation": "bilinear",
+    }
+]
 
 
 def recipe(folder: Path, method: dict[str, object]) -> schema.Config:
@@ -52,17 +61,29 @@ def test_whole_images_are_the_same_samples_undistorted(folder: Path) -> None:
     assert torch.equal(drawn.index, whole.index)
     assert drawn.views[0].shape == (2, 12, 3, 16, 16)
     assert whole.views[0].shape == (1, 12, 3, 16, 16)
-    again = first(_whole(data.model_copy(update={"views": (data.views[0].model_copy(update={"scale": (0.5, 1.0)}),)})))[1]
+    again = first(
+        _whole(
+            data.model_copy(
+                update={"views": (data.views[0].model_copy(update={"scale": (0.5, 1.0)}),)}
+            )
+        )
+    )[1]
     assert torch.equal(whole.views[0], again.views[0])  # nothing is left to chance
     colours = whole.views[0].std(2).mean()
     assert colours > 4 * drawn.views[0].std(2).mean()  # of which training here shows none
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "options"), [("pcl", 1, {"queue": 24, "warmup_epochs": 0}), ("deepcluster_v2", 2, {})]
+    ("name", "count", "options"),
+    [("pcl", 1, {"queue": 24, "warmup_epochs": 0}), ("deepcluster_v2", 2, {})],
 )
 def test_a_method_that_wants_whole_images_gets_them(
-    name: str, count: int, options: dict[str, object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    count: int,
+    options: dict[str, object],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, ...]] = []
     model = importlib.import_module(f"scaletrain.methods.{name}").Model
@@ -73,5 +94,8 @@ def test_a_method_that_wants_whole_images_gets_them(
         return right(self, batch)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(model, "_embed", embed)
-    train(recipe(folder, {"name": name, "hidden": 16, "dim": 8, "clusters": [4, 5], **options}), tmp_path / "run")
+    train(
+        recipe(folder, {"name": name, "hidden": 16, "dim": 8, "clusters": [4, 5], **options}),
+        tmp_path / "run",
+    )
     assert set(seen) == {(count, 12, 3, 16, 16)}

@@ -46,14 +46,21 @@ def test_a_run_folder_is_its_owners_alone_unless_asked_otherwise(tmp_path: Path)
             modes(tmp_path / "c", bad)
 
 
-def test_another_users_run_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_run_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_folder.check_owner(tmp_path)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
-    with pytest.raises(ConfigError, match=r"belongs to user .*, and you are user 54321: train in a folder of your own"):
+    with pytest.raises(
+        ConfigError,
+        match=r"belongs to user .*, and you are user 54321: train in a folder of your own",
+    ):
         run_folder.check_owner(tmp_path)
 
 
-def test_what_everybody_can_change_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_everybody_can_change_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tmp_path.chmod(0o755)
     run_folder.warn_if_open(tmp_path)
     assert capsys.readouterr().err == ""
@@ -62,7 +69,7 @@ def test_what_everybody_can_change_is_warned_of(tmp_path: Path, capsys: pytest.C
     assert f"warning: every user can change {tmp_path}: chmod o-w" in capsys.readouterr().err
 
 
-# --- without locks ----------------------------------------------------------------------------------------------------
+# --- without locks --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -80,7 +87,10 @@ def lockless(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_locks_a_second_start_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     with contextlib.ExitStack() as first:
         run_folder._hold(tmp_path, first)
-        with contextlib.ExitStack() as second, pytest.raises(BusyError, match=rf"is being trained by process {os.getpid()} on"):
+        with (
+            contextlib.ExitStack() as second,
+            pytest.raises(BusyError, match=rf"is being trained by process {os.getpid()} on"),
+        ):
             run_folder._hold(tmp_path, second)
     with contextlib.ExitStack() as third:  # the first has let go
         run_folder._hold(tmp_path, third)

@@ -61,7 +61,10 @@ def test_parts_tile_the_step_and_nested_ones_are_taken_out() -> None:
         clock.now += 0.5  # between the steps: part of the next
         one(3)
     one(99)  # nobody listens
-    assert timer.read()[:2] == [{REST: 8, WAIT: 5, COPY: 2, FORWARD: 32}, {REST: 8.5, WAIT: 7, COPY: 2, FORWARD: 32}]
+    assert timer.read()[:2] == [
+        {REST: 8, WAIT: 5, COPY: 2, FORWARD: 32},
+        {REST: 8.5, WAIT: 7, COPY: 2, FORWARD: 32},
+    ]
 
 
 def test_a_part_that_raises_is_closed() -> None:
@@ -96,19 +99,41 @@ def test_summary_leaves_out_odd_steps_and_adds_up() -> None:
 
 
 def test_report_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers worked out by hand: 2 nodes of 1 rank, 32 samples per step, 100 ms of which a tenth is waiting."""
+    """Numbers worked out by hand: 2 nodes of 1 rank, 32 samples per step, 100 ms of which a tenth
+    is waiting.
+    """
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     zero = dict.fromkeys(PARTS, 0.0)
     ranks = [
-        {"median": 100.0, "p95": 120.0, "parts": {**zero, WAIT: 5.0, FORWARD: 95.0}, "memory": {"memory/rss_peak_mb": 7.0}},
-        {"median": 100.0, "p95": 130.0, "parts": {**zero, WAIT: 15.0, FORWARD: 85.0}, "memory": {"memory/rss_peak_mb": 9.0}},
+        {
+            "median": 100.0,
+            "p95": 120.0,
+            "parts": {**zero, WAIT: 5.0, FORWARD: 95.0},
+            "memory": {"memory/rss_peak_mb": 7.0},
+        },
+        {
+            "median": 100.0,
+            "p95": 130.0,
+            "parts": {**zero, WAIT: 15.0, FORWARD: 85.0},
+            "memory": {"memory/rss_peak_mb": 9.0},
+        },
     ]
-    cfg = load.build({"batch": 32, "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]}})
+    cfg = load.build(
+        {
+            "batch": 32,
+            "data": {"path": "synthetic", "views": [{"count": 2}, {"size": 96, "count": 6}]},
+        }
+    )
     found = throughput_check.report(cfg, ranks, 40)
     assert found["images_per_second"] == pytest.approx(320)
     assert found["views_per_second"] == pytest.approx(320 * 8)
-    assert found["loader_images_per_second"] == pytest.approx({"process": 16 / 0.090, "node": 16 / 0.090})
-    assert (found["step_ms"], found["memory"]) == ({"median": 100.0, "p95": 130.0}, {"rss_peak_mb": 9.0})
+    assert found["loader_images_per_second"] == pytest.approx(
+        {"process": 16 / 0.090, "node": 16 / 0.090}
+    )
+    assert (found["step_ms"], found["memory"]) == (
+        {"median": 100.0, "p95": 130.0},
+        {"rss_peak_mb": 9.0},
+    )
     assert (found["parts_ms"][WAIT], found["parts_ms_slowest"][WAIT]) == (10.0, 15.0)
 
 
@@ -124,10 +149,23 @@ def test_marks_cost_nothing_when_nobody_listens(tmp_path: Path) -> None:
 
 def train(tmp_path: Path, procs: int, *arguments: str) -> str:
     (tmp_path / "toy.yaml").write_text(RECIPE)
-    start = ["launchers/local.py", "--procs", str(procs)] if procs > 1 else ["-m", "scaletrain", "train"]
-    command = [sys.executable, *start, str(tmp_path / "toy.yaml"), *arguments, "--run", str(tmp_path / "run")]
+    start = (
+        ["launchers/local.py", "--procs", str(procs)]
+        if procs > 1
+        else ["-m", "scaletrain", "train"]
+    )
+    command = [
+        sys.executable,
+        *start,
+        str(tmp_path / "toy.yaml"),
+        *arguments,
+        "--run",
+        str(tmp_path / "run"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -136,13 +174,19 @@ def train(tmp_path: Path, procs: int, *arguments: str) -> str:
 def test_the_command(tmp_path: Path, procs: int) -> None:
     shown = train(tmp_path, procs, "--data", "synthetic", "--steps", "26")
     found: dict[str, Any] = json.loads((tmp_path / "run" / throughput_check.FILE).read_text())
-    assert (found["processes"], found["processes_per_node"], found["steps_measured"]) == (procs, procs, 16)
+    assert (found["processes"], found["processes_per_node"], found["steps_measured"]) == (
+        procs,
+        procs,
+        16,
+    )
     parts = found["parts_ms"]
     assert all(parts[name] > 0 for name in PARTS)
     assert parts[FORWARD] > parts[COPY]
     assert sum(parts.values()) == pytest.approx(found["step_ms"]["median"], rel=0.5)
     assert found["images_per_second"] == pytest.approx(16_000 / found["step_ms"]["median"])
-    assert found["loader_images_per_second"]["node"] == pytest.approx(procs * found["loader_images_per_second"]["process"])
+    assert found["loader_images_per_second"]["node"] == pytest.approx(
+        procs * found["loader_images_per_second"]["process"]
+    )
     assert 50 < found["memory"]["rss_peak_mb"] < 20_000
     for word in ("images/s", "views/s", *PARTS, "memory: ", "loader: "):
         assert word in shown

@@ -1,4 +1,6 @@
-"""Archives that others wrote, img2dataset's for one: indexed once, beside them or in the user's cache, and trained on."""
+"""Archives that others wrote, img2dataset's for one: indexed once, beside them or in the user's
+cache, and trained on.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,27 @@ SUFFIXES = ("jpg", "webp", "png")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As img2dataset leaves it: KEY.jpg, KEY.json, KEY.txt, and tables and statistics beside the shards."""
+    """As img2dataset leaves it: KEY.jpg, KEY.json, KEY.txt, and tables and statistics beside the
+    shards.
+    """
     made = tmp_path / "laion"
     made.mkdir()
     for shard in range(3):
         with tarfile.open(made / f"{shard:05d}.tar", "w") as tar:
             for n in range(5):
                 key = f"{shard:05d}{n:04d}"
-                record = {"url": "http://a.b/ö.jpg", "caption": "a cat", "key": key, "status": "success", "exif": "{}"}
-                add(tar, f"{key}.{SUFFIXES[shard]}", encode(picture(5 * shard + n), f".{SUFFIXES[shard]}"))
+                record = {
+                    "url": "http://a.b/ö.jpg",
+                    "caption": "a cat",
+                    "key": key,
+                    "status": "success",
+                    "exif": "{}",
+                }
+                add(
+                    tar,
+                    f"{key}.{SUFFIXES[shard]}",
+                    encode(picture(5 * shard + n), f".{SUFFIXES[shard]}"),
+                )
                 add(tar, f"{key}.json", json.dumps(record).encode())
                 add(tar, f"{key}.txt", "a cat ö".encode())
                 add(tar, f"{key}.npy", b"\x93NUMPY\1\0")
@@ -49,9 +63,14 @@ def train_on(folder: Path) -> list[int]:
     return sorted(int(i) for b in stream.batches(0, 3) for i in b.index)
 
 
-def test_img2dataset_shards_train_after_one_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_img2dataset_shards_train_after_one_pass(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train_on(folder) == list(range(15))
-    assert f"{folder} has no index yet: reading every shard once to make it in {folder}" in capsys.readouterr().out
+    assert (
+        f"{folder} has no index yet: reading every shard once to make it in {folder}"
+        in capsys.readouterr().out
+    )
     assert train_on(folder) == list(range(15))
     assert "no index" not in capsys.readouterr().out
     shards = Shards(folder)
@@ -72,10 +91,22 @@ def test_what_is_no_sample_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_images_of_other_images_samples_are_named_and_counted(folder: Path, tmp_path: Path) -> None:
-    """The samples stay those of WebDataset's rule, as they were before: `cat.v2.jpg` may as well be a map of `cat.jpg`."""
+    """The samples stay those of WebDataset's rule, as they were before: `cat.v2.jpg` may as well be
+    a map of `cat.jpg`.
+    """
     (tmp_path / "d").mkdir()
     with tarfile.open(tmp_path / "d" / "s.tar", "w") as tar:
-        for n, name in enumerate(("cat.jpg", "cat.v2.jpg", "cat.v2.cls", "dog.jpg", "dog.v2.png", "dog.cls", "dog.mask.png")):
+        for n, name in enumerate(
+            (
+                "cat.jpg",
+                "cat.v2.jpg",
+                "cat.v2.cls",
+                "dog.jpg",
+                "dog.v2.png",
+                "dog.cls",
+                "dog.mask.png",
+            )
+        ):
             add(tar, name, b"3" if name.endswith("cls") else encode(picture(n), Path(name).suffix))
     said: list[str] = []
     shards = Shards(tmp_path / "d", said.append)
@@ -88,7 +119,9 @@ def test_images_of_other_images_samples_are_named_and_counted(folder: Path, tmp_
 
 
 def by_the_first_dot(members: list[tuple[str, int]]) -> list[tuple[str, int, int, int]] | None:
-    """(key, place of the image, of the mask, of the label) of each sample, by WebDataset's rule alone; None for a fault."""
+    """(key, place of the image, of the mask, of the label) of each sample, by WebDataset's rule
+    alone; None for a fault.
+    """
     samples: dict[str, dict[str, int]] = {}
     last = ""
     for name, place in members:
@@ -112,7 +145,9 @@ def by_the_first_dot(members: list[tuple[str, int]]) -> list[tuple[str, int, int
 
 
 def test_what_was_indexed_before_is_indexed_alike(tmp_path: Path) -> None:
-    """Whatever members a tar has: where WebDataset's rule gives every sample an image, it decides alone."""
+    """Whatever members a tar has: where WebDataset's rule gives every sample an image, it decides
+    alone.
+    """
     draw, compared = random.Random(5), 0
     extensions = (
         "jpg",
@@ -152,7 +187,9 @@ def test_what_was_indexed_before_is_indexed_alike(tmp_path: Path) -> None:
 
 
 def test_images_whose_names_have_several_dots_are_samples(tmp_path: Path) -> None:
-    """Where WebDataset's rule would leave a sample without an image; each has the label of the longest key that fits."""
+    """Where WebDataset's rule would leave a sample without an image; each has the label of the
+    longest key that fits.
+    """
     names = (
         "a.jpg",
         "img.1.jpg",
@@ -176,7 +213,10 @@ def test_images_whose_names_have_several_dots_are_samples(tmp_path: Path) -> Non
     assert shards.read(1, mask=True).mask == encode(picture(3))
     rows = offsets.scan(tmp_path / "s.tar")[0]
     assert rows["key"].tolist() == [offsets.key_hash(key) for key in read]
-    for wrong, fault in (("img.1.png", "key 'img.1' occurs twice"), ("img.5.pkl", "member 'img.5.pkl' is a pickle")):
+    for wrong, fault in (
+        ("img.1.png", "key 'img.1' occurs twice"),
+        ("img.5.pkl", "member 'img.5.pkl' is a pickle"),
+    ):
         with tarfile.open(tmp_path / "s.tar", "a") as tar:
             add(tar, wrong, encode(picture(0)))
         faults: list[ShardError] = []
@@ -186,10 +226,28 @@ def test_images_whose_names_have_several_dots_are_samples(tmp_path: Path) -> Non
 
 def test_what_a_label_holds_keeps_no_image_from_label_free_training(tmp_path: Path) -> None:
     odd = {
-        **{"text.cls": b"tench", "float.cls": b"3.0", "empty.cls": b"", "low.cls": b"-3", "long.cls": b"9" * 5000},
-        **{"text.json": b'{"label": "cat"}', "list.json": b'{"label": [3]}', "many.json": b'{"labels": ["a", "b"]}'},
-        **{"true.json": b'{"label": true}', "bare.json": b"[1, 2]", "none.json": b"", "deep.json": b"[" * 100_000},
-        **{"bytes.json": b'{"caption": "\xe9"}', "large.json": b'{"label": 1, "exif": "' + b"x" * (1 << 20) + b'"}'},
+        **{
+            "text.cls": b"tench",
+            "float.cls": b"3.0",
+            "empty.cls": b"",
+            "low.cls": b"-3",
+            "long.cls": b"9" * 5000,
+        },
+        **{
+            "text.json": b'{"label": "cat"}',
+            "list.json": b'{"label": [3]}',
+            "many.json": b'{"labels": ["a", "b"]}',
+        },
+        **{
+            "true.json": b'{"label": true}',
+            "bare.json": b"[1, 2]",
+            "none.json": b"",
+            "deep.json": b"[" * 100_000,
+        },
+        **{
+            "bytes.json": b'{"caption": "\xe9"}',
+            "large.json": b'{"label": 1, "exif": "' + b"x" * (1 << 20) + b'"}',
+        },
     }
     none = {
         "minus.cls": b"-1",
@@ -215,13 +273,21 @@ def test_what_a_label_holds_keeps_no_image_from_label_free_training(tmp_path: Pa
     assert len(shards) == len(odd) + len(none) + len(good) - 1
     assert shards.labels().tolist() == [-1] * (len(odd) + len(none)) + [5, 6, 7]
     assert [shards.read(i).label for i in range(len(shards))] == shards.labels().tolist()
-    assert offsets.scan(folder / "s.tar")[0]["label"].tolist() == [-2] * len(odd) + [-1] * len(none) + [5, 6, 7]
+    assert offsets.scan(folder / "s.tar")[0]["label"].tolist() == [-2] * len(odd) + [-1] * len(
+        none
+    ) + [5, 6, 7]
     count = len(odd) + len(none)
-    words = "samples have no label, or several, or none that is a whole number, such as s.tar/00text with 'tench'"
+    words = (
+        "samples have no label, or several, or none that is a whole number, such as "
+        "s.tar/00text with 'tench'"
+    )
     assert shards.unlabelled() == f"{count} of {count + 3} {words}"
     assert shards.unlabelled(np.arange(5, 6)).endswith("such as s.tar/05text with 'cat'")
     assert shards.unlabelled(np.arange(13, 14)).endswith("1,048,600 bytes")
-    assert shards.unlabelled(np.array([14, count])) == "1 of 2 samples have no label, or several, such as s.tar/14minus"
+    assert (
+        shards.unlabelled(np.array([14, count]))
+        == "1 of 2 samples have no label, or several, such as s.tar/14minus"
+    )
     assert shards.unlabelled(np.array([count, count + 2])) == ""
     found = verify(folder, 10**6)
     assert (found.labelled, found.unreadable, found.faults) == (3, len(odd), [])
@@ -241,7 +307,12 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(
     assert train_on(folder) == list(range(15))
     assert sorted(folder.iterdir()) == before
     (place,) = (tmp_path / "cache" / "scaletrain" / "index").iterdir()
-    assert sorted(p.name for p in place.iterdir()) == ["00000.tar.stidx", "00001.tar.stidx", "00002.tar.stidx", index.MANIFEST]
+    assert sorted(p.name for p in place.iterdir()) == [
+        "00000.tar.stidx",
+        "00001.tar.stidx",
+        "00002.tar.stidx",
+        index.MANIFEST,
+    ]
     said: list[str] = []
     assert len(Shards(folder, said.append)) == 15
     assert not said
@@ -252,7 +323,10 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(
         Shards(folder).check()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"cannot be written, nor can .*: let its owner run .*, or set XDG_CACHE_HOME"):
+    with pytest.raises(
+        DataError,
+        match=r"cannot be written, nor can .*: let its owner run .*, or set XDG_CACHE_HOME",
+    ):
         Shards(folder)
 
 

@@ -1,4 +1,6 @@
-"""Hostile archives, indexes and images: typed errors only, no code run, nothing written elsewhere, memory and time bounded."""
+"""Hostile archives, indexes and images: typed errors only, no code run, nothing written elsewhere,
+memory and time bounded.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def made(path: Path, content: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-# --- archives ---------------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 class Trap:
@@ -41,10 +43,17 @@ class Trap:
 
 
 @pytest.mark.parametrize("suffix", offsets.PICKLES)
-def test_pickles_are_refused_by_name_and_never_run(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_are_refused_by_name_and_never_run(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    path = made(tmp_path / "s.tar", [("a.png", encode(picture(0))), (f"a.{suffix}", pickle.dumps(Trap()))])
-    with pytest.raises(ShardError, match=rf"s.tar at byte \d+: member 'a.{suffix}' is a pickle, which could run code"):
+    path = made(
+        tmp_path / "s.tar", [("a.png", encode(picture(0))), (f"a.{suffix}", pickle.dumps(Trap()))]
+    )
+    with pytest.raises(
+        ShardError,
+        match=rf"s.tar at byte \d+: member 'a.{suffix}' is a pickle, which could run code",
+    ):
         Shards(tmp_path)
     assert not Path("trapped").exists()
     pickle.loads(pickle.dumps(Trap()))
@@ -52,7 +61,9 @@ def test_pickles_are_refused_by_name_and_never_run(tmp_path: Path, suffix: str, 
     assert path.exists()
 
 
-def test_pickles_under_other_names_are_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_under_other_names_are_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     made(tmp_path / "s.tar", [("a.png", pickle.dumps(Trap())), ("a.cls", b"1")])
     with pytest.raises(ImageError, match="not a JPEG, PNG or WebP image"):
@@ -72,7 +83,15 @@ def test_names_cannot_steer_the_terminal_or_break_the_line(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "field", [b"-0000001000\0", b"-10000000000", b"0_000000010\0", b"+0000001000\0", b"\xff" * 12, b"0x000000010\0"]
+    "field",
+    [
+        b"-0000001000\0",
+        b"-10000000000",
+        b"0_000000010\0",
+        b"+0000001000\0",
+        b"\xff" * 12,
+        b"0x000000010\0",
+    ],
 )
 def test_sizes_that_are_no_octal_numbers_are_refused(tmp_path: Path, field: bytes) -> None:
     """A negative size would read everything at once, or go backwards for ever."""
@@ -98,7 +117,7 @@ def test_nothing_is_written_outside(tmp_path: Path) -> None:
     assert [p.name for p in sorted(tmp_path.rglob("*")) if p not in before] in ([], ["s.tar.stidx"])
 
 
-# --- fuzz -------------------------------------------------------------------------------------------------------------
+# --- fuzz -----------------------------------------------------------------------------------------
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -109,7 +128,9 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
             case 0 if out:
                 out[at] ^= 1 << rng.randrange(8)
             case 1:
-                out[at : at + rng.choice((1, 8, 12, 512))] = rng.randbytes(rng.choice((1, 8, 12, 512)))
+                out[at : at + rng.choice((1, 8, 12, 512))] = rng.randbytes(
+                    rng.choice((1, 8, 12, 512))
+                )
             case 2:
                 del out[at:]
             case 3:
@@ -118,12 +139,22 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
                 out[at:at] = out[: rng.choice((1, 512, 1536))]
             case _:
                 out[at : at + 12] = rng.choice(
-                    (b"-0000001000\0", b"\x80" + b"\xff" * 11, b"77777777777\0", b"9" * 12, b"\0" * 12)
+                    (
+                        b"-0000001000\0",
+                        b"\x80" + b"\xff" * 11,
+                        b"77777777777\0",
+                        b"9" * 12,
+                        b"\0" * 12,
+                    )
                 )
         start = at // 512 * 512
-        if rng.random() < 0.6 and len(out) >= start + 512:  # a sound checksum lets the damage go deeper
+        if (
+            rng.random() < 0.6 and len(out) >= start + 512
+        ):  # a sound checksum lets the damage go deeper
             block = out[start : start + 512]
-            out[start + 148 : start + 156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+            out[start + 148 : start + 156] = b"%06o\0 " % (
+                sum(block[:148]) + sum(block[156:]) + 256
+            )
     return bytes(out)
 
 
@@ -161,11 +192,15 @@ def test_fuzzed_indexes_raise_typed_errors_only(tmp_path: Path) -> None:
     for turn in range(1500):
         which = turn % 3
         bad = mutated(rng, good[which])
-        if which and rng.random() < 0.7 and len(bad) == len(good[which]):  # a crc does not keep an attacker out
+        if (
+            which and rng.random() < 0.7 and len(bad) == len(good[which])
+        ):  # a crc does not keep an attacker out
             bad = bad[:24] + struct.pack("<I", zlib.crc32(bad[body:])) + bad[28:]
         elif not which and rng.random() < 0.5:
             key = rng.choice((b"samples", b"bytes"))
-            value = rng.choice((b"-1", b"1" + b"0" * 30, b"true", b"1e400", b"NaN", b"9" * 5000, b"[" * 9, b"null"))
+            value = rng.choice(
+                (b"-1", b"1" + b"0" * 30, b"true", b"1e400", b"NaN", b"9" * 5000, b"[" * 9, b"null")
+            )
             at = good[0].rindex(key) + len(key) + 2
             bad = good[0][:at] + b" " + value + good[0][good[0].index(b",", at) :]
         files[which].write_bytes(bad)
@@ -182,7 +217,9 @@ def test_fuzzed_indexes_raise_typed_errors_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_fuzzed_images_raise_typed_errors_only(suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fuzzed_images_raise_typed_errors_only(
+    suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     rng = random.Random(13)
     good = encode(picture(1, 40, 40), suffix)
     for _ in range(400):

@@ -1,4 +1,6 @@
-"""The index of a folder: a name and a version of its own, what it remembers, and what else may lie in the folder."""
+"""The index of a folder: a name and a version of its own, what it remembers, and what else may lie
+in the folder.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.data.storage import http
 
 FOREIGN = {  # of litdata, of streaming, and of no tool in particular
-    "litdata": {"chunks": [{"chunk_bytes": 9, "filename": "chunk-0-0.bin"}], "config": {"compression": None}},
+    "litdata": {
+        "chunks": [{"chunk_bytes": 9, "filename": "chunk-0-0.bin"}],
+        "config": {"compression": None},
+    },
     "streaming": {"shards": [{"column_names": ["x"], "format": "mds"}], "version": 2},
     "list": [1, 2],
 }
@@ -39,8 +44,13 @@ def quiet(text: str) -> None:
 
 def old_index(folder: Path) -> Path:
     """As version 1 left it: index.json and NAME.idx."""
-    entries = [{"name": p.name, "samples": 3, "bytes": p.stat().st_size, "sha256": "0" * 64} for p in folder.glob("*.tar")]
-    (folder / "index.json").write_text(json.dumps({"version": 1, "samples": 6, "shards": entries}, indent=0))
+    entries = [
+        {"name": p.name, "samples": 3, "bytes": p.stat().st_size, "sha256": "0" * 64}
+        for p in folder.glob("*.tar")
+    ]
+    (folder / "index.json").write_text(
+        json.dumps({"version": 1, "samples": 6, "shards": entries}, indent=0)
+    )
     for path in folder.glob("*.tar"):
         path.with_name(path.name + ".idx").write_bytes(b"STIDX\0\0\1" + bytes(24))
     return folder / "index.json"
@@ -49,7 +59,11 @@ def old_index(folder: Path) -> Path:
 @pytest.mark.parametrize("tool", FOREIGN)
 def test_index_files_of_other_tools_are_left_alone(tmp_path: Path, tool: str) -> None:
     folder = write_shards(tmp_path / "d", (3, 3))
-    theirs = {folder / "index.json": json.dumps(FOREIGN[tool]), folder / "s-000.tar.idx": "0 1 2\n", folder / "s-000.idx": "v1"}
+    theirs = {
+        folder / "index.json": json.dumps(FOREIGN[tool]),
+        folder / "s-000.tar.idx": "0 1 2\n",
+        folder / "s-000.idx": "v1",
+    }
     for path, text in theirs.items():
         path.write_text(text)
     said: list[str] = []
@@ -62,42 +76,58 @@ def test_index_files_of_other_tools_are_left_alone(tmp_path: Path, tool: str) ->
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_an_index_of_an_older_version_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool) -> None:
+def test_an_index_of_an_older_version_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
     folder = write_shards(tmp_path / "d", (3, 3))
     old = old_index(folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if not writable:
         right = os.access
-        monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder and right(path, mode))
+        monkeypatch.setattr(
+            "os.access", lambda path, mode: Path(path) != folder and right(path, mode)
+        )
     said: list[str] = []
     assert [Shards(folder, said.append).read(i).label for i in range(6)] == [0, 1, 2, 3, 4, 5]
     place = index.home(folder)
     assert (place == folder) is writable
     assert said == [
-        f"{old} is the index of an older version and no longer used: reading every shard once to make it in {place}"
+        f"{old} is the index of an older version and no longer used: reading every shard once to "
+        f"make it in {place}"
     ]
-    assert {path: path.read_bytes() for path in before} == before  # a run of that version may still read it
+    assert {
+        path: path.read_bytes() for path in before
+    } == before  # a run of that version may still read it
     assert len(Shards(folder, said.append)) == 6
     assert len(said) == 1
     text = (place / index.MANIFEST).read_text()
-    (place / index.MANIFEST).write_text(text.replace(f'"version": {manifest.VERSION}', '"version": 1'))
+    (place / index.MANIFEST).write_text(
+        text.replace(f'"version": {manifest.VERSION}', '"version": 1')
+    )
     assert len(Shards(folder, said.append)) == 6
     assert len(said) == 2
     assert (index.home(folder) / index.MANIFEST).read_text() == text
     newer = text.replace(f'"version": {manifest.VERSION}', f'"version": {manifest.VERSION + 1}')
     (place / index.MANIFEST).write_text(newer)
-    with pytest.raises(DataError, match=rf"not a version {manifest.VERSION} manifest; remake it with shards/index.py --force"):
+    with pytest.raises(
+        DataError,
+        match=rf"not a version {manifest.VERSION} manifest; remake it with shards/index.py --force",
+    ):
         Shards(folder)
 
 
-def test_an_older_index_at_an_address_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_index_at_an_address_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(http, "sleep", lambda seconds: None)
     folder = write_shards(tmp_path / "d", (3, 3))
     old_index(folder)
     with (
         serving(folder) as web,
-        pytest.raises(DataError, match=r"HTTP 404 .*older version: run shards/index.py on .*upload it"),
+        pytest.raises(
+            DataError, match=r"HTTP 404 .*older version: run shards/index.py on .*upload it"
+        ),
     ):
         Shards(web.url, cache=Cache(path=str(tmp_path)))
 
@@ -128,11 +158,14 @@ def test_samples_have_the_hash_of_their_key(tmp_path: Path) -> None:
             add(tar, name, encode(picture(n)))
     rows = offsets.scan(tmp_path / "s.tar")[0]
     keys = ["a/ä.v", "0", "n" * 150]
-    wanted = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in keys]
+    wanted = [
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        for key in keys
+    ]
     assert rows["key"].tolist() == wanted
 
 
-# --- what indexing left out -------------------------------------------------------------------------------------------
+# --- what indexing left out -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -150,18 +183,35 @@ def stream(folder: Path, **options: object) -> Stream:
     return Stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
 
 
-def test_what_indexing_left_out_is_remembered_and_counts(lossy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_indexing_left_out_is_remembered_and_counts(
+    lossy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     present = len(Shards(lossy))
     left = 150 - present
     assert left >= 26
-    words = rf"indexing left out about {left} of 150 samples, the first: {lossy}/s-001.tar at byte \d+: "
+    words = (
+        rf"indexing left out about {left} of 150 samples, the first: {lossy}/s-001.tar at "
+        r"byte "
+        r"\d+: "
+    )
     mend = rf"mend the shards and run shards/index.py --force {lossy}"
-    with pytest.raises(DataError, match=rf"{words}.*; {mend}, or go without .* with data.on_bad=skip data.max_bad=0.\d+$"):
+    with pytest.raises(
+        DataError,
+        match=rf"{words}.*; {mend}, or go without .* with data.on_bad=skip data.max_bad=0.\d+$",
+    ):
         stream(lossy)
     with pytest.raises(DataError, match=words):
-        next(iter(plain(str(lossy), size=8, device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3)))
+        next(
+            iter(
+                plain(
+                    str(lossy), size=8, device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3
+                )
+            )
+        )
     with pytest.raises(
-        DataError, match=rf"{words}.*; that is a share of 0.1\d+, above max_bad=0.001: {mend}, or set data.max_bad=0.\d+$"
+        DataError,
+        match=rf"{words}.*; that is a share of 0.1\d+, above max_bad=0.001: {mend}, or set "
+        r"data.max_bad=0.\d+$",
     ):
         stream(lossy, on_bad="skip")
     capsys.readouterr()
@@ -179,12 +229,18 @@ def test_what_indexing_left_out_is_remembered_and_counts(lossy: Path, capsys: py
 
 
 def test_left_out_and_replaced_samples_count_together(tmp_path: Path) -> None:
-    account = ReplacementLog(tmp_path, Data(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08)
+    account = ReplacementLog(
+        tmp_path, Data(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08
+    )
     for step in range(2):
         account.add(step, [Replaced(step, 9, "x")])
     assert account.agree(20) == 2
     account.add(2, [Replaced(2, 9, "x")])
-    with pytest.raises(DataError, match=r"more than data.max_bad=0.1 allows \(beside a share of 0.08 that indexing left out\)"):
+    with pytest.raises(
+        DataError,
+        match=r"more than data.max_bad=0.1 allows \(beside a share of 0.08 that indexing left "
+        r"out\)",
+    ):
         account.agree(30)
 
 
@@ -209,26 +265,37 @@ def test_single_samples_that_are_left_out_count_as_such(tmp_path: Path) -> None:
     assert [loss.samples for loss in both.losses] == [3, 0]
 
 
-# --- what is no shard, or no index ------------------------------------------------------------------------------------
+# --- what is no shard, or no index ----------------------------------------------------------------
 
 
 def test_what_may_be_taken_for_a_shard_is_named(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "d", (3, 3))
-    for name in ("more.tar.gz", "more.tgz", "x.tar.zst", "y.tar.bz2", "z.tar.xz", "._s-000.tar", "notes.txt"):
+    for name in (
+        "more.tar.gz",
+        "more.tgz",
+        "x.tar.zst",
+        "y.tar.bz2",
+        "z.tar.xz",
+        "._s-000.tar",
+        "notes.txt",
+    ):
         (folder / name).write_bytes(b"x")
     write_shards(folder / "part2", (2,))
     (folder / "empty").mkdir()
     said: list[str] = []
     assert len(Shards(folder, said.append)) == 6
     assert said[:3] == [
-        f"{folder}: not read, since compressed: more.tar.gz, more.tgz, x.tar.zst, y.tar.bz2, z.tar.xz; "
+        f"{folder}: not read, since compressed: more.tar.gz, more.tgz, x.tar.zst, y.tar.bz2, "
+        "z.tar.xz; "
         "decompress what belongs to the data set",
         f"{folder}: not read, since hidden: ._s-000.tar",
         f"{folder}: not read are the shards in its folders: part2",
     ]
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "a.tar.gz").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"packed holds no .tar shards; a.tar.gz must be decompressed first"):
+    with pytest.raises(
+        DataError, match=r"packed holds no .tar shards; a.tar.gz must be decompressed first"
+    ):
         Shards(tmp_path / "packed")
 
 
@@ -252,7 +319,9 @@ def test_pipes_folders_and_loops_among_shards_are_named_at_once(tmp_path: Path) 
     os.mkfifo(folder / "s-001.tar")
     with pytest.raises(ShardError, match=r"s-001.tar at byte 0: cannot be read: it is a pipe"):
         shards.read(4)
-    assert "s-001.tar at byte 0: cannot be read: it is a pipe" in str(verify(folder, 10**6).faults[0])
+    assert "s-001.tar at byte 0: cannot be read: it is a pipe" in str(
+        verify(folder, 10**6).faults[0]
+    )
     for name, fault in (
         (index.MANIFEST, "cannot be read"),
         ("classes.json", "cannot be read"),
@@ -275,7 +344,8 @@ from scaletrain.data.format import manifest
 from scaletrain.data.reading import concat
 from scaletrain.data.errors import DataError
 from scaletrain.data.reading.reader import Shards
-manifest.MOST_BYTES, manifest.MOST_SAMPLES = 10 << 20, 1 << 20  # a twentieth, for the time that it takes
+# a twentieth, for the time that it takes
+manifest.MOST_BYTES, manifest.MOST_SAMPLES = 10 << 20, 1 << 20
 Shards(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF)
 for folder in sys.argv[2:]:
@@ -295,13 +365,18 @@ def test_indexes_without_bound_take_little_memory(tmp_path: Path) -> None:
     index.build(good)
     entry = json.loads((good / index.MANIFEST).read_text())["shards"][0]
     head = b'{\n"version": 2,\n"samples": 1,\n"shards": [\n'
-    many = b",\n".join(json.dumps({**entry, "name": f"{n}.tar"}, indent=0).encode() for n in range(5000))
+    many = b",\n".join(
+        json.dumps({**entry, "name": f"{n}.tar"}, indent=0).encode() for n in range(5000)
+    )
     samples = 1 << 20
     huge = {"name": "s-000.tar", "samples": samples, "bytes": 512 * samples, "sha256": "0" * 64}
     faults = {
         "long": (index.MANIFEST, head + b"[" * (8 << 20)),
         "flat": (index.MANIFEST, head + b"{}," * (2 << 20)),
-        "wide": (index.MANIFEST, head + json.dumps({**huge, "samples": samples + 1}).encode() + b"]}"),
+        "wide": (
+            index.MANIFEST,
+            head + json.dumps({**huge, "samples": samples + 1}).encode() + b"]}",
+        ),
         "deep": (index.MANIFEST, b"[" * 100_000),
         "endless": (index.MANIFEST, None),
         "many": (index.MANIFEST, head + (many + b",\n") * 15),
@@ -322,12 +397,21 @@ def test_indexes_without_bound_take_little_memory(tmp_path: Path) -> None:
         sparse.truncate(512 * samples)
     command = [sys.executable, "-c", LIMITS, good, *(tmp_path / name for name in faults)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
     *lines, figures = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert len(lines) == len(faults)
     for line, (name, (file, _)) in zip(lines, faults.items(), strict=True):
-        assert line.startswith(f"{tmp_path}/{name}/{'s-000.tar.stidx' if name == 'table' else file} "), line
+        assert line.startswith(
+            f"{tmp_path}/{name}/{'s-000.tar.stidx' if name == 'table' else file} "
+        ), line
     memory, seconds = figures.split()
     assert int(memory) < 300
     assert float(seconds) < 5
@@ -335,9 +419,16 @@ def test_indexes_without_bound_take_little_memory(tmp_path: Path) -> None:
 
 def test_names_of_classes_are_read_beside_any_choice_of_shards(tmp_path: Path) -> None:
     assert concat.classes(tmp_path) is None
-    for text in (b'["cat", "dog"]', b'{"0": "cat"}', b"[1, 2", b'["a \\"b\\" [c]", ' + b'"x", ' * (1 << 19) + b'"y"]'):
+    for text in (
+        b'["cat", "dog"]',
+        b'{"0": "cat"}',
+        b"[1, 2",
+        b'["a \\"b\\" [c]", ' + b'"x", ' * (1 << 19) + b'"y"]',
+    ):
         (tmp_path / "classes.json").write_bytes(text)
         assert concat.classes(f"{tmp_path}/x-*.tar") == text  # who needs them says what is wrong
     (tmp_path / "classes.json").write_bytes(b"[" + b"{}," * (1 << 19) + b"{}]")
-    with pytest.raises(DataError, match=r"classes.json is no JSON list of names; restore it, or delete it"):
+    with pytest.raises(
+        DataError, match=r"classes.json is no JSON list of names; restore it, or delete it"
+    ):
         concat.classes(tmp_path)

@@ -1,4 +1,6 @@
-"""Nine faults of a shard: each is named by shard and byte, and under `skip` exactly the bad samples are replaced."""
+"""Nine faults of a shard: each is named by shard and byte, and under `skip` exactly the bad samples
+are replaced.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,17 @@ UNIT = 512 + 512  # header and content of a .cls member
 
 
 def places(folder: Path) -> dict[int, tuple[int, int]]:
-    """First byte of the image's header and end of its content, in SHARD, by sample; from Python's own tar reader."""
+    """First byte of the image's header and end of its content, in SHARD, by sample; from Python's
+    own tar reader.
+    """
     import tarfile
 
     with tarfile.open(folder / SHARD) as tar:
-        return {int(m.name[:5]): (m.offset, m.offset_data + m.size) for m in tar.getmembers() if m.name.endswith(".png")}
+        return {
+            int(m.name[:5]): (m.offset, m.offset_data + m.size)
+            for m in tar.getmembers()
+            if m.name.endswith(".png")
+        }
 
 
 def rewritten(folder: Path, drop: str = "", twice: str = "", other: bool = False) -> bytes:
@@ -46,7 +54,9 @@ def rewritten(folder: Path, drop: str = "", twice: str = "", other: bool = False
     with tarfile.open(path) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
     if other:
-        members = [(name, encode(picture(77)) if name.endswith("png") else data) for name, data in members]
+        members = [
+            (name, encode(picture(77)) if name.endswith("png") else data) for name, data in members
+        ]
     members = [m for m in members if m[0] != drop]
     members += [m for m in members if twice and m[0].startswith(twice)]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -93,15 +103,28 @@ FAULTS = (
 CLS_FIRST = 1024  # the label stands before the image
 
 
-def stream(folder: Path, rank: int = 0, world: int = 1, workers: int = 0, **options: object) -> Stream:
-    data = Data(path=str(folder), lanes=4, window=2, workers=workers, views=(View(size=12, count=2), View(size=8)), **options)
+def stream(
+    folder: Path, rank: int = 0, world: int = 1, workers: int = 0, **options: object
+) -> Stream:
+    data = Data(
+        path=str(folder),
+        lanes=4,
+        window=2,
+        workers=workers,
+        views=(View(size=12, count=2), View(size=8)),
+        **options,
+    )
     return Stream(data, seed=3, batch=12, rank=rank, world=world, device=torch.device("cpu"))
 
 
-def run(folder: Path, steps: int = 9, **options: object) -> tuple[list[Batch], list[tuple[int, Replaced]]]:
+def run(
+    folder: Path, steps: int = 9, **options: object
+) -> tuple[list[Batch], list[tuple[int, Replaced]]]:
     lost: list[tuple[int, Replaced]] = []
     s = stream(folder, on_bad="skip", **options)
-    return list(s.batches(0, steps, lambda step, found: lost.extend((step, r) for r in found))), lost
+    return list(
+        s.batches(0, steps, lambda step, found: lost.extend((step, r) for r in found))
+    ), lost
 
 
 @pytest.fixture
@@ -118,7 +141,9 @@ def test_each_fault_is_named_or_replaced_exactly(folder: Path, how: str) -> None
     now = damaged(folder, how)
     path.write_bytes(now)
     bad = {sample for sample, (start, end) in true.items() if was[start:end] != now[start:end]}
-    assert bad or how == "duplicate key"  # appended at the end: the index is right about all it lists
+    assert (
+        bad or how == "duplicate key"
+    )  # appended at the end: the index is right about all it lists
 
     # raise: before the damaged shard's samples are served, by name
     if how != "duplicate key" or len(was) != len(now):
@@ -127,12 +152,18 @@ def test_each_fault_is_named_or_replaced_exactly(folder: Path, how: str) -> None
         assert error.value.shard.endswith(SHARD)
         assert 0 <= error.value.offset <= len(was)
         if len(was) == len(now):
-            assert any(start <= error.value.offset < end for s, (start, end) in true.items() if s in bad)
+            assert any(
+                start <= error.value.offset < end for s, (start, end) in true.items() if s in bad
+            )
     assert any(SHARD in str(fault) for fault in verify(folder, 10**6).faults)
 
     # skip: what is served and what is lost is the plan, exactly
     batches, lost = run(folder)
-    planned = [s for step in range(9) for s in stream(folder, on_bad="skip").plan.batch(*divmod(step, 3)).tolist()]
+    planned = [
+        s
+        for step in range(9)
+        for s in stream(folder, on_bad="skip").plan.batch(*divmod(step, 3)).tolist()
+    ]
     used = torch.cat([b.index for b in batches]).tolist()
     assert len(used) == len(planned) == 9 * 12
     assert Counter(r.planned for _, r in lost) == Counter(s for s in planned if s in bad)
@@ -157,24 +188,33 @@ def test_indexing_names_each_fault_or_leaves_it_out(folder: Path, how: str) -> N
     (fault,) = faults
     assert fault.shard.endswith(SHARD)
     here = true[WHERE][0]
-    near = {"missing sibling": here - CLS_FIRST, "duplicate key": max(end for _, end in true.values())}
+    near = {
+        "missing sibling": here - CLS_FIRST,
+        "duplicate key": max(end for _, end in true.values()),
+    }
     assert near.get(how, here) - 1024 <= fault.offset <= near.get(how, here) + 2048
     kept = 8 if how == "duplicate key" else 7 if how == "missing sibling" else WHERE - FIRST
     assert [s["samples"] for s in shards] == [8, 8, kept, 8, 8]
     rows = Shards(folder)
-    assert [rows.read(i).label for i in range(FIRST, FIRST + 3)] == [i % 7 for i in range(FIRST, FIRST + 3)]
+    assert [rows.read(i).label for i in range(FIRST, FIRST + 3)] == [
+        i % 7 for i in range(FIRST, FIRST + 3)
+    ]
     said: list[str] = []
     (folder / index.MANIFEST).unlink()
     index.load(folder, said.append, skip=True)
     assert any(line.startswith("left out: ") and SHARD in line for line in said)
     assert (
         offsets.scan(folder / "s-000.tar")[0].tolist()
-        == offsets.load(folder / "s-000.tar.stidx", 8, (folder / "s-000.tar").stat().st_size).tolist()
+        == offsets.load(
+            folder / "s-000.tar.stidx", 8, (folder / "s-000.tar").stat().st_size
+        ).tolist()
     )
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 2), (4, 0)])
-def test_substitutes_are_the_same_on_any_ranks_and_workers(folder: Path, world: int, workers: int) -> None:
+def test_substitutes_are_the_same_on_any_ranks_and_workers(
+    folder: Path, world: int, workers: int
+) -> None:
     (folder / SHARD).write_bytes(damaged(folder, "cut inside a payload"))
     whole, lost = run(folder, 6)
     ranks = [run(folder, 6, rank=rank, world=world, workers=workers) for rank in range(world)]
@@ -231,8 +271,18 @@ def test_undecodable_images_are_replaced(tmp_path: Path) -> None:
     _, lost = run(tmp_path / "d", 2)
     assert {r.planned for _, r in lost} == {4}
     assert all("sample 'k4': the image is damaged" in r.fault for _, r in lost)
-    with pytest.raises(ShardError, match="sample 'k4'"):  # an evaluation never judges by other images
-        list(plain(str(tmp_path / "d"), size=8, device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3))
+    with pytest.raises(
+        ShardError, match="sample 'k4'"
+    ):  # an evaluation never judges by other images
+        list(
+            plain(
+                str(tmp_path / "d"),
+                size=8,
+                device=torch.device("cpu"),
+                mean=(0.5,) * 3,
+                std=(0.5,) * 3,
+            )
+        )
 
 
 def test_what_may_pass_is_never_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +291,13 @@ def test_what_may_pass_is_never_replaced(folder: Path, monkeypatch: pytest.Monke
 
     s = stream(folder, on_bad="skip")
     monkeypatch.setattr("os.pread", pread)
-    with pytest.raises(LoaderError, match=r"s-00\d.tar at byte \d+ cannot be read: Stale file handle"):
+    with pytest.raises(
+        LoaderError, match=r"s-00\d.tar at byte \d+ cannot be read: Stale file handle"
+    ):
         list(s.batches(0, 1))
 
 
-# --- the account ------------------------------------------------------------------------------------------------------
+# --- the account ----------------------------------------------------------------------------------
 
 
 def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: Path) -> None:
@@ -254,7 +306,14 @@ def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: 
     index.build(other)
     (folder / SHARD).write_bytes(damaged(folder, "flipped bit"))
     parts = [{"path": str(path), "weight": 1} for path in (other, folder)]
-    mixed = {"path": "", "mixture": parts, "epoch_samples": 60, "lanes": 4, "window": 2, "workers": 0}
+    mixed = {
+        "path": "",
+        "mixture": parts,
+        "epoch_samples": 60,
+        "lanes": 4,
+        "window": 2,
+        "workers": 0,
+    }
     data = Data(views=(View(size=8),), on_bad="skip", **mixed)
     source, lost = Stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu")), []
     used = [b.index for b in source.batches(0, 10, lambda step, found: lost.extend(found))]
@@ -267,8 +326,12 @@ def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: 
     assert differ == len(lost) > 0
 
 
-def account(run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip") -> ReplacementLog:
-    return ReplacementLog(run, Data(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before)
+def account(
+    run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip"
+) -> ReplacementLog:
+    return ReplacementLog(
+        run, Data(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before
+    )
 
 
 def test_the_account_counts_over_resumes_and_names_everything(tmp_path: Path) -> None:
@@ -281,8 +344,15 @@ def test_the_account_counts_over_resumes_and_names_everything(tmp_path: Path) ->
     again = account(tmp_path, start=2, before=a.meta()["skipped"])
     again.add(3, [Replaced(7, 8, "w")])
     assert again.agree(60) == 3
-    found = [json.loads(line) for line in (tmp_path / "skipped" / "rank-0.jsonl").read_text().splitlines()]
-    assert [(f["step"], f["planned"], f["used"], f["fault"]) for f in found] == [(0, 1, 2, "x"), (0, 3, 4, "y"), (3, 7, 8, "w")]
+    found = [
+        json.loads(line)
+        for line in (tmp_path / "skipped" / "rank-0.jsonl").read_text().splitlines()
+    ]
+    assert [(f["step"], f["planned"], f["used"], f["fault"]) for f in found] == [
+        (0, 1, 2, "x"),
+        (0, 3, 4, "y"),
+        (3, 7, 8, "w"),
+    ]
     assert again.summary(60).startswith("3 bad samples of 60 were replaced (0.05)")
 
 
@@ -293,7 +363,9 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     assert a.agree(50) == 5  # of an epoch of 100
     a.add(5, [Replaced(1, 9, "x")])
     with pytest.raises(
-        DataError, match=r"6 of 60 samples could not be used, more than data.max_bad=0.05 allows; .*skipped names"
+        DataError,
+        match=r"6 of 60 samples could not be used, more than data.max_bad=0.05 allows; .*skipped "
+        r"names",
     ):
         a.agree(60)
 
@@ -305,11 +377,18 @@ def test_without_the_policy_nothing_is_counted_or_written(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "code"), [(errno.ENOENT, ShardError, 2), (errno.EIO, ShardError, 75), (errno.ESTALE, LoaderError, 75)]
+    ("number", "kind", "code"),
+    [(errno.ENOENT, ShardError, 2), (errno.EIO, ShardError, 75), (errno.ESTALE, LoaderError, 75)],
 )
-def test_what_storage_does_not_give_may_be_tried_again(number: int, kind: type[DataError], code: int) -> None:
-    """A bad disk block is replaced under on_bad=skip, as what is missing is, and otherwise may be a passing fault."""
-    error = pickle.loads(pickle.dumps(unreadable("a.tar", 512, OSError(number, os.strerror(number)))))  # as out of a worker
+def test_what_storage_does_not_give_may_be_tried_again(
+    number: int, kind: type[DataError], code: int
+) -> None:
+    """A bad disk block is replaced under on_bad=skip, as what is missing is, and otherwise may be a
+    passing fault.
+    """
+    error = pickle.loads(
+        pickle.dumps(unreadable("a.tar", 512, OSError(number, os.strerror(number))))
+    )  # as out of a worker
     assert isinstance(error, kind)
     assert exit_codes.of(error) == code
     assert str(error).startswith("a.tar at byte 512")

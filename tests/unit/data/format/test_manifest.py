@@ -14,7 +14,10 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, manifest, offsets
 from scaletrain.data.reading.reader import Shards
 
-SHARDS = [{"name": f"s-{n:0{1 + n % 4}d}}},é.tar", "samples": n, "bytes": 512 * n, "sha256": f"{n:064x}"} for n in range(50)]
+SHARDS = [
+    {"name": f"s-{n:0{1 + n % 4}d}}},é.tar", "samples": n, "bytes": 512 * n, "sha256": f"{n:064x}"}
+    for n in range(50)
+]
 
 
 def parse(text: str) -> manifest.Manifest:
@@ -27,7 +30,9 @@ def text_of(shards: object, **options: object) -> str:
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 1000, 1 << 20])
 @pytest.mark.parametrize("options", [{"indent": 0}, {}, {"indent": 2, "ensure_ascii": False}])
-def test_pieces_change_nothing(piece: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(
+    piece: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(manifest, "PIECE", piece)
     found = parse(text_of(SHARDS, **options))
     assert list(found) == SHARDS
@@ -40,8 +45,14 @@ def test_pieces_change_nothing(piece: int, options: dict[str, object], monkeypat
     [
         ("{", "WHERE cannot be read"),
         (text_of(SHARDS, indent=0)[:-9], "WHERE cannot be read"),
-        (text_of(SHARDS, indent=0).replace('"version": 2', '"version": 1'), "not a version 2 manifest"),
-        (json.dumps({"version": 2, "more": SHARDS, "shards": []}, indent=0), "not a version 2 manifest"),
+        (
+            text_of(SHARDS, indent=0).replace('"version": 2', '"version": 1'),
+            "not a version 2 manifest",
+        ),
+        (
+            json.dumps({"version": 2, "more": SHARDS, "shards": []}, indent=0),
+            "not a version 2 manifest",
+        ),
         (text_of([*SHARDS, SHARDS[7]], indent=0), "names a shard twice"),
         (text_of([*SHARDS, {**SHARDS[7], "samples": True}], indent=0), "malformed entry"),
         (text_of([*SHARDS, {**SHARDS[7], "sha256": "0" * 65}], indent=0), "malformed entry"),
@@ -58,18 +69,25 @@ def test_faults_are_named(text: str, fault: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_large_manifest_takes_the_memory_of_its_columns() -> None:
-    shards = [{"name": f"s-{n:06d}.tar", "samples": 1, "bytes": 512, "sha256": f"{n:064x}"} for n in range(30_000)]
+    shards = [
+        {"name": f"s-{n:06d}.tar", "samples": 1, "bytes": 512, "sha256": f"{n:064x}"}
+        for n in range(30_000)
+    ]
     file = io.BytesIO(text_of(shards, indent=0).encode())
     del shards
     tracemalloc.start()
     try:
         assert len(manifest.parse(file, "", "")) == 30_000
-        assert tracemalloc.get_traced_memory()[1] < 30_000 * 300 + 4 * manifest.PIECE  # dictionaries take 600 a shard
+        assert (
+            tracemalloc.get_traced_memory()[1] < 30_000 * 300 + 4 * manifest.PIECE
+        )  # dictionaries take 600 a shard
     finally:
         tracemalloc.stop()
 
 
-def test_tables_are_read_when_first_used_and_few_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_read_when_first_used_and_few_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_shards(tmp_path / "d", (3,) * 10)
     index.build(folder)
     loaded: list[str] = []

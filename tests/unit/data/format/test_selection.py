@@ -1,4 +1,6 @@
-"""Folders, patterns and lists of shards: what they choose, what is refused, and that all who take shards take them alike."""
+"""Folders, patterns and lists of shards: what they choose, what is refused, and that all who take
+shards take them alike.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def both(tmp_path: Path) -> Path:
     folder = tmp_path / "both"
     folder.mkdir()
     for path, name in zip(
-        sorted(made.iterdir()), [f"train-{n:06d}" for n in range(3)] + ["test-000000", "test-000001"], strict=True
+        sorted(made.iterdir()),
+        [f"train-{n:06d}" for n in range(3)] + ["test-000000", "test-000001"],
+        strict=True,
     ):
         shutil.copy(path, folder / f"{name}.tar")
     index.build(folder)
@@ -52,11 +56,17 @@ def both(tmp_path: Path) -> Path:
         ("*.tar", [*range(11, 16), *range(11)]),
     ],
 )
-def test_patterns_choose_shards_in_the_order_of_the_index(both: Path, pattern: str, samples: list[int]) -> None:
+def test_patterns_choose_shards_in_the_order_of_the_index(
+    both: Path, pattern: str, samples: list[int]
+) -> None:
     shards = Shards(f"{both}/{pattern}")
-    assert [shards.read(i).image for i in range(len(shards))] == [encode(picture(n)) for n in samples]
+    assert [shards.read(i).image for i in range(len(shards))] == [
+        encode(picture(n)) for n in samples
+    ]
     assert shards.folder == both
-    assert index.load(f"{both}/{pattern}").names.tolist() == sorted(index.load(f"{both}/{pattern}").names.tolist())
+    assert index.load(f"{both}/{pattern}").names.tolist() == sorted(
+        index.load(f"{both}/{pattern}").names.tolist()
+    )
 
 
 def test_a_selection_has_an_identity_of_its_own(both: Path, tmp_path: Path) -> None:
@@ -67,12 +77,23 @@ def test_a_selection_has_an_identity_of_its_own(both: Path, tmp_path: Path) -> N
         shutil.copy(path, alone)
     assert train.fingerprint == Shards(alone, lambda text: None).fingerprint
     assert train.fingerprint == Shards(f"{both}/train-{{000000..000002}}.tar").fingerprint
-    assert train.fingerprint != Shards(f"{both}/*.tar").fingerprint != Shards(f"{both}/test-*.tar").fingerprint
+    assert (
+        train.fingerprint
+        != Shards(f"{both}/*.tar").fingerprint
+        != Shards(f"{both}/test-*.tar").fingerprint
+    )
 
 
 def test_one_folder_with_several_splits_is_refused(both: Path, tmp_path: Path) -> None:
-    words = r"train-\*.tar \(3\) and test-\*.tar \(2\): choose one, such as .*/both/train-\*.tar, or all .*/both/\*.tar"
-    for use in (lambda: Shards(both), lambda: Shards(str(both)), lambda: list(plain(str(both), size=8, **NORM))):
+    words = (
+        r"train-\*.tar \(3\) and test-\*.tar \(2\): choose one, such as .*/both/train-\*.tar, "
+        r"or all .*/both/\*.tar"
+    )
+    for use in (
+        lambda: Shards(both),
+        lambda: Shards(str(both)),
+        lambda: list(plain(str(both), size=8, **NORM)),
+    ):
         with pytest.raises(DataError, match=rf"both holds the shards of several splits, {words}"):
             use()
     assert "16 samples in 5 shards" in run("index", both)  # the index has all of them
@@ -113,7 +134,10 @@ def test_what_counts_as_several_splits(names: tuple[str, ...], refused: bool) ->
     [
         ("train-{000000..000003}.tar", r"train-000003.tar: there is no such shard"),
         ("valid-*.tar", r"valid-\*.tar: no shard has such a name"),
-        ("train-{0..999999999}.tar", r"\{0..999999999\} stands for no shards, or for more than 1,000,000"),
+        (
+            "train-{0..999999999}.tar",
+            r"\{0..999999999\} stands for no shards, or for more than 1,000,000",
+        ),
         ("{0..999999}{a,b}.tar", r"stands for more than 1,000,000 shards"),
         ("train-{3..1}.tar", r"\{3..1\} stands for no shards"),
         ("train-{000000.tar", r"a brace is open"),
@@ -126,7 +150,10 @@ def test_patterns_that_choose_nothing_are_refused(both: Path, pattern: str, faul
 
 
 def test_patterns_are_of_shards_and_not_of_folders(both: Path) -> None:
-    with pytest.raises(DataError, match=r"no such data folder; patterns stand for the names of shards, in the last part"):
+    with pytest.raises(
+        DataError,
+        match=r"no such data folder; patterns stand for the names of shards, in the last part",
+    ):
         Shards(f"{both.parent}/*/train-000000.tar")
     odd = both.rename(both.with_name("data[1] {x}"))
     assert len(Shards(f"{odd}/train-*.tar")) == 11
@@ -140,17 +167,23 @@ def test_lists_of_one_folder_and_of_several(both: Path, tmp_path: Path) -> None:
     for form in ([second, first], f"[{second}, {first}]", f"['{second}','{first}']"):
         shards = shards_of(form)
         assert isinstance(shards, Shards)
-        assert [shards.read(i).image for i in range(9)] == [encode(picture(n)) for n in (11, 12, 13, 14, 15, 0, 1, 2, 3)]
+        assert [shards.read(i).image for i in range(9)] == [
+            encode(picture(n)) for n in (11, 12, 13, 14, 15, 0, 1, 2, 3)
+        ]
     several = shards_of(f"[{first}, {other}, {second}]")
     assert isinstance(several, ConcatShards)
     assert [several.read(i).image for i in range(15)] == [
         encode(picture(n)) for n in (11, 12, 13, 14, 15, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5)
     ]
     assert several.name(9) == f"{other}/s-000.tar/00000"
-    with pytest.raises(DataError, match=rf"{both} and {other} are two folders, and one is needed here"):
+    with pytest.raises(
+        DataError, match=rf"{both} and {other} are two folders, and one is needed here"
+    ):
         Shards([first, str(other)])
     for wrong in ("[]", "[a,,b]"):
-        with pytest.raises(DataError, match="a list of shards that is empty, or has an empty entry"):
+        with pytest.raises(
+            DataError, match="a list of shards that is empty, or has an empty entry"
+        ):
             shards_of(wrong)
 
 
@@ -160,21 +193,35 @@ def test_recipes_take_patterns_and_lists(both: Path, tmp_path: Path) -> None:
 
     assert path(f"data.path={both}/train-*.tar") == f"{both}/train-*.tar"
     assert path("data=/x/t-{00..12}.tar") == "/x/t-{00..12}.tar"
-    assert path("data.path=[/a/b, '/c/t-{0,1}.tar']") == path("data.path='[/a/b, /c/t-{0,1}.tar]'") == "[/a/b, /c/t-{0,1}.tar]"
-    with pytest.raises(recipe.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"):
+    assert (
+        path("data.path=[/a/b, '/c/t-{0,1}.tar']")
+        == path("data.path='[/a/b, /c/t-{0,1}.tar]'")
+        == "[/a/b, /c/t-{0,1}.tar]"
+    )
+    with pytest.raises(
+        recipe.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"
+    ):
         path("data.path=['a,b', c]")
     field = load.schema()["$defs"]["Data"]["properties"]["path"]
     assert [kind["type"] for kind in field["anyOf"]] == ["string", "array"]
     saved = tmp_path / "config.yaml"
-    before = load.load(Path("configs/byol_r50_in1k.yaml"), [f"data.path=[{both}, 'x,{{1,2}}.tar']".replace("x,", "x")])
+    before = load.load(
+        Path("configs/byol_r50_in1k.yaml"),
+        [f"data.path=[{both}, 'x,{{1,2}}.tar']".replace("x,", "x")],
+    )
     saved.write_text(load.dump(before))
     assert load.load(saved) == before
 
 
 def test_paths_are_made_absolute_part_by_part(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(both.parent)
-    assert schema.absolute("both/train-{000000..000002}.tar") == f"{both}/train-{{000000..000002}}.tar"
-    assert schema.absolute("[both/train-*.tar, http://h/a/x-{0,1}.tar]") == f"[{both}/train-*.tar, http://h/a/x-{{0,1}}.tar]"
+    assert (
+        schema.absolute("both/train-{000000..000002}.tar") == f"{both}/train-{{000000..000002}}.tar"
+    )
+    assert (
+        schema.absolute("[both/train-*.tar, http://h/a/x-{0,1}.tar]")
+        == f"[{both}/train-*.tar, http://h/a/x-{{0,1}}.tar]"
+    )
     for as_it_is in ("synthetic", "http://h/a", "s3://b/c/"):
         assert schema.absolute(as_it_is) == as_it_is
 
@@ -194,11 +241,24 @@ def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
     indices = torch.cat(seen([f"{both}/train-*.tar", str(other)])[::3])
     assert indices.unique().tolist() == list(range(20))
     several = Stream(
-        Data(path=[f"{both}/train-*.tar", str(other)], lanes=2, workers=0), seed=3, batch=4, rank=0, world=1, device=CPU
+        Data(path=[f"{both}/train-*.tar", str(other)], lanes=2, workers=0),
+        seed=3,
+        batch=4,
+        rank=0,
+        world=1,
+        device=CPU,
     )
-    assert [(one["path"], one["samples"]) for one in several.sources()] == [(str(both), 11), (str(other), 9)]
+    assert [(one["path"], one["samples"]) for one in several.sources()] == [
+        (str(both), 11),
+        (str(other), 9),
+    ]
     assert several.sources()[0]["sha256"] == Shards(f"{both}/train-*.tar").fingerprint
-    mixed = Data(mixture=({"path": f"{both}/test-*.tar", "weight": 1},), lanes=2, workers=0, views=(View(size=8),))
+    mixed = Data(
+        mixture=({"path": f"{both}/test-*.tar", "weight": 1},),
+        lanes=2,
+        workers=0,
+        views=(View(size=8),),
+    )
     assert Stream(mixed, seed=3, batch=4, rank=0, world=1, device=CPU).samples == 5
 
 
@@ -206,7 +266,9 @@ def test_the_commands_take_them_too(both: Path, tmp_path: Path) -> None:
     assert "11 samples in 3 shards" in run("index", f"{both}/train-*.tar")
     said = run("verify", f"{both}/train-*.tar")
     assert f"{both}/train-*.tar: 3 shards, 11 samples" in said
-    assert "2 shards, 5 samples" in run("verify", *sorted(both.glob("test-*.tar")))  # as a shell expands it
+    assert "2 shards, 5 samples" in run(
+        "verify", *sorted(both.glob("test-*.tar"))
+    )  # as a shell expands it
     run("verify", "http://host/train", fails="shards are verified where they lie on a disk")
     run("subset", f"{both}/train-*.tar", tmp_path / "few.json", "--per-class", 1)
     assert len(subset.load(tmp_path / "few.json", Shards(f"{both}/train-*.tar")).index) == 7
@@ -215,7 +277,9 @@ def test_the_commands_take_them_too(both: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "few.json").read_text())["shards"]["samples"] == 11
 
 
-def test_addresses_take_them_too(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_take_them_too(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     local = Shards(f"{both}/train-*.tar")

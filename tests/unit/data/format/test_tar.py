@@ -1,4 +1,6 @@
-"""The tar parser and the index: what is read, and that every fault ends in one error that names shard and byte."""
+"""The tar parser and the index: what is read, and that every fault ends in one error that names
+shard and byte.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from scaletrain.data.transforms import image
 PNG = encode(picture(0))
 
 
-def tar_of(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+def tar_of(
+    path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in members:
@@ -40,7 +44,9 @@ def refused(path: Path, words: str) -> ShardError:
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_rows_equal_what_tarfile_reads(tmp_path: Path, format: int) -> None:
-    long = "d" * 90 + "/" + "k" * 60 if format == tarfile.USTAR_FORMAT else "d" * 200 + "/" + "k" * 150
+    long = (
+        "d" * 90 + "/" + "k" * 60 if format == tarfile.USTAR_FORMAT else "d" * 200 + "/" + "k" * 150
+    )
     members = [
         ("a.json", b'{"label": 12, "text": "x"}'),
         ("a.png", PNG),
@@ -53,8 +59,15 @@ def test_rows_equal_what_tarfile_reads(tmp_path: Path, format: int) -> None:
     path = tar_of(tmp_path / "s.tar", members, format)
     rows, size, sha = offsets.scan(path)
     with tarfile.open(path) as tar:
-        true = {m.name: (m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in tar.getmembers()}
-    assert [tuple(r)[:3] for r in rows.tolist()] == [true["a.png"], true["x/b.JPEG"], true[f"{long}.png"]]
+        true = {
+            m.name: (m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read()))
+            for m in tar.getmembers()
+        }
+    assert [tuple(r)[:3] for r in rows.tolist()] == [
+        true["a.png"],
+        true["x/b.JPEG"],
+        true[f"{long}.png"],
+    ]
     assert rows["label"].tolist() == [12, -1, 3]
     assert tuple(rows[2].item())[6:9] == true[f"{long}.mask.png"]
     assert tuple(rows[1].item())[3:9] == (0,) * 6
@@ -107,7 +120,9 @@ def test_names_that_leave_the_archive_are_refused(tmp_path: Path, name: str) -> 
         ([("a.png", PNG), ("a.pth", b"PK")], "a.pth.*not read"),
     ],
 )
-def test_bad_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], words: str) -> None:
+def test_bad_samples_are_refused(
+    tmp_path: Path, members: list[tuple[str, bytes]], words: str
+) -> None:
     refused(tar_of(tmp_path / "s.tar", members), words)
 
 
@@ -118,7 +133,10 @@ def cut(data: bytearray) -> dict[str, tuple[bytes, str]]:
     changed["at a header"] = bytes(data[: 2 * unit]), "end-of-archive marker is missing"
     changed["inside a header"] = bytes(data[: 2 * unit + 200]), "header is cut short"
     changed["inside a payload"] = bytes(data[: 2 * unit + 512 + 100]), "past the end"
-    changed["inside the end marker"] = bytes(data[: 3 * unit + 600]), "end-of-archive marker is cut short"
+    changed["inside the end marker"] = (
+        bytes(data[: 3 * unit + 600]),
+        "end-of-archive marker is cut short",
+    )
     bad = data.copy()
     bad[unit + 3] ^= 1
     changed["header bit"] = bytes(bad), "bad header checksum"
@@ -155,7 +173,10 @@ def test_damaged_archives_are_refused(tmp_path: Path, damage: str) -> None:
 
 
 def test_long_name_bombs_and_sparse_records_are_refused(tmp_path: Path) -> None:
-    refused(tar_of(tmp_path / "s.tar", [("n" * 200_000 + ".png", PNG)], tarfile.GNU_FORMAT), "at most 65536")
+    refused(
+        tar_of(tmp_path / "s.tar", [("n" * 200_000 + ".png", PNG)], tarfile.GNU_FORMAT),
+        "at most 65536",
+    )
     with tarfile.open(tmp_path / "p.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={}) as tar:
         info = tarfile.TarInfo("a.png")
         info.size, info.pax_headers = len(PNG), {"GNU.sparse.major": "1"}
@@ -168,7 +189,7 @@ def test_members_above_the_cap_are_refused(tmp_path: Path, monkeypatch: pytest.M
     refused(tar_of(tmp_path / "s.tar", [("a.png", PNG)]), "at most 100")
 
 
-# --- index and reader -------------------------------------------------------------------------------------------------
+# --- index and reader -----------------------------------------------------------------------------
 
 
 def test_first_use_indexes_once_and_reads_every_sample(tmp_path: Path) -> None:
@@ -212,7 +233,10 @@ def test_altered_shards_are_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-512])
     for use in (shards.check, lambda: Shards(folder).read(4)):
-        with pytest.raises(ShardError, match=r"s-001.tar.*truncated or altered after indexing; run shards/index.py --force"):
+        with pytest.raises(
+            ShardError,
+            match=r"s-001.tar.*truncated or altered after indexing; run shards/index.py --force",
+        ):
             use()
     assert shards.read(0).label == 0
     flipped = bytearray(whole)
@@ -241,7 +265,12 @@ def test_index_faults_are_named(tmp_path: Path) -> None:
     assert Shards(folder).read(0).label == 0
 
     manifest = folder / index.MANIFEST
-    for text in ("{", "[]", '{"version": 9, "shards": []}', '{"version": 2, "shards": [{"name": "x"}]}'):
+    for text in (
+        "{",
+        "[]",
+        '{"version": 9, "shards": []}',
+        '{"version": 2, "shards": [{"name": "x"}]}',
+    ):
         manifest.write_text(text)
         with pytest.raises(DataError, match=r"scaletrain-index.json.*--force"):
             Shards(folder)
@@ -255,7 +284,9 @@ def test_folder_and_manifest_must_agree(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "d", (3, 3))
     index.build(folder)
     (folder / "s-000.tar").rename(folder / "t.tar")
-    with pytest.raises(DataError, match=r"s-000.tar is in scaletrain-index.json but not in the folder"):
+    with pytest.raises(
+        DataError, match=r"s-000.tar is in scaletrain-index.json but not in the folder"
+    ):
         Shards(folder)
     (folder / "t.tar").rename(folder / "s-000.tar")
     (folder / "extra.tar").write_bytes((folder / "s-000.tar").read_bytes())
@@ -279,7 +310,7 @@ def test_many_shards_stay_within_the_open_files(tmp_path: Path) -> None:
     assert len(shards._open) == 2
 
 
-# --- image headers ----------------------------------------------------------------------------------------------------
+# --- image headers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
@@ -314,9 +345,18 @@ def test_gray_cmyk_palette_alpha_and_deep_images_become_rgb() -> None:
     from PIL import Image
 
     pixels = Image.fromarray(picture(3, 16, 16))
-    for mode, format in (("L", "PNG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("L", "JPEG")):
+    for mode, format in (
+        ("L", "PNG"),
+        ("CMYK", "JPEG"),
+        ("P", "PNG"),
+        ("RGBA", "PNG"),
+        ("I;16", "PNG"),
+        ("L", "JPEG"),
+    ):
         file = io.BytesIO()
-        (pixels.convert("L").convert("I;16") if mode == "I;16" else pixels.convert(mode)).save(file, format)
+        (pixels.convert("L").convert("I;16") if mode == "I;16" else pixels.convert(mode)).save(
+            file, format
+        )
         out = image.decode(file.getvalue(), 10**6)
         assert out.shape == (16, 16, 3), (mode, format)
         assert out.dtype == np.uint8
@@ -327,7 +367,15 @@ def test_gray_cmyk_palette_alpha_and_deep_images_become_rgb() -> None:
 def test_other_formats_and_broken_images_are_refused() -> None:
     bmp = encode(picture(1), ".bmp")
     jpeg = encode(picture(1, 200, 200), ".jpg")
-    for bad in (b"", bmp, b"GIF89a", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", jpeg[:20], b"RIFF1234WEBPVP8 "):
+    for bad in (
+        b"",
+        bmp,
+        b"GIF89a",
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        jpeg[:20],
+        b"RIFF1234WEBPVP8 ",
+    ):
         with pytest.raises(ImageError, match="not a JPEG, PNG or WebP image"):
             image.decode(bad, 10**6)
     with pytest.raises(ImageError, match="damaged"):

@@ -1,4 +1,6 @@
-"""Elastic resume: runs that stop in mid-epoch and go on with other ranks and workers see what one uninterrupted run sees."""
+"""Elastic resume: runs that stop in mid-epoch and go on with other ranks and workers see what one
+uninterrupted run sees.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,25 @@ def streams(folders: tuple[Path, Path], case: str, shape: Shape) -> list[Stream]
     origin = (
         {"path": str(folders[0])}
         if case == "one"
-        else {"mixture": [{"path": str(f), "weight": w} for f, w in zip(folders, (0.6, 0.4), strict=True)], "epoch_samples": 40}
+        else {
+            "mixture": [
+                {"path": str(f), "weight": w} for f, w in zip(folders, (0.6, 0.4), strict=True)
+            ],
+            "epoch_samples": 40,
+        }
     )
-    data = Data(lanes=4, window=2, workers=workers, views=(View(size=16, count=2), View(size=8)), **origin)
-    return [Stream(data, seed=5, batch=12, rank=rank, world=ranks, device=CPU) for rank in range(ranks)]
+    data = Data(
+        lanes=4, window=2, workers=workers, views=(View(size=16, count=2), View(size=8)), **origin
+    )
+    return [
+        Stream(data, seed=5, batch=12, rank=rank, world=ranks, device=CPU) for rank in range(ranks)
+    ]
 
 
 def part(folders: tuple[Path, Path], case: str, shape: Shape, start: int, stop: int) -> list[Batch]:
-    """Global batches of the steps start .. stop - 1, whose ranks read more than they train on, as a killed run's do."""
+    """Global batches of the steps start .. stop - 1, whose ranks read more than they train on, as a
+    killed run's do.
+    """
     ranks = streams(folders, case, shape)
     running = [stream.batches(start, STEPS) for stream in ranks]
     batches = [joined([next(r) for r in running]) for _ in range(start, stop)]
@@ -47,7 +60,12 @@ def part(folders: tuple[Path, Path], case: str, shape: Shape, start: int, stop: 
 
 def content(batch: Batch) -> tuple[object, ...]:
     """Everything of a batch, byte for byte."""
-    return batch.index.tolist(), batch.keys.tolist(), batch.labels.tolist(), *(v.numpy().tobytes() for v in batch.views)
+    return (
+        batch.index.tolist(),
+        batch.keys.tolist(),
+        batch.labels.tolist(),
+        *(v.numpy().tobytes() for v in batch.views),
+    )
 
 
 @pytest.fixture(scope="module", params=["one", "mixture"])
@@ -60,7 +78,9 @@ def whole(folders: tuple[Path, Path], case: str) -> list[Batch]:
     return part(folders, case, (1, 0), 0, STEPS)
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 1)), ((2, 2), (1, 3)), ((3, 1), (2, 2))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 2), (1, 1)), ((2, 2), (1, 3)), ((3, 1), (2, 2))]
+)
 def test_twice_resumed_in_mid_epoch(
     folders: tuple[Path, Path], case: str, whole: list[Batch], before: Shape, after: Shape
 ) -> None:

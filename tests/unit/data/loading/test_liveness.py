@@ -1,4 +1,6 @@
-"""Every rank takes the same number of steps; a worker that is killed, stopped or stuck ends the run by name, soon."""
+"""Every rank takes the same number of steps; a worker that is killed, stopped or stuck ends the run
+by name, soon.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,18 @@ def test_every_rank_takes_the_same_steps(tmp_path: Path, shards: int) -> None:
     whole = stream(folder)
     steps = sum(counts) // 2 // 6
     for world, workers in ((1, 0), (2, 0), (3, 0), (4, 0), (1, 4), (2, 3)):
-        ranks = [list(stream(folder, r, world, workers).batches(0, 2 * whole.steps_per_epoch)) for r in range(world)]
+        ranks = [
+            list(stream(folder, r, world, workers).batches(0, 2 * whole.steps_per_epoch))
+            for r in range(world)
+        ]
         assert {len(r) for r in ranks} == {2 * steps}
         for epoch in range(2):
-            seen = Counter(int(i) for r in ranks for b in r[epoch * steps : (epoch + 1) * steps] for i in b.index)
+            seen = Counter(
+                int(i)
+                for r in ranks
+                for b in r[epoch * steps : (epoch + 1) * steps]
+                for i in b.index
+            )
             assert set(seen.values()) == {1}
             assert len(seen) == steps * 12
 
@@ -57,9 +67,12 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scaletrain.data.loading.watchdog.STOPPED", 0.2)
 
 
-# --- killed and stopped -----------------------------------------------------------------------------------------------
+# --- killed and stopped ---------------------------------------------------------------------------
 
-ENDS = {signal.SIGKILL: "was killed by SIGKILL; if memory ran out, lower data.workers", signal.SIGSTOP: "is stopped (SIGSTOP)"}
+ENDS = {
+    signal.SIGKILL: "was killed by SIGKILL; if memory ran out, lower data.workers",
+    signal.SIGSTOP: "is stopped (SIGSTOP)",
+}
 each_way = pytest.mark.parametrize("how", ENDS)
 
 
@@ -106,7 +119,10 @@ def test_a_worker_that_is_lost_while_it_hands_over_is_named(folder: Path, how: i
 
 def test_a_stopped_worker_is_named_within_30_seconds(folder: Path) -> None:
     """With the default options: the only slow test here."""
-    text = failure(acting(folder, after=lambda step, raw: signalled(signal.SIGSTOP)() or raw).batches(0, 6), within=30)
+    text = failure(
+        acting(folder, after=lambda step, raw: signalled(signal.SIGSTOP)() or raw).batches(0, 6),
+        within=30,
+    )
     assert text.startswith("loader worker 0 (pid ")
     assert ", last reading s-00" in text
     assert "is stopped (SIGSTOP); start the run again" in text
@@ -131,7 +147,9 @@ def test_other_ends_are_named(folder: Path, act: Callable[[], object], words: st
 
 
 @pytest.mark.usefixtures("soon")
-def test_storage_that_hangs_does_not_hide_the_worker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_hangs_does_not_hide_the_worker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the sample lies is asked of the same storage."""
     monkeypatch.setattr("scaletrain.data.loading.watchdog.NAMING", 0.2)
     s = acting(folder, before=at_step(3, signalled(signal.SIGKILL)))
@@ -141,7 +159,7 @@ def test_storage_that_hangs_does_not_hide_the_worker(folder: Path, monkeypatch: 
     release.set()
 
 
-# --- stuck and slow ---------------------------------------------------------------------------------------------------
+# --- stuck and slow -------------------------------------------------------------------------------
 
 
 def sleep() -> None:
@@ -153,7 +171,10 @@ def test_a_stuck_worker_is_named(folder: Path) -> None:
     text = failure(acting(folder, before=at_step(5, sleep), liveness=0.5).batches(0, 6))
     assert text.startswith("loader worker 2 (pid ")
     assert ", last reading s-00" in text
-    assert "is stuck: no sign of life for 0.5 s; storage or that process hangs; raise data.liveness" in text
+    assert (
+        "is stuck: no sign of life for 0.5 s; storage or that process hangs; raise data.liveness"
+        in text
+    )
 
 
 def slowly(step: int, raw: Raw) -> Raw:
@@ -187,7 +208,9 @@ def test_workers_that_wait_for_the_network_are_not_stuck(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("soon")
-def test_bytes_of_a_slow_folder_are_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_of_a_slow_folder_are_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_shards(tmp_path / "d", (12,))
     monkeypatch.setattr(remote, "CHUNK", -(-(folder / "s-000.tar").stat().st_size // 5))
     parts = remote.Folder.parts
@@ -258,12 +281,18 @@ def test_a_job_that_is_suspended_and_continued_goes_on(folder: Path, tmp_path: P
             time.sleep(0.02)
         main.join()
         assert main.exitcode == 0
-    for x, b in zip(torch.load(tmp_path / "out.pt", weights_only=True), stream(folder).batches(0, 6), strict=True):
+    for x, b in zip(
+        torch.load(tmp_path / "out.pt", weights_only=True),
+        stream(folder).batches(0, 6),
+        strict=True,
+    ):
         assert torch.equal(x, b.views[0])
 
 
 def test_two_jobs_on_one_node_do_not_collide(folder: Path, tmp_path: Path) -> None:
-    """Both index the folder, and both share memory with their workers; nothing is named after host or job."""
+    """Both index the folder, and both share memory with their workers; nothing is named after host
+    or job.
+    """
     files = [str(tmp_path / f"{n}.pt") for n in range(2)]
     with job(folder, files[0]) as one, job(folder, files[1]) as other:
         one.join()

@@ -17,7 +17,10 @@ from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.engines.base import TrainingError
 from scaletrain.train.loop import train
 
-SHARDS = {"birds.tar": ["north/crow", "north/jay", "owl", "wren"], "fish.tar": ["carp", "deep/" * 24 + "eel", "pike", "ray"]}
+SHARDS = {
+    "birds.tar": ["north/crow", "north/jay", "owl", "wren"],
+    "fish.tar": ["carp", "deep/" * 24 + "eel", "pike", "ray"],
+}
 KEYS = [f"{shard}/{key}" for shard, keys in SHARDS.items() for key in keys]
 
 
@@ -37,10 +40,22 @@ def config(path: Path | str, **changes: object) -> Config:
         {
             "batch": 4,
             "steps": 4,
-            "data": {"path": str(path), "lanes": 2, "workers": 0, "views": [{"size": 16, "count": 2}], "synthetic_samples": 8},
+            "data": {
+                "path": str(path),
+                "lanes": 2,
+                "workers": 0,
+                "views": [{"size": 16, "count": 2}],
+                "synthetic_samples": 8,
+            },
             "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
             "method": {"name": "byol", "hidden": 16, "dim": 8},
-            "optim": {"name": "sgd", "lr": 0.1, "lr_scaling": "none", "warmup_epochs": 0, **changes},
+            "optim": {
+                "name": "sgd",
+                "lr": 0.1,
+                "lr_scaling": "none",
+                "warmup_epochs": 0,
+                **changes,
+            },
             "engine": {"name": "ddp", "max_skipped": 1},
             "monitor": {"every": 1, "images_every": 0},
             "threads": 1,
@@ -58,7 +73,11 @@ def _one_thread() -> object:
 
 @pytest.mark.parametrize("victim", range(len(KEYS)))
 def test_a_bad_sample_is_named(
-    victim: int, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    victim: int,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     right = ToDevice.__call__
 
@@ -75,8 +94,12 @@ def test_a_bad_sample_is_named(
     ]
 
 
-def test_all_are_named_when_none_stands_out(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A learning rate that blows up the parameters: the step after the first is the whole batch's."""
+def test_all_are_named_when_none_stands_out(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A learning rate that blows up the parameters: the step after the first is the whole
+    batch's.
+    """
     with pytest.raises(TrainingError):
         train(config(shards, lr=1e30), tmp_path / "run")
     (message,) = [m for m in caplog.messages if "skipped" in m]
@@ -85,7 +108,9 @@ def test_all_are_named_when_none_stands_out(shards: Path, tmp_path: Path, caplog
     assert set(named) <= set(KEYS)
 
 
-def test_synthetic_samples_have_numbers_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_synthetic_samples_have_numbers_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(TrainingError):
         train(config("synthetic", lr=1e30), tmp_path / "run")
     (message,) = [m for m in caplog.messages if "skipped" in m]

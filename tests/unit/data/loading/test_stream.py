@@ -1,4 +1,6 @@
-"""The stream: the same batches for any world size, any number of workers, from any step; faults arrive as one error."""
+"""The stream: the same batches for any world size, any number of workers, from any step; faults
+arrive as one error.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards") / "d", (11, 3, 20, 14), masks=True)
 
 
-def stream(folder: Path | str, rank: int = 0, world: int = 1, batch: int = 12, seed: int = 5, **options: object) -> Stream:
+def stream(
+    folder: Path | str,
+    rank: int = 0,
+    world: int = 1,
+    batch: int = 12,
+    seed: int = 5,
+    **options: object,
+) -> Stream:
     data = Data(
-        path=str(folder), **{"lanes": 4, "window": 2, "workers": 0, "views": VIEWS, "mean": MEAN, "std": STD, **options}
+        path=str(folder),
+        **{
+            "lanes": 4,
+            "window": 2,
+            "workers": 0,
+            "views": VIEWS,
+            "mean": MEAN,
+            "std": STD,
+            **options,
+        },
     )
     return Stream(data, seed=seed, batch=batch, rank=rank, world=world, device=CPU)
 
@@ -65,13 +83,17 @@ def test_shapes_and_meaning(folder: Path) -> None:
     for v in b.views:
         assert v.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert v.dtype == torch.float32
-    assert torch.allclose(b.pixel_range, (torch.tensor([[0.0], [1.0]]) - torch.tensor(MEAN)) / torch.tensor(STD))
+    assert torch.allclose(
+        b.pixel_range, (torch.tensor([[0.0], [1.0]]) - torch.tensor(MEAN)) / torch.tensor(STD)
+    )
 
 
 def test_normalisation_is_that_of_to_tensor(folder: Path) -> None:
     s = stream(folder)
     raw = s.dataset[(0, 1)]
-    wanted = (raw.views[0].double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
+    wanted = (raw.views[0].double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(
+        STD
+    ).double()
     batch = next(iter(s.batches(1, 2)))
     assert torch.allclose(batch.views[0].double(), wanted.permute(0, 1, 4, 2, 3), atol=1e-5)
     assert raw.views[0].dtype == torch.uint8
@@ -111,7 +133,9 @@ def test_augmenting_on_the_device_gives_the_same_batches(folder: Path, world: in
 def test_resume_anywhere_gives_the_same_pixels(folder: Path) -> None:
     whole = list(stream(folder).batches(0, 9))
     for start, world, workers in ((1, 1, 0), (3, 1, 2), (4, 2, 0), (7, 3, 1)):
-        ranks = [list(stream(folder, r, world, workers=workers).batches(start, 9)) for r in range(world)]
+        ranks = [
+            list(stream(folder, r, world, workers=workers).batches(start, 9)) for r in range(world)
+        ]
         for offset in range(9 - start):
             parts = [r[offset] for r in ranks]
             for k, view in enumerate(whole[start + offset].views):
@@ -125,12 +149,21 @@ def test_pixels_change_with_seed_epoch_and_view(folder: Path) -> None:
             found.update({int(i): b.views[0][:, row] for row, i in enumerate(b.index)})
         return found
 
-    a, b, c = pixels(stream(folder), 0), pixels(stream(folder), 1), pixels(stream(folder, seed=6), 0)
-    assert not any(torch.equal(a[i], b[i]) or torch.equal(a[i], c[i]) or torch.equal(a[i][0], a[i][1]) for i in range(48))
+    a, b, c = (
+        pixels(stream(folder), 0),
+        pixels(stream(folder), 1),
+        pixels(stream(folder, seed=6), 0),
+    )
+    assert not any(
+        torch.equal(a[i], b[i]) or torch.equal(a[i], c[i]) or torch.equal(a[i][0], a[i][1])
+        for i in range(48)
+    )
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_each_member_is_decoded_once_for_all_views(tmp_path: Path, masks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_member_is_decoded_once_for_all_views(
+    tmp_path: Path, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded: Counter[bytes] = Counter()
     right = cv2.imdecode
 
@@ -186,7 +219,9 @@ def test_synthetic_stream_needs_no_files() -> None:
 def test_numbers_that_do_not_fit_are_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="5 processes do not divide batch=12"):
         stream(folder, world=5)
-    with pytest.raises(DataError, match=r"does not divide batch=12; set data.lanes to a divisor such as 6"):
+    with pytest.raises(
+        DataError, match=r"does not divide batch=12; set data.lanes to a divisor such as 6"
+    ):
         stream(folder, lanes=8)
     with pytest.raises(DataError, match="48 samples, fewer than batch=64"):
         stream(folder, batch=64)
@@ -194,7 +229,7 @@ def test_numbers_that_do_not_fit_are_refused(folder: Path) -> None:
         stream("")
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
@@ -227,7 +262,9 @@ def test_an_undecodable_image_is_named(tmp_path: Path, workers: int) -> None:
     with tarfile.open(folder / "s.tar", "w") as tar:
         for i in range(12):
             add(tar, f"k{i}.png", b"\x89PNG\r\n\x1a\n" if i == 4 else encode(picture(i)))
-    with pytest.raises(ShardError, match=r"s.tar at byte \d+: sample 'k4': not a JPEG, PNG or WebP image") as error:
+    with pytest.raises(
+        ShardError, match=r"s.tar at byte \d+: sample 'k4': not a JPEG, PNG or WebP image"
+    ) as error:
         list(stream(folder, workers=workers).batches(0, 1))
     one_line(error)
     with pytest.raises(ShardError, match="sample 'k4'"):
@@ -240,7 +277,9 @@ def test_images_above_the_pixel_limit_are_named(folder: Path) -> None:
 
 
 def test_missing_and_wrong_masks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"has no .mask.png member; add masks or set data.masks=false"):
+    with pytest.raises(
+        ShardError, match=r"has no .mask.png member; add masks or set data.masks=false"
+    ):
         list(stream(write_shards(tmp_path / "a", (12,)), masks=True).batches(0, 1))
     import tarfile
 
@@ -265,11 +304,20 @@ class _Dying(Images):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (signal.SIGKILL, r"loader worker 0 \(pid \d+\), last reading .*, was killed by SIGKILL; if memory ran out, lower"),
-        (signal.SIGSTOP, r"loader worker 0 \(pid \d+\), last reading s-\d+.tar/\d+, is stopped \(SIGSTOP\)"),
+        (
+            signal.SIGKILL,
+            r"loader worker 0 \(pid \d+\), last reading .*, was killed by SIGKILL; if memory ran "
+            r"out, lower",
+        ),
+        (
+            signal.SIGSTOP,
+            r"loader worker 0 \(pid \d+\), last reading s-\d+.tar/\d+, is stopped \(SIGSTOP\)",
+        ),
     ],
 )
-def test_dead_and_stopped_workers_are_named(folder: Path, how: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_and_stopped_workers_are_named(
+    folder: Path, how: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("scaletrain.data.loading.watchdog.CHECK", 0.3)
     s = stream(folder, workers=2)
     s.dataset.__class__ = type("Dying", (_Dying,), {"how": how})
@@ -292,15 +340,26 @@ def test_workers_ignore_the_signals_of_preemption(folder: Path) -> None:
         same(a, b)
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resize", ["tv", "byol", "none"])
 def test_plain_gives_every_sample_once_in_order(folder: Path, workers: int, resize: str) -> None:
     def read(world: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        options = {"size": 16, "resize": resize, "workers": workers, "device": CPU, "mean": MEAN, "std": STD}
-        found = [b for r in range(world) for b in plain(str(folder), batch=batch, rank=r, world=world, **options)]
+        options = {
+            "size": 16,
+            "resize": resize,
+            "workers": workers,
+            "device": CPU,
+            "mean": MEAN,
+            "std": STD,
+        }
+        found = [
+            b
+            for r in range(world)
+            for b in plain(str(folder), batch=batch, rank=r, world=world, **options)
+        ]
         assert all(b.views[0].shape == (1, len(b), 3, 16, 16) for b in found)
         return (
             torch.cat([b.index for b in found]),

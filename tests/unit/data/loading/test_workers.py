@@ -1,4 +1,6 @@
-"""What loader workers send and share: errors, tracebacks, memory; nothing in files, nothing left open."""
+"""What loader workers send and share: errors, tracebacks, memory; nothing in files, nothing left
+open.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "d", (30, 30, 30))
 
 
-# --- what a worker says -----------------------------------------------------------------------------------------------
+# --- what a worker says ---------------------------------------------------------------------------
 
 
 def raises(error: BaseException) -> Callable[[int], None]:
@@ -38,27 +40,44 @@ def test_errors_of_the_data_arrive_as_they_are(folder: Path) -> None:
         list(acting(folder, before=raises(DataError("x" * 300_000))).batches(0, 3))
     assert str(long.value) == "x" * 300_000
     with pytest.raises(OSError, match="Stale file handle: 'shard'") as stale:
-        list(acting(folder, before=raises(OSError(errno.ESTALE, "Stale file handle", "shard"))).batches(0, 3))
+        list(
+            acting(
+                folder, before=raises(OSError(errno.ESTALE, "Stale file handle", "shard"))
+            ).batches(0, 3)
+        )
     assert stale.value.errno == errno.ESTALE
-    with pytest.raises(LoaderError, match=r"a loader worker \(pid \d+\) ran out of memory; lower data\.workers"):
+    with pytest.raises(
+        LoaderError, match=r"a loader worker \(pid \d+\) ran out of memory; lower data\.workers"
+    ):
         list(acting(folder, before=raises(MemoryError())).batches(0, 3))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"before": lambda step: step.nonsense}, r"(?s)in loader worker \d+:\nTraceback .*AttributeError: .*'nonsense'"),
-        ({"after": lambda step, raw: raw._replace(replaced=threading.Lock())}, "cannot pickle '_thread.lock' object"),
-        ({"after": lambda step, raw: raw._replace(repeats=torch.zeros(10_000))}, "a batch has more than the 4096 bytes"),
+        (
+            {"before": lambda step: step.nonsense},
+            r"(?s)in loader worker \d+:\nTraceback .*AttributeError: .*'nonsense'",
+        ),
+        (
+            {"after": lambda step, raw: raw._replace(replaced=threading.Lock())},
+            "cannot pickle '_thread.lock' object",
+        ),
+        (
+            {"after": lambda step, raw: raw._replace(repeats=torch.zeros(10_000))},
+            "a batch has more than the 4096 bytes",
+        ),
     ],
 )
-def test_a_defect_shows_the_traceback_of_the_worker(folder: Path, options: dict[str, object], words: str) -> None:
+def test_a_defect_shows_the_traceback_of_the_worker(
+    folder: Path, options: dict[str, object], words: str
+) -> None:
     with pytest.raises(RuntimeError, match=words):
         list(acting(folder, **options).batches(0, 3))
     assert not children()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def test_batches_need_no_files_and_leave_none_open(folder: Path) -> None:
@@ -69,7 +88,9 @@ def test_batches_need_no_files_and_leave_none_open(folder: Path) -> None:
     for pid in children():
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         shared = [line for line in lines if " rw-s " in line]
-        assert any(line.endswith("/dev/zero (deleted)") for line in shared)  # what Linux calls memory without a file
+        assert any(
+            line.endswith("/dev/zero (deleted)") for line in shared
+        )  # what Linux calls memory without a file
         assert not any("/dev/shm" in line for line in shared)
     s.close()
     assert sorted(os.listdir("/proc/self/fd")) == sorted(files)  # noqa: PTH208
@@ -85,6 +106,7 @@ def test_memory_that_is_not_to_be_had_is_one_line(folder: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert text == (
-        "2 loader workers with 5 batches of 603,983,872 bytes cannot be started: Cannot allocate memory; "
+        "2 loader workers with 5 batches of 603,983,872 bytes cannot be started: Cannot allocate "
+        "memory; "
         "lower data.workers, data.prefetch or batch"
     )

@@ -1,4 +1,6 @@
-"""Label subsets: balanced, nested, deterministic, read from published lists, and refused for other shards."""
+"""Label subsets: balanced, nested, deterministic, read from published lists, and refused for other
+shards.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_a_choice_is_balanced() -> None:
 
 
 def test_simclrs_sizes() -> None:
-    """1 % and 10 % of ImageNet: 12,811 and 128,116 images, 12 to 13 and 128 to 129 a class, as in the published lists."""
+    """1 % and 10 % of ImageNet: 12,811 and 128,116 images, 12 to 13 and 128 to 129 a class, as in
+    the published lists.
+    """
     sizes = np.full(1000, 1281)
     sizes[:167] += 1
     y = np.repeat(np.arange(1000), sizes)
@@ -53,7 +57,9 @@ def test_classes_that_are_too_small_give_all_and_the_others_more() -> None:
     assert found.pop(11) == 4
     assert found.pop(9) == 20
     assert sorted(found.values()) == [35, 35, 35, 35, 36]
-    assert counts(y, subset.choose(y, 944, 0)) == {c: n for c, n in Counter(y.tolist()).items() if c >= 0}
+    assert counts(y, subset.choose(y, 944, 0)) == {
+        c: n for c, n in Counter(y.tolist()).items() if c >= 0
+    }
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -83,12 +89,18 @@ def test_files_are_shared_and_refused_for_other_shards(tmp_path: Path) -> None:
     found = subset.load(tmp_path / "ten.json", shards)
     assert found.labels.tolist() == [shards.read(i).label for i in found.index]
     assert found.rule == "2 of each class, seed 0"
-    assert json.loads((tmp_path / "ten.json").read_text())["key"] == [keys(folder)[i] for i in found.index]
+    assert json.loads((tmp_path / "ten.json").read_text())["key"] == [
+        keys(folder)[i] for i in found.index
+    ]
     folder.rename(tmp_path / "moved")
-    assert np.array_equal(subset.load(tmp_path / "ten.json", Shards(tmp_path / "moved")).index, found.index)
+    assert np.array_equal(
+        subset.load(tmp_path / "ten.json", Shards(tmp_path / "moved")).index, found.index
+    )
     others = Shards(write_shards(tmp_path / "other", (40, 30)))
     with pytest.raises(
-        DataError, match=r"ten.json was made for other shards \('train' with 70 samples\) than .*/other with 70"
+        DataError,
+        match=r"ten.json was made for other shards \('train' with 70 samples\) than .*/other with "
+        r"70",
     ):
         subset.load(tmp_path / "ten.json", others)
 
@@ -122,7 +134,9 @@ def test_published_lists_of_names(tmp_path: Path) -> None:
     for wnid in ("n01440764", "n01443537"):
         (tmp_path / "src" / wnid).mkdir(parents=True)
         for i in (18, 36, 118):
-            (tmp_path / "src" / wnid / f"{wnid}_{i}.JPEG").write_bytes(encode(picture(int(wnid[1:]) + i), ".jpg"))
+            (tmp_path / "src" / wnid / f"{wnid}_{i}.JPEG").write_bytes(
+                encode(picture(int(wnid[1:]) + i), ".jpg")
+            )
     run("folder", tmp_path / "src", tmp_path / "train", "--per-shard", 4)
     names = tmp_path / "1percent.txt"
     names.write_text("n01443537_36.JPEG\nn01440764_18.JPEG\n")
@@ -148,17 +162,52 @@ def test_published_lists_of_names(tmp_path: Path) -> None:
 def test_faults_of_the_command(tmp_path: Path) -> None:
     run("folder", tree(tmp_path / "src", {"a": 3, "b": 2}), tmp_path / "train")
     out = tmp_path / "out.json"
-    run("subset", tmp_path / "train", out, fails="give one of --share (in per cent), --per-class and --names")
+    run(
+        "subset",
+        tmp_path / "train",
+        out,
+        fails="give one of --share (in per cent), --per-class and --names",
+    )
     run("subset", tmp_path / "train", out, "--share", 1, "--per-class", 1, fails="give one of")
-    run("subset", tmp_path / "train", out, "--share", 1, fails="1% of 5 labelled samples are 0, fewer than the 2 classes")
-    run("subset", tmp_path / "train", out, "--per-class", 3, fails="class 1 has 2 samples, and not 3")
-    run("subset", tmp_path / "train", out, "--names", tmp_path / "none", fails="none cannot be read")
+    run(
+        "subset",
+        tmp_path / "train",
+        out,
+        "--share",
+        1,
+        fails="1% of 5 labelled samples are 0, fewer than the 2 classes",
+    )
+    run(
+        "subset",
+        tmp_path / "train",
+        out,
+        "--per-class",
+        3,
+        fails="class 1 has 2 samples, and not 3",
+    )
+    run(
+        "subset", tmp_path / "train", out, "--names", tmp_path / "none", fails="none cannot be read"
+    )
     run("subset", tmp_path / "train", out, "--share", 40)
     run("subset", tmp_path / "train", out, "--share", 100, fails="out.json exists already")
     run("subset", tmp_path / "train", out, "--share", 100, "--force")
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(encode(picture(0)))
     run("folder", tmp_path / "flat", tmp_path / "unlabelled")
-    run("subset", tmp_path / "unlabelled", tmp_path / "u.json", "--per-class", 1, fails="the shards have no labels")
+    run(
+        "subset",
+        tmp_path / "unlabelled",
+        tmp_path / "u.json",
+        "--per-class",
+        1,
+        fails="the shards have no labels",
+    )
     (tmp_path / "names").write_text("a")
-    run("subset", tmp_path / "unlabelled", tmp_path / "u.json", "--names", tmp_path / "names", fails="has no label")
+    run(
+        "subset",
+        tmp_path / "unlabelled",
+        tmp_path / "u.json",
+        "--names",
+        tmp_path / "names",
+        fails="has no label",
+    )

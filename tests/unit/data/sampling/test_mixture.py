@@ -1,4 +1,6 @@
-"""Weighted mixtures and virtual epochs: exact shares, whole passes, the same batches for every world."""
+"""Weighted mixtures and virtual epochs: exact shares, whole passes, the same batches for every
+world.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_a_virtual_epoch_of_one_source_walks_through_it_whole() -> None:
     assert np.array_equal(passes, np.arange(83).repeat(24))
     walked = samples.ravel()
     seen = [Counter(walked[: 24 * step].tolist()) for step in range(1, 84)]
-    assert all(max(c.values()) - min(c.get(i, 0) for i in range(83)) <= 1 for c in seen)  # none again before all were seen
+    assert all(
+        max(c.values()) - min(c.get(i, 0) for i in range(83)) <= 1 for c in seen
+    )  # none again before all were seen
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (2, 1), (0.123, 0.877), (5, 1, 1)])
@@ -88,7 +92,9 @@ def test_counts_of_small_shares_never_fall() -> None:
 
 
 def test_a_draw_has_a_key_of_its_own() -> None:
-    """The small source is gone through several times in an epoch: its repeats must differ, or its views would be the same."""
+    """The small source is gone through several times in an epoch: its repeats must differ, or its
+    views would be the same.
+    """
     plan = mixture(0.2, 0.8, epoch_samples=480)
     epochs, samples, repeats = run(plan, 60)
     draws = np.stack([epochs.ravel(), samples.ravel(), repeats.ravel()], 1)
@@ -119,29 +125,47 @@ def test_passes_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_numbers_that_do_not_fit() -> None:
-    with pytest.raises(DataError, match=r"data.lanes=9 does not divide batch=24; set data.lanes to a divisor such as 8"):
+    with pytest.raises(
+        DataError,
+        match=r"data.lanes=9 does not divide batch=24; set data.lanes to a divisor such as 8",
+    ):
         mixture(1.0, lanes=9)
     with pytest.raises(DataError, match="an epoch of 20 samples is less than batch=24"):
         mixture(1.0, epoch_samples=20)
-    with pytest.raises(DataError, match="b has 70 samples, fewer than its 72 of every batch=80; lower its weight or batch"):
+    with pytest.raises(
+        DataError,
+        match="b has 70 samples, fewer than its 72 of every batch=80; lower its weight or batch",
+    ):
         mixture(0.1, 0.9, batch=80)
     with pytest.raises(IndexError):
         mixture(0.5, 0.5).draws(0, 6)
 
 
 def test_the_recipe_names_one_origin() -> None:
-    with pytest.raises(ConfigError, match=r"path and mixture exclude each other; clear one with data.path=''"):
+    with pytest.raises(
+        ConfigError, match=r"path and mixture exclude each other; clear one with data.path=''"
+    ):
         build({"data": {"path": "x", "mixture": [{"path": "a", "weight": 1}]}})
     with pytest.raises(ConfigError, match=r"data.mixture.0.weight: Input should be greater than 0"):
         build({"data": {"mixture": [{"path": "a", "weight": 0}]}})
 
 
-# --- through the stream -----------------------------------------------------------------------------------------------
+# --- through the stream ---------------------------------------------------------------------------
 
 
 def stream(folders: list[Path], **options: object) -> Stream:
-    parts = [{"path": str(folder), "weight": weight} for folder, weight in zip(folders, (0.75, 0.25), strict=False)]
-    settings = {"mixture": parts, "lanes": 4, "window": 2, "workers": 0, "views": (View(size=16),), **options}
+    parts = [
+        {"path": str(folder), "weight": weight}
+        for folder, weight in zip(folders, (0.75, 0.25), strict=False)
+    ]
+    settings = {
+        "mixture": parts,
+        "lanes": 4,
+        "window": 2,
+        "workers": 0,
+        "views": (View(size=16),),
+        **options,
+    }
     return Stream(Data(**settings), seed=5, batch=12, rank=0, world=1, device=torch.device("cpu"))
 
 
@@ -158,7 +182,9 @@ def test_sample_numbers_run_through_the_folders(tmp_path: Path) -> None:
     epochs, samples, repeats = run(s.plan, 12)
     for step, b in enumerate(batches):
         assert b.index.tolist() == samples[step].tolist()
-        assert torch.equal(b.keys, rng.hash64(5, int(epochs[step, 0]), b.index, torch.from_numpy(repeats[step])))
+        assert torch.equal(
+            b.keys, rng.hash64(5, int(epochs[step, 0]), b.index, torch.from_numpy(repeats[step]))
+        )
     assert s.name(35) == f"{folders[1]}/s-000.tar/00001"
     assert "0.75 of the draws" in s.mixing()
     assert "labels" not in s.mixing()

@@ -29,7 +29,9 @@ def test_bijection_is_one(n: int) -> None:
 
 
 def test_bijection_sends_every_place_everywhere() -> None:
-    """Over many keys each (place, image) pair is equally frequent, and so is each pair of neighbours' order."""
+    """Over many keys each (place, image) pair is equally frequent, and so is each pair of
+    neighbours' order.
+    """
     n, keys = 12, 6000
     x, key = np.tile(np.arange(n), keys), np.repeat(np.arange(keys), n)
     out = bijection(x, np.full(len(x), n), key).reshape(keys, n)
@@ -47,7 +49,9 @@ def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
     for i in range(4):
         for j in range(i):
             assert (orders[i] == orders[j]).mean() < 0.05
-    assert (epoch_of(Plan(RAGGED, seed=4, batch=20, lanes=4, window=3), 0) == orders[0]).mean() < 0.05
+    assert (
+        epoch_of(Plan(RAGGED, seed=4, batch=20, lanes=4, window=3), 0) == orders[0]
+    ).mean() < 0.05
     assert np.array_equal(epoch_of(Plan(RAGGED, seed=3, batch=20, lanes=4, window=3), 2), orders[2])
 
 
@@ -66,12 +70,16 @@ def test_a_lane_is_its_cut_of_the_line_and_stays_in_its_window() -> None:
     plan = Plan(counts, seed=1, batch=10, lanes=10, window=2)
     shard = np.stack([plan.batch(0, t) // 25 for t in range(plan.steps_per_epoch)])  # [T, lanes]
     for lane in range(10):
-        assert np.bincount(shard[:, lane], minlength=40).tolist().count(25) == 4  # whole shards, four of them
+        assert (
+            np.bincount(shard[:, lane], minlength=40).tolist().count(25) == 4
+        )  # whole shards, four of them
         for begin in range(0, 100, 50):  # blocks of two shards
             assert len(set(shard[begin : begin + 50, lane].tolist())) == 2
     flat = {lane: set(shard[:, lane].tolist()) for lane in range(10)}
     again = np.stack([plan.batch(1, t) // 25 for t in range(plan.steps_per_epoch)])
-    assert sum(flat[lane] == set(again[:, lane].tolist()) for lane in range(10)) <= 1  # lanes get other shards
+    assert (
+        sum(flat[lane] == set(again[:, lane].tolist()) for lane in range(10)) <= 1
+    )  # lanes get other shards
 
 
 def test_ranks_take_slices_of_the_same_global_batch() -> None:
@@ -83,7 +91,9 @@ def test_ranks_take_slices_of_the_same_global_batch() -> None:
 
 
 def test_batches_mix_shards() -> None:
-    """G7 of the goals: a fixture of 40 shards of 500 samples and batch 256; the ideal is 39.9 distinct shards."""
+    """G7 of the goals: a fixture of 40 shards of 500 samples and batch 256; the ideal is 39.9
+    distinct shards.
+    """
     plan = Plan(np.full(40, 500), seed=0, batch=256, lanes=64, window=16)
     distinct = [len(np.unique(plan.batch(0, t) // 500)) for t in range(20)]
     assert np.mean(distinct) >= 36
@@ -122,7 +132,9 @@ def test_300_million_samples_are_never_laid_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_order_and_ranks_of_shards_change_every_epoch() -> None:
-    """Which of 8 ranks reads a shard in the next epoch is chance: a match in 1 of 8, within three standard deviations."""
+    """Which of 8 ranks reads a shard in the next epoch is chance: a match in 1 of 8, within three
+    standard deviations.
+    """
     plan, ranks = Plan(np.full(640, 32), seed=0, batch=512, lanes=64, window=4), 8
 
     def rank_of_shards(epoch: int) -> np.ndarray:
@@ -141,8 +153,12 @@ def test_order_and_ranks_of_shards_change_every_epoch() -> None:
     assert all((firsts[i] == firsts[j]).mean() < 0.02 for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-@pytest.mark.parametrize(("shards", "lanes", "window"), [(100, 8, 3), (100, 8, 16), (37, 16, 1), (5, 16, 4)])
-def test_the_cache_that_is_announced_is_the_one_that_is_used(shards: int, lanes: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("shards", "lanes", "window"), [(100, 8, 3), (100, 8, 16), (37, 16, 1), (5, 16, 4)]
+)
+def test_the_cache_that_is_announced_is_the_one_that_is_used(
+    shards: int, lanes: int, window: int
+) -> None:
     rng = np.random.default_rng(shards)
     counts = rng.integers(30, 60, shards)
     plan = Plan(counts, seed=2, batch=lanes * 2, lanes=lanes, window=window)
@@ -150,7 +166,9 @@ def test_the_cache_that_is_announced_is_the_one_that_is_used(shards: int, lanes:
     lane = plan.samples / lanes
     blocks = max(1, round(shards / lanes / window))  # of a lane
     steps = int(lane / blocks / 2)
-    touched = {int(s) for t in range(steps) for s in np.searchsorted(starts, plan.batch(0, t), "right") - 1}
+    touched = {
+        int(s) for t in range(steps) for s in np.searchsorted(starts, plan.batch(0, t), "right") - 1
+    }
     distinct, held = plan.in_use()
     assert distinct == len(np.unique(np.searchsorted(starts, plan.batch(0, 0), "right")))
     assert 0.97 * held <= len(touched) <= held
@@ -158,7 +176,9 @@ def test_the_cache_that_is_announced_is_the_one_that_is_used(shards: int, lanes:
 
 
 def test_batches_hold_the_classes_of_uniform_sampling() -> None:
-    """G7: 1,281 shards, 1,000 classes, batch 4,096, at a twentieth of the samples; shards written with the global shuffle."""
+    """G7: 1,281 shards, 1,000 classes, batch 4,096, at a twentieth of the samples; shards written
+    with the global shuffle.
+    """
     counts = np.full(1281, 50)
     shuffled = np.random.default_rng(0).permutation(np.arange(1281 * 50) * 1000 // (1281 * 50))
     plan = Plan(counts, seed=0, batch=4096, lanes=64, window=16)
@@ -168,12 +188,17 @@ def test_batches_hold_the_classes_of_uniform_sampling() -> None:
 
 
 def test_numbers_that_do_not_fit() -> None:
-    with pytest.raises(DataError, match=r"data.lanes=64 does not divide batch=96; set data.lanes to a divisor such as 48"):
+    with pytest.raises(
+        DataError,
+        match=r"data.lanes=64 does not divide batch=96; set data.lanes to a divisor such as 48",
+    ):
         Plan(RAGGED, seed=0, batch=96, lanes=64, window=1)
     with pytest.raises(DataError, match="200 samples, fewer than batch=256"):
         Plan(RAGGED, seed=0, batch=256, lanes=64, window=1)
     plan = Plan(RAGGED, seed=0, batch=20, lanes=4, window=1)
-    with pytest.raises(DataError, match="3 processes do not divide batch=20; set batch=21 or use 2 processes"):
+    with pytest.raises(
+        DataError, match="3 processes do not divide batch=20; set batch=21 or use 2 processes"
+    ):
         plan.part(0, 3)
     with pytest.raises(IndexError):
         plan.batch(0, plan.steps_per_epoch)

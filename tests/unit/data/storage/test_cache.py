@@ -80,7 +80,10 @@ def test_filled_once_and_kept(tmp_path: Path) -> None:
     assert read(held, 1, log=tmp_path / "log") == read(held, 1, log=tmp_path / "log") == content(1)
     assert (tmp_path / "log").read_text() == "1\n"
     assert names(held) == {"k1"}
-    assert (held.folder.stat().st_mode & 0o777, (held.folder / "k1").stat().st_mode & 0o777) == (0o700, 0o600)
+    assert (held.folder.stat().st_mode & 0o777, (held.folder / "k1").stat().st_mode & 0o777) == (
+        0o700,
+        0o600,
+    )
 
 
 def test_the_least_recently_used_goes(tmp_path: Path) -> None:
@@ -106,7 +109,9 @@ def test_what_is_open_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cache, "PATIENCE", 0.2)
     held = Cache(str(tmp_path), 2 * SIZE)
     first, second = (held.open(f"k{n}", SIZE, fill(n)) for n in range(2))
-    with pytest.raises(DataError, match=r"every file is in use and data.cache.bytes=2,000 is full; raise it"):
+    with pytest.raises(
+        DataError, match=r"every file is in use and data.cache.bytes=2,000 is full; raise it"
+    ):
         read(held, 2)
     assert names(held) == {"k0", "k1"}
     os.close(second)
@@ -124,7 +129,9 @@ def test_waits_for_room(tmp_path: Path) -> None:
 
 
 def test_larger_than_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a file of 1,000 bytes does not fit in data.cache.bytes=999; raise it"):
+    with pytest.raises(
+        DataError, match=r"a file of 1,000 bytes does not fit in data.cache.bytes=999; raise it"
+    ):
         read(Cache(str(tmp_path), SIZE - 1), 0)
     assert names(Cache(str(tmp_path), 1)) == set()
 
@@ -149,7 +156,9 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"the disk of .* is full: lower data.cache.bytes"):
         read(Cache(str(tmp_path), 10 * SIZE), 0)
-    with pytest.raises(DataError, match=r"has room for [\d,]+ bytes and data.cache.bytes is .*data.cache.path"):
+    with pytest.raises(
+        DataError, match=r"has room for [\d,]+ bytes and data.cache.bytes is .*data.cache.path"
+    ):
         Cache(str(tmp_path), 1 << 60).check(1 << 60)
     Cache(str(tmp_path), 1 << 60).check(1000)
 
@@ -244,8 +253,12 @@ def test_what_killed_processes_left_is_room_for_others(tmp_path: Path) -> None:
     assert names(held) == {"k2", "k3"}
 
 
-def test_deleted_between_opening_and_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that loses the race against an eviction fills the file again, and never holds one that no longer counts."""
+def test_deleted_between_opening_and_locking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that loses the race against an eviction fills the file again, and never holds one
+    that no longer counts.
+    """
     held, real, done = Cache(str(tmp_path), 2 * SIZE), fcntl.flock, []
     read(held, 1)
 
@@ -263,7 +276,10 @@ def test_deleted_between_opening_and_locking(tmp_path: Path, monkeypatch: pytest
 
 def test_folders_of_others_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / f"scaletrain-{os.geteuid()}"
-    refused = pytest.raises(DataError, match=r"must be a folder that belongs to you alone \(chmod 700\); remove it, or set")
+    refused = pytest.raises(
+        DataError,
+        match=r"must be a folder that belongs to you alone \(chmod 700\); remove it, or set",
+    )
     place.mkdir(mode=0o755)
     with refused:
         Cache(str(tmp_path), SIZE)
@@ -281,7 +297,9 @@ def test_folders_of_others_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     with refused:  # made by another user for us to find
         Cache(str(tmp_path), SIZE)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be made: Not a directory; choose a folder with data.cache.path"):
+    with pytest.raises(
+        DataError, match=r"cannot be made: Not a directory; choose a folder with data.cache.path"
+    ):
         Cache(str(tmp_path / "file"), SIZE)
 
 

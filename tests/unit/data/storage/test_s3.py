@@ -1,4 +1,6 @@
-"""Shards in a bucket of a real S3 server on this machine, which needs moto[server] and s3fs (the extra `dev`)."""
+"""Shards in a bucket of a real S3 server on this machine, which needs moto[server] and s3fs (the
+extra `dev`).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def s3(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, object]]:
+def s3(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[tuple[str, object]]:
     """The address of the folder in a bucket, and a client to change what is there."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -65,7 +69,12 @@ def s3(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 def stream(path: str | Path, place: Path, rank: int, world: int, workers: int) -> Stream:
     data = Data(
-        path=str(path), cache=Cache(path=str(place), bytes=10**7), lanes=4, window=2, workers=workers, views=(View(size=16),)
+        path=str(path),
+        cache=Cache(path=str(place), bytes=10**7),
+        lanes=4,
+        window=2,
+        workers=workers,
+        views=(View(size=16),),
     )
     return Stream(data, seed=5, batch=12, rank=rank, world=world, device=torch.device("cpu"))
 
@@ -101,13 +110,20 @@ def test_what_is_wrong_is_named(folder: Path, s3: tuple[str, object], tmp_path: 
         client.put_object(Bucket="shards", Key="some/where/s-001.tar", Body=content)
 
     put(data[:600] + bytes([data[600] ^ 1]) + data[601:])
-    with pytest.raises(remote.RemoteError, match=rf"^{url}/s-001.tar: .*sha256 differs.* \(tried 7 times\)$"):
+    with pytest.raises(
+        remote.RemoteError, match=rf"^{url}/s-001.tar: .*sha256 differs.* \(tried 7 times\)$"
+    ):
         shards.read(12)
     put(data[:-512])
-    with pytest.raises(remote.RemoteError, match=rf"^{url}/s-001.tar: \d+ bytes came and not the \d+ .*\(tried 7 times\)$"):
+    with pytest.raises(
+        remote.RemoteError,
+        match=rf"^{url}/s-001.tar: \d+ bytes came and not the \d+ .*\(tried 7 times\)$",
+    ):
         shards.read(12)
     put(data + bytes(512))
-    with pytest.raises(remote.RemoteError, match=rf"^{url}/s-001.tar: is larger than {len(data)} bytes"):
+    with pytest.raises(
+        remote.RemoteError, match=rf"^{url}/s-001.tar: is larger than {len(data)} bytes"
+    ):
         shards.read(12)
     client.delete_object(Bucket="shards", Key="some/where/s-001.tar")
     with pytest.raises(remote.RemoteError, match=rf"^{url}/s-001.tar: FileNotFoundError: \S+$"):
@@ -115,13 +131,18 @@ def test_what_is_wrong_is_named(folder: Path, s3: tuple[str, object], tmp_path: 
     put(data)
     assert shards.read(12) == Shards(folder).read(12)
     with pytest.raises(
-        remote.RemoteError, match=r"^s3://shards/else/scaletrain-index.json: FileNotFoundError.*before you upload it$"
+        remote.RemoteError,
+        match=r"^s3://shards/else/scaletrain-index.json: FileNotFoundError.*before you upload it$",
     ):
         Shards("s3://shards/else")
 
 
-def test_a_server_that_does_not_answer(s3: tuple[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer(
+    s3: tuple[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(remote, "TRIES", 2)
-    with pytest.raises(remote.RemoteError, match=r"Could not connect to the endpoint URL.*\(tried 2 times\)"):
+    with pytest.raises(
+        remote.RemoteError, match=r"Could not connect to the endpoint URL.*\(tried 2 times\)"
+    ):
         Shards(s3[0])

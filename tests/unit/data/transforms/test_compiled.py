@@ -1,4 +1,6 @@
-"""Compiled kernels: cached once for several processes, and usable where no folder takes the cache."""
+"""Compiled kernels: cached once for several processes, and usable where no folder takes the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,18 @@ print(double(21), sum(double.stats.cache_hits.values()))
 
 
 def start(script: Path, cache: Path | str) -> subprocess.Popen[str]:
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(REPOSITORY), "HOME": "/dev/null/none"}
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(REPOSITORY),
+        "HOME": "/dev/null/none",
+    }
     environment.pop("XDG_CACHE_HOME", None)
     return subprocess.Popen(
-        [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(script)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -40,7 +50,9 @@ def test_processes_share_one_cache(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_for_the_cache_it_compiles_in_memory(tmp_path: Path) -> None:
-    """A function that comes from no file has no place beside which to cache, as in an installation that nobody may write."""
+    """A function that comes from no file has no place beside which to cache, as in an installation
+    that nobody may write.
+    """
     script = tmp_path / "inline.py"
     script.write_text(f"exec(compile({MODULE!r}, '/dev/null/none/module.py', 'exec'))")
     out, err = start(script, "").communicate(timeout=120)

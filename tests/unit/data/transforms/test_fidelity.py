@@ -1,4 +1,5 @@
-"""The fidelity gate: what the fast kernels make of an image against torchvision on Pillow images with the same parameters.
+"""The fidelity gate: what the fast kernels make of an image against torchvision on Pillow images
+with the same parameters.
 
 benchmarks/loader.py runs this file first and voids its figures if it is red.
 """
@@ -26,8 +27,12 @@ MODES = {"bilinear": TF.InterpolationMode.BILINEAR, "bicubic": TF.InterpolationM
 def photo() -> np.ndarray:
     """Blobs, edges, texture and flat parts with the muted colours of photographs, [180, 230, 3]."""
     rng = np.random.default_rng(3)
-    coarse = cv2.resize(rng.random((8, 10, 3)).astype(np.float32), (230, 180), interpolation=cv2.INTER_CUBIC)
-    gray = cv2.resize(rng.random((30, 40, 1)).astype(np.float32), (230, 180), interpolation=cv2.INTER_LINEAR)[..., None]
+    coarse = cv2.resize(
+        rng.random((8, 10, 3)).astype(np.float32), (230, 180), interpolation=cv2.INTER_CUBIC
+    )
+    gray = cv2.resize(
+        rng.random((30, 40, 1)).astype(np.float32), (230, 180), interpolation=cv2.INTER_LINEAR
+    )[..., None]
     image = 0.35 * coarse + 0.45 * gray + 0.08 * rng.standard_normal((180, 230, 1))
     image[60:120, 80:160] = image[60:120, 80:160] * 0.3 + 0.5
     image[:30, :40] = (0.2, 0.2, 0.2)
@@ -35,16 +40,27 @@ def photo() -> np.ndarray:
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (90, 110, 3), dtype=np.uint8)
-IMAGES = {"photo": photo(), "saturated": picture(5, 150, 200), "noise": NOISE, "gray": np.repeat(photo()[..., :1], 3, -1)}
+IMAGES = {
+    "photo": photo(),
+    "saturated": picture(5, 150, 200),
+    "noise": NOISE,
+    "gray": np.repeat(photo()[..., :1], 3, -1),
+}
 
 
 def errors(ours: np.ndarray, theirs: object) -> tuple[float, float, float]:
     """Mean absolute difference, bias and 99th percentile in gray levels."""
     difference = np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)
-    return float(np.abs(difference).mean()), float(abs(difference.mean())), float(np.percentile(np.abs(difference), 99))
+    return (
+        float(np.abs(difference).mean()),
+        float(abs(difference.mean())),
+        float(np.percentile(np.abs(difference), 99)),
+    )
 
 
-def close(ours: np.ndarray, theirs: object, mean: float = 2.0, bias: float = 0.5, worst: float = 6.0) -> None:
+def close(
+    ours: np.ndarray, theirs: object, mean: float = 2.0, bias: float = 0.5, worst: float = 6.0
+) -> None:
     found = errors(ours, theirs)
     assert np.all(np.array(found) <= (mean, bias, worst)), found
 
@@ -58,14 +74,18 @@ def done(image: np.ndarray, **change: object) -> np.ndarray:
 
 
 def pillow(image: np.ndarray, spec: View, p: Params) -> np.ndarray:
-    """The same view by torchvision alone; the blur is its own on tensors, with a kernel that reaches as far as any here."""
+    """The same view by torchvision alone; the blur is its own on tensors, with a kernel that
+    reaches as far as any here.
+    """
     steps = (
         lambda x: TF.adjust_brightness(x, p.brightness),
         lambda x: TF.adjust_contrast(x, p.contrast),
         lambda x: TF.adjust_saturation(x, p.saturation),
         lambda x: TF.adjust_hue(x, p.hue),
     )
-    x = TF.resized_crop(Image.fromarray(image), *p.box, [spec.size, spec.size], MODES[spec.interpolation])
+    x = TF.resized_crop(
+        Image.fromarray(image), *p.box, [spec.size, spec.size], MODES[spec.interpolation]
+    )
     for i in p.order if p.jitter else ():
         x = steps[i](x)
     if p.gray:
@@ -78,10 +98,12 @@ def pillow(image: np.ndarray, spec: View, p: Params) -> np.ndarray:
 
 
 def drawn(n: int, spec: View, height: int, width: int) -> list[Params]:
-    return [draw(spec, u[0], height, width) for u in uniforms(sample_keys(11, 0, torch.arange(n)), 1)]
+    return [
+        draw(spec, u[0], height, width) for u in uniforms(sample_keys(11, 0, torch.arange(n)), 1)
+    ]
 
 
-# --- operations -------------------------------------------------------------------------------------------------------
+# --- operations -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -99,7 +121,9 @@ def test_blends_are_pillows_to_the_last_bit(name: str, factor: float) -> None:
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("turns", [-0.5, -0.1, -0.021, 0.004, 0.05, 0.1, 0.31, 0.5])
 def test_hue_is_pillows(name: str, turns: float) -> None:
-    """Exact but where float32 and Pillow's float64 fall on two sides of a whole number: at most 1 % of the pixels."""
+    """Exact but where float32 and Pillow's float64 fall on two sides of a whole number: at most 1 %
+    of the pixels.
+    """
     image = IMAGES[name]
     theirs = np.asarray(TF.adjust_hue(Image.fromarray(image), turns))
     ours = done(image, jitter=True, hue=turns)
@@ -119,7 +143,11 @@ def test_gray_solarize_and_flip_are_pillows_to_the_last_bit(name: str) -> None:
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("sigma", [0.15, 0.3, 0.5, 0.77, 1.0, 1.5, 2.0, 2.6])
 def test_blur_is_torchvisions(name: str, sigma: float) -> None:
-    theirs = TF.gaussian_blur(torch.from_numpy(IMAGES[name]).permute(2, 0, 1), 23, sigma).permute(1, 2, 0).numpy()
+    theirs = (
+        TF.gaussian_blur(torch.from_numpy(IMAGES[name]).permute(2, 0, 1), 23, sigma)
+        .permute(1, 2, 0)
+        .numpy()
+    )
     # weights of 8 bits down the columns: up to half a level on average
     close(done(IMAGES[name], sigma=sigma), theirs, mean=0.5, bias=0.1, worst=2.0)
 
@@ -140,17 +168,25 @@ def test_blur_keeps_black_and_white_and_narrow_ones_do_nothing() -> None:
         for sigma in (0.2, 0.7, 1.3, 2.0, 5.0):
             assert (done(np.full((30, 40, 3), level, np.uint8), sigma=sigma) == level).all()
     assert np.array_equal(done(NOISE, sigma=0.05), NOISE)
-    assert done(NOISE[:8, :9].copy(), sigma=6.0).shape == (8, 9, 3)  # the kernel would be wider than the image
+    assert done(NOISE[:8, :9].copy(), sigma=6.0).shape == (
+        8,
+        9,
+        3,
+    )  # the kernel would be wider than the image
     both = done(NOISE, sigma=1.0, solarize=True)  # solarize comes after the blur
     assert np.array_equal(both, TF.solarize(Image.fromarray(done(NOISE, sigma=1.0)), 128))
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# --- geometry -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interpolation", MODES)
-@pytest.mark.parametrize(("box", "size"), [((10, 20, 130, 150), 32), ((3, 5, 90, 64), 96), ((40, 40, 9, 12), 32)])
-def test_antialiased_crop_is_pillows(interpolation: str, box: tuple[int, int, int, int], size: int) -> None:
+@pytest.mark.parametrize(
+    ("box", "size"), [((10, 20, 130, 150), 32), ((3, 5, 90, 64), 96), ((40, 40, 9, 12), 32)]
+)
+def test_antialiased_crop_is_pillows(
+    interpolation: str, box: tuple[int, int, int, int], size: int
+) -> None:
     for image in (IMAGES["photo"], IMAGES["saturated"]):
         theirs = TF.resized_crop(Image.fromarray(image), *box, [size, size], MODES[interpolation])
         ours = crop.crop(image, box, size, interpolation, antialias=True)
@@ -162,15 +198,31 @@ def test_antialiased_crop_is_pillows(interpolation: str, box: tuple[int, int, in
 def test_plain_crop_is_torchs_without_antialias(interpolation: str) -> None:
     image = IMAGES["saturated"]
     x = torch.from_numpy(image).permute(2, 0, 1)[None, :, 10:140, 20:170].float()
-    theirs = torch.nn.functional.interpolate(x, (32, 32), mode=interpolation).clamp(0, 255)[0].permute(1, 2, 0)
-    close(crop.crop(image, (10, 20, 130, 150), 32, interpolation, antialias=False), theirs.round().numpy(), mean=0.5)
-    assert errors(crop.crop(image, (10, 20, 130, 150), 32, interpolation, antialias=True), theirs.round().numpy())[0] > 2
+    theirs = (
+        torch.nn.functional.interpolate(x, (32, 32), mode=interpolation)
+        .clamp(0, 255)[0]
+        .permute(1, 2, 0)
+    )
+    close(
+        crop.crop(image, (10, 20, 130, 150), 32, interpolation, antialias=False),
+        theirs.round().numpy(),
+        mean=0.5,
+    )
+    assert (
+        errors(
+            crop.crop(image, (10, 20, 130, 150), 32, interpolation, antialias=True),
+            theirs.round().numpy(),
+        )[0]
+        > 2
+    )
 
 
 def tensorflow(x: np.ndarray, side: int) -> np.ndarray:
-    """tf.image.resize(x, (side, side), BICUBIC): resize_bicubic_op.cc, half_pixel_centers, with its table of 1024 offsets.
+    """tf.image.resize(x, (side, side), BICUBIC): resize_bicubic_op.cc, half_pixel_centers, with its
+    table of 1024 offsets.
 
-    GetWeightsAndIndices gives neighbours outside the image no weight and divides by the sum of the others.
+    GetWeightsAndIndices gives neighbours outside the image no weight and divides by the sum of the
+    others.
     """
 
     def one_axis(x: np.ndarray) -> np.ndarray:
@@ -183,7 +235,10 @@ def tensorflow(x: np.ndarray, side: int) -> np.ndarray:
             for k in (-1, 0, 1, 2):
                 t = abs(k - offset)
                 a = -0.5
-                near, far = ((a + 2) * t - (a + 3)) * t * t + 1, ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+                near, far = (
+                    ((a + 2) * t - (a + 3)) * t * t + 1,
+                    ((a * t - 5 * a) * t + 8 * a) * t - 4 * a,
+                )
                 if 0 <= base + k < len(x):
                     total = total + (near if t <= 1 else far) * x[base + k]
                     weights += near if t <= 1 else far
@@ -194,7 +249,9 @@ def tensorflow(x: np.ndarray, side: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["photo", "noise"])
-@pytest.mark.parametrize("box", [(0, 0, 90, 110), (5, 7, 80, 70), (30, 40, 20, 33), (60, 60, 1, 2), (89, 0, 1, 110)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 90, 110), (5, 7, 80, 70), (30, 40, 20, 33), (60, 60, 1, 2), (89, 0, 1, 110)]
+)
 @pytest.mark.parametrize("size", [8, 37, 48])
 def test_keys_is_tensorflows_bicubic(name: str, box: tuple[int, int, int, int], size: int) -> None:
     image = IMAGES[name]
@@ -204,34 +261,62 @@ def test_keys_is_tensorflows_bicubic(name: str, box: tuple[int, int, int, int], 
     assert np.abs(ours - theirs).max() < 0.9  # half a level of rounding and TensorFlow's table
     assert np.abs(ours - theirs).mean() < 0.3
     if min(height, width) > 2 * size:
-        assert errors(crop.crop(image, box, size, "bicubic", antialias=False), theirs.round())[0] > 0.5  # a = -.75
+        assert (
+            errors(crop.crop(image, box, size, "bicubic", antialias=False), theirs.round())[0] > 0.5
+        )  # a = -.75
         assert errors(crop.crop(image, box, size, "bicubic", antialias=True), theirs.round())[0] > 2
 
 
 def test_antialiased_modes_do_not_alias_a_zone_plate() -> None:
-    """Rings whose frequency grows to Nyquist at the edge; at a quarter of the size the outer ones must become gray."""
+    """Rings whose frequency grows to Nyquist at the edge; at a quarter of the size the outer ones
+    must become gray.
+    """
     y, x = np.mgrid[-200:200, -200:200]
-    plate = np.repeat((127.5 + 127.5 * np.cos(np.pi * (x * x + y * y) / 400))[..., None], 3, -1).astype(np.uint8)
+    plate = np.repeat(
+        (127.5 + 127.5 * np.cos(np.pi * (x * x + y * y) / 400))[..., None], 3, -1
+    ).astype(np.uint8)
     yy, xx = np.mgrid[-49.5:50, -49.5:50]
-    beyond = (np.hypot(xx, yy) > 25) & (np.hypot(xx, yy) < 48)  # twice the new Nyquist frequency and more
+    beyond = (np.hypot(xx, yy) > 25) & (
+        np.hypot(xx, yy) < 48
+    )  # twice the new Nyquist frequency and more
     for interpolation in MODES:
         ours = crop.crop(plate, (0, 0, 400, 400), 100, interpolation, antialias=True)
-        close(ours, TF.resize(Image.fromarray(plate), [100, 100], MODES[interpolation]), mean=0.1, worst=1.0)
+        close(
+            ours,
+            TF.resize(Image.fromarray(plate), [100, 100], MODES[interpolation]),
+            mean=0.1,
+            worst=1.0,
+        )
         assert ours[beyond].std() < 8
     for interpolation in (*MODES, "keys"):
-        assert crop.crop(plate, (0, 0, 400, 400), 100, interpolation, antialias=False)[beyond].std() > 25
+        assert (
+            crop.crop(plate, (0, 0, 400, 400), 100, interpolation, antialias=False)[beyond].std()
+            > 25
+        )
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "area"), [(300, 450, (0.08, 1.0)), (375, 500, (0.05, 0.14)), (500, 333, (0.14, 1.0))]
+    ("height", "width", "area"),
+    [(300, 450, (0.08, 1.0)), (375, 500, (0.05, 0.14)), (500, 333, (0.14, 1.0))],
 )
-def test_ten_thousand_boxes_are_distributed_as_torchvisions(height: int, width: int, area: tuple[float, float]) -> None:
+def test_ten_thousand_boxes_are_distributed_as_torchvisions(
+    height: int, width: int, area: tuple[float, float]
+) -> None:
     spec = View(scale=area)
     torch.manual_seed(0)
     empty = torch.empty(3, height, width)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(empty, spec.scale, spec.ratio) for _ in range(10_000)])
+    theirs = np.array(
+        [
+            transforms.RandomResizedCrop.get_params(empty, spec.scale, spec.ratio)
+            for _ in range(10_000)
+        ]
+    )
     ours = np.array([p.box for p in drawn(10_000, spec, height, width)])
-    for value in (lambda x: x[:, 2] * x[:, 3], lambda x: x[:, 3] / x[:, 2], *(lambda x, i=i: x[:, i] for i in range(4))):
+    for value in (
+        lambda x: x[:, 2] * x[:, 3],
+        lambda x: x[:, 3] / x[:, 2],
+        *(lambda x, i=i: x[:, i] for i in range(4)),
+    ):
         assert stats.ks_2samp(value(ours), value(theirs)).pvalue > 0.01
     assert (ours[:, 0] + ours[:, 2]).max() <= height
     assert (ours[:, 1] + ours[:, 3]).max() <= width
@@ -247,7 +332,9 @@ def whole_then_centre(image: np.ndarray, size: int) -> np.ndarray:
     return TF.center_crop(x, [size, size])[0].permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize(("height", "width"), [(180, 230), (230, 180), (20, 300), (300, 20), (64, 64), (7, 500)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(180, 230), (230, 180), (20, 300), (300, 20), (64, 64), (7, 500)]
+)
 @pytest.mark.parametrize("size", [32, 96])
 def test_evaluation_views_are_torchvisions_bit_for_bit(height: int, width: int, size: int) -> None:
     image = cv2.resize(photo(), (width, height))
@@ -255,19 +342,32 @@ def test_evaluation_views_are_torchvisions_bit_for_bit(height: int, width: int, 
 
 
 @pytest.mark.parametrize(("height", "width"), [(900, 3), (3, 901), (1, 600), (7, 1200), (1201, 20)])
-def test_long_images_are_cut_before_they_are_enlarged(monkeypatch: pytest.MonkeyPatch, height: int, width: int) -> None:
+def test_long_images_are_cut_before_they_are_enlarged(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
     image = cv2.resize(picture(3, 200, 200), (width, height), interpolation=cv2.INTER_LINEAR)
     wanted = {size: whole_then_centre(image, size) for size in (32, 96)}
     tall = crop.resize(image, 32, 32, "bilinear", antialias=True)
     monkeypatch.setattr(crop, "LARGE", 1000)
     for size, true in wanted.items():
         close(crop.evaluate(image, size, "tv"), true, mean=1.5, bias=0.5, worst=16.0)
-    close(crop.resize(image, 32, 32, "bilinear", antialias=True), tall, mean=0.5, bias=0.5, worst=1.0)
+    close(
+        crop.resize(image, 32, 32, "bilinear", antialias=True), tall, mean=0.5, bias=0.5, worst=1.0
+    )
 
 
-# --- whole views ------------------------------------------------------------------------------------------------------
+# --- whole views ----------------------------------------------------------------------------------
 
-WILD = View(size=64, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5, solarize=0.3)
+WILD = View(
+    size=64,
+    jitter=0.8,
+    brightness=0.8,
+    contrast=0.8,
+    saturation=0.8,
+    hue=0.2,
+    blur=0.5,
+    solarize=0.3,
+)
 
 
 @pytest.mark.parametrize("interpolation", MODES)
@@ -288,7 +388,9 @@ def test_whole_views_are_pillows(name: str, interpolation: str) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_of_the_jitter(order: tuple[int, ...]) -> None:
-    p = color.PLAIN._replace(jitter=True, order=order, brightness=1.5, contrast=0.6, saturation=1.6, hue=-0.13, flip=True)
+    p = color.PLAIN._replace(
+        jitter=True, order=order, brightness=1.5, contrast=0.6, saturation=1.6, hue=-0.13, flip=True
+    )
     p = p._replace(box=(20, 30, 100, 120))
     out = np.empty((64, 64, 3), np.uint8)
     render(IMAGES["photo"], View(size=64), p, out)
@@ -299,11 +401,15 @@ def test_every_order_of_the_jitter(order: tuple[int, ...]) -> None:
 
 
 def test_device_executes_what_the_worker_does() -> None:
-    """Equal but where float32 sums fall on two sides of a whole number, and in the blur, whose weights the worker rounds."""
+    """Equal but where float32 sums fall on two sides of a whole number, and in the blur, whose
+    weights the worker rounds.
+    """
     spec = WILD.model_copy(update={"size": 48})
     for image in (IMAGES["photo"], IMAGES["saturated"]):
         params = [p._replace(sigma=p.sigma * 3) for p in drawn(120, spec, *image.shape[:2])]
-        cut = np.stack([crop.crop(image, p.box, 48, spec.interpolation, spec.antialias) for p in params])
+        cut = np.stack(
+            [crop.crop(image, p.box, 48, spec.interpolation, spec.antialias) for p in params]
+        )
         worker = np.empty_like(cut)
         for i, p in enumerate(params):
             color.apply(cut[i], p, worker[i])

@@ -1,4 +1,6 @@
-"""Good crops: a keyed share of the samples, whose large crops hold foreground; all others are as they were. And worse masks."""
+"""Good crops: a keyed share of the samples, whose large crops hold foreground; all others are as
+they were. And worse masks.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,17 @@ def test_a_box_holds_what_is_asked_or_the_most_of_all() -> None:
         boxes = [foreground_crops.random_box(SPEC, u[:20], u[20], u[21], 24, 30) for u in rows[0]]
         found = foreground_crops.box(SPEC, corner, rows[0], mask, 0.25)
         enough = [box for box in boxes if held(box, mask) >= 0.25]
-        assert found == enough[0] if enough else held(found, mask) == max(held(box, mask) for box in [corner, *boxes])
-        assert foreground_crops.box(SPEC, (0, 18, 10, 10), rows[0], mask, 0.9) == (0, 18, 10, 10)  # it is good as it is
+        assert (
+            found == enough[0]
+            if enough
+            else held(found, mask) == max(held(box, mask) for box in [corner, *boxes])
+        )
+        assert foreground_crops.box(SPEC, (0, 18, 10, 10), rows[0], mask, 0.9) == (
+            0,
+            18,
+            10,
+            10,
+        )  # it is good as it is
         assert foreground_crops.box(SPEC, corner, rows[0], 0 * mask, 0.25) == corner
 
 
@@ -50,7 +61,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch(folder: Path, share: float) -> Batch:
     views = (View(size=16, count=2, scale=(0.05, 0.2)), View(size=8, scale=(0.05, 0.2)))
-    data = Data(path=str(folder), lanes=4, window=1, workers=0, views=views, masks=True, good_crops=share, good_cover=0.15)
+    data = Data(
+        path=str(folder),
+        lanes=4,
+        window=1,
+        workers=0,
+        views=views,
+        masks=True,
+        good_crops=share,
+        good_cover=0.15,
+    )
     stream = Stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu"))
     return next(iter(stream.batches(0, 1)))
 
@@ -73,7 +93,7 @@ def test_masks_are_needed() -> None:
         Data(good_crops=0.5)
 
 
-# --- masks made worse -------------------------------------------------------------------------------------------------
+# --- masks made worse -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -106,7 +126,13 @@ def test_masks_grow_shrink_and_become_boxes() -> None:
 def test_the_stream_alters_masks_and_nothing_else(folder: Path) -> None:
     made = Data(path=str(folder), lanes=4, window=1, workers=0, views=(View(size=16),), masks=True)
     plain, other = (
-        next(iter(Stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu")).batches(0, 1)))
+        next(
+            iter(
+                Stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu")).batches(
+                    0, 1
+                )
+            )
+        )
         for data in (made, made.model_copy(update={"mask_study": "centred", "mask_share": 1.0}))
     )
     assert torch.equal(plain.views[0], other.views[0])

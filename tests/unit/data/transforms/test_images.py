@@ -1,4 +1,6 @@
-"""Images of every kind become the pixels that a viewer shows; hostile ones are refused, and cost little memory and time."""
+"""Images of every kind become the pixels that a viewer shows; hostile ones are refused, and cost
+little memory and time.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def test_images_stand_upright_by_exif(form: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(
-        SMOOTH, form, exif=exif, **({"quality": 95} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {})
+        SMOOTH,
+        form,
+        exif=exif,
+        **({"quality": 95} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}),
     )
     with Image.open(io.BytesIO(data)) as picture_file:
         wanted = np.asarray(ImageOps.exif_transpose(picture_file).convert("RGB")).astype(int)
@@ -50,7 +55,15 @@ def test_images_stand_upright_by_exif(form: str, orientation: int) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "form"),
-    [("L", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP")],
+    [
+        ("L", "JPEG"),
+        ("L", "PNG"),
+        ("P", "PNG"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+        ("RGBA", "PNG"),
+        ("RGBA", "WEBP"),
+    ],
 )
 def test_other_colour_modes_equal_pillows_rgb(mode: str, form: str) -> None:
     data = saved(SMOOTH.convert(mode), form, **({"lossless": True} if form == "WEBP" else {}))
@@ -77,12 +90,22 @@ def test_of_an_animation_the_first_frame_counts(form: str) -> None:
     assert np.array_equal(image.decode(data, LIMIT), np.asarray(SMOOTH))
 
 
-def test_cut_images_are_read_only_where_all_pixels_are_there(capfd: pytest.CaptureFixture[str]) -> None:
+def test_cut_images_are_read_only_where_all_pixels_are_there(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     png, jpeg, webp = (encode(np.asarray(SMOOTH), s) for s in (".png", ".jpg", ".webp"))
-    assert np.array_equal(image.decode(png[:-12], LIMIT), np.asarray(SMOOTH))  # without its IEND chunk
+    assert np.array_equal(
+        image.decode(png[:-12], LIMIT), np.asarray(SMOOTH)
+    )  # without its IEND chunk
     whole = image.decode(jpeg, LIMIT)
     assert np.array_equal(image.decode(jpeg + b"\0" * 3000, LIMIT), whole)
-    for cut in (png[: len(png) // 2], jpeg[: len(jpeg) // 2], jpeg[:-40], webp[: len(webp) // 2], webp[:-20]):
+    for cut in (
+        png[: len(png) // 2],
+        jpeg[: len(jpeg) // 2],
+        jpeg[:-40],
+        webp[: len(webp) // 2],
+        webp[:-20],
+    ):
         with pytest.raises(ImageError, match="the image is damaged"):
             image.decode(cut, LIMIT)
     capfd.readouterr()
@@ -111,7 +134,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(width: int, height: int, *between: bytes, colour: int = 2) -> bytes:
     rows = zlib.compress(bytes(1 << 20), 9)
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(between) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + head + b"".join(between) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 BOMBS = """
@@ -134,7 +159,8 @@ for height, width in ((12000, 1), (1, 12000), (65000, 3), (3, 65000), (131072, 2
         assert crop.evaluate(pixels, 224, protocol).shape == (224, 224, 3)
     for kind in ("bilinear", "bicubic"):
         for antialias in (False, True):
-            assert crop.crop(pixels, (0, 0, height, width), 224, kind, antialias).shape == (224, 224, 3)
+            cut = crop.crop(pixels, (0, 0, height, width), 224, kind, antialias)
+            assert cut.shape == (224, 224, 3)
     crop.crop_mask(pixels[..., 0], (0, 0, height, width), 224, flip=True)
     image.shrink(pixels, 1) if min(height, width) > 1 else None
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -164,7 +190,9 @@ def test_bombs_take_little_memory(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     command = [sys.executable, "-c", BOMBS, tmp_path / "good", *(tmp_path / name for name in bombs)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout) <= 400, done.stderr  # 7,000 x 7,000 pixels, twice, are allowed; the rest is not
+    assert int(done.stdout) <= 400, (
+        done.stderr
+    )  # 7,000 x 7,000 pixels, twice, are allowed; the rest is not
 
 
 def test_large_texts_and_profiles_of_a_png_harm_nothing() -> None:
@@ -192,5 +220,7 @@ def test_large_texts_and_profiles_of_a_png_harm_nothing() -> None:
 
 def test_images_longer_than_any_photograph_are_refused() -> None:
     for width, height in ((131_073, 1), (1, 200_000)):
-        with pytest.raises(ImageError, match=rf"{width} x {height} pixels: no side may have more than 131072"):
+        with pytest.raises(
+            ImageError, match=rf"{width} x {height} pixels: no side may have more than 131072"
+        ):
             image.decode(png(width, height), LIMIT)

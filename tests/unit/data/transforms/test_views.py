@@ -22,7 +22,7 @@ def off(a: object, b: object) -> float:
     return float(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).mean())
 
 
-# --- parameters -------------------------------------------------------------------------------------------------------
+# --- parameters -----------------------------------------------------------------------------------
 
 
 def rows(seed: int, epoch: int, samples: int) -> list[list[float]]:
@@ -32,12 +32,15 @@ def rows(seed: int, epoch: int, samples: int) -> list[list[float]]:
 
 def test_numbers_depend_on_every_part_of_the_key_and_on_the_view() -> None:
     keys = [
-        sample_keys(s, e, torch.tensor([i])) for s, e, i in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**40, 3, 3 * 10**8))
+        sample_keys(s, e, torch.tensor([i]))
+        for s, e, i in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**40, 3, 3 * 10**8))
     ]
     drawn = np.array([uniforms(key, 4)[0] for key in keys])
     assert drawn.shape == (5, 4, DRAWS)
     assert len(np.unique(drawn)) == drawn.size
-    assert uniforms(keys[0], 2)[0] == drawn[0, :2].tolist()  # more views do not change the first ones
+    assert (
+        uniforms(keys[0], 2)[0] == drawn[0, :2].tolist()
+    )  # more views do not change the first ones
     many = np.array(rows(0, 0, 600)).ravel()
     assert stats.kstest(many, "uniform").pvalue > 1e-3
     assert many.min() >= 0
@@ -49,13 +52,26 @@ def test_numbers_depend_on_every_part_of_the_key_and_on_the_view() -> None:
 def test_impossible_crops_fall_back_to_the_centre_as_torchvision(height: int, width: int) -> None:
     spec = View(scale=(1.0, 1.0), ratio=(0.99, 1.01))
     torch.manual_seed(0)
-    theirs = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), spec.scale, spec.ratio)
+    theirs = transforms.RandomResizedCrop.get_params(
+        torch.empty(3, height, width), spec.scale, spec.ratio
+    )
     assert random_box(spec, [0.5] * 20, 0.5, 0.5, height, width) == tuple(theirs)
 
 
 def test_probabilities_and_ranges() -> None:
-    spec = View(size=96, crop=0.5, flip=0.3, jitter=0.8, brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1)
-    spec = spec.model_copy(update={"grayscale": 0.2, "blur": 0.1, "sigma": (0.1, 2.0), "solarize": 0.25})
+    spec = View(
+        size=96,
+        crop=0.5,
+        flip=0.3,
+        jitter=0.8,
+        brightness=0.4,
+        contrast=0.3,
+        saturation=0.2,
+        hue=0.1,
+    )
+    spec = spec.model_copy(
+        update={"grayscale": 0.2, "blur": 0.1, "sigma": (0.1, 2.0), "solarize": 0.25}
+    )
     drawn = [draw(spec, u, 100, 100) for u in rows(9, 1, 5000)]
     shares = {
         "crop": (0.5, np.mean([p.box != (0, 0, 100, 100) for p in drawn])),
@@ -67,7 +83,12 @@ def test_probabilities_and_ranges() -> None:
     }
     for name, (wanted, found) in shares.items():
         assert abs(found - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / 5000), name
-    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.7, 1.3), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)):
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.7, 1.3),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+    ):
         values = np.array([getattr(p, name) for p in drawn])
         assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > 0.001, name
     sigmas = np.array([p.sigma for p in drawn if p.sigma]) * 224 / 96
@@ -82,18 +103,25 @@ def test_strengths_above_one_start_at_zero() -> None:
 
 
 def test_views_are_grouped_by_size_largest_first() -> None:
-    specs = (View(size=96, count=2, flip=0.1), View(size=224, blur=1.0), View(size=224, count=2, blur=0.1), View(size=96))
+    specs = (
+        View(size=96, count=2, flip=0.1),
+        View(size=224, blur=1.0),
+        View(size=224, count=2, blur=0.1),
+        View(size=96),
+    )
     groups = expand(specs)
     assert [[v.size for v in g] for g in groups] == [[224] * 3, [96] * 3]
     assert [v.blur for v in groups[0]] == [1.0, 0.1, 0.1]
     assert [v.flip for v in groups[1]] == [0.1, 0.1, 0.5]
 
 
-# --- execution; test_data_fidelity.py has the colours -----------------------------------------------------------------
+# --- execution; test_data_fidelity.py has the colours ---------------------------------------------
 
 
 def test_mask_follows_its_view() -> None:
-    """A white mask region painted into the image stays on the same pixels after crop, resize and flip."""
+    """A white mask region painted into the image stays on the same pixels after crop, resize and
+    flip.
+    """
     mask = np.zeros((60, 80), np.uint8)
     mask[10:40, 15:50] = 1
     painted = np.repeat(mask[..., None] * 255, 3, -1)
@@ -113,7 +141,13 @@ def test_evaluation_protocols(height: int, width: int) -> None:
     assert off(crop.evaluate(photo, 56, "tv"), tv) < 0.1
     side = round(min(height, width) * 0.875)
     centre = TF.center_crop(pil, [side, side])
-    assert off(crop.evaluate(photo, 56, "byol"), TF.resize(centre, [56, 56], TF.InterpolationMode.BICUBIC)) < 6
+    assert (
+        off(
+            crop.evaluate(photo, 56, "byol"),
+            TF.resize(centre, [56, 56], TF.InterpolationMode.BICUBIC),
+        )
+        < 6
+    )
     assert off(crop.evaluate(photo, 56, "none"), TF.resize(pil, [56, 56])) < 0.1
     assert crop.evaluate(photo[:40, :40], 40, "none") is not None
     assert np.array_equal(crop.evaluate(photo[:40, :40], 40, "none"), photo[:40, :40])
