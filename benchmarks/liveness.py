@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+LAUNCHER = str(ROOT / "launchers" / "local.py")
 SHM = Path("/dev/shm")
 IMAGES, LIFE, LIMIT, PATIENCE = 512, 4.0, 30.0, 120.0
 HEAD = (
@@ -132,7 +133,7 @@ def until(true: Callable[[], object], seconds: float) -> float:
 
 def run(trial: Trial, work: Path) -> Outcome:
     chance = random.Random(str(trial))
-    place = work / f"{len(trial.launcher)}-{trial.how.name}-{trial.number}"
+    place = work / f"{'launched' if LAUNCHER in trial.launcher else 'alone'}-{trial.how.name}-{trial.number}"
     place.mkdir(parents=True, exist_ok=True)
     command = [*trial.launcher, str(work / "recipe.yaml"), "--run", str(place / "run")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -196,7 +197,7 @@ def main() -> int:
     shards = write(work / "shards")
     (work / "recipe.yaml").write_text(RECIPE.format(root=ROOT, shards=shards))
     alone = (sys.executable, "-m", "scaletrain", "train")
-    launched = (sys.executable, str(ROOT / "launchers" / "local.py"), "--procs", "2")
+    launched = (sys.executable, LAUNCHER, "--procs", "2")
     plan = (
         ("SIGKILL", alone, signal.SIGKILL, options.kills),
         ("SIGSTOP", alone, signal.SIGSTOP, options.stops),
