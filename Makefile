@@ -17,7 +17,7 @@ check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
 	@$(BIN)/python -m pytest tests/test_layers.py
 
-parity: .venv/.dev ## every method under every engine at 2 and 4 processes beside one, as the README's matrix; half an hour
+parity: .venv/.dev ## every method under every engine on 2 and 4 processes against one, as the README's matrix; half an hour
 	@PYTHONPATH=.:tests $(BIN)/python tests/parity/matrix.py
 
 gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,6 +26,9 @@ from scaletrain.optim.groups import parameter_groups
 METHODS = components("methods")
 FOLDER = Path(importlib.import_module("scaletrain.methods").__path__[0])
 TOTAL = 20
+WITHIN_AN_EPOCH = 3
+# steps after which a run is cut: before a frozen group moves, within an epoch, at its end
+CUTS = (1, WITHIN_AN_EPOCH, small.STEPS_PER_EPOCH)
 CLOCK = Clock(0, TOTAL, 0, small.STEPS_PER_EPOCH)
 each_method = pytest.mark.parametrize("method", METHODS)
 each_objective = pytest.mark.parametrize("method", [*METHODS, *small.JOINED])
@@ -163,11 +166,52 @@ def traces_of_forward(engine: Engine, batch: Batch) -> list[str]:
     ]
 
 
+@dataclasses.dataclass
+class InMemory:
+    """What a checkpoint gives back, without a disk."""
+
+    pieces: dict[str, Piece]
+
+    def names(self) -> Sequence[str]:
+        return sorted(self.pieces)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.pieces[name].shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.pieces[name].data[start:stop].clone()
+
+
+def save(engine: Engine) -> InMemory:
+    state = engine.state()
+    assert all(
+        piece.start == 0 and piece.data.shape == (torch.Size(piece.shape).numel(),)
+        for piece in state.values()
+    )
+    return InMemory(
+        {name: dataclasses.replace(piece, data=piece.data.clone()) for name, piece in state.items()}
+    )
+
+
+@functools.cache
+def uninterrupted(method: str) -> tuple[list[float], dict[str, Tensor], dict[int, InMemory]]:
+    """Six steps of a method, once for all tests: the losses, every value at the end, and the
+    states that were saved on the way.
+    """
+    cfg = small.config(method)
+    engine, losses, saved = small.engine(cfg), [], {}
+    for step in range(6):
+        losses += small.run(engine, cfg, step, step + 1)
+        if step + 1 in CUTS:
+            saved[step + 1] = save(engine)
+    return losses, values(engine), saved
+
+
 def trained(method: str, steps: int = 3) -> tuple[configuration.Config, Engine]:
     """An engine whose queues, memories and momenta are in use."""
     cfg = small.config(method)
     engine = small.engine(cfg)
-    small.run(engine, cfg, 0, steps)
+    engine.restore(uninterrupted(method)[2][steps])
     return cfg, engine
 
 
@@ -324,64 +368,20 @@ def test_a_gradient_that_is_not_finite_is_named_although_the_loss_is(
     assert changed(before, values(engine)) == []
 
 
-@dataclasses.dataclass
-class InMemory:
-    """What a checkpoint gives back, without a disk."""
-
-    pieces: dict[str, Piece]
-
-    def names(self) -> Sequence[str]:
-        return sorted(self.pieces)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.pieces[name].shape
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.pieces[name].data[start:stop]
-
-
-def save(engine: Engine) -> InMemory:
-    state = engine.state()
-    assert all(
-        piece.start == 0 and piece.data.shape == (torch.Size(piece.shape).numel(),)
-        for piece in state.values()
-    )
-    return InMemory(
-        {name: dataclasses.replace(piece, data=piece.data.clone()) for name, piece in state.items()}
-    )
-
-
-@pytest.fixture(scope="module")
-def uninterrupted() -> Callable[[str], tuple[list[float], dict[str, Tensor], dict[int, InMemory]]]:
-    """Six steps of a method, once: losses, everything at the end, and what was saved on the way."""
-    known: dict[str, Any] = {}
-
-    def run(method: str) -> tuple[list[float], dict[str, Tensor], dict[int, InMemory]]:
-        if method not in known:
-            cfg = small.config(method)
-            engine, losses, saved = small.engine(cfg), [], {}
-            for step in range(6):
-                losses += small.run(engine, cfg, step, step + 1)
-                saved[step + 1] = save(engine)
-            known[method] = losses, values(engine), saved
-        return known[method]  # type: ignore[no-any-return]
-
-    return run
-
-
-@each_objective
 @pytest.mark.parametrize(
-    "cut", [1, 3, 4]
-)  # before a frozen group moves, within an epoch, at its end
-def test_a_restored_engine_goes_on_bit_for_bit(
-    method: str, cut: int, uninterrupted: Callable[[str], Any]
-) -> None:
+    ("method", "cut"),
+    [
+        (method, cut)
+        for method in [*METHODS, *small.JOINED]
+        for cut in (CUTS if method in small.RESUMED else [WITHIN_AN_EPOCH])
+    ],
+)
+def test_a_restored_engine_continues_bit_for_bit(method: str, cut: int) -> None:
     losses, end, saved = uninterrupted(method)
     cfg = small.config(method)
     engine = small.engine(cfg)
-    for (
-        tensor
-    ) in engine.method.state_dict().values():  # another start, all of which must be overwritten
+    # another start, all of which must be overwritten
+    for tensor in engine.method.state_dict().values():
         tensor.fill_(3)
     engine.restore(saved[cut])
     assert small.run(engine, cfg, cut, 6) == losses[cut:]
@@ -389,11 +389,10 @@ def test_a_restored_engine_goes_on_bit_for_bit(
 
 
 @each_objective
-def test_every_saved_tensor_counts(method: str, uninterrupted: Callable[[str], Any]) -> None:
+def test_every_saved_tensor_counts(method: str) -> None:
     """Restoring without one of them must be refused, whichever it is."""
-    _, _, saved = uninterrupted(method)
+    whole = uninterrupted(method)[2][WITHIN_AN_EPOCH].pieces
     engine = small.engine(small.config(method))
-    whole = saved[3].pieces
     missing = [name for name in whole if name.startswith("method.")]
     for name in missing[:: max(1, len(missing) // 6)]:
         with pytest.raises(ValueError, match=re.escape(name)):

@@ -8,6 +8,7 @@ kink that grows a thousandfold, so there they are smooth.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 
 from kit import small
 from kit.planted_bugs import BUGS
-from kit.toys import TOYS, toy_engine
-from scaletrain.config.schema import Config
+from kit.toys import ADVERSARY, TOYS, toy_engine
+from scaletrain.config.schema import Config, components
+from scaletrain.engines.base import Engine
 
 STEPS = 6
 EXACT = 1e-9  # deviations of float64 that pass: fixed beforehand, as is the next
@@ -35,6 +37,29 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 Case = tuple[str, dict[str, Any]]  # method, and what differs from small.config
 Run = dict[str, torch.Tensor]
+
+
+# A micro-batch then holds different samples at every world size. Groups of few samples (2 grow
+# rounding errors a hundredfold with each step, 6 less than tenfold) would drown what is compared.
+ACCUMULATED: dict[str, Any] = {
+    "batch": 48,
+    "engine": {"grad_accum_steps": 2},
+    "model": {"norm_group": 6},
+}
+# what the parity of ranks compares under ddp
+CASES: dict[str, Case] = {
+    **{name: (name, {}) for name in (*components("methods"), *small.JOINED, ADVERSARY)},
+    **{
+        f"{name} accumulated": (name, ACCUMULATED)
+        for name in components("methods")
+        if not importlib.import_module(f"scaletrain.methods.{name}").Model.global_loss
+    },
+    "moco shuffled": (
+        "moco",
+        {"batch": 24, "model": {"norm_group": 6}, "method": {"shuffle": True}},
+    ),
+    "pirl nce": ("pirl", {"method": {"loss": "nce"}}),
+}
 
 
 def under(method: str, engine: str, group: int = 12) -> Case:
@@ -71,6 +96,11 @@ def configuration(case: Case) -> Config:
     return small.config("byol" if method in TOYS else method, **changes)
 
 
+def engine_of(case: Case) -> Engine:
+    cfg = configuration(case)
+    return toy_engine(cfg, case[0]) if case[0] in TOYS else small.engine(cfg)
+
+
 def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
     """Each on this rank's slices: "case/loss" and "case/<tensor>@<start>" of all that this rank
     would save.
@@ -83,7 +113,7 @@ def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
                 stack.enter_context(BUGS[bug]())
             if single(case[1].get("engine", {})):
                 stack.enter_context(small.smooth())
-            trainer = toy_engine(cfg, case[0]) if case[0] in TOYS else small.engine(cfg)
+            trainer = engine_of(case)
             before = {
                 n: at.tensor.detach().double().reshape(-1).clone()
                 for n, at in trainer.placed().items()

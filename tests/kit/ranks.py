@@ -25,7 +25,7 @@ def run(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["scaletrain.train.build"])
+    multiprocessing.set_forkserver_preload(["scaletrain.train.build", "torch._dynamo"])
     mp.start_processes(
         _rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver"
     )

@@ -80,6 +80,9 @@ JOINED = (
     "densecl+rotation",
     "supcon+suncet",
 )  # each auxiliary beside a method; `config` takes such names
+# methods that tests of resuming try in every way; between them they use moving averages, a queue, a
+# memory of every sample, clusterings and masks
+RESUMED = ("swav", "deepcluster_v2", "relicv2")
 TWO_VIEWS_ONLY = (
     "barlow_twins",
     "byol",

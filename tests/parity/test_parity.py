@@ -3,44 +3,38 @@ statistics and memories.
 
 Every method in methods/ (by listing the folder) with LARS, moving averages and cross-rank
 normalisation, six steps across an epoch boundary; those that allow it once more with gradients
-accumulated over micro-batches. The tolerance is fixed beforehand; every planted bug deviates at
-least 100 times more than it. Other engines: test_engines.py.
+accumulated over micro-batches. All of them run on 2 ranks; on 4 ranks runs a choice that has every
+mechanism, and `make parity` compares the others. The tolerance is fixed beforehand; every planted
+bug deviates at least 100 times more than it. Other engines: test_engines.py.
 """
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
-from kit import ranks, small
-from kit.parity import EXACT, Case, Run, deviation, of, train, whole
+from kit import ranks
+from kit.parity import CASES, EXACT, Run, configuration, deviation, engine_of, of, train, whole
 from kit.planted_bugs import BUGS
 from kit.toys import ADVERSARY
 
-from scaletrain.config.schema import components
+from scaletrain.core import DeferredState, Method
 
-# A micro-batch then holds different samples at every world size. Groups of few samples (2 grow
-# rounding errors a hundredfold with each step, 6 less than tenfold) would drown what is compared.
-ACCUMULATED: dict[str, Any] = {
-    "batch": 48,
-    "engine": {"grad_accum_steps": 2},
-    "model": {"norm_group": 6},
-}
-CASES: dict[str, Case] = {
-    **{name: (name, {}) for name in (*components("methods"), *small.JOINED, ADVERSARY)},
-    **{
-        f"{name} accumulated": (name, ACCUMULATED)
-        for name in components("methods")
-        if not importlib.import_module(f"scaletrain.methods.{name}").Model.global_loss
-    },
-    "moco shuffled": (
-        "moco",
-        {"batch": 24, "model": {"norm_group": 6}, "method": {"shuffle": True}},
-    ),
-    "pirl nce": ("pirl", {"method": {"loss": "nce"}}),
-}
+# cases for 4 ranks: between them they have every mechanism, which a test verifies
+ON_FOUR_RANKS = (
+    "byol",  # a target network
+    "relicv2",  # negatives of all ranks, masks
+    "swav",  # a queue, balanced codes
+    "pirl nce",  # a memory of every sample, a number that is fixed by the first step
+    "deepcluster",  # clusters, parameters that are written
+    "directpred",  # a correlation matrix that is staged
+    "vicreg",  # statistics over the global batch
+    "supcon+suncet",  # a batch of labelled samples
+    ADVERSARY,  # two losses
+    "byol accumulated",
+    "moco shuffled",
+)
+WORLDS = {2: tuple(CASES), 4: ON_FOUR_RANKS}
 CAUGHT_BY = {  # which case exercises what a bug breaks
     "lost_gather_gradient": "simclr",
     "allreduce_without_autograd": ADVERSARY,
@@ -68,16 +62,50 @@ def reference() -> Run:
     return whole([train(CASES)])
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def spread(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder: Path = tmp_path_factory.mktemp(f"world{request.param}")
-    return whole(ranks.run(request.param, train, folder, CASES))
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
+    """What the ranks of each world computed, put together."""
+    return {
+        world: whole(
+            ranks.run(
+                world,
+                train,
+                tmp_path_factory.mktemp(f"world{world}"),
+                {name: CASES[name] for name in names},
+            )
+        )
+        for world, names in WORLDS.items()
+    }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_do_not_matter(case: str, reference: Run, spread: Run) -> None:
-    worst, where = deviation(of(case, reference), of(case, spread), CASES[case])
+@pytest.mark.parametrize(
+    ("world", "case"), [(world, case) for world, names in WORLDS.items() for case in names]
+)
+def test_ranks_do_not_matter(world: int, case: str, reference: Run, spread: dict[int, Run]) -> None:
+    worst, where = deviation(of(case, reference), of(case, spread[world]), CASES[case])
     assert worst < EXACT, f"{where} deviates by {worst:.1e}"
+
+
+def mechanisms(case: str) -> set[str]:
+    """What of a method depends on the number of ranks: modules with state, and declarations."""
+    method, cfg = engine_of(CASES[case]).method, configuration(CASES[case])
+    modules = {type(m).__name__ for m in method.modules() if isinstance(m, DeferredState)}
+    declared = {
+        "target": bool(method.targets),
+        "global loss": method.global_loss,
+        "two losses": method.separate_losses,
+        "labels": method.classes is not None,
+        "whole images": method.whole_images,
+        "features of an epoch": type(method).on_epoch is not Method.on_epoch,
+        "labelled samples": cfg.data.support is not None,
+        "accumulated": getattr(cfg.engine, "grad_accum_steps", 1) > 1,
+        "groups": len(method.groups()) > 0,
+    }
+    return modules | {name for name, there in declared.items() if there}
+
+
+def test_four_ranks_have_every_mechanism() -> None:
+    assert set().union(*map(mechanisms, ON_FOUR_RANKS)) == set().union(*map(mechanisms, CASES))
 
 
 def test_every_planted_bug_is_seen(reference: Run, tmp_path: Path) -> None:
