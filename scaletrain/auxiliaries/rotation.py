@@ -36,8 +36,7 @@ class Model(Auxiliary):
     def __init__(self, config: Config, method: Method, run_info: RunInfo) -> None:
         super().__init__()
         self.config = config
-        width = int(method.backbone.features)  # type: ignore[arg-type]
-        self.head = mlp((width, config.hidden, 4), group=run_info.norm_group)
+        self.head = mlp((method.backbone.features, config.hidden, 4), group=run_info.norm_group)
 
     def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0][: self.config.views]  # [M, B, 3, H, W]

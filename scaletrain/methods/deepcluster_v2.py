@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Features, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import Backbone, Batch, Clock, Features, MethodOutput, RunInfo, Write
+from scaletrain.methods.base import Projected
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import mlp
@@ -34,7 +35,7 @@ class Config(ComponentConfig):
     """Of k-means."""
 
 
-class Model(Method):
+class Model(Projected):
     """Each epoch clusters the embeddings of the last one; every view must find the cluster of its
     sample.
     """
@@ -43,14 +44,15 @@ class Model(Method):
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         run_info.need_samples("method.clusters", max(config.clusters))
+
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, config.dim), group=run_info.norm_group)
+
+        super().__init__(make_backbone, projector, run_info)
         self.config, self.seed = config, run_info.seed
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
 
         # set by k-means, not trained
         for head, clusters in enumerate(config.clusters):

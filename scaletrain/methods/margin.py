@@ -11,7 +11,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.distances import pair_distances
@@ -27,22 +28,22 @@ class Config(ComponentConfig):
     """Hadsell et al.: both terms squared; false: the plain distances of the textbooks."""
 
 
-class Model(Method):
+class Model(Projected):
     """Views of one sample are drawn together, those of others pushed apart until they are `margin`
     away. A small baseline.
     """
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("margin")
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, config.dim), group=run_info.norm_group)
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = pooled(self.backbone, batch.views[0])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.bank import Bank, Once
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled
@@ -54,10 +54,11 @@ class Model(Method):
     image.
     """
 
+    two_views = True
+
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         if sum(count for _, count in run_info.views) != 2:
             raise ValueError(
                 "method pirl takes two views, the first or larger of which is cut into patches; "
@@ -65,17 +66,19 @@ class Model(Method):
                 f"{run_info.views} (pixels, count)"
             )
 
-        self.cell = run_info.views[0][0] // 3
-        if config.patch > self.cell:
+        cell = run_info.views[0][0] // 3
+        if config.patch > cell:
             raise ValueError(
                 f"method.patch={config.patch} is larger than a ninth of the first view, "
-                f"{self.cell} pixels wide"
+                f"{cell} pixels wide"
             )
 
+        super().__init__()
+        self.cell = cell
         self.config, self.samples, self.seed = config, run_info.samples, run_info.seed
         self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
+        hidden = (config.hidden,) if config.hidden else ()
+        widths = (self.backbone.features, *hidden, config.dim)
         # f and g of section 3.2
         self.projector, self.patch_projector = plain(widths), plain(widths)
         self.join = nn.Linear(PATCHES * config.dim, config.dim)

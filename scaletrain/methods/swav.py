@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive
-from scaletrain.core import Batch, Clock, Group, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import (
+    Backbone,
+    Batch,
+    Clock,
+    MethodOutput,
+    ParameterGroup,
+    RunInfo,
+    Write,
+)
+from scaletrain.methods.base import Projected
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
@@ -41,15 +50,14 @@ class Config(ComponentConfig):
     """First epoch that fills it; it is used once full."""
 
 
-class Model(Method):
+class Model(Projected):
     """The codes of each large view are predicted from every other view, small ones included."""
 
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         if run_info.views[0][1] < 2:
             raise ValueError("swav needs two large views to swap codes between; data.views has one")
         if config.queue % run_info.batch:
@@ -58,10 +66,11 @@ class Model(Method):
                 f"{run_info.batch}"
             )
 
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, config.dim), group=run_info.norm_group)
+
+        super().__init__(make_backbone, projector, run_info)
         self.config, self.batch = config, run_info.batch
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
 
         with torch.no_grad():
@@ -71,9 +80,9 @@ class Model(Method):
             Queue(config.queue, config.dim) for _ in range(2 if config.queue else 0)
         )
 
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[ParameterGroup]:
         return [
-            Group(
+            ParameterGroup(
                 "prototypes",
                 lambda name, _: name == "prototypes.weight",
                 frozen_steps=self.config.freeze_steps,
