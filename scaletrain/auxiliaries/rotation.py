@@ -4,6 +4,9 @@ Gidaris et al., 1803.07728).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +26,8 @@ class Config(ComponentConfig):
     hidden: Count = 2048
     views: Count = 2
     """So many of the large views are rotated, or all if there are fewer."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "weight": 0.5}
 
 
 class Model(Auxiliary):

@@ -5,7 +5,8 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class Config(ComponentConfig):
 
     bias_lr: Positive = 0.024
     """Learning rate of biases and norms, relative to that of the weights."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "bias_lr": 0.1}
 
 
 class Model(Projected):

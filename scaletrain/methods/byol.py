@@ -6,7 +6,8 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ class Config(ComponentConfig):
 
     mask_minimum: Share = 0.1
     """Least share of the view that the foreground covers."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9}
 
     def fits(self, run: Run) -> None:
         if self.mask_probability and not run.data.masks:

@@ -6,8 +6,8 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,8 @@ class Config(ComponentConfig):
 
     residual: Literal["other", "own"] = "other"
     """The target's view that predicts a code; the authors' code takes its own."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9, "kappa_e": 40.0}
 
 
 class Model(WithTarget):

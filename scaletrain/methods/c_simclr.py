@@ -6,8 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ class Config(ComponentConfig):
 
     beta: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the compression."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "kappa_e": 40.0}
 
 
 class Model(Projected):

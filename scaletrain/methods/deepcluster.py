@@ -5,7 +5,8 @@ Family: clustering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class Config(ComponentConfig):
 
     iterations: Count = 20
     """Of k-means."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"classes": 5, "whiten": 4, "iterations": 4}
 
 
 class Model(Method):

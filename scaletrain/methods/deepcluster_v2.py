@@ -6,7 +6,8 @@ Family: clustering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,13 @@ class Config(ComponentConfig):
     temperature: Positive = 0.1
     iterations: Count = 10
     """Of k-means."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "clusters": (5, 4, 6),
+        "iterations": 4,
+    }
 
 
 class Model(Projected):

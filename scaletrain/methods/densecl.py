@@ -7,7 +7,7 @@ Family: contrastive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,15 @@ class Config(ComponentConfig):
 
     shuffle: bool = True
     """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "dense": 0.3,
+        "shuffle": False,
+    }
 
 
 class Model(WithMomentumEncoder):

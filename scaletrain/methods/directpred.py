@@ -9,8 +9,8 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class Config(ComponentConfig):
 
     every: Count = 1
     """Steps between settings of the predictor."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 4, "tau": 0.9}
 
 
 class Correlation(DeferredState):

@@ -6,7 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ class Config(ComponentConfig):
 
     squared: bool = True
     """Hadsell et al.: both terms squared; false: the plain distances of the textbooks."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
 
 class Model(Projected):

@@ -6,7 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,16 @@ class Config(ComponentConfig):
 
     shuffle: bool = True
     """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "tau_end": 0.95,
+        "symmetric": True,
+        "shuffle": False,
+    }
 
 
 class Model(WithMomentumEncoder):

@@ -6,7 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ class Config(ComponentConfig):
 
     temperature: Positive = 0.1
     """Not verified."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30}
 
 
 class Model(Projected):

@@ -4,7 +4,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,16 @@ class Config(ComponentConfig):
 
     shuffle: bool = True
     """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "clusters": (5, 9),
+        "negatives": 3,
+        "warmup_epochs": 0,
+    }
 
 
 class Model(WithMomentumEncoder):

@@ -7,8 +7,8 @@ Family: contrastive.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,13 @@ class Config(ComponentConfig):
 
     momentum: Share = 0.5
     """Of a sample's memory."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "dim": 8,
+        "patch": 4,
+        "negatives": 20,
+        "loss": "infonce",
+    }
 
 
 class Model(Method):

@@ -6,8 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,14 @@ class Config(ComponentConfig):
 
     mask_minimum: Share = 0.1
     """Not verified: least share of the view that the foreground covers."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 16,
+        "negatives": 3,
+        "tau": 0.9,
+        "mask_probability": 0.5,
+    }
 
 
 class Model(WithTarget):

@@ -6,7 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ class Config(ComponentConfig):
     temperature: Positive = 0.1
     known_labels: Share = 0.0
     """Of the samples: their labels remove false negatives (a study of Addepalli et al., 2022)."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"dim": 8}
 
 
 class Model(Projected):

@@ -6,7 +6,8 @@ Family: supervised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ class Config(ComponentConfig):
     """The authors' code multiplies the loss by temperature / base_temperature; the paper does
     not.
     """
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
 
 class Model(Projected):

@@ -6,7 +6,8 @@ Family: supervised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from scaletrain.ops.precision import full_precision
 
 class Config(ComponentConfig):
     classes: Count = 1000
+
+    miniature: ClassVar[Mapping[str, Any]] = {"classes": 5}
 
 
 class Model(Method):

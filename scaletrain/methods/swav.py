@@ -6,7 +6,8 @@ Family: clustering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,15 @@ class Config(ComponentConfig):
 
     queue_epoch: Natural = 15
     """First epoch that fills it; it is used once full."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "prototypes": 6,
+        "queue": 24,
+        "queue_epoch": 0,
+        "freeze_steps": 2,
+    }
 
 
 class Model(Projected):

@@ -5,8 +5,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class Config(ComponentConfig):
 
     negatives: Literal["all", "hardest"] = "all"
     """Of the global batch, for each anchor and its positive."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
 
 class Model(Projected):

@@ -6,7 +6,8 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ class Config(ComponentConfig):
     invariance: Positive = 25.0
     variance: Positive = 25.0
     covariance: Positive = 1.0
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
 
 class Model(Projected):
