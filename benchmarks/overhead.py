@@ -27,7 +27,7 @@ from torch import nn
 import scaletrain.methods
 from scaletrain.config import load
 from scaletrain.config.schema import ComponentConfig
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.runtime import timing
 from scaletrain.train import loop
 
@@ -45,18 +45,25 @@ class Config(ComponentConfig):
     pass
 
 
+class OneWeight(Backbone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1))
+
+
 class Model(Method):
     """One parameter, whose square is the loss."""
 
+    backbone: OneWeight
+
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
         super().__init__()
-        self.backbone = nn.Linear(1, 1, bias=False)
+        self.backbone = OneWeight()
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
-        weight: nn.Parameter = self.backbone.weight  # type: ignore[assignment]
-        return MethodOutput({"all": weight.square().sum()})
+        return MethodOutput({"all": self.backbone.weight.square().sum()})
 
 
 BATCH = Batch(
@@ -110,7 +117,7 @@ def trainer(steps: int, **changes: Any) -> float:
 
 
 def by_hand(steps: int) -> float:
-    model = Model(Config(name=LEAF), nn.Identity, RunInfo(1, 1, 1, ((8, 1),)))
+    model = Model(Config(name=LEAF), OneWeight, RunInfo(1, 1, 1, ((8, 1),)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
     for step in range(steps):
         if step == WARM:

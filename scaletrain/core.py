@@ -1,5 +1,5 @@
-"""The nouns that every other module speaks: Batch, Clock, MethodOutput, Group, DeferredState,
-Method, Auxiliary.
+"""The data types and interfaces that all other modules share: Batch, Clock, MethodOutput,
+ParameterGroup, DeferredState, Backbone, Method, Auxiliary.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such
 that the *mean over ranks of the local losses is the global loss*. Engines average gradients over
@@ -146,7 +146,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that are optimised alike.
 
     The first group whose `match` accepts a parameter takes it; what no group takes is in "all".
@@ -190,6 +190,13 @@ class DeferredState(nn.Module):
         return {}
 
 
+class Backbone(nn.Module):
+    """An encoder of images [N, 3, H, W] into features [N, features], without a classifier."""
+
+    # width of the output
+    features: int
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a method may know of the run when it is built."""
@@ -204,10 +211,11 @@ class RunInfo:
     # model.norm_group, for the heads
     norm_group: int = 0
     seed: int = 0
-    # labelled samples beside the global batch, Batch.support
+    # labelled samples of a step for the auxiliaries, over all ranks: Batch.support
     support: int = 0
 
     def need_pair(self, method: str) -> None:
+        """Raises ValueError unless a batch has two views of one size and no others."""
         if self.views[0][1] != 2 or len(self.views) > 1:
             raise ValueError(
                 f"method {method} takes exactly two views of one size; data.views gives "
@@ -215,6 +223,7 @@ class RunInfo:
             )
 
     def need_samples(self, field: str, clusters: int) -> None:
+        """Raises ValueError where an epoch has fewer samples than clusters are asked for."""
         if clusters > (embedded := self.batch * self.steps_per_epoch):
             raise ValueError(
                 f"{field}={clusters} is more than the {embedded} samples of an epoch: lower it"
@@ -238,11 +247,13 @@ class Method(nn.Module):
     can then embed one micro-batch at a time (gradient caching). Parameters and DeferredState
     modules belong in embed only.
 
-    A method file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named
-    `Model`, built as `Model(config, make_backbone, run_info)`; `make_backbone()` returns a fresh
-    encoder with a `features` width.
+    A method file defines `Config` (a frozen `config.schema.ComponentConfig`) and one subclass named
+    `Model`, built as `Model(config, make_backbone, run_info)`; `make_backbone()` returns an encoder
+    with newly drawn weights.
     """
 
+    # it takes exactly two views, and none of a further size
+    two_views: ClassVar[bool] = False
     # {target module: online module}; the engine moves targets by `ema`
     targets: ClassVar[Mapping[str, str]] = {}
     # the loss couples samples: gradient accumulation would change it
@@ -253,7 +264,7 @@ class Method(nn.Module):
     whole_images: ClassVar[bool] = False
     # each loss drives the parameters of its own group only (adversaries)
     separate_losses: ClassVar[bool] = False
-    backbone: nn.Module
+    backbone: Backbone
 
     def ema(self, clock: Clock) -> float:
         """tau of: target <- tau * target + (1 - tau) * online, after the step."""
@@ -266,7 +277,7 @@ class Method(nn.Module):
         for target, online in self.targets.items():
             self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
 
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[ParameterGroup]:
         return ()
 
     def encode(self, x: Tensor) -> Tensor:

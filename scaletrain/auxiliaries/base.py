@@ -9,7 +9,7 @@ from torch import nn
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import ComponentConfig
-from scaletrain.core import Auxiliary, Batch, Clock, Group, Method, MethodOutput, RunInfo
+from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, ParameterGroup, RunInfo
 
 
 def attach(method: Method, leaves: Sequence[ComponentConfig], run_info: RunInfo) -> Method:
@@ -45,7 +45,7 @@ def attach(method: Method, leaves: Sequence[ComponentConfig], run_info: RunInfo)
 class _Joint(Method):
     auxiliaries: nn.ModuleDict
 
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[ParameterGroup]:
         """The auxiliaries' come first: a method's rule such as `all biases` is about its own."""
         own = [
             name for name, part in self.auxiliaries.items() if any(True for _ in part.parameters())
@@ -64,5 +64,5 @@ class _Joint(Method):
         return MethodOutput(losses, scalars, out.embedding)
 
 
-def _group(name: str) -> Group:
-    return Group(name, lambda parameter, _: parameter.startswith(f"auxiliaries.{name}."))
+def _group(name: str) -> ParameterGroup:
+    return ParameterGroup(name, lambda parameter, _: parameter.startswith(f"auxiliaries.{name}."))

@@ -4,6 +4,9 @@ Gidaris et al., 1803.07728).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +27,8 @@ class Config(ComponentConfig):
     views: Count = 2
     """So many of the large views are rotated, or all if there are fewer."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "weight": 0.5}
+
 
 class Model(Auxiliary):
     """Each large view is turned by a multiple of 90 degrees and forwarded on its own; which one it
@@ -36,8 +41,7 @@ class Model(Auxiliary):
     def __init__(self, config: Config, method: Method, run_info: RunInfo) -> None:
         super().__init__()
         self.config = config
-        width = int(method.backbone.features)  # type: ignore[arg-type]
-        self.head = mlp((width, config.hidden, 4), group=run_info.norm_group)
+        self.head = mlp((method.backbone.features, config.hidden, 4), group=run_info.norm_group)
 
     def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0][: self.config.views]  # [M, B, 3, H, W]

@@ -4,6 +4,9 @@ facebookresearch/suncet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ class Config(ComponentConfig):
     """Lambda."""
 
     temperature: Positive = 0.1
+
+    miniature: ClassVar[Mapping[str, Any]] = {"temperature": 0.2}
 
 
 class Model(Auxiliary):

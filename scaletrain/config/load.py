@@ -119,9 +119,9 @@ def dump(config: Config) -> str:
 
 def diff(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
     """The dotted keys whose values differ, with both values; a key that one side lacks has None
-    there.
+    there. `published` is left out, since it changes nothing in a run.
     """
-    a, b = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
+    a, b = (flat(c.model_dump(mode="json", exclude={"published"})) for c in (before, after))
     return [
         (key, a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b)) if a.get(key) != b.get(key)
     ]

@@ -208,7 +208,9 @@ def _text(path: Path) -> str:
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe with its bases merged under it."""
+    """A recipe with its bases merged under it. A figure that is `published` for a base is not one
+    for this recipe.
+    """
     try:
         path = path.resolve()
         there = path.exists()
@@ -243,7 +245,9 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or not base.isprintable():
         raise ConfigError(f"{path}: `base:` is the path of a recipe, not {brief(repr(base))}")
 
-    return merge(read(path.parent / base, (*seen, path)), raw)
+    under = read(path.parent / base, (*seen, path))
+    under.pop("published", None)
+    return merge(under, raw)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

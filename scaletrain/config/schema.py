@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -68,6 +68,9 @@ class ComponentConfig(Frozen):
     """Base of the `Config` that a method or engine file defines."""
 
     name: str
+
+    miniature: ClassVar[Mapping[str, Any]] = {}
+    """Options with which a step takes milliseconds on a CPU: the tests train with them."""
 
     def fits(self, run: Config) -> None:
         """Raise ValueError where this leaf cannot go with the rest of the recipe, which is read by
@@ -394,6 +397,10 @@ class Config(Frozen):
     ] = cast(ComponentConfig, {"name": "ddp"})
     checkpoint: Checkpoint = Checkpoint()
     monitor: Monitor = Monitor()
+    published: str = ""
+    """The figure that the source of this recipe reports, with the source. Training ignores it, a
+    resumed run may have another text, and recipes that extend this one do not inherit it.
+    """
 
     @model_validator(mode="after")
     def _fitting(self) -> Config:

@@ -66,6 +66,7 @@ _WHO = {
     "deepspeed": "",
     "fairscale": "",
     "scaletrain.nn.norm": "batch norm",
+    "scaletrain.nn.batch_norm": "batch norm",
     "scaletrain.nn.bank": "memories",
     "scaletrain.optim": "norms",
     "scaletrain.methods": "loss",

@@ -5,13 +5,15 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Group, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, ParameterGroup, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import BatchNorm, per_view
 from scaletrain.ops.precision import full_precision
@@ -29,27 +31,33 @@ class Config(ComponentConfig):
     bias_lr: Positive = 0.024
     """Learning rate of biases and norms, relative to that of the weights."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "bias_lr": 0.1}
 
-class Model(Method):
+
+class Model(Projected):
     """The cross-correlation of two views' embeddings over the global batch becomes the identity."""
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("barlow_twins")
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.hidden, config.dim),
+                hidden_bias=False,
+                last_bias=False,
+                group=run_info.norm_group,
+            )
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.hidden, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=run_info.norm_group)
         # over the whole batch, whatever the other norms do
         self.norm = BatchNorm(config.dim, scale=False, shift=False)
 
-    def groups(self) -> Sequence[Group]:
-        return [Group("biases", lambda _, p: p.ndim == 1, lr=self.config.bias_lr)]
+    def groups(self) -> Sequence[ParameterGroup]:
+        return [ParameterGroup("biases", lambda _, p: p.ndim == 1, lr=self.config.bias_lr)]
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])

@@ -7,14 +7,15 @@ Family: without negatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from scaletrain.config.schema import ComponentConfig, Count, Share
 from scaletrain.config.schema import Config as Run
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import WithTarget
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import cosine_distance, similarities
@@ -33,37 +34,35 @@ class Config(ComponentConfig):
     mask_minimum: Share = 0.1
     """Least share of the view that the foreground covers."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9}
+
     def fits(self, run: Run) -> None:
         if self.mask_probability and not run.data.masks:
             raise ValueError("method.mask_probability needs the foreground; add data.masks=true")
 
 
-class Model(Method):
+class Model(WithTarget):
     """Two views; the online network predicts the target network's projection of the other view."""
 
-    targets: ClassVar[Mapping[str, str]] = {
-        "target_backbone": "backbone",
-        "target_projector": "projector",
-    }
+    two_views = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("byol")
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.dim), last_bias=False, group=run_info.norm_group
+            )
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        heads = (width, config.hidden, config.dim)
-        self.projector = mlp(heads, last_bias=False, group=run_info.norm_group)
         self.predictor = mlp(
             (config.dim, config.hidden, config.dim), last_bias=False, group=run_info.norm_group
         )
 
         # The target has its own initialisation: it is not a copy of the online network (official
         # code).
-        self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=run_info.norm_group)
+        self.add_target(make_backbone, projector)
 
     def ema(self, clock: Clock) -> float:
         # tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2

@@ -7,7 +7,7 @@ Family: without negatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import WithTarget
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.nn.vmf import VonMisesFisher
@@ -44,27 +45,27 @@ class Config(ComponentConfig):
     residual: Literal["other", "own"] = "other"
     """The target's view that predicts a code; the authors' code takes its own."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9, "kappa_e": 40.0}
 
-class Model(Method):
+
+class Model(WithTarget):
     """A stochastic code of each view predicts the target's projection of the other, and holds
     little beyond it.
     """
 
-    targets: ClassVar[Mapping[str, str]] = {
-        "target_backbone": "backbone",
-        "target_projector": "projector",
-    }
+    two_views = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("c_byol")
-        self.config = config
-        self.backbone = make_backbone()
         group, dim = run_info.norm_group, config.dim
-        heads, head = (int(self.backbone.features), config.hidden, dim), (dim, config.hidden, dim)  # type: ignore[arg-type]
-        self.projector = mlp(heads, last_bias=False, group=group)
+
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, dim), last_bias=False, group=group)
+
+        super().__init__(make_backbone, projector, run_info)
+        self.config = config
+        head = (dim, config.hidden, dim)
         # mean direction of e(z | x)
         self.encoder = mlp(head, last_bias=False, group=group)
         self.decoder = nn.Linear(dim, dim, bias=False)
@@ -72,8 +73,7 @@ class Model(Method):
         # mean direction of b(z | y); trained
         self.prior = mlp(head, last_bias=False, group=group)
         self.e, self.b = (VonMisesFisher(dim, kappa) for kappa in (config.kappa_e, config.kappa_b))
-        self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=group)
+        self.add_target(make_backbone, projector)
 
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, 1.0)

@@ -6,8 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.nn.vmf import VonMisesFisher
@@ -36,24 +37,30 @@ class Config(ComponentConfig):
     beta: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the compression."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "kappa_e": 40.0}
 
-class Model(Method):
+
+class Model(Projected):
     """The code z of a view finds the sample of the other view, and holds as little as may be that
     the other view does not.
     """
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("c_simclr")
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.dim),
+                hidden_bias=False,
+                last_bias=False,
+                group=run_info.norm_group,
+            )
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.dim)
-        self.projector = mlp(widths, hidden_bias=False, last_bias=False, group=run_info.norm_group)
         self.e, self.b = (
             VonMisesFisher(config.dim, kappa) for kappa in (config.kappa_e, config.kappa_b)
         )

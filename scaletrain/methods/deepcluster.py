@@ -5,7 +5,8 @@ Family: clustering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count
-from scaletrain.core import Batch, Clock, Features, Group, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import (
+    Backbone,
+    Batch,
+    Clock,
+    Features,
+    Method,
+    MethodOutput,
+    ParameterGroup,
+    RunInfo,
+    Write,
+)
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.norm import pooled
@@ -34,6 +45,8 @@ class Config(ComponentConfig):
     iterations: Count = 20
     """Of k-means."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"classes": 5, "whiten": 4, "iterations": 4}
+
 
 class Model(Method):
     """Each epoch clusters the features of all samples; a new classifier on top learns to tell the
@@ -44,12 +57,12 @@ class Model(Method):
     sizes: Tensor
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
         super().__init__()
         self.config, self.run_info = config, run_info
         self.backbone = make_backbone()
-        self.width = int(self.backbone.features)  # type: ignore[arg-type]
+        self.width = self.backbone.features
         if config.whiten > self.width:
             raise ValueError(
                 f"method.whiten={config.whiten} is more than the {self.width} features of the "
@@ -62,8 +75,12 @@ class Model(Method):
         # of the clusters
         self.register_buffer("sizes", torch.zeros(config.classes))
 
-    def groups(self) -> Sequence[Group]:
-        return [Group("classifier", lambda name, _: name.startswith("classifier."), momentum=0.0)]
+    def groups(self) -> Sequence[ParameterGroup]:
+        return [
+            ParameterGroup(
+                "classifier", lambda name, _: name.startswith("classifier."), momentum=0.0
+            )
+        ]
 
     # --- clusters ---------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ Family: clustering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Features, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import Backbone, Batch, Clock, Features, MethodOutput, RunInfo, Write
+from scaletrain.methods.base import Projected
 from scaletrain.nn.bank import Bank
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import mlp
@@ -33,8 +35,15 @@ class Config(ComponentConfig):
     iterations: Count = 10
     """Of k-means."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "clusters": (5, 4, 6),
+        "iterations": 4,
+    }
 
-class Model(Method):
+
+class Model(Projected):
     """Each epoch clusters the embeddings of the last one; every view must find the cluster of its
     sample.
     """
@@ -43,14 +52,15 @@ class Model(Method):
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         run_info.need_samples("method.clusters", max(config.clusters))
+
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, config.dim), group=run_info.norm_group)
+
+        super().__init__(make_backbone, projector, run_info)
         self.config, self.seed = config, run_info.seed
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
 
         # set by k-means, not trained
         for head, clusters in enumerate(config.clusters):

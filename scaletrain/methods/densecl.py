@@ -7,14 +7,15 @@ Family: contrastive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.backbone import unpooled
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
@@ -41,8 +42,17 @@ class Config(ComponentConfig):
     shuffle: bool = True
     """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "dense": 0.3,
+        "shuffle": False,
+    }
 
-class Model(Method):
+
+class Model(WithMomentumEncoder):
     """MoCo v2, and the same once more for every cell of the last feature map against the cell of
     the key that looks like it.
     """
@@ -54,10 +64,12 @@ class Model(Method):
     }
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("densecl")
+        def projector(width: int) -> nn.Module:
+            return plain((width, config.hidden, config.dim))
+
+        super().__init__(lambda: unpooled(make_backbone()), projector, run_info)
         self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
         self.shuffle = config.shuffle and run_info.norm_group > 0
 
@@ -65,12 +77,9 @@ class Model(Method):
         if self.shuffle:
             self.global_loss = True
 
-        self.backbone, self.target_backbone = unpooled(make_backbone()), unpooled(make_backbone())
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.dim)
-        self.projector, self.target_projector = plain(widths), plain(widths)
         # On the channels of each cell a dense layer is the paper's 1x1 convolution.
-        self.dense_projector, self.target_dense_projector = plain(widths), plain(widths)
+        width = self.backbone.features
+        self.dense_projector, self.target_dense_projector = projector(width), projector(width)
         self.start_targets()
 
         self.queue = Queue(config.queue, config.dim, noise=True)

@@ -10,7 +10,7 @@ Family: without negatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Share
-from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import (
+    Backbone,
+    Batch,
+    Clock,
+    DeferredState,
+    MethodOutput,
+    RunInfo,
+    Write,
+)
+from scaletrain.methods.base import WithTarget
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import cosine_distance, similarities
@@ -40,6 +49,8 @@ class Config(ComponentConfig):
 
     every: Count = 1
     """Steps between settings of the predictor."""
+
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 4, "tau": 0.9}
 
 
 class Correlation(DeferredState):
@@ -76,35 +87,32 @@ class Correlation(DeferredState):
         self.staged.clear()
 
 
-class Model(Method):
+class Model(WithTarget):
     """Two views; W_p f predicts the target's projection of the other view, W_p sharing the
     eigenvectors of f's correlation.
     """
 
-    targets: ClassVar[Mapping[str, str]] = {
-        "target_backbone": "backbone",
-        "target_projector": "projector",
-    }
+    two_views = True
     weight: Tensor
     spectrum: Tensor
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("directpred")
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.dim), last_bias=False, group=run_info.norm_group
+            )
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        heads = (int(self.backbone.features), config.hidden, config.dim)  # type: ignore[arg-type]
-        self.projector = mlp(heads, last_bias=False, group=run_info.norm_group)
         self.correlation = Correlation(config.dim, config.rho)
 
         # differs: the authors' predictor is random until the first step has set it.
         self.register_buffer("weight", torch.eye(config.dim))
         # of F, ascending; by directpred only
         self.register_buffer("spectrum", torch.zeros(config.dim, dtype=torch.float64))
-        self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=run_info.norm_group)
+        self.add_target(make_backbone, projector)
 
     def ema(self, clock: Clock) -> float:
         return self.config.tau

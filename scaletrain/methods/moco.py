@@ -7,14 +7,15 @@ Family: contrastive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled, shuffled
@@ -45,20 +46,28 @@ class Config(ComponentConfig):
     shuffle: bool = True
     """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
 
-
-class Model(Method):
-    """A query must find the key of its own image among the keys of earlier batches."""
-
-    targets: ClassVar[Mapping[str, str]] = {
-        "target_backbone": "backbone",
-        "target_projector": "projector",
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "tau_end": 0.95,
+        "symmetric": True,
+        "shuffle": False,
     }
 
+
+class Model(WithMomentumEncoder):
+    """A query must find the key of its own image among the keys of earlier batches."""
+
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("moco")
+        def projector(width: int) -> nn.Module:
+            hidden = (config.hidden,) if config.hidden else ()
+            return plain((width, *hidden, config.dim))
+
+        super().__init__(make_backbone, projector, run_info)
         self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
         self.shuffle = config.shuffle and run_info.norm_group > 0
 
@@ -66,10 +75,6 @@ class Model(Method):
         if self.shuffle:
             self.global_loss = True
 
-        self.backbone, self.target_backbone = make_backbone(), make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
-        self.projector, self.target_projector = plain(widths), plain(widths)
         self.start_targets()
         self.sides = 2 if config.symmetric else 1
         self.queues = nn.ModuleList(

@@ -6,7 +6,8 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
@@ -34,28 +36,29 @@ class Config(ComponentConfig):
     temperature: Positive = 0.1
     """Not verified."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30}
 
-class Model(Method):
+
+class Model(Projected):
     """A view's nearest neighbour among earlier embeddings must find the prediction from the
     sample's other view.
     """
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("nnclr")
-        self.config, self.batch = config, run_info.batch
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp(
-            (width, config.hidden, config.hidden, config.dim),
-            last_norm="full",
-            group=run_info.norm_group,
-        )
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.hidden, config.dim),
+                last_norm="full",
+                group=run_info.norm_group,
+            )
 
+        super().__init__(make_backbone, projector, run_info)
+        self.config, self.batch = config, run_info.batch
         self.predictor = mlp((config.dim, config.predictor, config.dim), group=run_info.norm_group)
         self.queue = Queue(config.queue, config.dim, noise=True)
 

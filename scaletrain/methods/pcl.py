@@ -5,7 +5,7 @@ Family: contrastive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Features, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import Backbone, Batch, Clock, Features, MethodOutput, RunInfo, Write
+from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.bank import Bank, Queue
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import plain
@@ -53,8 +54,18 @@ class Config(ComponentConfig):
     shuffle: bool = True
     """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "queue": 30,
+        "tau": 0.9,
+        "clusters": (5, 9),
+        "negatives": 3,
+        "warmup_epochs": 0,
+    }
 
-class Model(Method):
+
+class Model(WithMomentumEncoder):
     """MoCo; and a query must find the prototypes of its image's clusters, each with a temperature
     of its own.
     """
@@ -62,17 +73,17 @@ class Model(Method):
     whole_images = True
     # prototypes of the other samples of the batch are negatives
     global_loss = True
-    targets: ClassVar[Mapping[str, str]] = {
-        "target_backbone": "backbone",
-        "target_projector": "projector",
-    }
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("pcl")
         run_info.need_samples("method.clusters", max(config.clusters))
+
+        def projector(width: int) -> nn.Module:
+            hidden = (config.hidden,) if config.hidden else ()
+            return plain((width, *hidden, config.dim))
+
+        super().__init__(make_backbone, projector, run_info)
         self.config, self.batch, self.seed, self.samples = (
             config,
             run_info.batch,
@@ -81,10 +92,6 @@ class Model(Method):
         )
 
         self.shuffle = config.shuffle and run_info.norm_group > 0
-        self.backbone, self.target_backbone = make_backbone(), make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
-        self.projector, self.target_projector = plain(widths), plain(widths)
         self.start_targets()
 
         self.queue = Queue(config.queue, config.dim, noise=True)

@@ -7,8 +7,8 @@ Family: contrastive.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.bank import Bank, Once
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import per_view, pooled
@@ -48,16 +48,24 @@ class Config(ComponentConfig):
     momentum: Share = 0.5
     """Of a sample's memory."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "dim": 8,
+        "patch": 4,
+        "negatives": 20,
+        "loss": "infonce",
+    }
+
 
 class Model(Method):
     """Two views: the first, or larger, is cut into nine patches; both must find the memory of their
     image.
     """
 
+    two_views = True
+
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         if sum(count for _, count in run_info.views) != 2:
             raise ValueError(
                 "method pirl takes two views, the first or larger of which is cut into patches; "
@@ -65,17 +73,19 @@ class Model(Method):
                 f"{run_info.views} (pixels, count)"
             )
 
-        self.cell = run_info.views[0][0] // 3
-        if config.patch > self.cell:
+        cell = run_info.views[0][0] // 3
+        if config.patch > cell:
             raise ValueError(
                 f"method.patch={config.patch} is larger than a ninth of the first view, "
-                f"{self.cell} pixels wide"
+                f"{cell} pixels wide"
             )
 
+        super().__init__()
+        self.cell = cell
         self.config, self.samples, self.seed = config, run_info.samples, run_info.seed
         self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        widths = (width, config.hidden, config.dim) if config.hidden else (width, config.dim)
+        hidden = (config.hidden,) if config.hidden else ()
+        widths = (self.backbone.features, *hidden, config.dim)
         # f and g of section 3.2
         self.projector, self.patch_projector = plain(widths), plain(widths)
         self.join = nn.Linear(PATCHES * config.dim, config.dim)

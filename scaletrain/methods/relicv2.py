@@ -7,7 +7,7 @@ Family: contrastive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import WithTarget
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import similarities
@@ -56,22 +57,25 @@ class Config(ComponentConfig):
     mask_minimum: Share = 0.1
     """Not verified: least share of the view that the foreground covers."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 16,
+        "negatives": 3,
+        "tau": 0.9,
+        "mask_probability": 0.5,
+    }
 
-class Model(Method):
+
+class Model(WithTarget):
     """Online embeddings of L large and S small views against target embeddings of the large
     views.
     """
 
     global_loss = True
-    targets: ClassVar[Mapping[str, str]] = {
-        "target_backbone": "backbone",
-        "target_projector": "projector",
-    }
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         if config.negatives >= run_info.batch:
             raise ValueError(
                 f"method.negatives={config.negatives} needs a larger batch than {run_info.batch}"
@@ -81,14 +85,17 @@ class Model(Method):
                 "method.same_view=false leaves no pair of views: data.views has a single one"
             )
 
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.dim), last_bias=False, group=run_info.norm_group
+            )
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        heads, group = (width, config.hidden, config.dim), run_info.norm_group
-        self.projector = mlp(heads, last_bias=False, group=group)
-        self.predictor = mlp((config.dim, config.hidden, config.dim), last_bias=False, group=group)
-        self.target_backbone = make_backbone()
-        self.target_projector = mlp(heads, last_bias=False, group=group)
+        self.predictor = mlp(
+            (config.dim, config.hidden, config.dim), last_bias=False, group=run_info.norm_group
+        )
+        self.add_target(make_backbone, projector)
 
     def ema(self, clock: Clock) -> float:
         return clock.cosine(self.config.tau, self.config.tau_end)

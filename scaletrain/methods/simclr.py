@@ -6,13 +6,15 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from scaletrain import rng
 from scaletrain.config.schema import ComponentConfig, Count, Positive, Share
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.contrastive import nt_xent, similarities
@@ -27,28 +29,33 @@ class Config(ComponentConfig):
     known_labels: Share = 0.0
     """Of the samples: their labels remove false negatives (a study of Addepalli et al., 2022)."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"dim": 8}
 
-class Model(Method):
+
+class Model(Projected):
     """Two views of a sample attract, all other views of the global batch repel."""
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("simclr")
-        self.config, self.seed = config, run_info.seed
-        self.classes = 0 if config.known_labels else None
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
         # Every dense layer is followed by a norm and has no bias; the last norm has a scale but no
         # shift. differs: they start as PyTorch's do, not from N(0, .01); neither the norms behind
         # them nor LARS see that scale.
-        widths = (*[width] * config.layers, config.dim)
-        self.projector = mlp(
-            widths, hidden_bias=False, last_bias=False, last_norm="scale", group=run_info.norm_group
-        )
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (*[width] * config.layers, config.dim),
+                hidden_bias=False,
+                last_bias=False,
+                last_norm="scale",
+                group=run_info.norm_group,
+            )
+
+        super().__init__(make_backbone, projector, run_info)
+        self.config, self.seed = config, run_info.seed
+        self.classes = 0 if config.known_labels else None
 
     def embed(self, batch: Batch, clock: Clock) -> tuple[Tensor, ...]:
         # both views in one forward share their statistics

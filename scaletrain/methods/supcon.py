@@ -6,15 +6,17 @@ Family: supervised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import plain
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
@@ -29,24 +31,25 @@ class Config(ComponentConfig):
     not.
     """
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
-class Model(Method):
+
+class Model(Projected):
     """All views of all samples of a class attract, the views of the other classes repel: an upper
     reference.
     """
 
+    two_views = True
     global_loss = True
     classes = 0
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("supcon")
+        super().__init__(
+            make_backbone, lambda width: plain((width, config.hidden, config.dim)), run_info
+        )
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = plain((width, config.hidden, config.dim))
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         assert batch.labels is not None

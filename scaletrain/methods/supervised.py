@@ -6,14 +6,15 @@ Family: supervised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
 
@@ -21,17 +22,19 @@ from scaletrain.ops.precision import full_precision
 class Config(ComponentConfig):
     classes: Count = 1000
 
+    miniature: ClassVar[Mapping[str, Any]] = {"classes": 5}
+
 
 class Model(Method):
     """Every view of a sample is classified by one linear layer on the encoder."""
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
         super().__init__()
         self.classes = config.classes
         self.backbone = make_backbone()
-        self.classifier = nn.Linear(int(self.backbone.features), config.classes)  # type: ignore[arg-type]
+        self.classifier = nn.Linear(self.backbone.features, config.classes)
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         assert batch.labels is not None

@@ -6,7 +6,8 @@ Family: clustering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Natural, Positive
-from scaletrain.core import Batch, Clock, Group, Method, MethodOutput, RunInfo, Write
+from scaletrain.core import (
+    Backbone,
+    Batch,
+    Clock,
+    MethodOutput,
+    ParameterGroup,
+    RunInfo,
+    Write,
+)
+from scaletrain.methods.base import Projected
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
@@ -40,16 +50,24 @@ class Config(ComponentConfig):
     queue_epoch: Natural = 15
     """First epoch that fills it; it is used once full."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {
+        "hidden": 24,
+        "dim": 8,
+        "prototypes": 6,
+        "queue": 24,
+        "queue_epoch": 0,
+        "freeze_steps": 2,
+    }
 
-class Model(Method):
+
+class Model(Projected):
     """The codes of each large view are predicted from every other view, small ones included."""
 
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
         if run_info.views[0][1] < 2:
             raise ValueError("swav needs two large views to swap codes between; data.views has one")
         if config.queue % run_info.batch:
@@ -58,10 +76,11 @@ class Model(Method):
                 f"{run_info.batch}"
             )
 
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, config.dim), group=run_info.norm_group)
+
+        super().__init__(make_backbone, projector, run_info)
         self.config, self.batch = config, run_info.batch
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
 
         with torch.no_grad():
@@ -71,9 +90,9 @@ class Model(Method):
             Queue(config.queue, config.dim) for _ in range(2 if config.queue else 0)
         )
 
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[ParameterGroup]:
         return [
-            Group(
+            ParameterGroup(
                 "prototypes",
                 lambda name, _: name == "prototypes.weight",
                 frozen_steps=self.config.freeze_steps,

@@ -5,13 +5,14 @@ Family: contrastive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.distances import pair_distances
@@ -29,23 +30,25 @@ class Config(ComponentConfig):
     negatives: Literal["all", "hardest"] = "all"
     """Of the global batch, for each anchor and its positive."""
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
-class Model(Method):
+
+class Model(Projected):
     """A view is to be closer to its sample's other view than to any view of another sample, by a
     margin. A small baseline.
     """
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("triplet")
+        def projector(width: int) -> nn.Module:
+            return mlp((width, config.hidden, config.dim), group=run_info.norm_group)
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp((width, config.hidden, config.dim), group=run_info.norm_group)
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = pooled(self.backbone, batch.views[0])

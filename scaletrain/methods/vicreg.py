@@ -6,7 +6,8 @@ Family: without negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
+from scaletrain.methods.base import Projected
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import similarities
@@ -28,30 +30,32 @@ class Config(ComponentConfig):
     variance: Positive = 25.0
     covariance: Positive = 1.0
 
+    miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
-class Model(Method):
+
+class Model(Projected):
     """Two views agree, while the channels of each keep their variance and lose their covariance
     over the global batch.
     """
 
+    two_views = True
     global_loss = True
 
     def __init__(
-        self, config: Config, make_backbone: Callable[[], nn.Module], run_info: RunInfo
+        self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo
     ) -> None:
-        super().__init__()
-        run_info.need_pair("vicreg")
         if run_info.batch < 2:
             raise ValueError("vicreg needs a variance over samples: set batch to at least 2")
 
+        def projector(width: int) -> nn.Module:
+            return mlp(
+                (width, config.hidden, config.hidden, config.dim),
+                last_bias=False,
+                group=run_info.norm_group,
+            )
+
+        super().__init__(make_backbone, projector, run_info)
         self.config = config
-        self.backbone = make_backbone()
-        width = int(self.backbone.features)  # type: ignore[arg-type]
-        self.projector = mlp(
-            (width, config.hidden, config.hidden, config.dim),
-            last_bias=False,
-            group=run_info.norm_group,
-        )
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         y = per_view(self.backbone, batch.views[0])

@@ -8,38 +8,37 @@ views and skipped steps mean the same in it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.config.schema import Model
+from scaletrain.core import Backbone
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
 
 TIMM = "timm/"
 
 
-def build(config: Model) -> nn.Module:
-    """The network; its attribute `features` is the width of its output. Raises ConfigError."""
+def build(config: Model) -> Backbone:
+    """Build the network with newly drawn weights. Raises ConfigError."""
     return _timm(config) if config.name.startswith(TIMM) else resnet.ResNet(config)
 
 
-def unpooled(net: nn.Module) -> nn.Module:
-    """The same network, which now gives its last feature map [N, features, H, W]. Raises
-    ConfigError.
-    """
-    if getattr(net, "pool", None) is not True:
+def unpooled(net: Backbone) -> Backbone:
+    """Make a network return its last feature map [N, features, H, W]. Raises ConfigError."""
+    if not isinstance(net, resnet.ResNet):
         raise ConfigError(
             "model.name: the method needs the feature map before pooling, which only our own "
             "ResNets give"
         )
 
-    net.pool = False  # type: ignore[assignment]
+    net.pool = False
     return net
 
 
-def _timm(config: Model) -> nn.Module:
+def _timm(config: Model) -> Backbone:
     for key in ("width", "stem", "sk", "sobel", "zero_init"):
         value, plain = getattr(config, key), Model.model_fields[key].default
         if value != plain:
@@ -72,7 +71,8 @@ def _timm(config: Model) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             net.set_submodule(path, _ours(module, config))
 
-    return net  # type: ignore[no-any-return]
+    # by its attribute `features`; a wrapper would change the names of its parameters
+    return cast(Backbone, net)
 
 
 def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: Model) -> BatchNorm:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Model
+from scaletrain.core import Backbone
 from scaletrain.nn.blocks import Basic, Bottleneck, conv, deep_stem
 from scaletrain.nn.norm import BatchNorm
 from scaletrain.ops.precision import full_precision
@@ -31,7 +32,7 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
 }
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """[N, 3, H, W] -> globally pooled features [N, features]; no classifier.
 
     With `pool` off, the last feature map [N, features, H / 32, W / 32]; H / 8 and W / 8 with the

@@ -1,5 +1,5 @@
-"""From a method's declared groups to a torch optimizer: who is decayed, adapted, frozen, and at
-what rate.
+"""Builds the optimizer of a recipe from the parameter groups that a method declares: which
+parameters are decayed, adapted by LARS or frozen, and at what learning rate.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Optim
-from scaletrain.core import Group, Method
+from scaletrain.core import Method, ParameterGroup
 from scaletrain.optim.lars import LARS
 
 ParamGroup = dict[str, Any]
@@ -21,15 +21,15 @@ ParamGroup = dict[str, Any]
 def parameter_groups(method: Method, optim: Optim) -> list[ParamGroup]:
     """Parameter groups for a torch optimizer, in the order of method.groups(), then "all".
 
-    The first Group that matches a trainable parameter takes it. Each is cut in two halves of the
-    same `name`: the first is decayed and, under LARS, adapted; the second holds what
-    `optim.exclude` names: no weight decay, no adaptation. A Group's `weight_decay` replaces the
-    optimizer's in the first half only; its `adapt`, unless None, holds for both halves. Keys:
+    The first group that matches a trainable parameter takes it. Each is cut in two halves of the
+    same `name`: the first is decayed and, under LARS, adapted; the second has the parameters that
+    `optim.exclude` names, without weight decay and adaptation. A group's `weight_decay` replaces
+    the optimizer's in the first half only; its `adapt`, unless None, applies to both halves. Keys:
     params, names (aligned with params), name, lr_multiplier, constant, frozen_steps, weight_decay,
-    adapt, momentum. Empty halves are left out. Raises ValueError for a Group that takes no
+    adapt, momentum. Empty halves are left out. Raises ValueError for a group that takes no
     parameter and for names that are not unique.
     """
-    declared = [*method.groups(), Group("all", lambda name, param: True)]
+    declared = [*method.groups(), ParameterGroup("all", lambda name, param: True)]
 
     names = [group.name for group in declared]
     if len(set(names)) < len(names):
@@ -82,7 +82,7 @@ def _excluded(method: nn.Module, rule: str) -> set[int]:
 
 
 def _param_group(
-    group: Group, optim: Optim, members: list[tuple[str, Tensor]], *, exempt: bool
+    group: ParameterGroup, optim: Optim, members: list[tuple[str, Tensor]], *, exempt: bool
 ) -> ParamGroup:
     decay = optim.weight_decay if group.weight_decay is None else group.weight_decay
     momentum = optim.betas[0] if optim.name == "adamw" else optim.momentum

@@ -1,8 +1,8 @@
-"""What can be trained: every method and auxiliary with its paper, family, recipes and published
+"""A catalogue of all methods and auxiliaries, each with its paper, family, recipes and published
 figures.
 
-All of it is read where it stands: the paper in the first line of the docstring, the family in its
-line `Family: ...`, the figures in the head comments of the recipes.
+The paper is the first line of the file's docstring and the family its line `Family: ...`; figures
+are the key `published` of the recipes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from scaletrain.config.schema import components
 
 # of a clone; an installed package has no recipes
 CONFIGS = Path(__file__).parents[2] / "configs"
-# characters of a published figure
-WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Entry:
     paper: str
     # "" where the file names none
     family: str
-    # name -> published figure, "" where the head gives none
+    # name -> published figure, "" where the recipe has none
     recipes: Mapping[str, str]
 
 
@@ -39,26 +37,15 @@ def entries(kind: str, configs: Path = CONFIGS) -> list[Entry]:
     """kind: `methods` or `auxiliaries`; a method's recipes are those without auxiliaries."""
     used: dict[str, dict[str, str]] = {}
     for path in sorted(configs.glob("*.yaml")):
-        for name in _uses(recipe.read(path), kind):
-            used.setdefault(name, {})[path.stem] = published(path.read_text())
+        raw = recipe.read(path)
+        for name in _uses(raw, kind):
+            used.setdefault(name, {})[path.stem] = str(raw.get("published", ""))
 
     return [Entry(name, *_docstring(kind, name), used.get(name, {})) for name in components(kind)]
 
 
-def published(text: str) -> str:
-    """The sentence after `Published:` in a recipe's head."""
-    head = " ".join(
-        line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")
-    )
-    sentence = (
-        head.partition("Published: ")[2].partition("Not measured here")[0].strip().removesuffix(".")
-    )
-
-    return sentence if len(sentence) <= WIDTH else f"{sentence[:WIDTH].rsplit(' ', 1)[0]} ..."
-
-
 def _uses(raw: Mapping[str, Any], kind: str) -> list[str]:
-    """Names of the leaves of a kind in a recipe."""
+    """Names of the components of a kind in a recipe."""
     added = [
         item if isinstance(item, str) else str(item["name"]) for item in raw.get("auxiliaries", ())
     ]
@@ -70,14 +57,20 @@ def _uses(raw: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def _docstring(kind: str, name: str) -> tuple[str, str]:
-    source = importlib.import_module(f"scaletrain.{kind}").__path__[0]
-    text = ast.get_docstring(ast.parse((Path(source) / f"{name}.py").read_text())) or ""
+    """The paper and the family."""
+    package = importlib.import_module(f"scaletrain.{kind}")
+    (file,) = (
+        path for folder in package.__path__ if (path := Path(folder) / f"{name}.py").exists()
+    )
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
     family = re.search(r"\bFamily: ([^.\n]+)", text)
     return re.sub(r" ?Family: .*", "", text.partition("\n")[0]), family[1] if family else ""
 
 
 def lines(kind: str, configs: Path = CONFIGS) -> list[str]:
-    """For a terminal: a line per leaf, and indented under it its family and a line per recipe."""
+    """For a terminal: a line per component, and indented under it its family and a line per
+    recipe.
+    """
     found = entries(kind, configs)
     wide = max((len(name) for entry in found for name in entry.recipes), default=0)
     result = []

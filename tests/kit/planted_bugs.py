@@ -13,7 +13,7 @@ import torch
 
 from scaletrain import dist
 from scaletrain.engines import base, ddp, fairscale
-from scaletrain.nn import bank, norm
+from scaletrain.nn import bank, batch_norm, norm
 from scaletrain.ops import kmeans, sinkhorn
 from scaletrain.optim import lars
 
@@ -59,9 +59,9 @@ def local_norm() -> Any:
 
 def local_batch_norm() -> Any:
     """Statistics of the rank's own samples."""
-    layout = norm._layout
+    layout = batch_norm.layout
     return mock.patch.object(
-        norm, "_layout", lambda rows, views, group: (layout(rows, views, group)[0], 0, 0)
+        batch_norm, "layout", lambda rows, views, group: (layout(rows, views, group)[0], 0, 0)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -11,109 +12,37 @@ import torch.nn.functional as F
 
 from scaletrain import dist, rng
 from scaletrain.config import load, recipe
-from scaletrain.config.schema import Config, Data
+from scaletrain.config.schema import Config, Data, component_config
 from scaletrain.core import Batch, Clock, Features
 from scaletrain.engines.base import Engine
 from scaletrain.train.build import build
 
 SAMPLES, BATCH, STEPS_PER_EPOCH, CLASSES = 48, 12, 4, 5
 
-# What a method needs to be small, beyond its defaults. A method that is not listed runs with its
-# defaults.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "barlow_twins": {"hidden": 24, "dim": 8, "bias_lr": 0.1},
-    "byol": {"hidden": 24, "dim": 8, "tau": 0.9},
-    "c_byol": {"hidden": 24, "dim": 8, "tau": 0.9, "kappa_e": 40.0},
-    "c_simclr": {"hidden": 24, "dim": 8, "kappa_e": 40.0},
-    "deepcluster": {"classes": 5, "whiten": 4, "iterations": 4},
-    "deepcluster_v2": {"hidden": 24, "dim": 8, "clusters": [5, 4, 6], "iterations": 4},
-    "densecl": {"hidden": 24, "dim": 8, "queue": 30, "tau": 0.9, "dense": 0.3, "shuffle": False},
-    "directpred": {"hidden": 24, "dim": 4, "tau": 0.9},
-    "margin": {"hidden": 24, "dim": 8},
-    "moco": {
-        "hidden": 24,
-        "dim": 8,
-        "queue": 30,
-        "tau": 0.9,
-        "tau_end": 0.95,
-        "symmetric": True,
-        "shuffle": False,
-    },
-    "nnclr": {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30},
-    "pcl": {
-        "hidden": 24,
-        "dim": 8,
-        "queue": 30,
-        "tau": 0.9,
-        "clusters": [5, 9],
-        "negatives": 3,
-        "warmup_epochs": 0,
-    },
-    "pirl": {"dim": 8, "patch": 4, "negatives": 20, "loss": "infonce"},
-    "relic": {
-        "hidden": 24,
-        "dim": 8,
-        "tau": 0.9,
-        "temperature": 0.3,
-    },  # at .1, rounding grows fiftyfold
-    "relicv2": {"hidden": 24, "dim": 16, "negatives": 3, "tau": 0.9, "mask_probability": 0.5},
-    "simclr": {"dim": 8},
-    "simsiam": {"hidden": 24, "dim": 16, "bottleneck": 4},  # narrower, rounding grows a hundredfold
-    "supcon": {"hidden": 24, "dim": 8},
-    "supervised": {"classes": CLASSES},
-    "swav": {
-        "hidden": 24,
-        "dim": 8,
-        "prototypes": 6,
-        "queue": 24,
-        "queue_epoch": 0,
-        "freeze_steps": 2,
-    },
-    "triplet": {"hidden": 24, "dim": 8},
-    "vicreg": {"hidden": 24, "dim": 8},
-}
-AUXILIARIES: dict[str, dict[str, Any]] = {
-    "rotation": {"hidden": 24, "weight": 0.5},
-    "suncet": {"temperature": 0.2},
-}
-JOINED = (
-    "densecl+rotation",
-    "supcon+suncet",
-)  # each auxiliary beside a method; `config` takes such names
+# each auxiliary with a method; `config` takes such names
+JOINED = ("densecl+rotation", "supcon+suncet")
 # methods that tests of resuming try in every way; between them they use moving averages, a queue, a
 # memory of every sample, clusterings and masks
 RESUMED = ("swav", "deepcluster_v2", "relicv2")
-TWO_VIEWS_ONLY = (
-    "barlow_twins",
-    "byol",
-    "c_byol",
-    "c_simclr",
-    "densecl",
-    "directpred",
-    "margin",
-    "moco",
-    "nnclr",
-    "pcl",
-    "pirl",
-    "relic",
-    "simclr",
-    "simsiam",
-    "supcon",
-    "triplet",
-    "vicreg",
-)
 
 
 def config(name: str, **changes: Any) -> Config:
+    """The configuration of a method, `byol`, or of one with auxiliaries, `byol+rotation`, with the
+    options that its file gives as `miniature`; `changes` are merged over it.
+    """
     method, *auxiliaries = name.split("+")
-    small = [] if method in TWO_VIEWS_ONLY else [{"size": 8, "count": 1}]
+    model = importlib.import_module(f"scaletrain.methods.{method}").Model
+    small = [] if model.two_views else [{"size": 8, "count": 1}]
     data = {"path": "synthetic", "views": [{"size": 16, "count": 2}, *small]}
     raw: dict[str, Any] = {
         "batch": BATCH,
         "data": data,
         "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", "zero_init": True},
-        "method": {"name": method, **OPTIONS.get(method, {})},
-        "auxiliaries": [{"name": name, **AUXILIARIES[name]} for name in auxiliaries],
+        "method": {"name": method, **component_config("methods", method).miniature},
+        "auxiliaries": [
+            {"name": name, **component_config("auxiliaries", name).miniature}
+            for name in auxiliaries
+        ],
         **(
             {"data": {**data, "support": {"classes": 3, "per_class": 4, "epochs": 1}}}
             if "suncet" in auxiliaries

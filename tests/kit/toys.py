@@ -13,7 +13,7 @@ from torch import nn
 
 from scaletrain import dist
 from scaletrain.config.schema import Config
-from scaletrain.core import Batch, Clock, Group, Method, MethodOutput
+from scaletrain.core import Batch, Clock, Method, MethodOutput, ParameterGroup
 from scaletrain.engines.base import Engine
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import per_view
@@ -36,10 +36,12 @@ class Toy(Method):
             nn.Linear(self.backbone.features, 16), nn.ReLU(), nn.Linear(16, 2)
         )
 
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[ParameterGroup]:
         return [
-            Group("critic", lambda name, _: name.startswith("critic."), lr=0.5, constant=True),
-            Group("encoder", lambda name, _: name.startswith("backbone.")),
+            ParameterGroup(
+                "critic", lambda name, _: name.startswith("critic."), lr=0.5, constant=True
+            ),
+            ParameterGroup("encoder", lambda name, _: name.startswith("backbone.")),
         ]
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:

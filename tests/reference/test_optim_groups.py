@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Optim
-from scaletrain.core import Group, Method
+from scaletrain.core import Method, ParameterGroup
 from scaletrain.optim import groups as grouping
 from scaletrain.optim.groups import drop_frozen, parameter_groups, set_rates
 from scaletrain.optim.lars import LARS
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Toy(Method):
-    def __init__(self, *groups: Group) -> None:
+    def __init__(self, *groups: ParameterGroup) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = Block()
@@ -40,7 +40,7 @@ class Toy(Method):
         self.target = nn.Linear(4, 2).requires_grad_(False)
         self.declared = groups
 
-    def groups(self) -> Sequence[Group]:
+    def groups(self) -> Sequence[ParameterGroup]:
         return self.declared
 
 
@@ -53,8 +53,8 @@ NORM_BIAS = {
     "norms.bias",
 }
 WEIGHTS = {"backbone.conv1.weight", "backbone.downsample.0.weight", "norms.weight"}
-BIAS_GROUP = Group("bias", lambda name, p: name.endswith("bias"), lr=0.5)
-HEAD = Group(
+BIAS_GROUP = ParameterGroup("bias", lambda name, p: name.endswith("bias"), lr=0.5)
+HEAD = ParameterGroup(
     "head", lambda name, p: name.startswith("norms"), lr=2.0, constant=True, frozen_steps=3
 )
 
@@ -102,7 +102,7 @@ def test_first_matching_group_takes_the_parameter() -> None:
 
 
 def test_group_overrides() -> None:
-    own = Group(
+    own = ParameterGroup(
         "head", lambda name, p: name.startswith("norms"), weight_decay=0.3, momentum=0.0, adapt=True
     )
     head = [g for g in parameter_groups(Toy(own), Optim(weight_decay=0.1)) if g["name"] == "head"]
@@ -110,7 +110,7 @@ def test_group_overrides() -> None:
         (0.3, 0.0, True),
         (0.0, 0.0, True),
     ]
-    off = Group("head", lambda name, p: name.startswith("norms"), adapt=False)
+    off = ParameterGroup("head", lambda name, p: name.startswith("norms"), adapt=False)
     head = [g for g in parameter_groups(Toy(off), Optim(weight_decay=0.1)) if g["name"] == "head"]
     assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [
         (0.1, 0.9, False),
@@ -120,13 +120,15 @@ def test_group_overrides() -> None:
 
 def test_bad_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Toy: group 'prototypes' takes no trainable parameter"):
-        parameter_groups(Toy(Group("prototypes", lambda name, p: "prototypes" in name)), Optim())
+        parameter_groups(
+            Toy(ParameterGroup("prototypes", lambda name, p: "prototypes" in name)), Optim()
+        )
     with pytest.raises(ValueError, match=r"group 'target' takes no trainable parameter"):
-        parameter_groups(Toy(Group("target", lambda name, p: "target" in name)), Optim())
+        parameter_groups(Toy(ParameterGroup("target", lambda name, p: "target" in name)), Optim())
     with pytest.raises(ValueError, match=r"group 'bias' takes no"):
-        parameter_groups(Toy(Group("first", lambda name, p: True), BIAS_GROUP), Optim())
+        parameter_groups(Toy(ParameterGroup("first", lambda name, p: True), BIAS_GROUP), Optim())
     with pytest.raises(ValueError, match="unique names"):
-        parameter_groups(Toy(Group("all", lambda name, p: p.ndim > 1)), Optim())
+        parameter_groups(Toy(ParameterGroup("all", lambda name, p: p.ndim > 1)), Optim())
     with pytest.raises(ConfigError, match=r"optim\.nesterov needs"):
         build(Toy(), Optim(nesterov=True))
     with pytest.raises(ConfigError, match="no trainable parameter"):
@@ -193,7 +195,7 @@ def drive(method: Toy, optimizer: torch.optim.Optimizer, steps: range) -> None:
         optimizer.step()
 
 
-OWN_MOMENTUM = Group(
+OWN_MOMENTUM = ParameterGroup(
     "head",
     lambda name, p: name.startswith("norms"),
     lr=2.0,
