@@ -18,8 +18,6 @@ from typing import Any
 from scaletrain.config import recipe
 from scaletrain.config.schema import components
 
-# of a clone; an installed package has no recipes
-CONFIGS = Path(__file__).parents[2] / "configs"
 # characters of a published figure
 WIDTH = 100
 
@@ -35,7 +33,7 @@ class Entry:
     recipes: Mapping[str, str]
 
 
-def entries(kind: str, configs: Path = CONFIGS) -> list[Entry]:
+def entries(kind: str, configs: Path = recipe.CONFIGS) -> list[Entry]:
     """kind: `methods` or `auxiliaries`; a method's recipes are those without auxiliaries."""
     used: dict[str, dict[str, str]] = {}
     for path in sorted(configs.glob("*.yaml")):
@@ -76,7 +74,7 @@ def _docstring(kind: str, name: str) -> tuple[str, str]:
     return re.sub(r" ?Family: .*", "", text.partition("\n")[0]), family[1] if family else ""
 
 
-def lines(kind: str, configs: Path = CONFIGS) -> list[str]:
+def lines(kind: str, configs: Path = recipe.CONFIGS) -> list[str]:
     """For a terminal: a line per leaf, and indented under it its family and a line per recipe."""
     found = entries(kind, configs)
     wide = max((len(name) for entry in found for name in entry.recipes), default=0)
