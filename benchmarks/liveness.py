@@ -133,7 +133,10 @@ def until(true: Callable[[], object], seconds: float) -> float:
 
 def run(trial: Trial, work: Path) -> Outcome:
     chance = random.Random(str(trial))
-    place = work / f"{'launched' if LAUNCHER in trial.launcher else 'alone'}-{trial.how.name}-{trial.number}"
+    place = (
+        work
+        / f"{'launched' if LAUNCHER in trial.launcher else 'alone'}-{trial.how.name}-{trial.number}"
+    )
     place.mkdir(parents=True, exist_ok=True)
     command = [*trial.launcher, str(work / "recipe.yaml"), "--run", str(place / "run")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

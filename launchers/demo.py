@@ -27,7 +27,6 @@ import typer
 from rich.console import Console
 
 from scaletrain.data.reading.reader import Shards
-from scaletrain.importers import command as script
 from scaletrain.runtime import tables
 
 if TYPE_CHECKING:
@@ -382,4 +381,10 @@ def _alone() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    script.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

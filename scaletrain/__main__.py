@@ -1,5 +1,5 @@
 """`python -m scaletrain` is the command `scaletrain`."""
 
-from scaletrain.cli import main
+from scaletrain.cli.main import main
 
 main()

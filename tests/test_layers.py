@@ -40,7 +40,17 @@ PLUGINS = {  # packages whose files do not know each other, but for what they sh
     "methods": ("base",),
     "auxiliaries": ("base",),
     "engines": ("base", "gradient_cache", "placement"),
-    "importers": ("command", "dedup", "idx", "journal", "numpy_pickle", "sources", "write"),
+    "importers": (
+        "command",
+        "dedup",
+        "idx",
+        "journal",
+        "listing_source",
+        "numpy_pickle",
+        "sources",
+        "tar_source",
+        "write",
+    ),
     "evals.benchmarks": (),
 }
 SOURCES = sorted((ROOT / "scaletrain").rglob("*.py"))

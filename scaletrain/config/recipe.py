@@ -44,6 +44,11 @@ KINDS = {
 }
 
 
+# The recipes of the project: the folder `configs` of the repository, by a link in a clone and as a
+# copy in an installed package.
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 class ConfigError(ValueError):
     """A recipe or an override that cannot be used; the text says which key of which file, and the
     fix.
@@ -207,10 +212,40 @@ def _text(path: Path) -> str:
         raise ConfigError(error.strerror or str(error)) from None
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe with its bases merged under it. A figure that is `published` for a base is not one
-    for this recipe.
+def shipped() -> dict[str, Path]:
+    """The files of configs/ by name, such as byol_r50_in1k or studies/byol_masks."""
+    files = sorted(CONFIGS.rglob("*.yaml"))
+    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in files}
+
+
+def find(recipe: str | Path, beside: Path = Path()) -> Path:
+    """The file of a recipe, given as a path below `beside` or as the name of a file of configs/.
+    A file at the path wins. Raises ConfigError for an unknown name.
     """
+    path, name = beside / recipe, str(recipe).removesuffix(".yaml")
+    try:
+        if path.is_file():
+            return path
+
+        known = shipped()
+        if name in known:
+            return known[name]
+        if path.exists() or path.suffix or "/" in name:
+            return path
+    except (OSError, ValueError):
+        # too long, or with a NUL; `read` explains what is wrong with a path
+        return path
+
+    near = difflib.get_close_matches(name[:SHOWN], known, n=3, cutoff=0.5)
+    hint = f"the nearest are {', '.join(near)}" if near else "`scaletrain show methods` lists them"
+    raise ConfigError(f"there is neither a file nor a recipe named '{brief(name)}'; {hint}")
+
+
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe, by path or name, with its bases merged under it. A figure that is `published` for a
+    base is not one for this recipe.
+    """
+    path = find(path)
     try:
         path = path.resolve()
         there = path.exists()
@@ -245,7 +280,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or not base.isprintable():
         raise ConfigError(f"{path}: `base:` is the path of a recipe, not {brief(repr(base))}")
 
-    under = read(path.parent / base, (*seen, path))
+    under = read(find(base, path.parent), (*seen, path))
     under.pop("published", None)
     return merge(under, raw)
 

@@ -1,5 +1,5 @@
-"""CIFAR-10 and CIFAR-100 in any form that users have: class folders of images, the binary or the
-Python release, unpacked.
+"""Shards from CIFAR-10 and CIFAR-100 in any form that users have: class folders of images, the
+binary or the Python release, unpacked.
 
 Formats: https://www.cs.toronto.edu/~kriz/cifar.html.
 """
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 from scaletrain.data.errors import DataError
-from scaletrain.importers import numpy_pickle
+from scaletrain.importers import command, numpy_pickle
 from scaletrain.importers.sources import Arrays, Folder
+from scaletrain.importers.write import How
 from scaletrain.runtime import local_files
 
 # the red, green and blue planes of an image
@@ -42,6 +44,72 @@ class Release:
     # the labels in a pickle
     key: str
     meta_key: str
+
+
+BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+CIFAR10 = Release(
+    binary={"train": tuple(f"{name}.bin" for name in BATCHES), "test": ("test_batch.bin",)},
+    python={"train": BATCHES, "test": ("test_batch",)},
+    names="batches.meta.txt",
+    bytes=1,
+    byte=0,
+    meta="batches.meta",
+    key="labels",
+    meta_key="label_names",
+)
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC", help="Folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or a release."
+    ),
+]
+
+
+def _cifar100(labels: str) -> Release:
+    """`labels`: "fine" or "coarse"."""
+    return Release(
+        binary={"train": ("train.bin",), "test": ("test.bin",)},
+        python={"train": ("train",), "test": ("test",)},
+        names=f"{labels}_label_names.txt",
+        bytes=2,
+        byte=("coarse", "fine").index(labels),
+        meta="meta",
+        key=f"{labels}_labels",
+        meta_key=f"{labels}_label_names",
+    )
+
+
+@command.importer
+def cifar10(source: Source, dest: command.Splits, how: How) -> None:
+    """Write shards from CIFAR-10, DEST/train and DEST/test: from class folders of images, or an
+    unpacked release.
+
+    Releases: cifar-10-binary.tar.gz (data_batch_1.bin ...) or cifar-10-python.tar.gz (data_batch_1
+    ...), whose pickles are read by a parser that runs nothing.
+    """
+    _save(source, dest, CIFAR10, how)
+
+
+@command.importer
+def cifar100(
+    source: Source,
+    dest: command.Splits,
+    how: How,
+    coarse: Annotated[
+        bool, typer.Option("--coarse", help="Of a release, take the 20 superclasses as labels.")
+    ] = False,
+) -> None:
+    """Write shards from CIFAR-100, DEST/train and DEST/test: from class folders of images, or an
+    unpacked release.
+
+    Releases: cifar-100-binary.tar.gz (train.bin ...) or cifar-100-python.tar.gz (train, test,
+    meta), whose pickles are read by a parser that runs nothing.
+    """
+    _save(source, dest, _cifar100("coarse" if coarse else "fine"), how)
+
+
+def _save(source: Path, dest: Path, release: Release, how: How) -> None:
+    command.save(dest, {split: read(source, split, release) for split in ("train", "test")}, how)
 
 
 def read(source: Path, split: str, release: Release) -> Folder | Arrays:

@@ -1,11 +1,8 @@
-"""What the scripts in shards/ share: common options, errors as one line and exit code 2, a progress
-bar, and the writing.
-"""
+"""What the commands that write shards share: common options, a progress bar, and the writing."""
 
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -43,24 +40,6 @@ NEXT = "The same command goes on after a kill. The same input and options give t
 KINDS = 20
 # of lists of names
 TEXT_BYTES = 64 << 20
-
-
-def run(command: Callable[..., None]) -> None:
-    """Parse the command line and run it. Wrong data, full disks and missing rights end in
-    one line.
-    """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # names of files need not be UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def importer(command: Callable[..., None]) -> Callable[..., None]:
@@ -150,10 +129,6 @@ def _summary(source: Source, journal: partial.Journal) -> str:
     return text + (
         f"; left out as bad: {len(journal.bad)}, see {write.QUARANTINE}" if journal.bad else ""
     )
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def lines(file: Path) -> list[str]:

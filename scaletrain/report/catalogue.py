@@ -18,9 +18,6 @@ from typing import Any
 from scaletrain.config import recipe
 from scaletrain.config.schema import components
 
-# of a clone; an installed package has no recipes
-CONFIGS = Path(__file__).parents[2] / "configs"
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,7 +30,7 @@ class Entry:
     recipes: Mapping[str, str]
 
 
-def entries(kind: str, configs: Path = CONFIGS) -> list[Entry]:
+def entries(kind: str, configs: Path = recipe.CONFIGS) -> list[Entry]:
     """kind: `methods` or `auxiliaries`; a method's recipes are those without auxiliaries."""
     used: dict[str, dict[str, str]] = {}
     for path in sorted(configs.glob("*.yaml")):
@@ -67,7 +64,7 @@ def _docstring(kind: str, name: str) -> tuple[str, str]:
     return re.sub(r" ?Family: .*", "", text.partition("\n")[0]), family[1] if family else ""
 
 
-def lines(kind: str, configs: Path = CONFIGS) -> list[str]:
+def lines(kind: str, configs: Path = recipe.CONFIGS) -> list[str]:
     """For a terminal: a line per component, and indented under it its family and a line per
     recipe.
     """

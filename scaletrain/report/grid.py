@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from scaletrain.config.recipe import ConfigError, brief, document, parse
+from scaletrain.config.recipe import ConfigError, brief, document, parse, shipped
 from scaletrain.runtime.durable import replacing
 
 if TYPE_CHECKING:
@@ -35,13 +35,10 @@ def combinations(axes: Iterable[str], seeds: int) -> list[tuple[str, ...]]:
     Raises ConfigError.
 
     Values are YAML: a comma inside brackets or quotes does not part two of them. An axis may also
-    be a YAML file as in configs/studies: a list whose items are lists of overrides, one item for
-    each run.
+    be a YAML file, or the name of one of configs/studies: a list whose items are lists of
+    overrides, one item for each run.
     """
-    choices = [
-        _file(Path(axis)) if axis.endswith(".yaml") and "=" not in axis else _values(axis)
-        for axis in axes
-    ]
+    choices = [_values(axis) if (path := _study(axis)) is None else _file(path) for axis in axes]
 
     count = math.prod(map(len, choices)) * seeds
     if count > MOST:
@@ -136,6 +133,18 @@ def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str,
         file.write(text.getvalue().encode())
 
     return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def _study(axis: str) -> Path | None:
+    """The file that an axis names, a path or one of configs/studies; None for KEY=VALUE,VALUE."""
+    if "=" in axis:
+        return None
+
+    known = shipped().get(f"studies/{axis.removesuffix('.yaml')}")
+    if known and not Path(axis).is_file():
+        return known
+
+    return Path(axis) if axis.endswith(".yaml") else None
 
 
 def _file(path: Path) -> list[tuple[str, ...]]:

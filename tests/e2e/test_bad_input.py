@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from scaletrain import cli
 from scaletrain.checkpoint import files, reader
+from scaletrain.cli import main as cli
 from scaletrain.config.schema import Model
 from scaletrain.nn import resnet
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from scaletrain import cli
 from scaletrain.checkpoint import files, reader
+from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.runtime import durable
 

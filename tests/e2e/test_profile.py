@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from scaletrain import cli
+from scaletrain.cli import main as cli
 
 RECIPE = """
 batch: 8

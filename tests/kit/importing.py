@@ -1,36 +1,27 @@
-"""Runs the scripts of shards/ as commands, and reads back what they write."""
+"""Runs the commands `scaletrain shards`, and reads back what they write."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import typer
 from typer.testing import CliRunner
 
 from kit.data import encode, picture
+from scaletrain.cli.main import app
 from scaletrain.data.reading.reader import Shards
 
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"shards_{name}", ROOT / "shards" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def call(name: str, *arguments: object) -> Any:
+    """Call a command of `scaletrain shards` in this process; errors are kept as exceptions."""
+    return CliRunner().invoke(app, ["--debug", "shards", name, *map(str, arguments)])
 
 
 def run(name: str, *arguments: object, fails: str = "") -> str:
-    """Call a script's command in this process; with `fails`, expect one clear line that
-    matches it.
-    """
-    app = typer.Typer()
-    app.command()(script(name).main)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    """What a command of `scaletrain shards` prints; with `fails`, expect one clear line with it."""
+    result = call(name, *arguments)
     if fails:
         assert isinstance(result.exception, ValueError | OSError), result.output
         assert "\n" not in str(result.exception)

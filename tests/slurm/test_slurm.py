@@ -15,8 +15,7 @@ import pytest
 from kit.slurm_cluster import Cluster
 from kit.slurm_jobs import ROOT, SHORT, launch, log, start, unavailable, wait_for
 
-from launchers import slurm as launcher
-from scaletrain.importers import command as script
+from scaletrain.cli.main import main
 from scaletrain.launch.slurm import task
 
 pytestmark = [unavailable, pytest.mark.timeout(300)]
@@ -136,10 +135,12 @@ def test_bad_input_is_one_clear_error(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["slurm.py", "--config", str(recipe), "--run", str(tmp_path / "run"), *options]
+        sys,
+        "argv",
+        ["scaletrain", "launch", "slurm", str(recipe), "--run", str(tmp_path / "run"), *options],
     )
     with pytest.raises(SystemExit) as end:
-        script.run(launcher.main)
+        main()
     said = " ".join(capsys.readouterr().err.split())
     assert end.value.code == 2
     assert says in said

@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scaletrain import cli, exit_codes
+from scaletrain import exit_codes
 from scaletrain.checkpoint import files
 from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.config import schema as config
 from scaletrain.core import Batch, Piece

@@ -80,8 +80,7 @@ def ask(*command: str) -> str:
     except FileNotFoundError:
         raise UnavailableError(
             f"{command[0]} is not installed: this is no machine of a SLURM cluster. "
-            "launchers/local.py trains on this machine, "
-            "torchrun on several"
+            "`scaletrain launch local` trains on this machine, torchrun on several"
         ) from None
     except subprocess.TimeoutExpired:
         raise UnavailableError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from scaletrain import cli
+from scaletrain.cli import main as cli
 from scaletrain.config import load, recipe
 from scaletrain.config.recipe import ConfigError
 from scaletrain.report import grid

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
-from scaletrain import cli, dist
+from scaletrain import dist
+from scaletrain.cli import main as cli
 from scaletrain.config.schema import Config
 from scaletrain.engines.base import Engine
 from scaletrain.estimate import comm, memory

@@ -16,7 +16,7 @@ from kit import small
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
-from scaletrain import cli
+from scaletrain.cli import main as cli
 from scaletrain.config.schema import Config, components
 from scaletrain.core import Batch, Clock
 from scaletrain.estimate import model

@@ -17,7 +17,7 @@ from kit.data import add
 from kit.evals import run_folder, shards, spoil
 from typer.testing import CliRunner
 
-from scaletrain.cli import app
+from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from scaletrain.checkpoint import files
-from scaletrain.cli import app
+from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
 from scaletrain.evals import targets

@@ -201,7 +201,7 @@ def fashion(root: Path) -> dict[str, np.ndarray]:
 
 def test_fashion_mnist(tmp_path: Path) -> None:
     images = fashion(tmp_path / "src")
-    run("fashion_mnist", tmp_path / "src", tmp_path / "out", "--per-shard", 8)
+    run("fashion-mnist", tmp_path / "src", tmp_path / "out", "--per-shard", 8)
     for split, prefix in (("train", "train"), ("test", "t10k")):
         found = contents(tmp_path / "out" / split)
         wanted = {pixels.tobytes(): i % 10 for i, pixels in enumerate(images[prefix])}
@@ -216,17 +216,17 @@ def test_fashion_mnist_faults(tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "src" / "t10k-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2000])
-    run("fashion_mnist", tmp_path / "src", out, fails=f"{path} cannot be read")
+    run("fashion-mnist", tmp_path / "src", out, fails=f"{path} cannot be read")
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    run("fashion_mnist", tmp_path / "src", out, fails=f"{path}: the content is not the 7840 bytes")
+    run("fashion-mnist", tmp_path / "src", out, fails=f"{path}: the content is not the 7840 bytes")
     path.write_bytes(gzip.compress(bytes((0, 0, 8, 3)) + b"\xff" * 12))
-    run("fashion_mnist", tmp_path / "src", out, fails="at most")
+    run("fashion-mnist", tmp_path / "src", out, fails="at most")
     idx(path, np.zeros((10, 28), np.uint8))
-    run("fashion_mnist", tmp_path / "src", out, fails="not an IDX file of 3 dimensions")
+    run("fashion-mnist", tmp_path / "src", out, fails="not an IDX file of 3 dimensions")
     idx(path, np.zeros((9, 28, 28), np.uint8))
-    run("fashion_mnist", tmp_path / "src", out, fails="9 images and 10 labels")
+    run("fashion-mnist", tmp_path / "src", out, fails="9 images and 10 labels")
     path.unlink()
-    run("fashion_mnist", tmp_path / "src", out, fails=f"{path}: no such file")
+    run("fashion-mnist", tmp_path / "src", out, fails=f"{path}: no such file")
     assert not list(tmp_path.glob("out*"))
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kit.data import encode, picture
-from kit.importing import contents, run, script, tree
+from kit.importing import contents, run, tree
 from PIL import Image
 from torchvision import datasets
 
 from scaletrain.data.transforms import image
+from scaletrain.importers import from_torchvision
 
 
 def test_files_are_taken_as_they_are(tmp_path: Path) -> None:
     source = tree(tmp_path / "src", {"dog": 3, "cat": 2}, ".jpg")
-    said = run("from_torchvision", "ImageFolder", source, tmp_path / "out", "--workers", 3)
+    said = run("from-torchvision", "ImageFolder", source, tmp_path / "out", "--workers", 3)
     assert "5 images in 2 classes" in said
     wanted = {
         path.read_bytes(): label
@@ -35,7 +36,7 @@ def test_files_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_files_that_shards_do_not_hold_become_png(tmp_path: Path) -> None:
     (tmp_path / "src" / "a").mkdir(parents=True)
     Image.fromarray(picture(3)).save(tmp_path / "src" / "a" / "x.ppm")
-    run("from_torchvision", "ImageFolder", tmp_path / "src", tmp_path / "out")
+    run("from-torchvision", "ImageFolder", tmp_path / "src", tmp_path / "out")
     data = next(iter(contents(tmp_path / "out")))
     assert image.kind(data) == "png"
     assert np.array_equal(image.decode(data, 10**6), picture(3))
@@ -53,17 +54,17 @@ def test_arrays_with_splits(tmp_path: Path) -> None:
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
             struct.pack(">II", 2049, n) + bytes(i % 10 for i in range(n))
         )
-    run("from_torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "out")
+    run("from-torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "out")
     for split, prefix in (("train", "train"), ("test", "t10k")):
         found = {
             image.decode(d, 10**6)[..., 0].tobytes(): y
             for d, y in contents(tmp_path / "out" / split).items()
         }
         assert found == {p.tobytes(): i % 10 for i, p in enumerate(pixels[prefix])}
-    run("from_torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "one", "--split", "test")
+    run("from-torchvision", "FashionMNIST", tmp_path / "root", tmp_path / "one", "--split", "test")
     assert [p.name for p in (tmp_path / "one").iterdir()] == ["test"]
     run(
-        "from_torchvision",
+        "from-torchvision",
         "FashionMNIST",
         tmp_path / "root",
         tmp_path / "two",
@@ -84,7 +85,7 @@ def test_named_splits_and_options(tmp_path: Path) -> None:
     for split, names in (("train3", ("banded", "dotted")), ("val3", ("woven", "dotted"))):
         (data / "labels" / f"{split}.txt").write_text("\n".join(f"{name}/a.jpg" for name in names))
     run(
-        "from_torchvision",
+        "from-torchvision",
         "DTD",
         tmp_path / "root",
         tmp_path / "out",
@@ -92,7 +93,7 @@ def test_named_splits_and_options(tmp_path: Path) -> None:
     )
     assert contents(tmp_path / "out" / "train") == {encode(picture(i), ".jpg"): i for i in range(2)}
     run(
-        "from_torchvision",
+        "from-torchvision",
         "DTD",
         tmp_path / "root",
         tmp_path / "x",
@@ -101,7 +102,7 @@ def test_named_splits_and_options(tmp_path: Path) -> None:
         fails="Unknown value 'dev' for argument split",
     )
     run(
-        "from_torchvision",
+        "from-torchvision",
         "DTD",
         tmp_path / "root",
         tmp_path / "x",
@@ -110,7 +111,7 @@ def test_named_splits_and_options(tmp_path: Path) -> None:
         fails="DTD has no option 'speed', only",
     )
     run(
-        "from_torchvision",
+        "from-torchvision",
         "DTD",
         tmp_path / "root",
         tmp_path / "x",
@@ -123,23 +124,23 @@ def test_named_splits_and_options(tmp_path: Path) -> None:
 def test_faults_are_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(
-        "from_torchvision",
+        "from-torchvision",
         "Imagenet1k",
         tmp_path,
         out,
         fails="torchvision.datasets has no data set 'Imagenet1k'",
     )
-    run("from_torchvision", "DatasetFolder.x", tmp_path, out, fails="has no data set")
+    run("from-torchvision", "DatasetFolder.x", tmp_path, out, fails="has no data set")
     run(
-        "from_torchvision",
+        "from-torchvision",
         "CIFAR10",
         tmp_path,
         out,
-        fails="torchvision unpickles CIFAR10: take shards/cifar10.py",
+        fails="torchvision unpickles CIFAR10: take `scaletrain shards cifar10`",
     )
-    run("from_torchvision", "Food101", tmp_path, out, fails="fetch it with --download")
+    run("from-torchvision", "Food101", tmp_path, out, fails="fetch it with --download")
     run(
-        "from_torchvision",
+        "from-torchvision",
         "ImageFolder",
         tmp_path,
         out,
@@ -147,7 +148,7 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
         fails="torchvision cannot download ImageFolder",
     )
     run(
-        "from_torchvision",
+        "from-torchvision",
         "ImageFolder",
         tree(tmp_path / "a", {"a": 1}),
         out,
@@ -173,7 +174,7 @@ def test_other_tasks_are_refused(
             return Image.new("RGB", (8, 8)), target
 
     monkeypatch.setattr(datasets, "Odd", Odd, raising=False)
-    run("from_torchvision", "Odd", tmp_path, tmp_path / "out", fails="is no single label")
+    run("from-torchvision", "Odd", tmp_path, tmp_path / "out", fails="is no single label")
 
 
 @pytest.mark.parametrize("labels", [[-1, -1, -1, -1], [1, -1, 0, -1]])
@@ -195,7 +196,7 @@ def test_a_target_of_minus_one_is_no_label(
             return Image.fromarray(picture(number)), np.asarray(labels)[number]
 
     monkeypatch.setattr(datasets, "Partly", Partly, raising=False)
-    said = run("from_torchvision", "Partly", tmp_path, tmp_path / "out", "--split", "unlabeled")
+    said = run("from-torchvision", "Partly", tmp_path, tmp_path / "out", "--split", "unlabeled")
     unlabelled = (
         "without labels, 1 shard"
         if max(labels) < 0
@@ -217,18 +218,17 @@ def test_damaged_files_are_bad_images(tmp_path: Path) -> None:
     source = tree(tmp_path / "src", {"a": 3, "b": 3}, ".jpg")
     (source / "b" / "im.1.jpg").write_bytes((source / "b" / "im.1.jpg").read_bytes()[:200])
     run(
-        "from_torchvision",
+        "from-torchvision",
         "ImageFolder",
         source,
         tmp_path / "out",
         fails="ImageFolder, sample 4: the image is damaged",
     )
-    run("from_torchvision", "ImageFolder", source, tmp_path / "out", "--max-bad", 1)
+    run("from-torchvision", "ImageFolder", source, tmp_path / "out", "--max-bad", 1)
     assert len(contents(tmp_path / "out")) == 5
 
 
 def test_every_data_set_that_downloads_is_known() -> None:
     """The ones named in the help are there, under these names."""
-    module = script("from_torchvision")
     for name in ("Food101", "DTD", "STL10"):
-        assert module._class(name) is getattr(datasets, name)
+        assert from_torchvision._class(name) is getattr(datasets, name)

@@ -17,19 +17,17 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 WORKER = """
-import importlib.util, json, os, signal, sys, time
-spec = importlib.util.spec_from_file_location("cli", {cli!r})
-cli = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cli)
-cli._follow_launcher()
+import json, os, signal, sys, time
+from scaletrain.cli.main import _follow_launcher
+_follow_launcher()
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 rank = os.environ["RANK"]
 names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-with open(f"rank{{rank}}.jsonl", "a") as file:
-    found = {{n: os.environ[n] for n in names}}
-    file.write(json.dumps({{"pid": os.getpid(), "argv": sys.argv[1:], **found}}) + "\\n")
+with open(f"rank{rank}.jsonl", "a") as file:
+    found = {n: os.environ[n] for n in names}
+    file.write(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **found}) + "\\n")
 # a failure is to find the other at work
-while not all(os.path.exists(f"rank{{r}}.jsonl") for r in range(2)):
+while not all(os.path.exists(f"rank{r}.jsonl") for r in range(2)):
     time.sleep(0.02)
 wish = sys.argv[-1]
 def wait_for_the_failure():
@@ -54,12 +52,11 @@ elif wish == "once" and not os.path.exists("over"):
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder from which `python -m scaletrain` is the stub."""
+    """A folder from which `python -m scaletrain` is the stub, and all else of the package real."""
     (tmp_path / "scaletrain").mkdir()
-    (tmp_path / "scaletrain" / "__init__.py").touch()
-    (tmp_path / "scaletrain" / "__main__.py").write_text(
-        WORKER.format(cli=str(ROOT / "scaletrain" / "cli.py"))
-    )
+    real = str(ROOT / "scaletrain")
+    (tmp_path / "scaletrain" / "__init__.py").write_text(f"__path__.append({real!r})\n")
+    (tmp_path / "scaletrain" / "__main__.py").write_text(WORKER)
     return tmp_path
 
 

@@ -18,8 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from launchers import slurm as launcher
-from scaletrain.launch.slurm import submit, task
+from scaletrain.launch.slurm import command, submit, task
 from scaletrain.launch.slurm.queue import Partition, SlurmError, seconds
 from scaletrain.launch.slurm.submit import Resources
 from scaletrain.runtime import signals
@@ -279,7 +278,7 @@ def test_json_of_tasks(tmp_path: Path) -> None:
 
 def dry_run(*options: str) -> Any:
     app = typer.Typer()
-    app.command()(launcher.main)
+    app.command()(command.main)
     return CliRunner().invoke(app, ["--dry-run", *options])
 
 

@@ -17,8 +17,8 @@ from kit import ranks, small
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from scaletrain import cli
 from scaletrain.checkpoint import files
+from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config, Model

@@ -13,7 +13,7 @@ from kit.evals import backbone, run_folder, save, settings, shards
 from kit.recorded_runs import EVERY, PER_EPOCH, make, read, result, write
 from typer.testing import CliRunner
 
-from scaletrain.cli import app
+from scaletrain.cli.main import app
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.core import Batch, Clock, StepResult

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from kit.evals import write_result
 
-from launchers import slurm
 from scaletrain.evals import results
+from scaletrain.launch.slurm.launch import show
 from scaletrain.report import grid
 
 
@@ -104,7 +104,7 @@ def test_the_shown_table_is_readable_at_any_width_and_in_a_pipe(
             for part in ("", "_top5", "_per_class")
         }
         write_result(grid.folder(tmp_path, element), 8, scores, benchmark="knn")
-    slurm.show(tmp_path)
+    show(tmp_path)
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.split()[-1] == str(tmp_path / "grid.csv")
     names = ["optim.lr", "seed", "knn_10", "knn_20", "knn_100", "knn_200", "knn_step"]
