@@ -1,5 +1,5 @@
-"""The ways in which data can be wrong. All are ValueErrors, with one line that says where and what
-to do.
+"""The errors that unusable data raises: all are ValueErrors whose one line says where the fault is
+and what to do.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-# of missing files, what is no file, and bad disk blocks: waiting does not help
+# errors of missing files, of paths that are no files and of bad disk blocks: a retry does not help
 PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
 
 
@@ -16,13 +16,11 @@ class DataError(ValueError):
 
 
 class ImageError(DataError):
-    """Bytes that are not a usable image. Whoever knows where they come from adds it."""
+    """Bytes that are not a usable image; the caller adds where they come from."""
 
 
 class ShardError(DataError):
-    """A tar shard that is damaged, truncated, altered or hostile. `shard` and `offset` (bytes) say
-    where.
-    """
+    """A tar shard that is damaged, truncated, altered or hostile, at byte `offset` of `shard`."""
 
     def __init__(self, shard: str | Path, offset: int, text: str) -> None:
         super().__init__(printable(f"{shard} at byte {offset}: {text}"))
@@ -33,12 +31,12 @@ class ShardError(DataError):
 
 
 class ArchiveError(ShardError):
-    """The archive itself is damaged or refused at that byte, and nothing behind it can be read."""
+    """The archive itself is damaged or refused at that byte, and nothing after it can be read."""
 
 
-class StorageError(ShardError):
-    """Bytes that storage failed to give. Another start may succeed, unless the disk block is bad
-    for good.
+class ShardStorageError(ShardError):
+    """Bytes that storage failed to deliver. A restart may succeed, unless the disk block is
+    permanently bad.
     """
 
     # EX_TEMPFAIL of sysexits.h
@@ -46,22 +44,24 @@ class StorageError(ShardError):
 
 
 class LoaderError(DataError):
-    """Loader processes died or hang: another start may succeed."""
+    """Loader processes that died or hang; a restart may succeed."""
 
     # EX_TEMPFAIL of sysexits.h
     exit_code = 75
 
 
 def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:
-    """A ShardError for what stays so; anything else may pass, and must not lead to a substitute."""
+    """A ShardError if the failure is permanent. Any other may be transient and must not lead to a
+    substitute.
+    """
     if error.errno in PERMANENT:
-        kind = StorageError if error.errno == errno.EIO else ShardError
+        kind = ShardStorageError if error.errno == errno.EIO else ShardError
         return kind(shard, offset, f"cannot be read: {error.strerror}")
     return LoaderError(f"{shard} at byte {offset} cannot be read: {error.strerror}")
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that could break the line or steer a terminal, and what is
+    """The text with all characters escaped that could break the line or control a terminal, or are
     not Unicode.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

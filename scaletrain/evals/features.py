@@ -212,12 +212,13 @@ class EvalContext:
                 "lanes": math.gcd(batch, self.subject.data.lanes),
                 "workers": self.settings.workers,
                 "masks": False,
+                "support": None,
                 "on_bad": "skip" if self.skip else "raise",
                 "views": (self.view,),
             }
         )
 
-        stream = loader.Stream(
+        stream = loader.open_stream(
             data, seed=seed, batch=batch, rank=0, world=1, device=self.device, rows=self._rows
         )
 
@@ -362,7 +363,7 @@ class EvalContext:
                 )
 
         data = self.subject.data
-        images = loader.plain(
+        images = loader.eval_batches(
             path,
             size=self.size,
             resize=self.resize,

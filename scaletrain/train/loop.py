@@ -23,8 +23,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config, Data
 from scaletrain.core import Batch, Clock
 from scaletrain.data.format import selection
-from scaletrain.data.loading import support
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.replacement import ReplacementLog, count_of
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.nn.bank import Bank
@@ -87,7 +86,7 @@ def _loop(
     change: bool,
 ) -> None:
     def opened(data: Data) -> Stream:
-        return support.stream(
+        return open_stream(
             data,
             seed=config.seed,
             batch=config.batch,
@@ -100,7 +99,7 @@ def _loop(
     sources = stream.sources()
     data = {"sources": sources, "support": stream.support_sources(), "masks": config.data.masks}
     for source in sources if dist.main() else ():
-        run_folder.warn_if_open(Path(selection.place(source["path"]).folder))
+        run_folder.warn_if_open(Path(selection.one_folder(source["path"]).folder))
 
     saved = reader.latest(run / "checkpoints")
     total = total_steps(config, stream.steps_per_epoch)

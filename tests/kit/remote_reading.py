@@ -10,7 +10,7 @@ import torch
 
 from scaletrain.config.schema import Cache, Data, View
 from scaletrain.core import Batch
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.reader import Shards
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def stream(
         cache=held,
         **{"lanes": 4, "window": 2, "workers": 0, "views": VIEWS, **options},
     )
-    return Stream(data, seed=5, batch=12, rank=rank, world=world, device=CPU)
+    return open_stream(data, seed=5, batch=12, rank=rank, world=world, device=CPU)
 
 
 def taken(source: Stream, start: int, stop: int) -> list[Batch]:

@@ -1,9 +1,9 @@
-"""Batches in memory that the main process and its loader workers share, in slots that are used
-again and again.
+"""Memory that the main process and its loader workers share, divided into slots of one batch each
+that are reused.
 
-The memory is anonymous and inherited by fork: it does not count against /dev/shm, and nothing of it
-stays behind, however the processes end. Only where in its slot each tensor lies, and what else a
-batch holds, is sent.
+The memory is anonymous and inherited by fork: it does not count against /dev/shm and is freed
+however the processes end. What is sent is the location of each tensor in its slot, and the rest of
+the batch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 
-# of a tensor: its first byte in the slot, and what it is
-Place = tuple[int, tuple[int, ...], torch.dtype]
+# first byte of a tensor in its slot, its shape and its type
+TensorLocation = tuple[int, tuple[int, ...], torch.dtype]
 
 # bytes: a cache line
 ALIGN = 64
-# tensors of a batch that are as large as its sample numbers: these, labels, repeats and planned
+# tensors of a batch with one int64 per sample: samples, labels, repeats and planned
 _INDICES = 4
 
 
-def size_of(raw: Raw) -> int:
-    """Bytes of a slot for such a batch: whole pages."""
+def size_of(raw: RawBatch) -> int:
+    """Bytes of a slot for such a batch, a multiple of the page size."""
     large = (*raw.views, *(raw.params or ()), *([] if raw.masks is None else [raw.masks]))
     return _up(
         sum(_up(x.nbytes, ALIGN) for x in (*large, *[raw.samples] * _INDICES)), mmap.PAGESIZE
@@ -39,8 +39,8 @@ def size_of(raw: Raw) -> int:
 
 
 class Slots:
-    """`count` slots of `size` bytes. Raises OSError or OverflowError where there is no such
-    memory.
+    """`count` slots of `size` bytes. Raises OSError or OverflowError where the memory cannot be
+    allocated.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -51,11 +51,13 @@ class Slots:
 
 
 class Slot:
+    """The memory of one batch."""
+
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.memory, self._used = memory, 0
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As torch.empty, in the slot."""
+        """As torch.empty, with its memory in the slot."""
         start, size = self._used, math.prod(shape) * dtype.itemsize
         if start + size > len(self.memory):
             raise ValueError(f"a batch has more than the {len(self.memory)} bytes of its slot")
@@ -64,19 +66,19 @@ class Slot:
         return self.at(start, shape, dtype)
 
     def pack(self, item: Any) -> bytes:
-        """The item without the content of its tensors, which is in the slot from now on."""
+        """Serialise an item without the content of its tensors, which is copied into the slot."""
         file = io.BytesIO()
         _Pickler(file, self).dump(item)
         return file.getvalue()
 
     def unpack(self, data: bytes) -> Any:
-        """What `pack` was given. Its tensors are those in the slot: they last until it is used
-        again.
+        """The item that was packed. Its tensors share the memory of the slot and are valid until
+        the slot is reused.
         """
         return _Unpickler(io.BytesIO(data), self).load()
 
-    def place(self, tensor: Tensor) -> Place:
-        """Where it lies in the slot; it is copied there unless it was made by `new`."""
+    def place(self, tensor: Tensor) -> TensorLocation:
+        """The location of a tensor in the slot, to which it is copied unless it was made by `new`."""
         if not (0 <= self._start(tensor) < len(self.memory) and tensor.is_contiguous()):
             tensor = self.new(tuple(tensor.shape), tensor.dtype).copy_(tensor)
         return self._start(tensor), tuple(tensor.shape), tensor.dtype
@@ -94,7 +96,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._slot = slot
 
-    def persistent_id(self, value: Any) -> Place | None:
+    def persistent_id(self, value: Any) -> TensorLocation | None:
         return self._slot.place(value) if isinstance(value, Tensor) else None
 
 
@@ -103,7 +105,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._slot = slot
 
-    def persistent_load(self, place: Place) -> Tensor:
+    def persistent_load(self, place: TensorLocation) -> Tensor:
         return self._slot.at(*place)
 
 

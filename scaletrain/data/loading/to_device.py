@@ -1,5 +1,5 @@
-"""Raw uint8 batches become core.Batch on the device: copied without waiting, there augmented if
-asked, and normalised.
+"""Turns raw uint8 batches into core.Batch on the device: copies them asynchronously, augments them
+there if configured, and normalises them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaletrain.core import Batch
-from scaletrain.data.loading.dataset import Raw, sample_keys
+from scaletrain.data.loading.dataset import RawBatch, sample_keys
 from scaletrain.data.transforms import on_device
-from scaletrain.data.transforms.color_kernels import normalise
+from scaletrain.data.transforms.color_operations import normalise
 
-# seconds for the GPU to copy what has been queued
+# seconds to wait for copies that are queued on the GPU
 PATIENCE = 5.0
 
 
 class ToDevice:
-    """`mean` and `std` are per channel, of pixels in [0, 1]. No tensor of a batch shares memory
-    with the raw one.
+    """Converts raw batches; `mean` and `std` are per channel, of pixels in [0, 1]. No tensor of the
+    result shares memory with the raw batch.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ToDevice:
         self.shift = (-m / s).float().view(3, 1, 1).to(device)
         self.pixel_range = torch.stack((-m / s, (1 - m) / s)).float().to(device)  # [2, 3]
 
-    def __call__(self, raw: Raw) -> Batch:
+    def __call__(self, raw: RawBatch) -> Batch:
         index = self._copy(raw.samples)
         repeats = raw.repeats if isinstance(raw.repeats, int) else self._copy(raw.repeats)
         return Batch(
@@ -56,7 +56,7 @@ class ToDevice:
     def _copy(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True, copy=True)
 
-    def _views(self, raw: Raw) -> Iterator[Tensor]:
+    def _views(self, raw: RawBatch) -> Iterator[Tensor]:
         """[V, B, H, W, 3] uint8 -> [V, B, 3, H, W] float32 that is channels_last once V and B are
         flattened together.
         """
@@ -67,14 +67,14 @@ class ToDevice:
 
             x = self._copy(pixels).permute(0, 1, 4, 2, 3).float()
             if params is not None:
-                # one at a time: the copies in between are as large as it
+                # one view at a time, since the intermediate copies are as large as the view
                 for view, rest in zip(x, params, strict=True):
                     on_device.augment(view, rest)
 
             yield x.mul_(self.scale).add_(self.shift)
 
     def _on_cpu(self, pixels: Tensor) -> Tensor:
-        """The same values by one pass over memory instead of three."""
+        """The same values, computed in one pass over memory instead of three."""
         out = torch.empty(pixels.shape)
         width = pixels.shape[-2]
         scale, shift = (x.flatten().repeat(width).numpy() for x in (self.scale, self.shift))
@@ -89,57 +89,56 @@ class ToDevice:
 
 
 class Pinned:
-    """Memory of loader workers that is page-locked, so that a GPU copies from it while the host
-    goes on.
+    """Page-locks the memory of loader workers, so that the GPU copies from it asynchronously.
 
-    Where the driver refuses, copies only take longer. On a CPU nothing is done.
+    Where the driver refuses, copies are merely slower. For a CPU this does nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._on = device, device.type == "cuda"
-        # addresses
-        self._held: set[int] = set()
+        # addresses of locked memory
+        self._locked: set[int] = set()
         self._last: torch.cuda.Event | None = None
 
     def add(self, memory: NDArray[np.uint8]) -> None:
-        """To be called before each copy: the first time, the pages are there already and locking
-        them is quick.
+        """Must be called before each copy; at the first one the pages are already mapped, so that
+        locking them is fast.
         """
         address = memory.ctypes.data
-        if not self._on or address in self._held:
+        if not self._on or address in self._locked:
             return
 
         if (
             torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
             == torch.cuda.cudart().cudaError.success
         ):
-            self._held.add(address)
+            self._locked.add(address)
             return
 
         self._on = False
-        # else the next kernel, whichever it is, would be blamed for the refusal
+        # clear the error, or it would be reported by the next kernel
         with suppress(RuntimeError):
             torch.ones(1, device=self._device)
 
     def event(self) -> torch.cuda.Event | None:
-        """Over when the copies that have been queued so far are."""
+        """An event that completes with all copies queued so far; None on a CPU."""
         if self._device.type == "cuda":
             self._last = torch.cuda.Event()
             self._last.record()
         return self._last
 
     def close(self) -> None:
-        """Waits for the last copy, but not for a GPU that hangs: what is still locked then ends
-        with the process.
+        """Unlock the memory after the last copy. If the GPU hangs, the memory stays locked until
+        the process ends.
         """
         end = monotonic() + PATIENCE
 
-        # a GPU that has failed: somebody else reports it
+        # the failure of a GPU is reported elsewhere
         with suppress(RuntimeError):
             while self._last is not None and not self._last.query():
                 if monotonic() > end:
                     return
                 sleep(0.001)
 
-            while self._held:
-                torch.cuda.cudart().cudaHostUnregister(self._held.pop())
+            while self._locked:
+                torch.cuda.cudart().cudaHostUnregister(self._locked.pop())

@@ -1,4 +1,6 @@
-"""Watches loader workers: one that was killed, stopped or is stuck ends the run soon, by name."""
+"""Watches the loader workers, so that one that was killed, stopped or hangs soon ends the run with an
+error that names it.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +15,35 @@ import numpy as np
 from scaletrain.data.errors import LoaderError
 from scaletrain.runtime.heartbeat import BEATS, SAMPLE, WATCHED, Signs
 
-# seconds of waiting for a batch between two looks at the workers
+# seconds between two checks of the workers while a batch is awaited
 CHECK = 1.0
-# seconds after which a stopped worker counts: the processes of a job that is continued are so one
+# seconds after which a stopped worker is an error: the processes of a resumed job are continued one
 # by one
 STOPPED = 5.0
-# seconds to find out where a sample lies: the storage that would say may be what hangs
+# seconds to look up where a sample is stored: that storage may be what hangs
 NAMING = 5.0
 
 
-class Worker(Protocol):
+class WatchedProcess(Protocol):
+    """What the watchdog needs of a worker."""
+
     pid: int
 
     def ended(self) -> str | None:
-        """How, and what may help; None while it lives."""
+        """How the process ended, and what may help; None while it runs."""
         ...
 
 
-class Watch:
-    """`signs` [workers, WIDTH], as in heartbeat.py; `name` says where a sample lies. All methods
-    raise LoaderError.
+class Watchdog:
+    """Checks the workers while the main process waits for a batch. All methods raise LoaderError.
 
-    Time counts while the main process waits and looks, so not while it is itself stopped.
+    `signs` [workers, WIDTH] as in heartbeat.py; name(sample) returns where a sample is stored. Time
+    in which the main process was itself stopped does not count.
     """
 
     def __init__(
         self,
-        workers: Sequence[Worker],
+        workers: Sequence[WatchedProcess],
         signs: Signs,
         name: Callable[[int], str],
         *,
@@ -51,13 +55,13 @@ class Watch:
         self.begin()
 
     def begin(self) -> None:
-        """To be called at the begin of a wait for a batch."""
+        """Must be called when a wait for a batch begins."""
         self._waited, self._beats = 0.0, self._signs[:, BEATS].copy()
         self._stopped, self._silent = np.zeros((2, len(self._signs)))
 
     def look(self, owing: int, seconds: float) -> None:
-        """To be called after `seconds` more of waiting, at most CHECK, for a batch of the worker
-        `owing`.
+        """Must be called after every further `seconds`, at most CHECK, of waiting for a batch of the
+        worker `owing`.
         """
         self.alive()
 
@@ -83,8 +87,7 @@ class Watch:
 
             raise LoaderError(
                 f"loader {self._who(number)} is stuck: no sign of life for {self._liveness:g} s; "
-                f"{what}; "
-                "raise data.liveness if it is only slow"
+                f"{what}; raise data.liveness if it is only slow"
             )
 
         self._waited += seconds
@@ -96,26 +99,26 @@ class Watch:
             )
 
     def alive(self) -> None:
-        """Raise for a worker that has ended: none does so by itself."""
+        """Raise LoaderError if a worker has ended, which none does without a fault."""
         for number, worker in enumerate(self._workers):
             if how := worker.ended():
                 raise LoaderError(f"loader {self._who(number)} {how}")
 
     def _who(self, number: int) -> str:
         sample = int(self._signs[number, SAMPLE])
-        read = f", last reading {self._place(sample)}," if sample >= 0 else ""
+        read = f", last reading {self._where(sample)}," if sample >= 0 else ""
         return f"worker {number} (pid {self._workers[number].pid}){read}"
 
-    def _place(self, sample: int) -> str:
-        found = [str(sample)]
-        thread = Thread(target=lambda: found.append(self._name(sample)), daemon=True)
+    def _where(self, sample: int) -> str:
+        names = [str(sample)]
+        thread = Thread(target=lambda: names.append(self._name(sample)), daemon=True)
         thread.start()
         thread.join(NAMING)
-        return found[-1]
+        return names[-1]
 
 
 def _state(pid: int) -> str:
-    """The process's state as in proc_pid_stat(5), T for stopped by a signal; "" where that cannot
+    """The state of a process as in proc_pid_stat(5), T if stopped by a signal; "" where it cannot
     be read.
     """
     with suppress(OSError, IndexError):

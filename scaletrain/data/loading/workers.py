@@ -1,9 +1,8 @@
 """Loader workers: forked processes that make batches in shared memory, watched by the main process.
 
-A worker has two pipes of its own, one for its tasks and one for the batches that it announces, and
-shares no lock or queue with others. So one that is killed or stopped, in whatever it does, holds up
-nobody, and the main process, which never waits longer than a moment without looking, says which one
-it was.
+Each worker has two pipes of its own, one for its tasks and one for the batches that it announces,
+and shares no lock or queue with other workers. So a worker that is killed or stopped blocks no
+other, and the main process, which checks on all workers while it waits, reports which one failed.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ import torch
 
 from scaletrain.data.errors import DataError, LoaderError
 from scaletrain.data.loading import watchdog
-from scaletrain.data.loading.dataset import BatchDataset, Failure, Raw
+from scaletrain.data.loading.dataset import BatchDataset, Failure, RawBatch
 from scaletrain.data.loading.slot import Slot, Slots, size_of
 from scaletrain.data.loading.to_device import Pinned
-from scaletrain.data.loading.watchdog import Watch
+from scaletrain.data.loading.watchdog import Watchdog
 from scaletrain.runtime import heartbeat
 
-# seconds that killed workers are waited for: one that is in a call to dead storage does not end
+# seconds to wait for killed workers to end: one blocked in a call to dead storage does not
 PATIENCE = 5.0
-# preemption is the main process's business
+# signals that only the main process handles
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 _LIBC = ctypes.CDLL(None)
-# place in the sampler, number of the slot
+# a task: position in the sampler, number of the slot
 _TASK = struct.Struct("=qq")
-# of the message that follows
+# the length of the message that follows
 _LENGTH = struct.Struct("=q")
-# bytes: a pipe holds as many
+# bytes: the capacity of a pipe
 _CHUNK = 1 << 16
 
 
 class Sampler(Protocol):
-    """Where in the data set each batch is."""
+    """The item of the data set that each batch is, in order."""
 
     def __len__(self) -> int: ...
 
@@ -57,17 +56,17 @@ class Sampler(Protocol):
 
 
 class Defect(NamedTuple):
-    """In place of a batch: the traceback of an exception that is not the data's fault."""
+    """Sent in place of a batch: the traceback of an exception that the data did not cause."""
 
     text: str
 
 
-class Pool:
-    """`workers` processes that make the batches of `dataset` at the places that `sampler` lists,
-    handed out in its order.
+class WorkerPool:
+    """`workers` processes that make the items of `dataset` that `sampler` lists, returned in its
+    order.
 
-    Each has `prefetch` batches in the making or ready. `name` says where a sample lies. Raises
-    LoaderError where memory or processes are not to be had.
+    Each worker has up to `prefetch` batches in progress or ready. name(sample) returns where a
+    sample is stored. Raises LoaderError where memory or processes cannot be allocated.
     """
 
     def __init__(
@@ -83,11 +82,10 @@ class Pool:
         liveness: float,
     ) -> None:
         self._dataset, self._sampler, self._owner = dataset, sampler, os.getpid()
-        self._workers: list[Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._pinned = Pinned(device)
         ahead = min(workers * prefetch, len(sampler))
-        # beyond those ahead one batch is in use, and on a GPU the one before may still be on its
-        # way
+        # one more batch is in use, and on a GPU the previous one may still be being copied
         slots = min(ahead + (2 if device.type == "cuda" else 1), len(sampler))
         # the last batch of an evaluation may be shorter than the first, but none is larger
         size = size_of(dataset.blank(sampler[0], partial(torch.empty, device="meta")))
@@ -95,23 +93,24 @@ class Pool:
         try:
             self._slots, self._signs = Slots(slots, size), heartbeat.shared(workers)
             for number in range(workers):
-                self._workers.append(Worker(partial(self._serve, number)))
+                self._workers.append(WorkerProcess(partial(self._serve, number)))
         except BaseException as error:
             self.close()
             if not isinstance(error, OSError | OverflowError):
                 raise
 
             raise LoaderError(
-                f"{workers} loader workers with {slots} batches of {size:,} bytes cannot be "
-                "started: "
+                f"{workers} loader workers with {slots} batches of {size:,} bytes cannot be started: "
                 f"{getattr(error, 'strerror', None) or error}; lower data.workers, data.prefetch "
                 "or batch"
             ) from None
 
-        self._watch = Watch(self._workers, self._signs, name, timeout=timeout, liveness=liveness)
+        self._watchdog = Watchdog(
+            self._workers, self._signs, name, timeout=timeout, liveness=liveness
+        )
 
-        # numbers of slots: those not in use, with the end of the last copy from them; those of the
-        # batches ahead, in order
+        # numbers of slots: the free ones, each with the end of the last copy from it, and those of
+        # the batches in progress or ready, in order
         self._free = deque[tuple[int, torch.cuda.Event | None]](
             (number, None) for number in range(slots)
         )
@@ -121,33 +120,33 @@ class Pool:
         for _ in range(ahead):
             self._give()
 
-    def take(self) -> Raw | Failure:
-        """The next batch; its tensors last until `release`. Raises LoaderError, or RuntimeError for
-        a defect in the worker.
+    def take(self) -> RawBatch | Failure:
+        """The next batch, whose tensors are valid until `release`. Raises LoaderError, or
+        RuntimeError for a defect in the worker.
         """
-        self._watch.alive()
+        self._watchdog.alive()
         worker = self._workers[self._taken % len(self._workers)]
         message = worker.receive() or self._wait(worker)
         number = self._ahead.popleft()
         self._taken, self._used = self._taken + 1, number
         slot = self._slots[number]
 
-        found = slot.unpack(message)
-        if isinstance(found, Defect):
-            raise RuntimeError(f"in loader worker {worker.pid}:\n{found.text}")
+        item = slot.unpack(message)
+        if isinstance(item, Defect):
+            raise RuntimeError(f"in loader worker {worker.pid}:\n{item.text}")
 
         self._pinned.add(slot.memory)
         self._give()
-        return found  # type: ignore[no-any-return]
+        return item  # type: ignore[no-any-return]
 
     def release(self) -> None:
-        """What was taken has been copied, or a copy of it has been queued on the GPU."""
+        """Free the last batch: it has been copied, or a copy of it has been queued on the GPU."""
         self._free.append((self._used, self._pinned.event()))
 
     def close(self) -> None:
-        """Kill the workers: they hold nothing that has to be put in order."""
+        """Kill the workers, which have nothing to clean up."""
         if os.getpid() != self._owner:
-            # a copy that another forked process inherited
+            # a copy of this object in another forked process
             return
 
         for worker in self._workers:
@@ -163,7 +162,7 @@ class Pool:
         self._pinned.close()
 
     def _give(self) -> None:
-        """Have one batch more made, if there is one, in the slot that has been free for longest."""
+        """Assign the next batch, if there is one, to the slot that has been free for longest."""
         if self._given == len(self._sampler):
             return
 
@@ -175,21 +174,21 @@ class Pool:
         self._ahead.append(number)
         self._given += 1
 
-    def _wait(self, worker: Worker) -> bytes:
-        self._watch.begin()
+    def _wait(self, worker: WorkerProcess) -> bytes:
+        self._watchdog.begin()
         while True:
             begin = monotonic()
             wait([worker.messages], watchdog.CHECK)
             if message := worker.receive():
                 return message
 
-            # a main process that was stopped itself has looked at nothing meanwhile
-            self._watch.look(
+            # if the main process was stopped itself, that time does not count
+            self._watchdog.look(
                 self._taken % len(self._workers), min(monotonic() - begin, watchdog.CHECK)
             )
 
     def _serve(self, number: int, tasks: int, messages: int) -> None:
-        """In a worker."""
+        """The main loop of a worker."""
         cv2.setNumThreads(0)
         torch.set_num_threads(1)
         heartbeat.share(self._signs[number])
@@ -202,7 +201,7 @@ class Pool:
                 rest = rest[os.write(messages, rest) :]
 
     def _made(self, place: int, slot: Slot) -> bytes:
-        """The message that announces a batch."""
+        """Make a batch -> the message that announces it."""
         self._dataset.new = slot.new
         failure: Failure | Defect
         try:
@@ -222,9 +221,9 @@ class Pool:
         return slot.pack(failure)
 
 
-class Worker:
-    """A forked process that runs serve(tasks, messages), two pipes, until it is killed. Raises
-    OSError.
+class WorkerProcess:
+    """A forked process that runs serve(tasks, messages), the ends of two pipes, until it is killed.
+    Raises OSError.
     """
 
     def __init__(self, serve: Callable[[int, int], None]) -> None:
@@ -234,31 +233,31 @@ class Worker:
         self.messages, messages = os.pipe()
         os.set_blocking(self.messages, False)
         parent = os.getpid()
-        # until the worker ignores them
+        # block the signals until the worker ignores them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
 
         try:
-            # Python 3.12 has one for a fork beside any thread
+            # Python 3.12 warns of a fork while other threads run
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                # not by multiprocessing, which at its end waits without limit for a process that
+                # not by multiprocessing, which at exit waits without limit for a process that
                 # cannot end
                 self.pid = os.fork()
 
             if not self.pid:
-                _live(parent, partial(serve, tasks, messages))
+                _run_worker(parent, partial(serve, tasks, messages))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(tasks)
             os.close(messages)
 
     def give(self, place: int, slot: int) -> None:
-        # whoever looks at the workers says that this one has ended, and how
+        # the watchdog reports that this worker has ended, and how
         with suppress(BrokenPipeError):
             os.write(self._tasks, _TASK.pack(place, slot))
 
     def receive(self) -> bytes | None:
-        """The next message, None while it is not there whole. Does not wait."""
+        """The next message, or None if it is not complete yet. Does not wait."""
         with suppress(BlockingIOError):
             while part := os.read(self.messages, _CHUNK):
                 self._received += part
@@ -275,11 +274,11 @@ class Worker:
         return message
 
     def ended(self) -> str | None:
-        """How, and what may help; None while it lives."""
+        """How the process ended, and what may help; None while it runs."""
         if self._ended is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # where SIGCHLD is ignored, nobody learns more
+            except ChildProcessError:  # where SIGCHLD is ignored, the exit status is lost
                 self._ended = "has ended"
             else:
                 self._ended = _how(os.waitstatus_to_exitcode(status)) if pid else None
@@ -295,9 +294,9 @@ class Worker:
         os.close(self.messages)
 
 
-def _live(parent: int, serve: Callable[[], None]) -> NoReturn:
-    """The life of a worker. It never returns to what the main process was about to do, and ends
-    with it, however that ends.
+def _run_worker(parent: int, serve: Callable[[], None]) -> NoReturn:
+    """Run a worker. It never returns into the code of the main process, and ends when that process
+    ends, for whatever reason.
     """
     try:
         if sys.platform == "linux":

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from scaletrain.config import load, schema
 from scaletrain.core import Batch
-from scaletrain.data.loading import support
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.train.loop import _whole, train
 
 VIEWS = [
@@ -48,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first(data: schema.Data) -> tuple[Stream, Batch]:
-    stream = support.stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
+    stream = open_stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
     batch = next(iter(stream.batches(0, 1)))
     stream.close()
     return stream, batch

@@ -15,7 +15,7 @@ import pytest
 
 from scaletrain.data.errors import DataError
 from scaletrain.data.storage import cache
-from scaletrain.data.storage.cache import Cache
+from scaletrain.data.storage.cache import NodeCache
 
 SIZE = 1000
 
@@ -37,7 +37,7 @@ def fill(number: int, log: Path | None = None, seconds: float = 0.0) -> Callable
     return write
 
 
-def read(held: Cache, number: int, **options: object) -> bytes:
+def read(held: NodeCache, number: int, **options: object) -> bytes:
     file = held.open(f"k{number}", SIZE, fill(number, **options))
     try:
         return os.pread(file, 2 * SIZE, 0)
@@ -45,11 +45,11 @@ def read(held: Cache, number: int, **options: object) -> bytes:
         os.close(file)
 
 
-def names(held: Cache) -> set[str]:
+def names(held: NodeCache) -> set[str]:
     return {p.name for p in held.folder.iterdir()} - {".room"}
 
 
-def age(held: Cache, number: int, seconds: float) -> None:
+def age(held: NodeCache, number: int, seconds: float) -> None:
     then = time.time() - seconds
     os.utime(held.folder / f"k{number}", (then, then))
 
@@ -76,7 +76,7 @@ def until(true: Callable[[], object]) -> None:
 
 
 def test_filled_once_and_kept(tmp_path: Path) -> None:
-    held = Cache(str(tmp_path), 10 * SIZE)
+    held = NodeCache(str(tmp_path), 10 * SIZE)
     assert read(held, 1, log=tmp_path / "log") == read(held, 1, log=tmp_path / "log") == content(1)
     assert (tmp_path / "log").read_text() == "1\n"
     assert names(held) == {"k1"}
@@ -87,7 +87,7 @@ def test_filled_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_goes(tmp_path: Path) -> None:
-    held = Cache(str(tmp_path), 3 * SIZE)
+    held = NodeCache(str(tmp_path), 3 * SIZE)
     for number in range(3):
         read(held, number)
         age(held, number, 100 - number)
@@ -107,7 +107,7 @@ def test_the_least_recently_used_goes(tmp_path: Path) -> None:
 
 def test_what_is_open_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PATIENCE", 0.2)
-    held = Cache(str(tmp_path), 2 * SIZE)
+    held = NodeCache(str(tmp_path), 2 * SIZE)
     first, second = (held.open(f"k{n}", SIZE, fill(n)) for n in range(2))
     with pytest.raises(
         DataError, match=r"every file is in use and data.cache.bytes=2,000 is full; raise it"
@@ -122,7 +122,7 @@ def test_what_is_open_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_waits_for_room(tmp_path: Path) -> None:
-    held = Cache(str(tmp_path), SIZE)
+    held = NodeCache(str(tmp_path), SIZE)
     file = held.open("k0", SIZE, fill(0))
     threading.Timer(0.2, os.close, (file,)).start()
     assert read(held, 1) == content(1)
@@ -132,12 +132,12 @@ def test_larger_than_the_cache(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"a file of 1,000 bytes does not fit in data.cache.bytes=999; raise it"
     ):
-        read(Cache(str(tmp_path), SIZE - 1), 0)
-    assert names(Cache(str(tmp_path), 1)) == set()
+        read(NodeCache(str(tmp_path), SIZE - 1), 0)
+    assert names(NodeCache(str(tmp_path), 1)) == set()
 
 
 def test_a_failed_filling_leaves_nothing(tmp_path: Path) -> None:
-    held = Cache(str(tmp_path), 10 * SIZE)
+    held = NodeCache(str(tmp_path), 10 * SIZE)
 
     def broken(file: BinaryIO) -> None:
         file.write(b"half")
@@ -155,12 +155,12 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match=r"the disk of .* is full: lower data.cache.bytes"):
-        read(Cache(str(tmp_path), 10 * SIZE), 0)
+        read(NodeCache(str(tmp_path), 10 * SIZE), 0)
     with pytest.raises(
         DataError, match=r"has room for [\d,]+ bytes and data.cache.bytes is .*data.cache.path"
     ):
-        Cache(str(tmp_path), 1 << 60).check(1 << 60)
-    Cache(str(tmp_path), 1 << 60).check(1000)
+        NodeCache(str(tmp_path), 1 << 60).check(1 << 60)
+    NodeCache(str(tmp_path), 1 << 60).check(1000)
 
 
 def test_the_bound_holds_with_many_processes(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_the_bound_holds_with_many_processes(tmp_path: Path) -> None:
     log, limit = tmp_path / "log", 12 * SIZE
 
     def work(seed: int) -> bool:
-        held = Cache(str(tmp_path), limit)
+        held = NodeCache(str(tmp_path), limit)
         for turn in range(60):
             number = (turn * (2 * seed + 1) + seed) % 30
             if read(held, number, log=log, seconds=0.001) != content(number):
@@ -176,7 +176,7 @@ def test_the_bound_holds_with_many_processes(tmp_path: Path) -> None:
         return True
 
     children = [forked(lambda seed=seed: work(seed)) for seed in range(8)]
-    held, most = Cache(str(tmp_path), limit), 0
+    held, most = NodeCache(str(tmp_path), limit), 0
     for child in children:
         while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             most = max(most, held.used())
@@ -188,14 +188,14 @@ def test_the_bound_holds_with_many_processes(tmp_path: Path) -> None:
 
 def test_processes_wait_for_the_one_that_fills(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    work = lambda: read(Cache(str(tmp_path), 9 * SIZE), 1, log=log, seconds=0.2) == content(1)  # noqa: E731
+    work = lambda: read(NodeCache(str(tmp_path), 9 * SIZE), 1, log=log, seconds=0.2) == content(1)  # noqa: E731
     assert ended(*(forked(work) for _ in range(6))) == [0] * 6
     assert log.read_text() == "1\n"
 
 
 def test_nobody_waits_for_a_reader(tmp_path: Path) -> None:
     """Who has filled a file may go on to read it for days."""
-    held, log = Cache(str(tmp_path), SIZE), tmp_path / "log"
+    held, log = NodeCache(str(tmp_path), SIZE), tmp_path / "log"
     reader = forked(lambda: (held.open("k1", SIZE, fill(1, log, seconds=0.3)), time.sleep(60)))
     until(log.exists)
     waiting = forked(lambda: read(held, 1) == content(1))
@@ -208,7 +208,7 @@ def test_nobody_waits_for_a_reader(tmp_path: Path) -> None:
 
 
 def test_reading_ahead_does_not_wait(tmp_path: Path) -> None:
-    held = Cache(str(tmp_path), 9 * SIZE)
+    held = NodeCache(str(tmp_path), 9 * SIZE)
     child = forked(lambda: read(held, 1, log=tmp_path / "log", seconds=0.5) == content(1))
     until((tmp_path / "log").exists)
     begin = time.monotonic()
@@ -221,7 +221,7 @@ def test_reading_ahead_does_not_wait(tmp_path: Path) -> None:
 
 
 def test_filled_by_another_process_just_before(tmp_path: Path) -> None:
-    held, log = Cache(str(tmp_path), 9 * SIZE), tmp_path / "log"
+    held, log = NodeCache(str(tmp_path), 9 * SIZE), tmp_path / "log"
     read(held, 1)
     held._make("k1", SIZE, fill(1, log))  # it was not there when this one looked
     assert not log.exists()
@@ -229,7 +229,7 @@ def test_filled_by_another_process_just_before(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_its_place_to_the_next(tmp_path: Path) -> None:
-    held, log = Cache(str(tmp_path), SIZE), tmp_path / "log"
+    held, log = NodeCache(str(tmp_path), SIZE), tmp_path / "log"
     child = forked(lambda: read(held, 1, log=log, seconds=60))
     until(log.exists)
     until(lambda: (held.folder / "k1.part").read_bytes()[: SIZE // 2] == content(1)[: SIZE // 2])
@@ -242,7 +242,7 @@ def test_a_killed_process_leaves_its_place_to_the_next(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_room_for_others(tmp_path: Path) -> None:
-    held, log = Cache(str(tmp_path), 2 * SIZE), tmp_path / "log"
+    held, log = NodeCache(str(tmp_path), 2 * SIZE), tmp_path / "log"
     child = forked(lambda: read(held, 1, log=log, seconds=60))
     until(log.exists)
     os.kill(child, signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_deleted_between_opening_and_locking(
     """A reader that loses the race against an eviction fills the file again, and never holds one
     that no longer counts.
     """
-    held, real, done = Cache(str(tmp_path), 2 * SIZE), fcntl.flock, []
+    held, real, done = NodeCache(str(tmp_path), 2 * SIZE), fcntl.flock, []
     read(held, 1)
 
     def racing(file: int, how: int) -> None:
@@ -282,29 +282,29 @@ def test_folders_of_others_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     )
     place.mkdir(mode=0o755)
     with refused:
-        Cache(str(tmp_path), SIZE)
+        NodeCache(str(tmp_path), SIZE)
     place.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     place.symlink_to(tmp_path / "elsewhere")
     with refused:
-        Cache(str(tmp_path), SIZE)
+        NodeCache(str(tmp_path), SIZE)
     place.unlink()
     place.mkdir(mode=0o700)
-    Cache(str(tmp_path), SIZE)
+    NodeCache(str(tmp_path), SIZE)
     real = os.geteuid()
     (tmp_path / f"scaletrain-{real + 1}").mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: real + 1)
     with refused:  # made by another user for us to find
-        Cache(str(tmp_path), SIZE)
+        NodeCache(str(tmp_path), SIZE)
     (tmp_path / "file").write_text("")
     with pytest.raises(
         DataError, match=r"cannot be made: Not a directory; choose a folder with data.cache.path"
     ):
-        Cache(str(tmp_path / "file"), SIZE)
+        NodeCache(str(tmp_path / "file"), SIZE)
 
 
 def test_links_in_the_folder_are_not_followed(tmp_path: Path) -> None:
-    held = Cache(str(tmp_path), 2 * SIZE)
+    held = NodeCache(str(tmp_path), 2 * SIZE)
     (tmp_path / "secret").write_bytes(b"secret")
     (held.folder / "k1.part").symlink_to(tmp_path / "secret")
     with pytest.raises(OSError, match="symbolic links"):
