@@ -10,7 +10,7 @@ help: ## these words
 demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
 
-test: .venv/.dev ## the test suite, in four processes: those that try SLURM mostly wait
+test: .venv/.dev ## the test suite, in four processes: those that test SLURM mostly wait
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## ruff, mypy --strict, import order
