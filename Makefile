@@ -10,7 +10,7 @@ help: ## these words
 demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
 
-test: .venv/.dev ## the test suite, in four processes: those that try SLURM mostly wait
+test: .venv/.dev ## the test suite, in four processes: those that test SLURM mostly wait
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev ## ruff, mypy --strict, import order
@@ -30,8 +30,8 @@ bench: .venv/.dev .venv/.peers ## the data plane beside its peers, some twenty m
 reference: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
 	@$(if $(IMAGES),,echo "error: IMAGES=FOLDER is needed" >&2; exit 2;) $(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference
 
-golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
-	@$(BIN)/python tests/golden/regenerate.py
+golden: .venv/.dev ## rewrite the golden losses, sample orders and names, after a change that is meant to alter them
+	@$(BIN)/python tests/golden/regenerate.py && $(BIN)/python tests/golden/order.py
 
 .venv/.runtime .venv/.dev: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

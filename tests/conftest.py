@@ -1,5 +1,5 @@
 """The environment of every process: warnings are errors, in this one by pytest's setting, and one
-thread is enough.
+thread is enough. The longest files come first.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import signal
 
 import pytest
 
-# The tensors of tests are tiny, and threads that spin for work slow every other process. Spawned
-# ranks and commands inherit it.
+# The tensors of tests are tiny, and threads that spin for work slow every other process. Ranks and
+# commands that are started inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Here a message is matched as it stands, from its beginning.
+# Here a message is matched from its beginning, without a regular expression.
 os.environ["PYTHONWARNINGS"] = "error,ignore:This process:DeprecationWarning"
 
 # A shell that runs this in the background, or nohup, has processes ignore these, and children
@@ -20,7 +20,8 @@ os.environ["PYTHONWARNINGS"] = "error,ignore:This process:DeprecationWarning"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-LONG = ("slurm", "parity", "e2e", "contract")  # folders whose files take minutes
+# folders whose files take minutes, the longest first
+LONG = ("slurm", "parity", "e2e", "engines", "contract", "train", "doctor")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from kit import importing
 from typer.testing import CliRunner
 
 from scaletrain.checkpoint import files, reader
@@ -21,7 +20,6 @@ from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.runtime import durable
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 batch: 8
 epochs: 2
@@ -41,22 +39,7 @@ def write(folder: Path, name: str, seed: int, count: int = 36) -> Path:
         place = folder / f"images-{name}-{seed}" / f"class{i % 2}"
         place.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(place / f"{i:02d}.png"), draw.integers(0, 256, (18, 18, 3), dtype=np.uint8))
-    command = [
-        sys.executable,
-        "shards/folder.py",
-        str(place.parent),
-        str(folder / name),
-        "--per-shard",
-        "12",
-        "--force",
-    ]
-    subprocess.run(
-        command,
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    importing.run("folder", place.parent, folder / name, "--per-shard", 12, "--force")
     return folder / name
 
 

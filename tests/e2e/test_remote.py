@@ -1,23 +1,24 @@
-"""From shards behind a web server: two ranks train and an evaluation judges, as from the folder
-itself.
+"""Shards behind a web server: two ranks train and an evaluation gives the same results as from the
+folder itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
+from kit import ranks
 from kit.data import write_shards
 from kit.remote import serving
+from typer.testing import CliRunner
 
+from scaletrain import cli
 from scaletrain.checkpoint import reader
 from scaletrain.data.format import index
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 batch: 8
 steps: 6
@@ -29,18 +30,19 @@ optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 0}
 """
 
 
-def run(*arguments: str) -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
-    }
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def evaluate(run: Path, test: str) -> None:
+    """In this process, whose imports are done."""
+    few = ["--set", "knn.ks=[1,5]", "--set", "features.workers=0"]
+    done = CliRunner().invoke(cli.app, ["eval", str(run), "knn", f"--test={test}", *few])
+    assert done.exit_code == 0, done.output
 
 
-def test_training_and_evaluation_from_a_web_server(tmp_path: Path) -> None:
+def test_training_and_evaluation_from_a_web_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in os.environ:
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
     made = {
         name: write_shards(tmp_path / "data" / name, (11, 3, 20, 14)) for name in ("train", "test")
     }
@@ -53,11 +55,8 @@ def test_training_and_evaluation_from_a_web_server(tmp_path: Path) -> None:
             recipe.write_text(
                 RECIPE.replace("PLACE", f"{place}/train").replace("CACHE", str(tmp_path / "cache"))
             )
-            run(
-                str(ROOT / "launchers" / "local.py"), "--procs", "2", str(recipe), "--run", str(out)
-            )
-            few = ["--set", "knn.ks=[1,5]", "--set", "features.workers=0"]
-            run("-m", "scaletrain", "eval", str(out), "knn", f"--test={place}/test", *few)
+            ranks.train(2, recipe, out)
+            evaluate(out, f"{place}/test")
             (result,) = (out / "evals").glob("*.json")
             results.append(json.loads(result.read_text()))
         assert server.asked["train/s-001.tar"] == 1  # by two ranks and the evaluation

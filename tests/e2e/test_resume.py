@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from kit import importing, ranks, small
 
 from scaletrain.checkpoint import reader
 
@@ -54,15 +55,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         where.mkdir(exist_ok=True)
         cv2.imwrite(str(where / f"{i:03d}.png"), draw.integers(0, 256, (20, 20, 3), dtype=np.uint8))
     out = tmp_path_factory.mktemp("shards") / "train"
-    command = [
-        sys.executable,
-        str(ROOT / "shards" / "folder.py"),
-        str(folder),
-        str(out),
-        "--per-shard",
-        "16",
-    ]
-    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True)
+    importing.run("folder", folder, out, "--per-shard", 16)
     return out
 
 
@@ -119,6 +112,10 @@ def final(run: Path) -> dict[str, torch.Tensor]:
     return {name: saved.read(name) for name in saved.names()}
 
 
+def test_every_method_that_is_resumed_in_every_way_is_here() -> None:
+    assert set(METHODS) == set(small.RESUMED)
+
+
 # with three ranks, the order in which DDP adds them up shows as well
 @pytest.mark.parametrize(("method", "world"), [("swav", 2), ("deepcluster_v2", 2), ("relicv2", 3)])
 def test_killed_and_resumed_equals_undisturbed(
@@ -128,7 +125,7 @@ def test_killed_and_resumed_equals_undisturbed(
     recipe.write_text(f"{RECIPE}\n{METHODS[method]}\n")
     data = f"data.path={shards}"
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish(start(recipe, undisturbed, world, data))
+    ranks.train(world, recipe, undisturbed, data)
     process = start(recipe, killed, world, data)
     kill_after(
         process, killed, 13
@@ -154,7 +151,7 @@ def test_another_world_size_at_every_resume(shards: Path, tmp_path: Path) -> Non
     recipe.write_text(f"{RECIPE}\n{METHODS['deepcluster_v2']}\n")
     data = f"data.path={shards}"
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
-    finish(start(recipe, undisturbed, 1, data))
+    ranks.train(1, recipe, undisturbed, data)
     for world, step in ((2, 7), (1, 13)):
         kill_after(start(recipe, moved, world, data), moved, step)
     before = metrics(moved)

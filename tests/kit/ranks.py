@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 import torch.multiprocessing as mp
 
 from scaletrain import dist
+from scaletrain.config import load
+from scaletrain.train import loop
 
 
 def run(
@@ -25,11 +28,24 @@ def run(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["scaletrain.train.build", "torch._dynamo"])
+    multiprocessing.set_forkserver_preload(["scaletrain.train.loop", "torch._dynamo"])
     mp.start_processes(
         _rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver"
     )
     return [torch.load(folder / f"rank{r}-of-{world}.pt", weights_only=True) for r in range(world)]
+
+
+def train(world: int, recipe: Path, run_folder: Path, *overrides: str) -> None:
+    """Train in a run folder on `world` ranks, to the end: what a launcher's processes compute, but
+    without their imports.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run(world, _train, Path(folder), recipe, run_folder, overrides)
+
+
+def _train(recipe: Path, run_folder: Path, overrides: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    loop.train(load.load(recipe, overrides), run_folder)
+    return {}
 
 
 def _rank(

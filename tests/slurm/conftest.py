@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from kit import importing
 from kit.slurm_cluster import Cluster
 from kit.slurm_jobs import RECIPE, ROOT, tensors
 
@@ -36,18 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             str(folder / "images" / f"{i:03d}.png"),
             draw.integers(0, 256, (20, 20, 3), dtype=np.uint8),
         )
-    script = [
-        sys.executable,
-        str(ROOT / "shards" / "folder.py"),
-        str(folder / "images"),
-        str(folder / "shards"),
-    ]
-    subprocess.run(
-        [*script, "--per-shard", "16"],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    importing.run("folder", folder / "images", folder / "shards", "--per-shard", 16)
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.replace("data: {", f"data: {{path: '{folder / 'shards'}', "))
     return path

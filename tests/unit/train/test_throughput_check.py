@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from kit.data import write_shards
+from typer.testing import CliRunner
 
+from scaletrain import cli
 from scaletrain.config import load
 from scaletrain.runtime import timing
 from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT, span
@@ -149,19 +151,13 @@ def test_marks_cost_nothing_when_nobody_listens(tmp_path: Path) -> None:
 
 def train(tmp_path: Path, procs: int, *arguments: str) -> str:
     (tmp_path / "toy.yaml").write_text(RECIPE)
-    start = (
-        ["launchers/local.py", "--procs", str(procs)]
-        if procs > 1
-        else ["-m", "scaletrain", "train"]
-    )
-    command = [
-        sys.executable,
-        *start,
-        str(tmp_path / "toy.yaml"),
-        *arguments,
-        "--run",
-        str(tmp_path / "run"),
-    ]
+    words = [str(tmp_path / "toy.yaml"), *arguments, "--run", str(tmp_path / "run")]
+    if procs == 1:
+        alone = {"RANK": None, "SCALETRAIN_ERROR_FILE": None, "COLUMNS": "100"}
+        result = CliRunner(env=alone).invoke(cli.app, ["train", *words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+    command = [sys.executable, "launchers/local.py", "--procs", str(procs), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
