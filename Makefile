@@ -30,7 +30,7 @@ bench: .venv/.dev .venv/.peers ## the data plane beside its peers, some twenty m
 reference: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=FOLDER with train/CLASS and test/CLASS of CIFAR-10
 	@$(if $(IMAGES),,echo "error: IMAGES=FOLDER is needed" >&2; exit 2;) $(BIN)/python benchmarks/cifar10.py "$(IMAGES)" runs/reference
 
-golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
+golden: .venv/.dev ## write the golden values of tests/golden again, after a change that is meant to change them
 	@$(BIN)/python tests/golden/regenerate.py
 
 .venv/.runtime .venv/.dev: pyproject.toml

@@ -19,7 +19,7 @@ from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.backbone import unpooled
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, pooled, shuffled
+from scaletrain.nn.norm import per_view, pooled
 from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
@@ -69,13 +69,10 @@ class Model(WithMomentumEncoder):
         def projector(width: int) -> nn.Module:
             return plain((width, config.hidden, config.dim))
 
-        super().__init__(lambda: unpooled(make_backbone()), projector, run_info)
-        self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
-        self.shuffle = config.shuffle and run_info.norm_group > 0
-
-        # else no sample needs another one of its batch
-        if self.shuffle:
-            self.global_loss = True
+        super().__init__(
+            lambda: unpooled(make_backbone()), projector, run_info, shuffle=config.shuffle
+        )
+        self.config, self.batch = config, run_info.batch
 
         # On the channels of each cell a dense layer is the paper's 1x1 convolution.
         width = self.backbone.features
@@ -98,20 +95,12 @@ class Model(WithMomentumEncoder):
         q, dense_q = self.projector(h), pooled(self.dense_projector, f)
 
         with torch.no_grad():
-            g = _cells(self._keys(x[1:], clock))
+            g = _cells(self.keys(x[1:], clock))
             k, dense_k = self.target_projector(g.mean(1)), pooled(self.target_dense_projector, g)
 
         loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
         return MethodOutput(
             {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
-        )
-
-    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
-        """[1, B, features, H, W] of the key encoder, whose only norms are in its backbone."""
-        return (
-            shuffled(self.target_backbone, x, self.seed, clock.step)
-            if self.shuffle
-            else per_view(self.target_backbone, x)
         )
 
     @full_precision

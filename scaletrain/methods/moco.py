@@ -18,7 +18,7 @@ from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
 from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, pooled, shuffled
+from scaletrain.nn.norm import per_view, pooled
 from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
@@ -67,13 +67,8 @@ class Model(WithMomentumEncoder):
             hidden = (config.hidden,) if config.hidden else ()
             return plain((width, *hidden, config.dim))
 
-        super().__init__(make_backbone, projector, run_info)
-        self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
-        self.shuffle = config.shuffle and run_info.norm_group > 0
-
-        # else no sample needs another one of its batch: its negatives are keys of the past
-        if self.shuffle:
-            self.global_loss = True
+        super().__init__(make_backbone, projector, run_info, shuffle=config.shuffle)
+        self.config, self.batch = config, run_info.batch
 
         self.start_targets()
         self.sides = 2 if config.symmetric else 1
@@ -91,7 +86,7 @@ class Model(WithMomentumEncoder):
         q = pooled(self.projector, h)
         with torch.no_grad():
             # of the other view
-            k = pooled(self.target_projector, self._keys(x[-self.sides :], clock)).flip(0)
+            k = pooled(self.target_projector, self.keys(x[-self.sides :], clock)).flip(0)
 
         sides = [self._side(q[i], k[i], i) for i in range(self.sides)]
         shown = {
@@ -99,14 +94,6 @@ class Model(WithMomentumEncoder):
         }
         return MethodOutput(
             {"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach()
-        )
-
-    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
-        """[sides, B, features] of the key encoder, whose only norms are in its backbone."""
-        return (
-            shuffled(self.target_backbone, x, self.seed, clock.step)
-            if self.shuffle
-            else per_view(self.target_backbone, x)
         )
 
     @full_precision

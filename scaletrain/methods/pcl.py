@@ -18,9 +18,9 @@ from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.bank import Bank, Queue
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, shuffled
+from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import key_contrast
-from scaletrain.ops.kmeans import group_sums, kmeans
+from scaletrain.ops.kmeans import concentration, kmeans
 from scaletrain.ops.precision import full_precision, unit
 
 
@@ -83,15 +83,8 @@ class Model(WithMomentumEncoder):
             hidden = (config.hidden,) if config.hidden else ()
             return plain((width, *hidden, config.dim))
 
-        super().__init__(make_backbone, projector, run_info)
-        self.config, self.batch, self.seed, self.samples = (
-            config,
-            run_info.batch,
-            run_info.seed,
-            run_info.samples,
-        )
-
-        self.shuffle = config.shuffle and run_info.norm_group > 0
+        super().__init__(make_backbone, projector, run_info, shuffle=config.shuffle)
+        self.config, self.samples, self.batch = config, run_info.samples, run_info.batch
         self.start_targets()
 
         self.queue = Queue(config.queue, config.dim, noise=True)
@@ -131,41 +124,19 @@ class Model(WithMomentumEncoder):
                 memory.rows, memory.start, clusters, self.config.iterations, key
             )
             self.get_buffer(f"prototypes{m}").copy_(F.normalize(centroids, dim=1))
-            self.get_buffer(f"concentration{m}").copy_(
-                self._concentration(memory.rows, centroids, assigned)
-            )
+            phi = concentration(memory.rows, centroids, assigned, self.config.smoothing)
+            self.get_buffer(f"concentration{m}").copy_(phi * self.config.temperature)
             self.assignments.renew(m, assigned)
-
-    def _concentration(self, rows: Tensor, centroids: Tensor, assigned: Tensor) -> Tensor:
-        """phi [K] of eq. 12."""
-        distance = (rows - centroids[assigned.clamp_min(0)]).norm(dim=1, keepdim=True)
-        sums, count = group_sums(distance, assigned, len(centroids))
-        phi = sums[:, 0] / count.clamp_min(1) / (count + self.config.smoothing).log()
-        # one sample tells no spread
-        phi = phi.where(count > 1, phi.where(count > 1, 0).max())
-        low, high = phi.quantile(torch.tensor([0.1, 0.9], dtype=phi.dtype, device=phi.device))
-        phi = phi.clamp(low, high)
-
-        # Rows that are all alike have no spread; and a tenth of the clusters could be such.
-        return (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3) * self.config.temperature
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         h = per_view(self.backbone, x[:1])[0]
         with torch.no_grad():
-            k = self.target_projector(self._keys(x[1:], clock)[0])
+            k = self.target_projector(self.keys(x[1:], clock)[0])
 
         loss, shown = self._loss(self.projector(h), k, batch.index, clock)
         return MethodOutput(
             {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
-        )
-
-    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
-        """[1, B, features] of the key encoder, whose only norms are in its backbone."""
-        return (
-            shuffled(self.target_backbone, x, self.seed, clock.step)
-            if self.shuffle
-            else per_view(self.target_backbone, x)
         )
 
     @full_precision
@@ -223,6 +194,5 @@ class Model(WithMomentumEncoder):
         total = dist.sum_nograd(known.sum()).clamp_min(1) / dist.world()
         hits = known & (columns[logits.argmax(1)] == own)
 
-        return F.cross_entropy(logits[known], label[known], reduction="sum") / total, hits.to(
-            q.dtype
-        ).sum() / total
+        loss = F.cross_entropy(logits[known], label[known], reduction="sum") / total
+        return loss, hits.to(q.dtype).sum() / total
