@@ -26,21 +26,21 @@ from scaletrain.ops.precision import full_precision
 
 class Config(ComponentConfig):
     hidden: Count = 2048
-    """Of both heads."""
+    """Hidden width of both heads."""
 
     dim: Count = 128
     queue: Count = 65536
-    """Keys of earlier steps over all ranks, in either queue."""
+    """Number of keys of earlier steps in each queue, over all ranks."""
 
     temperature: Positive = 0.2
     dense: Share = 0.5
-    """Lambda, share of the dense loss."""
+    """Weight of the dense loss, lambda; the global loss has the rest."""
 
     tau: Share = 0.999
     """The key encoder's momentum."""
 
     shuffle: bool = True
-    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+    """ShuffleBN, used where model.norm_group makes groups of a batch."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -53,8 +53,8 @@ class Config(ComponentConfig):
 
 
 class Model(WithMomentumEncoder):
-    """MoCo v2, and the same once more for every cell of the last feature map against the cell of
-    the key that looks like it.
+    """MoCo v2, with a second contrastive loss that compares every cell of the query's last feature
+    map with the most similar cell of the key's.
     """
 
     targets: ClassVar[Mapping[str, str]] = {
@@ -98,9 +98,9 @@ class Model(WithMomentumEncoder):
             g = _cells(self.keys(x[1:], clock))
             k, dense_k = self.target_projector(g.mean(1)), pooled(self.target_dense_projector, g)
 
-        loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
+        loss, scalars = self._loss(q, k, dense_q, dense_k, f.detach(), g)
         return MethodOutput(
-            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
+            {"all": loss}, scalars | {"queue_age": self.queue.age(self.batch)}, h.detach()
         )
 
     @full_precision
@@ -114,7 +114,7 @@ class Model(WithMomentumEncoder):
             2
         )  # [B, S], section 3.3
         positive = dense_k.gather(1, same[..., None].expand_as(dense_q))
-        whole, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
+        whole, scalars = key_contrast(q, k, self.queue.rows, self.config.temperature)
         dense, cells = key_contrast(
             dense_q, positive, self.dense_queue.rows, self.config.temperature
         )
@@ -122,9 +122,9 @@ class Model(WithMomentumEncoder):
         self.queue.push(F.normalize(k, dim=-1))
         # one pooled key per image
         self.dense_queue.push(F.normalize(dense_k.mean(1), dim=-1))
-        shown |= {f"dense_{name}": value for name, value in cells.items()}
-        shown |= {"global": whole.detach(), "dense": dense.detach()}
-        return (1 - self.config.dense) * whole + self.config.dense * dense, shown
+        scalars |= {f"dense_{name}": value for name, value in cells.items()}
+        scalars |= {"global": whole.detach(), "dense": dense.detach()}
+        return (1 - self.config.dense) * whole + self.config.dense * dense, scalars
 
 
 def _cells(x: Tensor) -> Tensor:

@@ -25,26 +25,26 @@ from scaletrain.ops.precision import full_precision
 
 class Config(ComponentConfig):
     hidden: Natural = 2048
-    """Of v2's MLP head; 0: v1's linear head."""
+    """Hidden width of v2's MLP head; 0: v1's linear head."""
 
     dim: Count = 128
     queue: Count = 65536
-    """K, keys of earlier steps over all ranks."""
+    """Number of keys of earlier steps, over all ranks (K)."""
 
     temperature: Positive = 0.2
-    """v1: .07."""
+    """Temperature of the softmax; 0.07 in v1."""
 
     tau: Share = 0.999
-    """M, the key encoder's momentum, at the start."""
+    """Momentum of the key encoder at the start (m)."""
 
     tau_end: Share = 0.999
-    """And at the end, by half a cosine: constant in the paper."""
+    """Momentum at the end, reached along half a cosine; constant in the paper."""
 
     symmetric: bool = False
-    """Either view is the query once; their keys have queues of their own (solo-learn's v2+)."""
+    """Each view is the query once, and has a queue of its own (solo-learn's v2+)."""
 
     shuffle: bool = True
-    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+    """ShuffleBN, used where model.norm_group makes groups of a batch."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -89,17 +89,17 @@ class Model(WithMomentumEncoder):
             k = pooled(self.target_projector, self.keys(x[-self.sides :], clock)).flip(0)
 
         sides = [self._side(q[i], k[i], i) for i in range(self.sides)]
-        shown = {
+        scalars = {
             name: torch.stack([side[1][name] for side in sides]).mean() for name in sides[0][1]
         }
         return MethodOutput(
-            {"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach()
+            {"all": torch.stack([loss for loss, _ in sides]).mean()}, scalars, h[0].detach()
         )
 
     @full_precision
     def _side(self, q: Tensor, k: Tensor, side: int) -> tuple[Tensor, dict[str, Tensor]]:
         queue: Queue = self.queues[side]  # type: ignore[assignment]
         # the queue of before this step
-        loss, shown = key_contrast(q, k, queue.rows, self.config.temperature)
+        loss, scalars = key_contrast(q, k, queue.rows, self.config.temperature)
         queue.push(F.normalize(k, dim=-1))
-        return loss, shown | {"queue_age": queue.age(self.batch)}
+        return loss, scalars | {"queue_age": queue.age(self.batch)}

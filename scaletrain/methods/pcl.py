@@ -26,33 +26,33 @@ from scaletrain.ops.precision import full_precision, unit
 
 class Config(ComponentConfig):
     hidden: Natural = 2048
-    """Of v2's MLP head; 0: v1's linear head."""
+    """Hidden width of v2's MLP head; 0: v1's linear head."""
 
     dim: Count = 128
     queue: Count = 16384
-    """R, keys of earlier steps over all ranks."""
+    """Number of keys of earlier steps, over all ranks (R)."""
 
     negatives: Count = 16384
-    """Prototypes without a sample in the batch, drawn for each step."""
+    """Number of prototypes without a sample in the batch that are drawn for each step."""
 
     temperature: Positive = 0.2
-    """Of the keys, and the mean concentration of the prototypes."""
+    """Temperature of the keys, and mean concentration of the prototypes."""
 
     tau: Share = 0.999
     """The key encoder's momentum."""
 
     clusters: tuple[Count, ...] = (25000, 50000, 100000)
     iterations: Count = 20
-    """Of k-means."""
+    """Number of iterations of k-means."""
 
     smoothing: Positive = 10.0
-    """Alpha of the concentration."""
+    """Smoothing of the concentration, alpha."""
 
     warmup_epochs: Natural = 20
-    """Without prototypes."""
+    """Number of epochs at the start that train without prototypes."""
 
     shuffle: bool = True
-    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+    """ShuffleBN, used where model.norm_group makes groups of a batch."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -134,9 +134,9 @@ class Model(WithMomentumEncoder):
         with torch.no_grad():
             k = self.target_projector(self.keys(x[1:], clock)[0])
 
-        loss, shown = self._loss(self.projector(h), k, batch.index, clock)
+        loss, scalars = self._loss(self.projector(h), k, batch.index, clock)
         return MethodOutput(
-            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
+            {"all": loss}, scalars | {"queue_age": self.queue.age(self.batch)}, h.detach()
         )
 
     @full_precision
@@ -144,22 +144,22 @@ class Model(WithMomentumEncoder):
         self, q: Tensor, k: Tensor, index: Tensor, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 11: InfoNCE, and the mean of ProtoNCE over the clusterings."""
-        loss, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
+        loss, scalars = key_contrast(q, k, self.queue.rows, self.config.temperature)
         self.queue.push(F.normalize(k, dim=-1))
         if clock.epoch < self.config.warmup_epochs:
-            return loss, shown
+            return loss, scalars
 
         own = self.assignments.read(index).T  # [M, b]
         heads = [
             self._prototypes(F.normalize(q, dim=1), ids, m, clock.step) for m, ids in enumerate(own)
         ]
         proto, hits = (torch.stack(values).mean() for values in zip(*heads, strict=True))
-        shown |= {
+        scalars |= {
             "prototype_loss": proto.detach(),
             "prototype_accuracy": hits,
-        } | self.assignments.shown()
+        } | self.assignments.scalars()
 
-        return loss + proto, shown
+        return loss + proto, scalars
 
     def _prototypes(self, q: Tensor, own: Tensor, m: int, step: int) -> tuple[Tensor, Tensor]:
         """Cross entropy of each sample's prototype among those of the global batch and others that

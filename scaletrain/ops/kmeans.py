@@ -72,7 +72,7 @@ def _lloyd(
 
 
 def _split(centroids: Tensor, count: Tensor) -> None:
-    """Put the n empty clusters beside the n largest, both moved by 1 / 1024 to either side, as
+    """Put the n empty clusters next to the n largest, both moved by 1 / 1024 to either side, as
     faiss does.
 
     differs: faiss draws the cluster to split with a chance that grows with its size; the largest

@@ -329,8 +329,8 @@ def test_cifar_views() -> None:
 
 
 def test_suncet_batches_and_weights() -> None:
-    """The authors' 20 classes of 2 on each of 64 GPUs; beside SimCLR's doubled loss their weight of
-    1 is 4.
+    """The authors' 20 classes of 2 on each of 64 GPUs; relative to SimCLR's doubled loss,
+    their weight of 1 is 4.
     """
     for name, weight in (("simclr", 4), ("swav", 1)):
         config = recipe(f"{name}_suncet_r50_in1k")
