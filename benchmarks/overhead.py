@@ -2,8 +2,8 @@
 `python benchmarks/overhead.py`.
 
 The whole of `scaletrain train` with a method of a single parameter and one constant batch, so
-without a loader, beside the loop that one would write by hand over the same method: forward,
-backward, SGD, zero_grad, the loss as a number. This file is the method's leaf, too.
+without a loader, compared with the loop that one would write by hand over the same method: forward,
+backward, SGD, zero_grad, the loss as a number. This file also defines the method.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInf
 from scaletrain.runtime import timing
 from scaletrain.train import loop
 
-LEAF, WARM = "overhead", 100  # steps that are not counted
+NAME, WARM = "overhead", 100  # steps that are not counted
 RECIPE = {
     "batch": 1,
     "data": {"path": "constant"},
-    "method": {"name": LEAF},
+    "method": {"name": NAME},
     "optim": {"name": "sgd", "warmup_epochs": 0},
     "monitor": {"images_every": 0},
 }
@@ -117,7 +117,7 @@ def trainer(steps: int, **changes: Any) -> float:
 
 
 def by_hand(steps: int) -> float:
-    model = Model(Config(name=LEAF), OneWeight, RunInfo(1, 1, 1, ((8, 1),)))
+    model = Model(Config(name=NAME), OneWeight, RunInfo(1, 1, 1, ((8, 1),)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-6)
     for step in range(steps):
         if step == WARM:

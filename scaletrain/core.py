@@ -195,6 +195,8 @@ class Backbone(nn.Module):
 
     # width of the output
     features: int
+    # the last feature map is averaged over the image; None: it cannot be had otherwise
+    pool: bool | None = None
 
 
 @dataclass(frozen=True)

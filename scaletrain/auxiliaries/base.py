@@ -1,4 +1,4 @@
-"""Objectives that a recipe adds to a method, one file each; here: how they are attached."""
+"""Attaches the auxiliary objectives of a recipe to its method."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scaletrain.config.schema import ComponentConfig
 from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, ParameterGroup, RunInfo
 
 
-def attach(method: Method, leaves: Sequence[ComponentConfig], run_info: RunInfo) -> Method:
-    """The same method, whose forward also computes the auxiliaries; its parameters keep their
-    names. Raises ConfigError.
+def attach(method: Method, configs: Sequence[ComponentConfig], run_info: RunInfo) -> Method:
+    """Make a method compute auxiliary objectives in its forward pass. Raises ConfigError.
 
-    Drawn after the method's own, the auxiliaries' parameters leave its initial values as they are.
+    The method's parameters keep their names; their initial values do not change either, since those
+    of the auxiliaries are drawn afterwards.
     """
-    if not leaves:
+    if not configs:
         return method
 
     kind = type(method)
@@ -32,10 +32,11 @@ def attach(method: Method, leaves: Sequence[ComponentConfig], run_info: RunInfo)
     # A class and not a wrapper, so that the state's names do not depend on what is attached.
     method.__class__ = type(kind.__name__, (_Joint, kind), {"__module__": kind.__module__})
     parts = (
-        (leaf, importlib.import_module(f"scaletrain.auxiliaries.{leaf.name}")) for leaf in leaves
+        (config, importlib.import_module(f"scaletrain.auxiliaries.{config.name}"))
+        for config in configs
     )
     method.auxiliaries = nn.ModuleDict(
-        {leaf.name: room.Model(leaf, method, run_info) for leaf, room in parts}
+        {config.name: module.Model(config, method, run_info) for config, module in parts}
     )
     method.global_loss |= any(part.global_loss for part in method.auxiliaries.values())
 
@@ -46,7 +47,9 @@ class _Joint(Method):
     auxiliaries: nn.ModuleDict
 
     def groups(self) -> Sequence[ParameterGroup]:
-        """The auxiliaries' come first: a method's rule such as `all biases` is about its own."""
+        """The groups of the auxiliaries come first, so that a rule of the method such as `all
+        biases` applies to its own parameters only.
+        """
         own = [
             name for name, part in self.auxiliaries.items() if any(True for _ in part.parameters())
         ]

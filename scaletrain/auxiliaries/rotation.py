@@ -1,4 +1,4 @@
-"""Rotation prediction beside any method (Addepalli et al., 2022, arXiv 2210.09866; its task:
+"""Rotation prediction for any method (Addepalli et al., 2022, arXiv 2210.09866; its task:
 Gidaris et al., 1803.07728).
 """
 
@@ -21,18 +21,18 @@ from scaletrain.ops.precision import full_precision
 
 class Config(ComponentConfig):
     weight: Positive = 0.2
-    """Lambda."""
+    """Weight of the loss, lambda."""
 
     hidden: Count = 2048
     views: Count = 2
-    """So many of the large views are rotated, or all if there are fewer."""
+    """Number of large views that are rotated; all of them if there are fewer."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "weight": 0.5}
 
 
 class Model(Auxiliary):
-    """Each large view is turned by a multiple of 90 degrees and forwarded on its own; which one it
-    was is to be told.
+    """Each large view is turned by a multiple of 90 degrees, and a head on its features predicts
+    which one.
 
     The views are cropped, flipped and coloured already: a flip after the turn would swap 90 and 270
     degrees. The method's own views stay upright, so that its invariances stay what they are.

@@ -20,7 +20,7 @@ from scaletrain.ops.precision import full_precision
 
 class Config(ComponentConfig):
     weight: Positive = 1.0
-    """Lambda."""
+    """Weight of the loss, lambda."""
 
     temperature: Positive = 0.1
 

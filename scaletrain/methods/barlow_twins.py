@@ -63,8 +63,8 @@ class Model(Projected):
         y = per_view(self.backbone, batch.views[0])
         on, off, mean = self._loss(per_view(self.projector, y))
         loss = self.config.scale * (on + self.config.lambd * off)
-        shown = {"on_diagonal": on.detach(), "off_diagonal": off.detach(), "correlation": mean}
-        return MethodOutput({"all": loss}, shown, y[0].detach())
+        scalars = {"on_diagonal": on.detach(), "off_diagonal": off.detach(), "correlation": mean}
+        return MethodOutput({"all": loss}, scalars, y[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

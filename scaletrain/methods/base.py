@@ -1,5 +1,6 @@
 """Construction of the networks that many methods share: an encoder with a projector, alone, with a
-target network of its own initial values (BYOL), or with a momentum encoder (MoCo).
+target network of its own initial values (BYOL), or with a momentum encoder (MoCo). The mathematics
+of a step is in the methods' own files.
 
 The order in which networks are built is the order in which their weights are drawn from the seed,
 so it must not change.
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from scaletrain.core import Backbone, Method, RunInfo
+from scaletrain.core import Backbone, Clock, Method, RunInfo
+from scaletrain.nn.norm import per_view, shuffled
 
 MakeBackbone = Callable[[], Backbone]
 # a projector for features of this width
@@ -66,13 +68,31 @@ class WithMomentumEncoder(Method):
     target_projector: nn.Module
 
     def __init__(
-        self, make_backbone: MakeBackbone, make_projector: MakeProjector, run_info: RunInfo
+        self,
+        make_backbone: MakeBackbone,
+        make_projector: MakeProjector,
+        run_info: RunInfo,
+        *,
+        shuffle: bool,
     ) -> None:
+        """shuffle: ShuffleBN, which the whole batch as one group of batch norm does not need."""
         super().__init__()
         _check_views(self, run_info)
+        self.seed, self.shuffle = run_info.seed, shuffle and run_info.norm_group > 0
+        # otherwise no sample needs another one of its batch: its negatives are keys of the past
+        self.global_loss |= self.shuffle
+
         self.backbone, self.target_backbone = make_backbone(), make_backbone()
         width = self.backbone.features
         self.projector, self.target_projector = make_projector(width), make_projector(width)
+
+    def keys(self, x: Tensor, clock: Clock) -> Tensor:
+        """[V, B, 3, H, W] -> [V, B, features] of the key encoder. There must be no norms in what
+        follows it, since those would not be shuffled.
+        """
+        if self.shuffle:
+            return shuffled(self.target_backbone, x, self.seed, clock.step)
+        return per_view(self.target_backbone, x)
 
 
 def _check_views(method: Method, run_info: RunInfo) -> None:

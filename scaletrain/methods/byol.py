@@ -26,13 +26,13 @@ class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996
-    """tau_base of the target's moving average."""
+    """Decay of the target's moving average at the start; it rises to 1 (tau_base)."""
 
     mask_probability: Share = 0.0
-    """Of a view without its background, a study of ReLICv2; needs data.masks."""
+    """Probability of removing a view's background, a study of ReLICv2; needs data.masks."""
 
     mask_minimum: Share = 0.1
-    """Least share of the view that the foreground covers."""
+    """Smallest share of a view that the foreground must cover for that."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9}
 

@@ -28,22 +28,22 @@ class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Annotated[int, Field(ge=2)] = 256
     tau: Share = 0.996
-    """Of the target's moving average, cosine to 1."""
+    """Decay of the target's moving average at the start; it rises to 1."""
 
     kappa_e: Positive = 16384.0
     """Concentration of e(z | x), the encoding of a view."""
 
     kappa_b: Positive = 10.0
-    """Of b(z | y), its prediction from the target's embedding."""
+    """Concentration of b(z | y), its prediction from the target's embedding."""
 
     kappa_d: Positive = 4.0
-    """Of the decoder: half of it weighs BYOL's loss."""
+    """Concentration of the decoder; half of it is the weight of BYOL's loss."""
 
     beta: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the compression."""
 
     residual: Literal["other", "own"] = "other"
-    """The target's view that predicts a code; the authors' code takes its own."""
+    """Which view of the target predicts a code; the authors' code takes the code's own."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9, "kappa_e": 40.0}
 
@@ -89,9 +89,9 @@ class Model(WithTarget):
         p1, p2 = self.decoder(z)
         byol = cosine_distance(p1, t[1]) + cosine_distance(p2, t[0])
         loss = self.config.kappa_d / 2 * byol + self.config.beta * residual
-        shown = {"byol": byol.detach(), "residual": residual.detach()} | similarities(p1, t[1])
+        scalars = {"byol": byol.detach(), "residual": residual.detach()} | similarities(p1, t[1])
 
-        return MethodOutput({"all": loss}, shown, y[0].detach())
+        return MethodOutput({"all": loss}, scalars, y[0].detach())
 
     @full_precision
     def _code(self, mean: Tensor, prior: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Config(ComponentConfig):
     """Concentration of e(z | x), the encoding of a view."""
 
     kappa_b: Positive = 10.0
-    """Of b(z | y), its prediction from the other view: 1 / the temperature."""
+    """Concentration of b(z | y), its prediction from the other view: 1 / the temperature."""
 
     beta: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the compression."""
@@ -69,8 +69,8 @@ class Model(Projected):
         h = pooled(self.backbone, batch.views[0])
         r = pooled(self.projector, h)
         loss, residual, accuracy = self._loss(r, batch.keys)
-        shown = {"residual": residual, "contrast_accuracy": accuracy} | similarities(*r)
-        return MethodOutput({"all": loss}, shown, h[0].detach())
+        scalars = {"residual": residual, "contrast_accuracy": accuracy} | similarities(*r)
+        return MethodOutput({"all": loss}, scalars, h[0].detach())
 
     @full_precision
     def _loss(self, r: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,12 +79,12 @@ class Model(Projected):
         """
         r1, r2 = F.normalize(r, dim=-1)
         every1, every2 = dist.gather(r1), dist.gather(r2)
-        found = (
+        directions = (
             self._direction(r1, r2, every1, every2, keys, "code1"),
             self._direction(r2, r1, every2, every1, keys, "code2"),
         )
 
-        residual, contrast, accuracy = (torch.stack(part) for part in zip(*found, strict=True))
+        residual, contrast, accuracy = (torch.stack(part) for part in zip(*directions, strict=True))
         # summed over the directions, as SimCLR's
         loss = (self.config.beta * residual + contrast).sum()
         return loss, residual.detach().mean(), accuracy.mean()
@@ -93,7 +93,7 @@ class Model(Projected):
         self, x: Tensor, y: Tensor, every_x: Tensor, every_y: Tensor, keys: Tensor, purpose: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One code per sample from view x -> I(X; Z | Y), -I(Z; Y) as bounded by the batch, and the
-        share that is found.
+        share of codes whose own sample is the most likely.
         """
         z = self.e.sample(x, keys, purpose)
         residual = self.e.log_prob((z * x).sum(1)) - self.b.log_prob((z * y).sum(1))

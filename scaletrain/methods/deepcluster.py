@@ -37,13 +37,13 @@ _CHUNK = 16384
 
 class Config(ComponentConfig):
     classes: Count = 10_000
-    """K of k-means."""
+    """Number of clusters, K."""
 
     whiten: Count = 256
-    """Principal components that are clustered."""
+    """Number of principal components of the features that are clustered."""
 
     iterations: Count = 20
-    """Of k-means."""
+    """Number of iterations of k-means."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"classes": 5, "whiten": 4, "iterations": 4}
 
@@ -72,7 +72,7 @@ class Model(Method):
         run_info.need_samples("method.classes", config.classes)
         self.classifier = nn.Linear(self.width, config.classes)
         self.assignments = Assignments(run_info.samples, [config.classes])
-        # of the clusters
+        # number of samples in each cluster
         self.register_buffer("sizes", torch.zeros(config.classes))
 
     def groups(self) -> Sequence[ParameterGroup]:
@@ -114,7 +114,7 @@ class Model(Method):
         loss, accuracy = self._loss(self.classifier(h), self.assignments.read(batch.index)[:, 0])
         return MethodOutput(
             {"all": loss},
-            {"assignment_accuracy": accuracy} | self.assignments.shown(),
+            {"assignment_accuracy": accuracy} | self.assignments.scalars(),
             h[0].detach(),
         )
 

@@ -29,11 +29,11 @@ class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     clusters: tuple[Count, ...] = (3000, 3000, 3000)
-    """One clustering and prototype head each."""
+    """Number of clusters of each clustering; each has a head of prototypes."""
 
     temperature: Positive = 0.1
     iterations: Count = 10
-    """Of k-means."""
+    """Number of iterations of k-means."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -107,7 +107,7 @@ class Model(Projected):
         loss, accuracy = self._loss(z, target, batch.index)
         return MethodOutput(
             {"all": loss},
-            {"assignment_accuracy": accuracy} | self.assignments.shown(),
+            {"assignment_accuracy": accuracy} | self.assignments.scalars(),
             h[0][0].detach(),
         )
 

@@ -19,28 +19,28 @@ from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.backbone import unpooled
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, pooled, shuffled
+from scaletrain.nn.norm import per_view, pooled
 from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
 
 class Config(ComponentConfig):
     hidden: Count = 2048
-    """Of both heads."""
+    """Hidden width of both heads."""
 
     dim: Count = 128
     queue: Count = 65536
-    """Keys of earlier steps over all ranks, in either queue."""
+    """Number of keys of earlier steps in each queue, over all ranks."""
 
     temperature: Positive = 0.2
     dense: Share = 0.5
-    """Lambda, share of the dense loss."""
+    """Weight of the dense loss, lambda; the global loss has the rest."""
 
     tau: Share = 0.999
     """The key encoder's momentum."""
 
     shuffle: bool = True
-    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+    """ShuffleBN, used where model.norm_group makes groups of a batch."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -53,8 +53,8 @@ class Config(ComponentConfig):
 
 
 class Model(WithMomentumEncoder):
-    """MoCo v2, and the same once more for every cell of the last feature map against the cell of
-    the key that looks like it.
+    """MoCo v2, with a second contrastive loss that compares every cell of the query's last feature
+    map with the most similar cell of the key's.
     """
 
     targets: ClassVar[Mapping[str, str]] = {
@@ -69,13 +69,10 @@ class Model(WithMomentumEncoder):
         def projector(width: int) -> nn.Module:
             return plain((width, config.hidden, config.dim))
 
-        super().__init__(lambda: unpooled(make_backbone()), projector, run_info)
-        self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
-        self.shuffle = config.shuffle and run_info.norm_group > 0
-
-        # else no sample needs another one of its batch
-        if self.shuffle:
-            self.global_loss = True
+        super().__init__(
+            lambda: unpooled(make_backbone()), projector, run_info, shuffle=config.shuffle
+        )
+        self.config, self.batch = config, run_info.batch
 
         # On the channels of each cell a dense layer is the paper's 1x1 convolution.
         width = self.backbone.features
@@ -98,20 +95,12 @@ class Model(WithMomentumEncoder):
         q, dense_q = self.projector(h), pooled(self.dense_projector, f)
 
         with torch.no_grad():
-            g = _cells(self._keys(x[1:], clock))
+            g = _cells(self.keys(x[1:], clock))
             k, dense_k = self.target_projector(g.mean(1)), pooled(self.target_dense_projector, g)
 
-        loss, shown = self._loss(q, k, dense_q, dense_k, f.detach(), g)
+        loss, scalars = self._loss(q, k, dense_q, dense_k, f.detach(), g)
         return MethodOutput(
-            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
-        )
-
-    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
-        """[1, B, features, H, W] of the key encoder, whose only norms are in its backbone."""
-        return (
-            shuffled(self.target_backbone, x, self.seed, clock.step)
-            if self.shuffle
-            else per_view(self.target_backbone, x)
+            {"all": loss}, scalars | {"queue_age": self.queue.age(self.batch)}, h.detach()
         )
 
     @full_precision
@@ -125,7 +114,7 @@ class Model(WithMomentumEncoder):
             2
         )  # [B, S], section 3.3
         positive = dense_k.gather(1, same[..., None].expand_as(dense_q))
-        whole, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
+        whole, scalars = key_contrast(q, k, self.queue.rows, self.config.temperature)
         dense, cells = key_contrast(
             dense_q, positive, self.dense_queue.rows, self.config.temperature
         )
@@ -133,9 +122,9 @@ class Model(WithMomentumEncoder):
         self.queue.push(F.normalize(k, dim=-1))
         # one pooled key per image
         self.dense_queue.push(F.normalize(dense_k.mean(1), dim=-1))
-        shown |= {f"dense_{name}": value for name, value in cells.items()}
-        shown |= {"global": whole.detach(), "dense": dense.detach()}
-        return (1 - self.config.dense) * whole + self.config.dense * dense, shown
+        scalars |= {f"dense_{name}": value for name, value in cells.items()}
+        scalars |= {"global": whole.detach(), "dense": dense.detach()}
+        return (1 - self.config.dense) * whole + self.config.dense * dense, scalars
 
 
 def _cells(x: Tensor) -> Tensor:

@@ -38,17 +38,17 @@ class Config(ComponentConfig):
     hidden: Count = 512
     dim: Count = 128
     tau: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.996
-    """Of the target's moving average, constant."""
+    """Decay of the target's moving average, constant."""
 
     predictor: Literal["directpred", "directcopy"] = "directpred"
     rho: Share = 0.3
-    """Share of the correlation that a step keeps."""
+    """Decay of the moving average of the correlation."""
 
     epsilon: Annotated[float, Field(ge=0.0)] = 0.01
     """Added to the predictor's spectrum."""
 
     every: Count = 1
-    """Steps between settings of the predictor."""
+    """Number of steps after which the predictor is set again."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 4, "tau": 0.9}
 
@@ -137,7 +137,7 @@ class Model(WithTarget):
         """
         trace, square = self.correlation.matrix.trace(), self.correlation.matrix.square().sum()
         rank = trace.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-        shown = {
+        scalars = {
             "correlation_rank": rank,
             "correlation_trace": trace,
             "predictor_norm": self.weight.norm(),
@@ -145,12 +145,12 @@ class Model(WithTarget):
 
         # the other needs no decomposition
         if self.config.predictor == "directpred":
-            shown |= {
+            scalars |= {
                 "eigenvalue_largest": self.spectrum[-1].clone(),
                 "eigenvalue_median": self.spectrum.median(),
             }
 
-        return shown
+        return scalars
 
     @torch.no_grad()
     def after_step(self, clock: Clock, write: Write) -> None:

@@ -23,17 +23,17 @@ class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     margin: Positive = 1.0
-    """Alpha, of distances between 0 and 2."""
+    """Distance that views of different samples should keep, alpha; distances are up to 2."""
 
     squared: bool = True
-    """Hadsell et al.: both terms squared; false: the plain distances of the textbooks."""
+    """Square both terms, as Hadsell et al. do; false: plain distances, as in textbooks."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 
 
 class Model(Projected):
-    """Views of one sample are drawn together, those of others pushed apart until they are `margin`
-    away. A small baseline.
+    """Views of one sample attract, views of different samples repel until they are `margin` apart.
+    A small baseline.
     """
 
     two_views = True

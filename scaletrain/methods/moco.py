@@ -18,33 +18,33 @@ from scaletrain.core import Backbone, Batch, Clock, MethodOutput, RunInfo
 from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.bank import Queue
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, pooled, shuffled
+from scaletrain.nn.norm import per_view, pooled
 from scaletrain.ops.contrastive import key_contrast
 from scaletrain.ops.precision import full_precision
 
 
 class Config(ComponentConfig):
     hidden: Natural = 2048
-    """Of v2's MLP head; 0: v1's linear head."""
+    """Hidden width of v2's MLP head; 0: v1's linear head."""
 
     dim: Count = 128
     queue: Count = 65536
-    """K, keys of earlier steps over all ranks."""
+    """Number of keys of earlier steps, over all ranks (K)."""
 
     temperature: Positive = 0.2
-    """v1: .07."""
+    """Temperature of the softmax; 0.07 in v1."""
 
     tau: Share = 0.999
-    """M, the key encoder's momentum, at the start."""
+    """Momentum of the key encoder at the start (m)."""
 
     tau_end: Share = 0.999
-    """And at the end, by half a cosine: constant in the paper."""
+    """Momentum at the end, reached along half a cosine; constant in the paper."""
 
     symmetric: bool = False
-    """Either view is the query once; their keys have queues of their own (solo-learn's v2+)."""
+    """Each view is the query once, and has a queue of its own (solo-learn's v2+)."""
 
     shuffle: bool = True
-    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+    """ShuffleBN, used where model.norm_group makes groups of a batch."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -67,13 +67,8 @@ class Model(WithMomentumEncoder):
             hidden = (config.hidden,) if config.hidden else ()
             return plain((width, *hidden, config.dim))
 
-        super().__init__(make_backbone, projector, run_info)
-        self.config, self.batch, self.seed = config, run_info.batch, run_info.seed
-        self.shuffle = config.shuffle and run_info.norm_group > 0
-
-        # else no sample needs another one of its batch: its negatives are keys of the past
-        if self.shuffle:
-            self.global_loss = True
+        super().__init__(make_backbone, projector, run_info, shuffle=config.shuffle)
+        self.config, self.batch = config, run_info.batch
 
         self.start_targets()
         self.sides = 2 if config.symmetric else 1
@@ -91,28 +86,20 @@ class Model(WithMomentumEncoder):
         q = pooled(self.projector, h)
         with torch.no_grad():
             # of the other view
-            k = pooled(self.target_projector, self._keys(x[-self.sides :], clock)).flip(0)
+            k = pooled(self.target_projector, self.keys(x[-self.sides :], clock)).flip(0)
 
         sides = [self._side(q[i], k[i], i) for i in range(self.sides)]
-        shown = {
+        scalars = {
             name: torch.stack([side[1][name] for side in sides]).mean() for name in sides[0][1]
         }
         return MethodOutput(
-            {"all": torch.stack([loss for loss, _ in sides]).mean()}, shown, h[0].detach()
-        )
-
-    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
-        """[sides, B, features] of the key encoder, whose only norms are in its backbone."""
-        return (
-            shuffled(self.target_backbone, x, self.seed, clock.step)
-            if self.shuffle
-            else per_view(self.target_backbone, x)
+            {"all": torch.stack([loss for loss, _ in sides]).mean()}, scalars, h[0].detach()
         )
 
     @full_precision
     def _side(self, q: Tensor, k: Tensor, side: int) -> tuple[Tensor, dict[str, Tensor]]:
         queue: Queue = self.queues[side]  # type: ignore[assignment]
         # the queue of before this step
-        loss, shown = key_contrast(q, k, queue.rows, self.config.temperature)
+        loss, scalars = key_contrast(q, k, queue.rows, self.config.temperature)
         queue.push(F.normalize(k, dim=-1))
-        return loss, shown | {"queue_age": queue.age(self.batch)}
+        return loss, scalars | {"queue_age": queue.age(self.batch)}

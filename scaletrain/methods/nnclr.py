@@ -28,13 +28,13 @@ class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 256
     predictor: Count = 4096
-    """Its hidden width."""
+    """Hidden width of the predictor."""
 
     queue: Count = 98304
-    """Support set; not verified."""
+    """Size of the support set; not verified."""
 
     temperature: Positive = 0.1
-    """Not verified."""
+    """Temperature of the softmax; not verified."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "predictor": 16, "queue": 30}
 
@@ -65,9 +65,9 @@ class Model(Projected):
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         h = per_view(self.backbone, batch.views[0])  # [2, B, features]
         z = per_view(self.projector, h)
-        loss, shown = self._loss(z, per_view(self.predictor, z))
+        loss, scalars = self._loss(z, per_view(self.predictor, z))
         return MethodOutput(
-            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h[0].detach()
+            {"all": loss}, scalars | {"queue_age": self.queue.age(self.batch)}, h[0].detach()
         )
 
     @full_precision
@@ -84,14 +84,14 @@ class Model(Projected):
         losses, hits = zip(
             self._direction(nearest[0], p[1]), self._direction(nearest[1], p[0]), strict=True
         )
-        shown = {
+        scalars = {
             "neighbour_similarity": torch.stack(
                 [(n * x).sum(1).mean() for n, x in zip(nearest, z, strict=True)]
             ).mean(),
             "contrast_accuracy": torch.stack(hits).mean(),
         } | similarities(nearest[0], p[1])
 
-        return torch.stack(losses).mean(), shown
+        return torch.stack(losses).mean(), scalars
 
     def _nearest(self, z: Tensor) -> Tensor:
         """[b, dim] -> the queue's most similar rows [b, dim]."""

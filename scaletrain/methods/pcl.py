@@ -18,41 +18,41 @@ from scaletrain.methods.base import WithMomentumEncoder
 from scaletrain.nn.bank import Bank, Queue
 from scaletrain.nn.clusters import Assignments
 from scaletrain.nn.heads import plain
-from scaletrain.nn.norm import per_view, shuffled
+from scaletrain.nn.norm import per_view
 from scaletrain.ops.contrastive import key_contrast
-from scaletrain.ops.kmeans import group_sums, kmeans
+from scaletrain.ops.kmeans import concentration, kmeans
 from scaletrain.ops.precision import full_precision, unit
 
 
 class Config(ComponentConfig):
     hidden: Natural = 2048
-    """Of v2's MLP head; 0: v1's linear head."""
+    """Hidden width of v2's MLP head; 0: v1's linear head."""
 
     dim: Count = 128
     queue: Count = 16384
-    """R, keys of earlier steps over all ranks."""
+    """Number of keys of earlier steps, over all ranks (R)."""
 
     negatives: Count = 16384
-    """Prototypes without a sample in the batch, drawn for each step."""
+    """Number of prototypes without a sample in the batch that are drawn for each step."""
 
     temperature: Positive = 0.2
-    """Of the keys, and the mean concentration of the prototypes."""
+    """Temperature of the keys, and mean concentration of the prototypes."""
 
     tau: Share = 0.999
     """The key encoder's momentum."""
 
     clusters: tuple[Count, ...] = (25000, 50000, 100000)
     iterations: Count = 20
-    """Of k-means."""
+    """Number of iterations of k-means."""
 
     smoothing: Positive = 10.0
-    """Alpha of the concentration."""
+    """Smoothing of the concentration, alpha."""
 
     warmup_epochs: Natural = 20
-    """Without prototypes."""
+    """Number of epochs at the start that train without prototypes."""
 
     shuffle: bool = True
-    """ShuffleBN, where model.norm_group makes groups; the whole batch as one group needs none."""
+    """ShuffleBN, used where model.norm_group makes groups of a batch."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -83,15 +83,8 @@ class Model(WithMomentumEncoder):
             hidden = (config.hidden,) if config.hidden else ()
             return plain((width, *hidden, config.dim))
 
-        super().__init__(make_backbone, projector, run_info)
-        self.config, self.batch, self.seed, self.samples = (
-            config,
-            run_info.batch,
-            run_info.seed,
-            run_info.samples,
-        )
-
-        self.shuffle = config.shuffle and run_info.norm_group > 0
+        super().__init__(make_backbone, projector, run_info, shuffle=config.shuffle)
+        self.config, self.samples, self.batch = config, run_info.samples, run_info.batch
         self.start_targets()
 
         self.queue = Queue(config.queue, config.dim, noise=True)
@@ -131,41 +124,19 @@ class Model(WithMomentumEncoder):
                 memory.rows, memory.start, clusters, self.config.iterations, key
             )
             self.get_buffer(f"prototypes{m}").copy_(F.normalize(centroids, dim=1))
-            self.get_buffer(f"concentration{m}").copy_(
-                self._concentration(memory.rows, centroids, assigned)
-            )
+            phi = concentration(memory.rows, centroids, assigned, self.config.smoothing)
+            self.get_buffer(f"concentration{m}").copy_(phi * self.config.temperature)
             self.assignments.renew(m, assigned)
-
-    def _concentration(self, rows: Tensor, centroids: Tensor, assigned: Tensor) -> Tensor:
-        """phi [K] of eq. 12."""
-        distance = (rows - centroids[assigned.clamp_min(0)]).norm(dim=1, keepdim=True)
-        sums, count = group_sums(distance, assigned, len(centroids))
-        phi = sums[:, 0] / count.clamp_min(1) / (count + self.config.smoothing).log()
-        # one sample tells no spread
-        phi = phi.where(count > 1, phi.where(count > 1, 0).max())
-        low, high = phi.quantile(torch.tensor([0.1, 0.9], dtype=phi.dtype, device=phi.device))
-        phi = phi.clamp(low, high)
-
-        # Rows that are all alike have no spread; and a tenth of the clusters could be such.
-        return (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3) * self.config.temperature
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         x = batch.views[0]  # [2, B, 3, H, W]
         h = per_view(self.backbone, x[:1])[0]
         with torch.no_grad():
-            k = self.target_projector(self._keys(x[1:], clock)[0])
+            k = self.target_projector(self.keys(x[1:], clock)[0])
 
-        loss, shown = self._loss(self.projector(h), k, batch.index, clock)
+        loss, scalars = self._loss(self.projector(h), k, batch.index, clock)
         return MethodOutput(
-            {"all": loss}, shown | {"queue_age": self.queue.age(self.batch)}, h.detach()
-        )
-
-    def _keys(self, x: Tensor, clock: Clock) -> Tensor:
-        """[1, B, features] of the key encoder, whose only norms are in its backbone."""
-        return (
-            shuffled(self.target_backbone, x, self.seed, clock.step)
-            if self.shuffle
-            else per_view(self.target_backbone, x)
+            {"all": loss}, scalars | {"queue_age": self.queue.age(self.batch)}, h.detach()
         )
 
     @full_precision
@@ -173,22 +144,22 @@ class Model(WithMomentumEncoder):
         self, q: Tensor, k: Tensor, index: Tensor, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 11: InfoNCE, and the mean of ProtoNCE over the clusterings."""
-        loss, shown = key_contrast(q, k, self.queue.rows, self.config.temperature)
+        loss, scalars = key_contrast(q, k, self.queue.rows, self.config.temperature)
         self.queue.push(F.normalize(k, dim=-1))
         if clock.epoch < self.config.warmup_epochs:
-            return loss, shown
+            return loss, scalars
 
         own = self.assignments.read(index).T  # [M, b]
         heads = [
             self._prototypes(F.normalize(q, dim=1), ids, m, clock.step) for m, ids in enumerate(own)
         ]
         proto, hits = (torch.stack(values).mean() for values in zip(*heads, strict=True))
-        shown |= {
+        scalars |= {
             "prototype_loss": proto.detach(),
             "prototype_accuracy": hits,
-        } | self.assignments.shown()
+        } | self.assignments.scalars()
 
-        return loss + proto, shown
+        return loss + proto, scalars
 
     def _prototypes(self, q: Tensor, own: Tensor, m: int, step: int) -> tuple[Tensor, Tensor]:
         """Cross entropy of each sample's prototype among those of the global batch and others that
@@ -223,6 +194,5 @@ class Model(WithMomentumEncoder):
         total = dist.sum_nograd(known.sum()).clamp_min(1) / dist.world()
         hits = known & (columns[logits.argmax(1)] == own)
 
-        return F.cross_entropy(logits[known], label[known], reduction="sum") / total, hits.to(
-            q.dtype
-        ).sum() / total
+        loss = F.cross_entropy(logits[known], label[known], reduction="sum") / total
+        return loss, hits.to(q.dtype).sum() / total

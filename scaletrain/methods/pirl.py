@@ -29,24 +29,24 @@ PATCHES = 9
 
 class Config(ComponentConfig):
     hidden: Natural = 0
-    """Of the heads of image and patches; 0: linear heads."""
+    """Hidden width of the heads of image and patches; 0: linear heads."""
 
     dim: Count = 128
     patch: Annotated[int, Field(ge=4)] = 64
-    """Pixels of a patch, cut at random out of its ninth of the view."""
+    """Side of a patch in pixels; it is cut at random from its ninth of the view."""
 
     negatives: Count = 32000
-    """Of the memory, drawn uniformly with replacement."""
+    """Number of negatives, drawn uniformly with replacement from the memory."""
 
     loss: Literal["nce", "infonce"] = "nce"
-    """Infonce: vissl's, with hidden 2048 and temperature .1."""
+    """`infonce` is that of vissl, with hidden 2048 and temperature 0.1."""
 
     temperature: Positive = 0.07
     jigsaw: Share = 0.5
-    """Lambda, share of the loss of the patches."""
+    """Weight of the loss of the patches, lambda; that of the image has the rest."""
 
     momentum: Share = 0.5
-    """Of a sample's memory."""
+    """Momentum of a sample's memory."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "dim": 8,
@@ -110,10 +110,10 @@ class Model(Method):
             self.bank.read_same(self._drawn(clock, batch.index)),
         )
 
-        loss, shown = self._loss(
+        loss, scalars = self._loss(
             self.projector(h), self.join(shuffled.flatten(1)), memory, negatives, batch.index
         )
-        return MethodOutput({"all": loss}, shown, h.detach())
+        return MethodOutput({"all": loss}, scalars, h.detach())
 
     def _patches(self, x: Tensor, keys: Tensor) -> Tensor:
         """[B, 3, S, S] -> [9, B, 3, patch, patch]: a random square of each cell of 3 x 3.
@@ -156,16 +156,16 @@ class Model(Method):
         )
 
         with torch.set_grad_enabled(self.config.loss == "infonce" and torch.is_grad_enabled()):
-            jigsaw, shown = key_contrast(t, m, negatives, self.config.temperature)
+            jigsaw, scalars = key_contrast(t, m, negatives, self.config.temperature)
             image, seen = key_contrast(v, m, negatives, self.config.temperature)
 
-        shown |= {f"image_{name}": value for name, value in seen.items()}
+        scalars |= {f"image_{name}": value for name, value in seen.items()}
         if self.config.loss == "nce":
             patches, whole = (self._logits(x, m, negatives.to(v)) for x in (t, v))
             log_mean = self.log_mean((dist.sum_nograd(patches.exp().mean()) / dist.world()).log())
             jigsaw, image = _nce(patches, log_mean), _nce(whole, log_mean)
 
-        return self.config.jigsaw * jigsaw + (1 - self.config.jigsaw) * image, shown
+        return self.config.jigsaw * jigsaw + (1 - self.config.jigsaw) * image, scalars
 
     def _logits(self, x: Tensor, m: Tensor, negatives: Tensor) -> Tensor:
         return (

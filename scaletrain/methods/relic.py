@@ -31,13 +31,13 @@ class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996
-    """Of the target's moving average, cosine to 1."""
+    """Decay of the target's moving average at the start; it rises to 1."""
 
     temperature: Positive = 0.1
-    """Not verified."""
+    """Temperature of the softmax; not verified."""
 
     alpha: Annotated[float, Field(ge=0.0)] = 1.0
-    """Not verified: weight of the invariance."""
+    """Weight of the invariance; not verified."""
 
     # at a temperature of .1, rounding errors grow fiftyfold
     miniature: ClassVar[Mapping[str, Any]] = {
@@ -95,8 +95,8 @@ class Model(WithTarget):
 
     @full_precision
     def _loss(self, online: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[2, B, dim] each -> both directions' sum of -log p and of KL(p || p'), and the share of
-        samples found.
+        """[2, B, dim] each -> both directions' sum of -log p and of KL(p || p'), and the share
+        of samples whose own target is the most similar.
         """
         o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
         own = dist.rank() * o.shape[1] + torch.arange(o.shape[1], device=o.device)

@@ -31,31 +31,31 @@ class Config(ComponentConfig):
     hidden: Count = 4096
     dim: Count = 256
     tau: Share = 0.996
-    """Of the target's moving average, at the start."""
+    """Decay of the target's moving average at the start."""
 
     tau_end: Share = 1.0
-    """And at the end, by half a cosine."""
+    """Decay at the end, reached along half a cosine."""
 
     temperature: Positive = 0.3
-    """Not verified: the digits are lost in the paper's text."""
+    """Temperature of the softmax; not verified, the digits are lost in the paper's text."""
 
     contrast_scale: Scale = 0.3
-    """Not verified."""
+    """Weight of the contrast; not verified."""
 
     invariance_scale: Scale = 1.5
-    """Not verified."""
+    """Weight of the invariance; not verified."""
 
     negatives: Count = 10
-    """Per anchor, drawn uniformly from the global batch (Table 21)."""
+    """Number of negatives of each anchor, drawn uniformly from the global batch (Table 21)."""
 
     same_view: bool = True
-    """Listing 1 includes the pairs of a large view's online and target embedding."""
+    """Compare also the online and target embedding of the same large view, as Listing 1 does."""
 
     mask_probability: Share = 0.1
-    """Per large view, where the batch has masks (data.masks)."""
+    """Probability of removing the background of a large view, where there are data.masks."""
 
     mask_minimum: Share = 0.1
-    """Not verified: least share of the view that the foreground covers."""
+    """Smallest share of a view that the foreground must cover for that; not verified."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -116,26 +116,26 @@ class Model(WithTarget):
         online, target, h, masked = embedded
         contrast, invariance, accuracy = self._terms(online, target, batch.keys)
         loss = self.config.contrast_scale * contrast + self.config.invariance_scale * invariance
-        shown = {
+        scalars = {
             "contrast": contrast.detach(),
             "invariance": invariance.detach(),
             "contrast_accuracy": accuracy,
         }
-        shown |= similarities(online[0], target[-1]) | {"masked_views": masked.mean()}
+        scalars |= similarities(online[0], target[-1]) | {"masked_views": masked.mean()}
 
-        return MethodOutput({"all": loss}, shown, h[0])
+        return MethodOutput({"all": loss}, scalars, h[0])
 
     @full_precision
     def _terms(self, online: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Equations 1 and 2, averaged over the (L + S) * L pairs of Listing 1; and the share of
-        samples found.
+        """Equations 1 and 2, averaged over the (L + S) * L pairs of Listing 1; and the share
+        of anchors whose positive is the most similar.
         """
         o, t = F.normalize(online, dim=-1), F.normalize(target, dim=-1)
         every_o, every_t = (
             dist.gather_nograd(x.transpose(0, 1)).transpose(0, 1) for x in (o, t)
         )  # [views, B global, dim]
         others = self._negatives(keys)  # [b, n]
-        contrast, invariance, found = [], [], []
+        contrast, invariance, hits = [], [], []
 
         for i in range(len(o)):
             for j in range(len(t)):
@@ -154,12 +154,12 @@ class Model(WithTarget):
                 # eq. 2: KL(p || sg q). Not verified: which argument the paper's stop-gradient is
                 # on.
                 invariance.append((log_p.exp() * (log_p - log_q)).sum(1).mean())
-                found.append((log_p.detach().argmax(1) == 0).float().mean())
+                hits.append((log_p.detach().argmax(1) == 0).float().mean())
 
         return (
             torch.stack(contrast).mean(),
             torch.stack(invariance).mean(),
-            torch.stack(found).mean(),
+            torch.stack(hits).mean(),
         )
 
     def _log_p(self, positive: Tensor, negative: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ from scaletrain.ops.contrastive import nt_xent, similarities
 
 class Config(ComponentConfig):
     layers: Count = 2
-    """Of the projection head: 2 in v1, 3 in v2."""
+    """Number of layers of the projection head: 2 in v1, 3 in v2."""
 
     dim: Count = 128
     temperature: Positive = 0.1
     known_labels: Share = 0.0
-    """Of the samples: their labels remove false negatives (a study of Addepalli et al., 2022)."""
+    """Share of samples whose labels remove false negatives (a study of Addepalli et al., 2022)."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"dim": 8}
 

@@ -1,4 +1,4 @@
-"""Supervised classification, the baseline beside SimCLR (Chen et al., 2020, arXiv 2002.05709,
+"""Supervised classification, the baseline of SimCLR's paper (Chen et al., 2020, arXiv 2002.05709,
 section 3 and table 1).
 
 Family: supervised.

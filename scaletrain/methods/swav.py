@@ -38,17 +38,19 @@ class Config(ComponentConfig):
     prototypes: Count = 3000
     temperature: Positive = 0.1
     epsilon: Positive = 0.05
-    """Of Sinkhorn-Knopp."""
+    """Regularisation of the Sinkhorn-Knopp algorithm."""
 
     iterations: Count = 3
     freeze_steps: Natural = 313
-    """One epoch at batch 4096."""
+    """Number of steps in which the prototypes are not trained: one epoch at batch 4096."""
 
     queue: Natural = 0
-    """Rows kept per assigned view, over all ranks (3840 for batch 256); 0: no queue."""
+    """Number of earlier embeddings kept per large view, over all ranks; 0: no queue. The authors
+    keep 3840 for a batch of 256.
+    """
 
     queue_epoch: Natural = 15
-    """First epoch that fills it; it is used once full."""
+    """First epoch that fills the queue, which is used once it is full."""
 
     miniature: ClassVar[Mapping[str, Any]] = {
         "hidden": 24,
@@ -103,8 +105,8 @@ class Model(Projected):
         # One forward per crop size whose views share statistics; the heads see all views at once.
         h = [pooled(self.backbone, x) for x in batch.views]
         z = pooled(self.projector, torch.cat(h))  # [V, B, dim]
-        loss, shown = self._loss(z, self.prototypes.weight, clock)
-        return MethodOutput({"all": loss}, shown, h[0][0].detach())
+        loss, scalars = self._loss(z, self.prototypes.weight, clock)
+        return MethodOutput({"all": loss}, scalars, h[0][0].detach())
 
     @full_precision
     def _loss(
@@ -122,7 +124,7 @@ class Model(Projected):
             if self.config.queue and clock.epoch >= self.config.queue_epoch:
                 self.queues[i].push(z[i])  # type: ignore[operator]
 
-        shown = {
+        scalars = {
             # Of a sample's code: ln K, as the loss then is, where all samples look alike. Of their
             # mean it is always ln K.
             "code_entropy": torch.special.entr(torch.cat(codes)).sum(1).mean(),
@@ -130,9 +132,9 @@ class Model(Projected):
         }
 
         if self.queues:
-            shown["queue_age"] = self.queues[0].age(self.batch)  # type: ignore[operator]
+            scalars["queue_age"] = self.queues[0].age(self.batch)  # type: ignore[operator]
 
-        return torch.stack(losses).mean(), shown
+        return torch.stack(losses).mean(), scalars
 
     def _codes(self, view: int, scores: Tensor, prototypes: Tensor, clock: Clock) -> Tensor:
         """Assignments [B, K] of one view; a full queue takes part in the balancing and is cut off
@@ -153,7 +155,9 @@ class Model(Projected):
 
 
 def _used(scores: Tensor) -> Tensor:
-    """[V, B, K] -> the share of prototypes that are a row's nearest, among as many as could be."""
+    """Scores [V, B, K] -> the number of prototypes that are the nearest of some row, as a share of
+    the largest number possible, which is that of the rows or that of the prototypes.
+    """
     nearest = scores.argmax(-1).flatten()
     return scores.new_zeros(scores.shape[2]).index_fill(0, nearest, 1).sum() / min(
         scores.shape[2], len(nearest)

@@ -22,13 +22,13 @@ class Config(ComponentConfig):
     hidden: Count = 2048
     dim: Count = 128
     margin: Positive = 0.2
-    """Alpha, of squared distances between 0 and 4."""
+    """Margin between the two distances, alpha; squared distances are up to 4."""
 
     squared: bool = True
-    """FaceNet; false: the plain distances of the textbooks."""
+    """Square the distances, as FaceNet does; false: plain distances, as in textbooks."""
 
     negatives: Literal["all", "hardest"] = "all"
-    """Of the global batch, for each anchor and its positive."""
+    """Which negatives of the global batch count for an anchor and its positive."""
 
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8}
 

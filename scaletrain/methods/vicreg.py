@@ -69,8 +69,8 @@ class Model(Projected):
         )
 
         parts = {"invariance": invariance, "variance": variance, "covariance": covariance}
-        shown = {name: part.detach() for name, part in parts.items()} | similarities(z[0], z[1])
-        return MethodOutput({"all": loss}, shown, y[0].detach())
+        scalars = {name: part.detach() for name, part in parts.items()} | similarities(z[0], z[1])
+        return MethodOutput({"all": loss}, scalars, y[0].detach())
 
     @full_precision
     def _loss(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

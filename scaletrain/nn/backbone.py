@@ -28,7 +28,8 @@ def build(config: Model) -> Backbone:
 
 def unpooled(net: Backbone) -> Backbone:
     """Make a network return its last feature map [N, features, H, W]. Raises ConfigError."""
-    if not isinstance(net, resnet.ResNet):
+    # a network of timm has no such attribute
+    if getattr(net, "pool", None) is None:
         raise ConfigError(
             "model.name: the method needs the feature map before pooling, which only our own "
             "ResNets give"

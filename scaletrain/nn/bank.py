@@ -1,7 +1,7 @@
-"""Memories: a FIFO queue that every rank holds, a bank with one row per sample, sharded by sample
-index, and one number.
+"""Memories of methods: a FIFO queue that is the same on every rank, a bank with one row per sample
+that is sharded by sample index, and a single number.
 
-What a step's micro-batches stage is put together before it is written, in the order of the global
+What the micro-batches of a step stage is joined before it is written, in the order of the global
 batch, so that neither their number nor that of the ranks changes a memory.
 """
 
@@ -81,9 +81,9 @@ class Once(DeferredState):
         self.register_buffer("value", torch.full((), float("inf")))
         self.staged: Tensor | None = None
 
-    def forward(self, found: Tensor) -> Tensor:
-        """The number of the first step; in that one, what was found now."""
-        self.staged = torch.where(self.value.isinf(), found.detach(), self.value)
+    def forward(self, current: Tensor) -> Tensor:
+        """Return the number of the first step: within it, `current`."""
+        self.staged = torch.where(self.value.isinf(), current.detach(), self.value)
         return self.staged
 
     @torch.no_grad()

@@ -1,6 +1,4 @@
-"""Which cluster each sample of the data set is in, and what users of a clustering method watch of
-it.
-"""
+"""The cluster of each sample of the data set, and the statistics of a clustering to be logged."""
 
 from __future__ import annotations
 
@@ -48,8 +46,8 @@ class Assignments(Bank):
         self.empty[head] = (sizes == 0).float().mean()
         return sizes
 
-    def shown(self) -> dict[str, Tensor]:
-        """For the monitor: means over the clusterings."""
+    def scalars(self) -> dict[str, Tensor]:
+        """Statistics to log, means over the clusterings."""
         return {
             "nmi": self.nmi.mean(),
             "largest_cluster": self.largest.mean(),
@@ -73,6 +71,6 @@ def nmi(a: Tensor, b: Tensor, rows: int, classes: int) -> Tensor:
     h1, h2 = (
         torch.special.entr(p.new_zeros(classes).index_add(0, label, p)).sum() for label in (a, b)
     )
-    found: Tensor = (h1 + h2 - joint) / (h1 * h2).sqrt().clamp_min(torch.finfo(p.dtype).tiny)
+    result: Tensor = (h1 + h2 - joint) / (h1 * h2).sqrt().clamp_min(torch.finfo(p.dtype).tiny)
 
-    return found
+    return result

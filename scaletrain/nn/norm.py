@@ -32,8 +32,8 @@ _given: Iterator[Stats] | None = None
 
 @contextmanager
 def views(count: int, rows: int = 1) -> Iterator[None]:
-    """Inside, the leading axis of every input is `count` views of equally many samples, each with
-    statistics of its own.
+    """A context in which the leading axis of every input consists of `count` views of equally many
+    samples, each with statistics of its own.
 
     `rows`: consecutive rows that are one sample, so that groups are counted in samples.
     """
@@ -58,8 +58,9 @@ def per_view(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def pooled(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV). call: of which
-    the module is a part.
+    """[V, B, ...] -> [V, B, D] with statistics shared by all views (SimCLR, SwAV).
+
+    call: the function to be called in place of the module, which is a part of it.
     """
     call = call or module
 
@@ -87,8 +88,8 @@ def replayed() -> tuple[AbstractContextManager[None], AbstractContextManager[Non
 
 
 class _Run:
-    """May be entered again: each of several backward passes over one graph runs the forward once
-    more.
+    """A context that may be entered again, since each of several backward passes over one graph
+    runs the forward pass once more.
     """
 
     def __init__(
@@ -114,8 +115,8 @@ class _Run:
 
 @torch.no_grad()
 def shuffled(module: nn.Module, x: Tensor, *key: int | str) -> Tensor:
-    """per_view without gradient, the global batch taken in an order that depends on the key, and
-    put back.
+    """per_view without gradient, on the global batch in an order that depends on the key; the
+    result is in the original order.
 
     The groups of batch norm then hold other samples than in the other network: MoCo's ShuffleBN
     (section 3.3), which keeps statistics from telling a query which keys belong to its group.

@@ -1,6 +1,4 @@
-"""The stages of encoders: the parts that are sharded as one and, on request, run again in backward
-to save memory.
-"""
+"""The stages of encoders: the units of sharding and of activation checkpointing."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from scaletrain import dist
 from scaletrain.ops.precision import full_precision
 
-# similarities that are held at a time: 4 MB of float32, which a CPU's cache holds
+# number of similarities that exist at a time: 4 MB of float32, which fit in a CPU's cache
 BLOCK = 1 << 20
 # on an accelerator, where small kernels cost more than memory
 DEVICE_BLOCK = 1 << 24
@@ -164,10 +164,10 @@ def key_contrast(
     others = q @ negatives.T  # [n, K]
     logits = torch.cat([positive, others], 1) / temperature
     loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
-    shown = {
+    scalars = {
         "positive_similarity": positive.detach().mean(),
         "negative_similarity": q.detach().mean(0) @ negatives.mean(0),
         "contrast_accuracy": (others.detach().amax(1) < positive.detach()[:, 0]).to(q.dtype).mean(),
     }
 
-    return loss, shown
+    return loss, scalars

@@ -22,7 +22,7 @@ def pair_distances(z: Tensor, *, squared: bool) -> tuple[Tensor, Tensor, Tensor]
     z = F.normalize(z, dim=-1)
     every = dist.gather(z.transpose(0, 1)).flatten(
         0, 1
-    )  # [2B, D], the views of a sample beside each other
+    )  # [2B, D], the views of a sample next to each other
 
     sample = torch.arange(len(every), device=z.device) // 2
     own = dist.rank() * z.shape[1] + torch.arange(z.shape[1], device=z.device)

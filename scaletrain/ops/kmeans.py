@@ -72,7 +72,7 @@ def _lloyd(
 
 
 def _split(centroids: Tensor, count: Tensor) -> None:
-    """Put the n empty clusters beside the n largest, both moved by 1 / 1024 to either side, as
+    """Put the n empty clusters next to the n largest, both moved by 1 / 1024 to either side, as
     faiss does.
 
     differs: faiss draws the cluster to split with a chance that grows with its size; the largest
@@ -102,6 +102,25 @@ def group_sums(rows: Tensor, assigned: Tensor, clusters: int) -> tuple[Tensor, T
 
     table = dist.sum_nograd(table)[:clusters]
     return table[:, :-1], table[:, -1]
+
+
+def concentration(rows: Tensor, centroids: Tensor, assigned: Tensor, smoothing: float) -> Tensor:
+    """phi [K] of the clusters (PCL, Li et al., 2021, arXiv 2005.04966, eq. 12), with a mean of 1.
+
+    rows [n, D] of this rank, centroids [K, D], assigned [n] int64, -1 for rows of no cluster;
+    smoothing: alpha.
+    """
+    distance = (rows - centroids[assigned.clamp_min(0)]).norm(dim=1, keepdim=True)
+    sums, count = group_sums(distance, assigned, len(centroids))
+    phi = sums[:, 0] / count.clamp_min(1) / (count + smoothing).log()
+
+    # one sample tells no spread
+    phi = phi.where(count > 1, phi.where(count > 1, 0).max())
+    low, high = phi.quantile(torch.tensor([0.1, 0.9], dtype=phi.dtype, device=phi.device))
+    phi = phi.clamp(low, high)
+
+    # Rows that are all alike have no spread; and a tenth of the clusters could be such.
+    return (phi / phi.mean().clamp_min(1e-12)).clamp_min(1e-3)
 
 
 def _seeds(rows: Tensor, present: Tensor, start: int, clusters: int, key: int) -> Tensor:

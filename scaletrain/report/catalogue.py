@@ -68,11 +68,11 @@ def lines(kind: str, configs: Path = recipe.CONFIGS) -> list[str]:
     """For a terminal: a line per component, and indented under it its family and a line per
     recipe.
     """
-    found = entries(kind, configs)
-    wide = max((len(name) for entry in found for name in entry.recipes), default=0)
+    listed = entries(kind, configs)
+    wide = max((len(name) for entry in listed for name in entry.recipes), default=0)
     result = []
 
-    for entry in found:
+    for entry in listed:
         result.append(f"{entry.name}  {entry.paper}")
         result += [f"    family: {entry.family}"] if entry.family else []
         result += [

@@ -1,26 +1,34 @@
-"""The first losses of every method in miniature. `python tests/golden/regenerate.py` writes them to
-losses.json.
+"""Golden values of every method: the first losses of its miniature, the schedules of its recipes.
+`python tests/golden/regenerate.py [METHOD...]` writes them to methods/METHOD.json.
 
-Run it only when a change is meant to alter the numbers, and say so with the change: a refactor
-never needs it.
+Run it for a new method or recipe, or when a change is meant to alter the numbers, and say so with
+the change: a refactoring never needs it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-FILE = Path(__file__).with_name("losses.json")
+FOLDER = Path(__file__).with_name("methods")
 STEPS = 6
+# of an epoch, to which the schedules of all recipes are brought
+PER_EPOCH = 1000
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(FILE.parents[2]), str(FILE.parents[1])]
+    sys.path[:0] = [str(FOLDER.parents[2]), str(FOLDER.parents[1])]
 
 import torch  # noqa: E402
 from kit import small  # noqa: E402
 
-from scaletrain.config.schema import components  # noqa: E402
+from scaletrain.config import load  # noqa: E402
+from scaletrain.config.schema import Config, components  # noqa: E402
+from scaletrain.optim import schedule  # noqa: E402
+from scaletrain.report.catalogue import CONFIGS  # noqa: E402
 
 
 def losses(method: str) -> list[float]:
@@ -42,11 +50,47 @@ def losses(method: str) -> list[float]:
     return small.run(engine, cfg, 0, STEPS)
 
 
-def write() -> None:
-    found = {method: losses(method) for method in components("methods")}
-    FILE.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"{FILE}: {len(found)} methods, {STEPS} steps each")
+@functools.cache
+def recipes() -> dict[str, Config]:
+    return {path.stem: load.load(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+def schedules(method: str) -> dict[str, Any]:
+    """What the recipes of a method, with auxiliaries or without, ask of the optimizer: to be
+    compared with their sources when it is written.
+    """
+    return {
+        name: timetable(config)
+        for name, config in recipes().items()
+        if config.method.name == method
+    }
+
+
+def timetable(config: Config) -> dict[str, Any]:
+    warmup, total = (
+        round(PER_EPOCH * epochs) for epochs in (config.optim.warmup_epochs, config.epochs)
+    )
+    rates = [
+        schedule.lr(config.optim, config.batch, step, PER_EPOCH, total)
+        for step in (0, warmup, total)
+    ]
+    return {
+        "batch": config.batch,
+        "epochs": config.epochs,
+        "warmup_epochs": config.optim.warmup_epochs,
+        "first, highest and final learning rate": [float(f"{rate:.10g}") for rate in rates],
+        "weight_decay": config.optim.weight_decay,
+    }
+
+
+def write(methods: Sequence[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for method in methods:
+        file = FOLDER / f"{method}.json"
+        found = {"losses": losses(method), "schedules": schedules(method)}
+        file.write_text(json.dumps(found, indent=2) + "\n")
+        print(file)
 
 
 if __name__ == "__main__":
-    write()
+    write(sys.argv[1:] or components("methods"))

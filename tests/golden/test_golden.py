@@ -1,27 +1,43 @@
-"""Losses that only a deliberate change may move: compared with losses.json in float64 at 1e-9."""
+"""Losses and schedules that only a deliberate change may move: compared with methods/METHOD.json,
+losses in float64 at 1e-9.
+"""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import regenerate
 
 from scaletrain.config.schema import components
 
-KNOWN: dict[str, list[float]] = json.loads(regenerate.FILE.read_text())
 FIX = (
     "if the change is meant, run `make golden` (python tests/golden/regenerate.py) and say why "
     "in the commit"
 )
 
 
-def test_every_method_has_golden_losses() -> None:
-    assert sorted(KNOWN) == sorted(components("methods")), FIX
-    for method, losses in KNOWN.items():
-        assert len(losses) == len(set(losses)) == regenerate.STEPS, f"{method}: {losses}"
+def known(method: str) -> dict[str, Any]:
+    file = regenerate.FOLDER / f"{method}.json"
+    assert file.exists(), f"a new method: run `python tests/golden/regenerate.py {method}`"
+    return json.loads(file.read_text())  # type: ignore[no-any-return]
+
+
+def test_every_file_is_that_of_a_method() -> None:
+    files = {path.stem for path in regenerate.FOLDER.glob("*.json")}
+    assert files <= set(components("methods")), FIX
 
 
 @pytest.mark.parametrize("method", components("methods"))
 def test_losses_have_not_moved(method: str) -> None:
-    assert regenerate.losses(method) == pytest.approx(KNOWN[method], rel=1e-9), FIX
+    expected = known(method)["losses"]
+    assert len(expected) == len(set(expected)) == regenerate.STEPS
+    assert regenerate.losses(method) == pytest.approx(expected, rel=1e-9), FIX
+
+
+@pytest.mark.parametrize("method", components("methods"))
+def test_schedules_have_not_moved(method: str) -> None:
+    expected = known(method)["schedules"]
+    assert expected, f"no recipe trains {method}: add one to configs/"
+    assert regenerate.schedules(method) == expected, FIX

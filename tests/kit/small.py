@@ -89,7 +89,7 @@ def batch(cfg: Config, step: int) -> Batch:
     )
 
 
-def _support(data: Data, step: int, beside: Batch) -> Batch | None:
+def _support(data: Data, step: int, main: Batch) -> Batch | None:
     assert data.support is not None
     if step >= data.support.epochs * STEPS_PER_EPOCH:
         return None
@@ -100,10 +100,10 @@ def _support(data: Data, step: int, beside: Batch) -> Batch | None:
     labels[0] = -1  # that of a substitute
     index = torch.arange(rows)
     return Batch(
-        (dist.mine(images[0])[None].to(beside.pixel_range),),
+        (dist.mine(images[0])[None].to(main.pixel_range),),
         dist.mine(index),
         dist.mine(index),
-        beside.pixel_range,
+        main.pixel_range,
         dist.mine(labels),
     )
 
