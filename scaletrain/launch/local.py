@@ -47,7 +47,7 @@ def main(
     ] = 0,
     restarts: Annotated[
         int,
-        typer.Option(help="Times to start again from the last checkpoint after a failure."),
+        typer.Option(min=0, help="Times to start again from the last checkpoint after a failure."),
     ] = 0,
 ) -> None:
     """Train on this machine with several processes, for example:
