@@ -7,7 +7,7 @@ BIN := .venv/bin
 help: ## these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/.runtime ## Fashion-MNIST to a judged encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
+demo: .venv/.runtime ## Fashion-MNIST to an evaluated encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
 
 test: .venv/.dev ## the test suite, in four processes: those that test SLURM mostly wait

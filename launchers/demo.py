@@ -1,8 +1,8 @@
-"""The demonstration, from images to a judged encoder on this machine:
+"""The demonstration, from images to an evaluated encoder on this machine:
 
     python launchers/demo.py [FOLDER] [key=value ...]
 
-Every stage is skipped if its result is there and complete, so a stopped demonstration goes on where
+Every stage is skipped if its result is there and complete, so a stopped demonstration resumes where
 it was. All files are below demo/; delete that folder to begin again.
 """
 
@@ -88,7 +88,7 @@ def main(
             train(changes)
             summary(evaluate())
         except KeyboardInterrupt:
-            console.print("\nstopped; the same command goes on from here")
+            console.print("\nstopped; rerun the same command to resume")
             raise typer.Exit(130) from None
 
 
@@ -340,8 +340,8 @@ def _python(*command: str) -> None:
         raise KeyboardInterrupt
     if code:
         raise DemoError(
-            f"{command[0]} ended with exit code {code}; run this again, or delete {HOME} to begin "
-            "anew"
+            f"{command[0]} ended with exit code {code}; run this again, or delete {HOME} to start "
+            "over"
         )
 
 

@@ -102,7 +102,7 @@ def evaluate(
         ),
     ] = None,
     test_data: Annotated[
-        str | None, typer.Option("--test", help="Default: `test` or `val` beside them.")
+        str | None, typer.Option("--test", help="Default: the folder `test` or `val` next to them.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="e.g. linear.epochs=20; may be repeated.")

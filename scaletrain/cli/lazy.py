@@ -65,6 +65,15 @@ class _Lazy(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return load(str(self.name), cmd_name) if cmd_name in self.commands else None
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # launchers pass signals on
+        if self.name != "launch":
+            from scaletrain.runtime.signals import ending_at_once
+
+            ctx.with_resource(ending_at_once())
+
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, one.help or "") for name, one in self.commands.items()])

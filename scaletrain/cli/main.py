@@ -26,6 +26,13 @@ from scaletrain.cli import commands, lazy, show
 class _Guarded(TyperGroup):
     """Turns exceptions into messages and exit codes, and lets one rank speak for all."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # help at once: typer imports pydantic to read even the default of --debug
+        if len(args) == 2 and args[0] in self.commands and args[1] in ctx.help_option_names:
+            self.commands[args[0]].make_context(args[0], args[1:], parent=ctx)
+
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -90,8 +97,8 @@ def _options(
     ] = False,
 ) -> None:
     """Self-supervised image pretraining, from shards to an evaluated encoder."""
-    # training saves first, and launchers pass signals on
-    if context.invoked_subcommand not in ("train", "launch"):
+    # training saves first, and the groups have help that needs no torch
+    if context.invoked_subcommand not in ("train", *lazy.GROUPS):
         from scaletrain.runtime.signals import ending_at_once
 
         context.with_resource(ending_at_once())

@@ -31,10 +31,13 @@ def index(
         ),
     ],
     force: Annotated[
-        bool, typer.Option("--force", help="Make it again, from the shards as they are now.")
+        bool, typer.Option("--force", help="Rebuild it from the shards as they are now.")
     ] = False,
     skip: Annotated[
-        bool, typer.Option("--skip", help="Name damaged samples and leave them out; do not stop.")
+        bool,
+        typer.Option(
+            "--skip", help="Report damaged samples and leave them out instead of stopping."
+        ),
     ] = False,
 ) -> None:
     """Make the index of a folder of WebDataset tars: scaletrain-index.json and one offset table per
@@ -113,13 +116,11 @@ def subset(
         float | None,
         typer.Option(min=0, max=100, metavar="PERCENT", help="Of all samples: 1 or 10."),
     ] = None,
-    per_class: Annotated[
-        int | None, typer.Option(min=1, help="So many samples of each class.")
-    ] = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="Samples per class.")] = None,
     names: Annotated[
         Path | None, typer.Option(help="File of image names, one a line: SimCLR's 1percent.txt.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the selection.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
 ) -> None:
     """Write a label subset of a folder of shards: --share, --per-class or --names.

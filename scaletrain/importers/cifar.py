@@ -96,7 +96,7 @@ def cifar100(
     dest: command.Splits,
     how: How,
     coarse: Annotated[
-        bool, typer.Option("--coarse", help="Of a release, take the 20 superclasses as labels.")
+        bool, typer.Option("--coarse", help="Label a release by its 20 superclasses.")
     ] = False,
 ) -> None:
     """Write shards from CIFAR-100, DEST/train and DEST/test: from class folders of images, or an

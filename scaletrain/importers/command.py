@@ -35,8 +35,10 @@ Splits = Annotated[
         metavar="DEST", help="Folder to make, with one folder of shards for each split."
     ),
 ]
-NEXT = "The same command goes on after a kill. The same input and options give the same bytes."
-# of what was left aside, so many are named
+NEXT = (
+    "Rerun the same command to resume after a kill. The same input and options give the same bytes."
+)
+# kinds of ignored files that are named
 KINDS = 20
 # of lists of names
 TEXT_BYTES = 64 << 20
@@ -78,7 +80,7 @@ def save(
     """
     with partial.replacing(dest, write.head(splits, how, name, unique), how.force) as job:
         if job.resumed:
-            print(f"going on with {job.partial}")
+            print(f"resuming from {job.partial}")
 
         try:
             for split, source in splits.items():
@@ -101,7 +103,7 @@ def save(
         except BaseException:
             if job.kept:
                 print(
-                    f"complete shards stay in {job.partial}: the same command goes on with them",
+                    f"complete shards stay in {job.partial}: rerun the same command to resume",
                     file=sys.stderr,
                 )
 

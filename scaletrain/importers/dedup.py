@@ -2,7 +2,7 @@
 memory does not grow.
 
 It lies in the partial folder. A shard's hashes are on disk before the journal names the shard, so
-that an import that goes on drops those of shards that it writes again, and decides everything as it
+that a resumed import drops those of shards that it writes again, and decides everything as it
 would have without the interruption.
 """
 
@@ -17,7 +17,7 @@ NAME = ".hashes.sqlite"
 
 
 class Copies:
-    """`begin`: the place in the order of writing that the import goes on at."""
+    """`begin`: the position in the order of writing from which the import resumes."""
 
     def __init__(self, folder: Path, begin: int) -> None:
         self._table = sqlite3.connect(folder / NAME, isolation_level=None)

@@ -1,4 +1,4 @@
-"""DEST.partial: shards on their way to DEST, with a journal, so that the same command goes on after
+"""DEST.partial: shards on their way to DEST, with a journal, so that the same command resumes after
 a kill.
 
 `.import.json` says what is imported and how; `.journal.jsonl`, one beside each split's shards, has

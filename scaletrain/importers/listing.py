@@ -54,10 +54,10 @@ def main(
         Path | None, typer.Option(help="Folder that paths are relative to [the listing's].")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to wait for the network, of each try.")
+        float, typer.Option(min=0.1, help="Network timeout in seconds of each attempt.")
     ] = 10.0,
     tries: Annotated[
-        int, typer.Option(min=1, help="Of a download, while its failure may pass.")
+        int, typer.Option(min=1, help="Attempts per download, for transient errors.")
     ] = 3,
     keep_copies: Annotated[
         bool,
@@ -78,7 +78,7 @@ def main(
     classes. Of images whose files are equal byte by byte, one stays, with its labels; copies.jsonl
     lists the others.
 
-    A table of the rows is kept in a temporary file beside DEST; memory is about 50 bytes a row.
+    A table of the rows is kept in a temporary file next to DEST; memory is about 50 bytes a row.
     """
     given = tuple(command.lines(classes)) if classes else ()
 
@@ -93,6 +93,6 @@ def main(
     command.save(dest, {"": listed}, how, name, unique=not keep_copies)
     if listed.renumbered:
         print(
-            "labels are numbered anew, without gaps; give other splits these classes: --classes "
+            "labels are renumbered, without gaps; give other splits these classes: --classes "
             f"{dest}/{CLASSES}"
         )

@@ -53,7 +53,7 @@ class Columns(NamedTuple):
     label: str = ""
     # between the labels of a CSV cell
     separator: str = ";"
-    # words that mean that there is none, beside -1 and a null; "": an empty cell does
+    # words that mean that there is none, in addition to -1 and null; "": an empty cell does
     no_label: tuple[str, ...] = ()
     # labels are names, even where they look like numbers
     names: bool = False

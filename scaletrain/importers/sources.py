@@ -20,7 +20,7 @@ from scaletrain.importers.write import Entry
 from scaletrain.runtime import local_files
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# beside hidden files and folders
+# in addition to hidden files and folders
 CLUTTER = ("__macosx", "thumbs.db", "desktop.ini")
 
 

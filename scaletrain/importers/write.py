@@ -100,7 +100,7 @@ class How:
     """The options that all importers share."""
 
     per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = PER_SHARD
-    seed: Annotated[int, typer.Option(min=0, help="Of the global shuffle.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle.")] = 0
     resize: Annotated[
         int,
         typer.Option(
@@ -113,7 +113,7 @@ class How:
         typer.Option(
             min=0,
             max=100,
-            help=f"Of JPEGs after --resize [{QUALITY}]; without --resize, all images are "
+            help=f"JPEG quality after --resize [{QUALITY}]; without --resize, all images are "
             "re-encoded.",
         ),
     ] = 0
@@ -124,7 +124,7 @@ class How:
         str,
         typer.Option(
             metavar="N|N%",
-            help=f"Leave out so many images that cannot be read, listed in {QUARANTINE}; stop at "
+            help=f"Leave out at most this many unreadable images, listed in {QUARANTINE}; stop at "
             "more.",
         ),
     ] = "0"
@@ -236,7 +236,7 @@ def write(
 def _ahead(
     pool: Executor, work: Callable[[int], Sample], numbers: Iterator[int], most: int
 ) -> Iterator[Sample]:
-    """The results in order, at most so many computed ahead of need."""
+    """The results in order, of which a limited number is computed ahead."""
     running: deque[Future[Sample]] = deque()
     for number in numbers:
         running.append(pool.submit(work, number))

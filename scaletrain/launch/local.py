@@ -22,7 +22,7 @@ from scaletrain.runtime.tables import plural
 
 # those on which training saves and stops
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-# exit codes of a process that ended because it was told to
+# exit codes of a process that ended on request
 ASKED = tuple(128 + number for number in SIGNALS)
 # seconds in which the others may end by themselves after a failure: they notice it, and say what
 # they know
@@ -47,7 +47,7 @@ def main(
     ] = 0,
     restarts: Annotated[
         int,
-        typer.Option(help="Times to start again from the last checkpoint after a failure."),
+        typer.Option(min=0, help="Times to start again from the last checkpoint after a failure."),
     ] = 0,
 ) -> None:
     """Train on this machine with several processes, for example:
@@ -87,7 +87,7 @@ def start(arguments: Sequence[str], procs: int, port: int, restarts: int) -> int
 
 
 class Ranks:
-    """The processes of one start, and what they are asked from outside."""
+    """The processes of one start, and the signals passed on to them."""
 
     def __init__(
         self, procs: int, command: Sequence[str], listener: socket.socket, folder: Path

@@ -1,9 +1,9 @@
-"""The commands: what they pass on, and how failures end."""
+"""The commands: their help, what they pass on, and how recipes are found."""
 
 from __future__ import annotations
 
-import errno
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,14 +15,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scaletrain import exit_codes
 from scaletrain.checkpoint import files
 from scaletrain.checkpoint import writer as checkpoint
+from scaletrain.cli import lazy
 from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.config import schema as config
-from scaletrain.core import Batch, Piece
-from scaletrain.data.errors import DataError, LoaderError
+from scaletrain.core import Piece
 from scaletrain.evals import run as evals
 from scaletrain.nn import resnet
 from scaletrain.report import cards
@@ -60,11 +59,13 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]],
     return replace
 
 
-def test_help_does_not_wait_for_torch() -> None:
+@pytest.mark.parametrize("group", [None, "show", *lazy.GROUPS])
+def test_help_imports_no_library_of_the_commands(group: str | None) -> None:
+    words = [] if group is None else [group]
     script = (
-        "import sys\nfrom scaletrain.cli import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: print('\\nheavy', sorted({'torch', 'numpy', 'pydantic'} & "
+        "import sys\nfrom scaletrain.cli.main import app\n"
+        f"try: app([*{words}, '--help'])\n"
+        "except SystemExit: print('\\nheavy', sorted({'torch', 'numpy', 'cv2', 'pydantic'} & "
         "set(sys.modules)))"
     )
     done = subprocess.run(
@@ -76,8 +77,83 @@ def test_help_does_not_wait_for_torch() -> None:
         timeout=60,
     )
     assert done.stdout.splitlines()[-1] == "heavy []"
-    for command in ("train", "eval", "export", "show"):
+    top = ("train", "eval", "export", "compare", "show", "doctor", "shards", "launch")
+    for command in lazy.COMMANDS.get(group, ["memory"]) if group else top:
         assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in lazy.GROUPS for name in lazy.COMMANDS[group]]
+)
+def test_every_command_of_a_group_can_be_imported_and_is_what_the_group_says(
+    group: str, name: str
+) -> None:
+    found = call(group, name, "--help")
+    assert found.exit_code == 0, found.output
+    assert f"scaletrain {group} {name} " in found.output.replace("root", "scaletrain", 1)
+    said = " ".join(found.stdout.partition("\n\n")[2].split())
+    assert said.startswith(lazy.COMMANDS[group][name].help)
+
+
+SCRIPTS = {
+    **{f"shards/{name.replace('-', '_')}.py": ("shards", name) for name in lazy.COMMANDS["shards"]},
+    **{f"launchers/{name}.py": ("launch", name) for name in lazy.COMMANDS["launch"]},
+}
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_scripts_are_commands(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(cli, "main", lambda *words: seen.append(words))
+    runpy.run_path(str(ROOT / path), run_name="__main__")
+    assert seen == [SCRIPTS[path]]
+    runpy.run_path(str(ROOT / path), run_name="imported")
+    assert len(seen) == 1
+
+
+def test_there_is_no_other_script() -> None:
+    found = {
+        f"{folder}/{p.name}"
+        for folder in ("shards", "launchers")
+        for p in (ROOT / folder).glob("*.py")
+    }
+    assert found == {*SCRIPTS, "launchers/demo.py"}
+
+
+def test_groups_name_the_nearest_command_and_refuse_in_one_line(tmp_path: Path) -> None:
+    result = call("shards", "foldr", "a", "b")
+    assert result.exit_code == 2
+    assert "Did you mean 'folder'?" in result.stderr
+    result = call("shards", "folder", tmp_path / "none", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path}/none: no such folder of images\n"
+
+
+def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = call("show", "config", "byol_r18_cifar10")
+    assert named.exit_code == 0, named.output
+    path = ROOT / "configs" / "byol_r18_cifar10.yaml"
+    assert named.stdout == call("show", "config", path).stdout
+
+    (tmp_path / "mine.yaml").write_text("base: byol_r18_cifar10\nseed: 7")
+    assert "seed: 7" in call("show", "config", "mine.yaml").stdout
+    (tmp_path / "byol_r18_cifar10").write_text("base: byol_r18_cifar10.yaml\nseed: 8")
+    assert "seed: 8" in call("show", "config", "byol_r18_cifar10").stdout
+
+    unknown = call("show", "config", "byol_r50_in1")
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith(
+        "error: there is neither a file nor a recipe named 'byol_r50_in1'; the nearest are "
+        "byol_r50_in1k, "
+    )
+
+
+def test_the_run_folder_has_the_name_of_the_recipe(training: Any) -> None:
+    seen: list[Any] = []
+    training(lambda config, run, **_: seen.append(run))
+    assert call("train", "byol_r18_cifar10", "--data", "synthetic").exit_code == 0
+    assert seen == [Path("runs/byol_r18_cifar10")]
 
 
 def test_show_config_prints_what_loads_equal(recipe: Path, tmp_path: Path) -> None:
@@ -210,121 +286,6 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
         result = call("export", bad[0], tmp_path / "other.safetensors", *bad[1:])
         assert (result.exit_code, result.stderr[:7]) == (2, "error: ")
         assert not (tmp_path / "other.safetensors").exists()
-
-
-def raising(error: BaseException) -> Callable[..., None]:
-    def train(*_: Any, **__: Any) -> None:
-        raise error
-
-    return train
-
-
-def split_unevenly(*_: Any, **__: Any) -> None:
-    Batch((torch.zeros(1, 3, 3, 8, 8),), torch.zeros(3), torch.zeros(3), torch.zeros(2, 3)).split(2)
-
-
-@pytest.mark.parametrize(
-    ("fault", "text"),
-    [
-        (raising(DataError("a.tar at byte 512: truncated")), "a.tar at byte 512: truncated"),
-        (
-            raising(PermissionError(13, "Permission denied", "/run")),
-            "[Errno 13] Permission denied: '/run'",
-        ),
-        (
-            split_unevenly,
-            "3 samples per rank do not split into 2 equal micro-batches",
-        ),  # a plain ValueError of our own code
-    ],
-)
-def test_expected_failures_are_one_line(
-    recipe: Path, training: Any, fault: Callable[..., None], text: str
-) -> None:
-    training(fault)
-    result = call("train", recipe)
-    assert (result.exit_code, result.stderr) == (2, f"error: {text}\n")
-    for shown in (call("--debug", "train", recipe), call("train", recipe, SCALETRAIN_DEBUG="1")):
-        assert isinstance(
-            shown.exception, ValueError | OSError
-        )  # it gets through, with its traceback
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (OSError(errno.ECONNRESET, "Connection reset by peer"), 75),
-        (OSError(errno.ENOSPC, "No space left on device", "metrics"), 75),
-        (OSError(errno.ESTALE, "Stale file handle"), 75),
-        (TimeoutError("no answer"), 75),
-        (MemoryError("4 GiB"), 75),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 75),
-        (LoaderError("worker 1 was killed"), 75),
-        (files.CheckpointError("step 3 was not saved", 75), 75),
-        (files.CheckpointError("step 3 is damaged"), 2),
-        (OSError(errno.EACCES, "Permission denied"), 2),
-        (OSError(errno.ENOENT, "No such file or directory"), 2),
-    ],
-)
-def test_exit_codes(recipe: Path, training: Any, error: Exception, code: int) -> None:
-    training(raising(error))
-    result = call("train", recipe)
-    assert result.exit_code == code
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-
-
-def test_what_failed_passingly_underneath_may_be_tried_again() -> None:
-    error = DataError("shard 7 cannot be read")
-    assert exit_codes.of(error) == 2
-    error.__cause__ = OSError(errno.EIO, "Input/output error")
-    assert exit_codes.of(error) == 75
-
-
-@pytest.mark.parametrize(
-    "error",
-    [TypeError("defect"), ValueError("of another library"), RuntimeError("defect"), KeyError("x")],
-)
-def test_defects_keep_their_traceback(recipe: Path, training: Any, error: Exception) -> None:
-    training(raising(error))
-    result = call("train", recipe)
-    assert (result.exit_code, result.exception) == (1, error)
-
-
-def test_bad_recipe_and_bad_usage(recipe: Path) -> None:
-    result = call("train", recipe, "optim.lrr=1")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert (
-        result.stderr == "error: command line: unknown key 'optim.lrr'; did you mean 'optim.lr'?\n"
-    )
-    for arguments in (("train",), ("train", recipe, "--rum", "x"), ("trian",), ("eval", "run"), ()):
-        result = call(*arguments)
-        assert result.exit_code == 2
-        assert "Usage: " in result.output
-        assert "Traceback" not in result.output
-
-
-def test_interrupt_is_quiet(recipe: Path, training: Any) -> None:
-    training(raising(KeyboardInterrupt()))
-    result = call("train", recipe)
-    assert (result.exit_code, result.stderr) == (130, "")
-
-
-@pytest.mark.parametrize(
-    ("error", "code"), [(DataError("bad shard"), 2), (RuntimeError("defect"), 1)]
-)
-def test_first_rank_speaks_for_all(
-    recipe: Path, training: Any, tmp_path: Path, error: Exception, code: int
-) -> None:
-    place = str(tmp_path / "first-failure")
-    training(raising(error))
-    first = call("train", recipe, RANK="1", SCALETRAIN_ERROR_FILE=place)
-    assert first.exit_code == code
-    assert first.stderr == "error: bad shard\n" if code == 2 else first.exception is error
-    training(raising(RuntimeError("connection closed by peer")))
-    later = call("train", recipe, RANK="2", SCALETRAIN_ERROR_FILE=place)
-    assert (later.exit_code, later.output) == (code, "")
-    usage = call("train", recipe, "--rum", RANK="3", SCALETRAIN_ERROR_FILE=place)
-    assert (usage.exit_code, usage.output) == (code, "")
 
 
 def test_module_runs_the_command(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def main(
     constraint: Annotated[str | None, typer.Option(help="Features the nodes must have.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Nodes to avoid, e.g. n[3-4].")] = None,
     mail: Annotated[
-        str | None, typer.Option(help="Address told of end, failure and requeue.")
+        str | None, typer.Option(help="Address notified of end, failure and requeue.")
     ] = None,
     setup: Annotated[
         list[str] | None,

@@ -102,7 +102,8 @@ class Launch:
             states = watch.follow(jobs, folder, typer.echo)
         except KeyboardInterrupt:
             typer.echo(
-                f"\nno longer followed; it goes on. `scancel {jobs[0].partition('_')[0]}` ends it"
+                "\nno longer followed; the job continues. "
+                f"`scancel {jobs[0].partition('_')[0]}` ends it"
             )
             raise typer.Exit(130) from None
 

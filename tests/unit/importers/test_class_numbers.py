@@ -67,7 +67,7 @@ def test_words_for_no_label_and_names_that_look_like_numbers(tmp_path: Path) -> 
     listing = write_labels(tmp_path / "list.csv", ["1", "0", "NA", "?", "-1"])
     said = run("listing", listing, tmp_path / "a", "--no-label", "NA", "--no-label", "?")
     assert "5 images in 2 classes, 1 shard; without a label: 3" in said
-    assert "numbered anew" not in said
+    assert "renumbered" not in said
     assert contents(tmp_path / "a") == dict(zip(data, (1, 0, -1, -1, -1), strict=True))
     assert json.loads((tmp_path / "a" / "classes.json").read_text()) == ["0", "1"]
     run("listing", listing, tmp_path / "b", "--names")
@@ -79,7 +79,7 @@ def test_sparse_numbers_are_numbered_without_gaps_and_alike_by_the_classes_of_an
 ) -> None:
     data = photos(tmp_path, 4)
     train = write_labels(tmp_path / "train.csv", ["1440764", "7", "1440764", "19"])
-    assert "labels are numbered anew" in run("listing", train, tmp_path / "train")
+    assert "labels are renumbered" in run("listing", train, tmp_path / "train")
     names = tmp_path / "train" / "classes.json"
     assert json.loads(names.read_text()) == ["7", "19", "1440764"]
     assert contents(tmp_path / "train") == dict(zip(data, (2, 0, 2, 1), strict=True))
@@ -96,7 +96,7 @@ def test_sparse_numbers_are_numbered_without_gaps_and_alike_by_the_classes_of_an
         fails="test.csv, line 3: label '019' is not in",
     )
     write_labels(test, ["1440764", "19", "7", "7"])
-    assert "numbered anew" not in run(
+    assert "renumbered" not in run(
         "listing", test, tmp_path / "test", "--name", "test", "--classes", names
     )
     assert contents(tmp_path / "test") == dict(zip(data, (2, 1, 0, 0), strict=True))

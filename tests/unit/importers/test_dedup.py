@@ -133,7 +133,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path, web: Server) 
     assert kept >= 3
     web.pause = 0.0
     web.asked.clear()
-    assert "going on with" in run("listing", source, tmp_path / "out", "--per-shard", 2)
+    assert "resuming from" in run("listing", source, tmp_path / "out", "--per-shard", 2)
     assert sum(web.asked.values()) == 12 - 2 * kept  # what is there is not fetched again
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

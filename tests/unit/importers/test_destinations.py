@@ -169,7 +169,7 @@ def test_the_working_directory_and_folders_of_others_are_filled(
 
 
 def test_advice_is_true(tmp_path: Path, source: Path) -> None:
-    """Complete shards are promised only where there are some, and the same command goes on with
+    """Complete shards are promised only where there are some, and the same command resumes from
     them.
     """
     out, kept = tmp_path / "out", tmp_path / "out.partial"
@@ -186,16 +186,14 @@ def test_advice_is_true(tmp_path: Path, source: Path) -> None:
 
     assert "complete shards stay" not in failed(order[2])
     assert not kept.exists()
-    assert f"complete shards stay in {kept}: the same command goes on with them" in failed(
-        order[17]
-    )
+    assert f"complete shards stay in {kept}: rerun the same command to resume" in failed(order[17])
     shards = {
         p.name: p.stat().st_mtime_ns
         for p in kept.glob("*.tar")
         if (kept / f"{p.name}.stidx").exists()
     }
     assert len(shards) >= 2
-    assert f"going on with {kept}" in run("folder", source, out, "--per-shard", 5)
+    assert f"resuming from {kept}" in run("folder", source, out, "--per-shard", 5)
     assert files(out) == files(tmp_path / "whole")
     assert {name: (out / name).stat().st_mtime_ns for name in list(shards)[:2]} == dict(
         list(shards.items())[:2]

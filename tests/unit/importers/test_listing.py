@@ -51,7 +51,7 @@ def test_none_one_and_many_labels(tmp_path: Path) -> None:
     )
     assert "5 images in 4 classes, 1 shard; without a label: 2" in said
     assert (
-        "labels are numbered anew, without gaps; give other splits these classes: --classes "
+        "labels are renumbered, without gaps; give other splits these classes: --classes "
         f"{tmp_path}/out/classes.json" in said
     )
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["1", "2", "4", "7"]

@@ -1,4 +1,4 @@
-"""The importers, index.py and verify.py, run as a user runs them; webdataset reads what
+"""The importers, index and verify, run as a user runs them; webdataset reads what
 they write.
 """
 

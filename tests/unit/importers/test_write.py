@@ -83,7 +83,7 @@ def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         b"half"
     )  # as a kill in mid-write may leave it
     before = {p.name: p.stat().st_mtime_ns for p in sorted(partial.glob("*.tar"))[:3]}
-    assert "going on with" in run("folder", src, out, *options)
+    assert "resuming from" in run("folder", src, out, *options)
     assert files(out) == files(tmp_path / "undisturbed")
     assert {
         name: (out / name).stat().st_mtime_ns for name in before

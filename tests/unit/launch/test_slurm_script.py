@@ -329,6 +329,24 @@ def test_dry_run_needs_neither_slurm_nor_data(
         assert refused.stdout == ""
 
 
+def test_the_recipe_comes_first_or_by_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for words in (["byol_r18_cifar10", "--data", "/x"], ["--config", "byol_r18_cifar10", "seed=1"]):
+        done = dry_run(*words)
+        assert done.exit_code == 0, done.output
+        assert f"#SBATCH --comment={tmp_path}/runs/byol_r18_cifar10\n" in done.stdout
+    assert "--array=0-5%6" in dry_run("relicv2_r50_in1k", "--grid", "byol_masks").stdout
+    for words, says in (
+        (["byol_r18_cifar10", "--config", "relic_r18_cifar10"], "two recipes are named"),
+        (["byol_r18_cifar"], "the nearest are byol_r18_cifar10"),
+        (["byol_r18_cifar10", "relic_r18_cifar10"], "an override has the form key.subkey=value"),
+    ):
+        assert says in str(dry_run(*words).exception)
+
+
 def test_progress_is_noted_for_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
