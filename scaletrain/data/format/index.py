@@ -77,12 +77,12 @@ def load(
                 f"{len(faults)} faults left out of the index; shards/verify.py {folder} lists them"
             )
 
-    found = _parse(path)
-    if why and found.unused:
-        notice(f"{folder}: {unused(found)}")
+    listed = _parse(path)
+    if why and listed.unused:
+        notice(f"{folder}: {unused(listed)}")
 
-    _check_names(folder, present, found)
-    return found.only(place.chosen(found.names)) if place.patterns else found
+    _check_names(folder, present, listed)
+    return listed.only(place.chosen(listed.names)) if place.patterns else listed
 
 
 def build(
@@ -320,8 +320,8 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
 
 def _first(names: list[bytes]) -> str:
     """The first names, and how many more there are."""
-    shown = printable(", ".join(map(os.fsdecode, sorted(names)[:SHOWN])))
-    return shown + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    first = printable(", ".join(map(os.fsdecode, sorted(names)[:SHOWN])))
+    return first + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 def _parse(path: Path) -> ShardManifest:

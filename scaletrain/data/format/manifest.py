@@ -138,15 +138,15 @@ def version(path: Path) -> int:
 
 def version_in(head: bytes) -> int:
     """The version, from the beginning of the file."""
-    found = _HEAD.match(head)
-    return int(found[1]) if found else 0
+    head_match = _HEAD.match(head)
+    return int(head_match[1]) if head_match else 0
 
 
 def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
     """Parse a manifest. Raises DataError that begins with `where` it is stored and ends with the
     fix.
     """
-    found: list[NDArray[np.void]] = []
+    columns: list[NDArray[np.void]] = []
     notes: list[tuple[int, int, bool, int]] = []
     faults: list[tuple[bytes, str]] = []
     unused, shards = "", 0
@@ -154,7 +154,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
     try:
         for piece in _pieces(file, where, fix):
             raw = json.loads(piece)
-            here = VERSION if found else None
+            here = VERSION if columns else None
             if (
                 not isinstance(raw, dict)
                 or raw.get("version", here) != VERSION
@@ -164,7 +164,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
             if not isinstance(raw.get("shards"), list):
                 raise DataError(f"{where} is not a version {VERSION} manifest; {fix}")
 
-            found.append(_checked(raw["shards"], where, fix))
+            columns.append(_checked(raw["shards"], where, fix))
             for number, shard in enumerate(raw["shards"], shards):
                 if len(shard) > PLAIN:
                     notes.append(_noted(number, shard, where, fix))
@@ -178,7 +178,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} cannot be read ({error}); {fix}") from None
 
-    manifest = ShardManifest(np.concatenate(found), np.array(notes, NOTE), faults, unused)
+    manifest = ShardManifest(np.concatenate(columns), np.array(notes, NOTE), faults, unused)
     ordered = np.sort(manifest.names)
     if (ordered[1:] == ordered[:-1]).any():
         raise DataError(f"{where} names a shard twice; {fix}")

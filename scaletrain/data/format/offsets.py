@@ -126,13 +126,13 @@ def scan(
     seen: set[str] = set()
     try:
         for key, group in groupby(_members(reader), itemgetter(0)):
-            for found in _samples(path, key, _parts(group), seen):
-                if isinstance(found, ShardError):
-                    report(found)
-                elif isinstance(found, str):
-                    unused(found)
+            for item in _samples(path, key, _parts(group), seen):
+                if isinstance(item, ShardError):
+                    report(item)
+                elif isinstance(item, str):
+                    unused(item)
                 else:
-                    rows.append(found)
+                    rows.append(item)
     except ArchiveError as fault:
         report(fault)
 
@@ -213,29 +213,37 @@ def _apart(key: str, parts: list[SampleMember]) -> Iterator[tuple[str, list[Samp
 
 
 def _row(path: Path, key: str, members: list[SampleMember]) -> OffsetRow:
-    found: dict[str, SampleMember] = {}
+    by_extension: dict[str, SampleMember] = {}
     for part in members:
         if _last(part.extension) in PICKLES:
             text = f"member '{part.name}' is a pickle, which could run code, and is not read"
             raise ShardError(path, part.place[0], text)
 
-        if part.extension in found or (
-            part.extension in IMAGES and not found.keys().isdisjoint(IMAGES)
+        if part.extension in by_extension or (
+            part.extension in IMAGES and not by_extension.keys().isdisjoint(IMAGES)
         ):
             raise ShardError(
                 path, part.place[0], f"key '{key}' has two members of one kind ('{part.name}')"
             )
 
-        found[part.extension] = part
+        by_extension[part.extension] = part
 
-    image = next((found[e].place for e in IMAGES if e in found), None)
+    image = next((by_extension[e].place for e in IMAGES if e in by_extension), None)
     if image is None:
-        text = f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(found)[:80]}"
+        text = (
+            f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(by_extension)[:80]}"
+        )
         raise ShardError(path, members[0].place[0], text)
 
     nothing = SampleMember("", "", NONE)
-    target = next((found[e] for e in LABELS if e in found), nothing)
-    return *image, *target.place, *found.get(MASK, nothing).place, target.label, key_hash(key)
+    target = next((by_extension[e] for e in LABELS if e in by_extension), nothing)
+    return (
+        *image,
+        *target.place,
+        *by_extension.get(MASK, nothing).place,
+        target.label,
+        key_hash(key),
+    )
 
 
 def _last(extension: str) -> str:
@@ -284,7 +292,7 @@ def _single(record: dict[str, Any]) -> Any:
     return known[0] if len(known) == 1 else NO_LABEL
 
 
-def shown(data: bytes) -> str:
+def abbreviated(data: bytes) -> str:
     """The content of a member with a label, shortened for an error message."""
     if len(data) > LABEL_BYTES:
         return f"{len(data):,} bytes"
@@ -312,11 +320,11 @@ def load(path: Path, samples: int, shard_bytes: int) -> OffsetRows:
 
     try:
         with local_files.reader(path) as file:
-            if (found := os.fstat(file.fileno()).st_size) != size:
+            if (actual := os.fstat(file.fileno()).st_size) != size:
                 raise ShardError(
                     path,
                     0,
-                    f"{found} bytes do not hold {samples} samples; the index is damaged: {fix}",
+                    f"{actual} bytes do not hold {samples} samples; the index is damaged: {fix}",
                 )
 
             head = np.frombuffer(file.read(HEAD.itemsize), HEAD)[0]

@@ -72,17 +72,17 @@ class ShardSelection(NamedTuple):
 
 def by_folder(shards: Paths) -> list[ShardSelection]:
     """The selection from each folder, in the order of their first mention. Raises DataError."""
-    found: dict[str, list[str]] = {}
+    selected: dict[str, list[str]] = {}
     whole: set[str] = set()
     for path in _listed(shards):
         folder, pattern = _cut(path)
-        found.setdefault(folder, []).append(pattern)
+        selected.setdefault(folder, []).append(pattern)
         if not pattern:
             whole.add(folder)
 
     return [
         ShardSelection(folder, () if folder in whole else tuple(patterns))
-        for folder, patterns in found.items()
+        for folder, patterns in selected.items()
     ]
 
 
@@ -123,12 +123,14 @@ def one_split(folder: str, names: NDArray[np.bytes_]) -> None:
         )
         return f"{_prefix(first)}*.tar"
 
-    found = sorted(splits, key=list(SPLITS.values()).index)
-    shown = " and ".join(
-        f"{pattern(split)} ({sum(forms[form] for form in splits[split]):,})" for split in found
+    present = sorted(splits, key=list(SPLITS.values()).index)
+    listing = " and ".join(
+        f"{pattern(split)} ({sum(forms[form] for form in splits[split]):,})" for split in present
     )
-    choice = f"choose one, such as {folder}/{pattern(found[0])}, or all of them with {folder}/*.tar"
-    raise DataError(f"{folder} holds the shards of several splits, {shown}: {choice}")
+    choice = (
+        f"choose one, such as {folder}/{pattern(present[0])}, or all of them with {folder}/*.tar"
+    )
+    raise DataError(f"{folder} holds the shards of several splits, {listing}: {choice}")
 
 
 def expanded(pattern: str) -> list[str]:
@@ -136,10 +138,10 @@ def expanded(pattern: str) -> list[str]:
     names, left = [], [pattern]
     while left:
         name = left.pop()
-        if found := re.search(r"\{([^{}]*)\}", name):
+        if braces := re.search(r"\{([^{}]*)\}", name):
             left += [
-                name[: found.start()] + text + name[found.end() :]
-                for text in _alternatives(found[1])
+                name[: braces.start()] + text + name[braces.end() :]
+                for text in _alternatives(braces[1])
             ]
         elif "{" in name or "}" in name:
             raise DataError(f"{pattern}: a brace is not closed; write {{a,b}} or {{000..127}}")
@@ -166,10 +168,10 @@ def _alternatives(text: str) -> list[str]:
 
 
 def _listed(shards: Paths) -> list[str]:
-    found = listed(str(shards)) if isinstance(shards, str | Path) else list(shards)
-    if not found or not all(found):
+    paths = listed(str(shards)) if isinstance(shards, str | Path) else list(shards)
+    if not paths or not all(paths):
         raise DataError(f"{shards}: a list of shards that is empty, or has an empty entry")
-    return found
+    return paths
 
 
 def _cut(path: str) -> tuple[str, str]:

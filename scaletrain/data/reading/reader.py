@@ -176,13 +176,13 @@ class Shards:
         sample = int(odd[0])
         number = self._number(sample)
         file, table_rows = self._shard(number)
-        found = self._member(
+        label_data = self._member(
             number, file, table_rows[sample - int(self._starts[number])].item()[3:6]
         )
 
         return (
             f"{text}, or none that is a whole number, such as {self.name(sample)} with "
-            f"{offsets.shown(found)}"
+            f"{offsets.abbreviated(label_data)}"
         )
 
     def fault(self, sample: int, text: object) -> ShardError:

@@ -103,23 +103,23 @@ def by_name(shards: Shards, names: Sequence[str]) -> Ints:
             raise DataError(f"{name} is listed twice, or its key is that of {wanted[ending]}")
         wanted[ending] = name
 
-    found: dict[str, int] = {}
+    samples: dict[str, int] = {}
     for sample in range(len(shards)):
         for ending in _endings(_key(shards, sample)):
             if ending in wanted:
-                if ending in found:
+                if ending in samples:
                     raise DataError(
                         f"{wanted[ending]} is the name of two samples of {shards.folder}; list "
                         "names with their folders"
                     )
 
-                found[ending] = sample
+                samples[ending] = sample
 
-    missing = next((name for key, name in wanted.items() if key not in found), None)
+    missing = next((name for key, name in wanted.items() if key not in samples), None)
     if missing is not None:
         raise DataError(f"{missing} is the name of no sample of {shards.folder}")
 
-    return np.sort(np.array(list(found.values()), np.int64))
+    return np.sort(np.array(list(samples.values()), np.int64))
 
 
 def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> LabelSubset:
