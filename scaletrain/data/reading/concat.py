@@ -15,7 +15,7 @@ from scaletrain.config.schema import Cache
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
-from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Sample, Shards
+from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Shards, StoredSample
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.prefetch import AccessOrder, FolderOrder
 from scaletrain.runtime import local_files
@@ -70,7 +70,7 @@ class ConcatShards:
                 step, FolderOrder(order, int(self._first[number]), int(self._first[number + 1]))
             )
 
-    def read(self, sample: int, mask: bool = False) -> Sample:
+    def read(self, sample: int, mask: bool = False) -> StoredSample:
         part, number = self._find(sample)
         stored = part.read(number, mask)
         return stored if self.labelled else stored._replace(label=-1)

@@ -30,7 +30,7 @@ DEFAULT_CACHE = Cache()
 OPEN_SHARDS = 256
 
 
-class Sample(NamedTuple):
+class StoredSample(NamedTuple):
     """The stored content of one sample."""
 
     image: bytes
@@ -122,7 +122,7 @@ class Shards:
         if self._cached is not None:
             self._cached.expect(step, order)
 
-    def read(self, sample: int, mask: bool = False) -> Sample:
+    def read(self, sample: int, mask: bool = False) -> StoredSample:
         """Read a sample. Raises ShardError with shard, offset and key if the bytes are not those
         that were indexed.
         """
@@ -142,7 +142,7 @@ class Shards:
 
             mask_data = self._member(number, file, row[6:9])
 
-        return Sample(image, max(-1, row[9]), mask_data)
+        return StoredSample(image, max(-1, row[9]), mask_data)
 
     @property
     def shard_bytes(self) -> float:

@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scaletrain import rng
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
 from scaletrain.data.format.names import slug
 from scaletrain.data.reading.reader import Shards
+from scaletrain.data.sampling.plan import Ints
 from scaletrain.runtime import local_files
 
 VERSION = 1
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
