@@ -18,7 +18,7 @@ from scaletrain.runtime import local_files
 
 @dataclass
 class VerifyReport:
-    """What a verification counted, and the faults that it report."""
+    """What a verification counted, and the faults that it found."""
 
     shards: int = 0
     samples: int = 0

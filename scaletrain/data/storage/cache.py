@@ -88,8 +88,8 @@ class NodeCache:
         if min(wanted, self.limit) > room:
             raise DataError(
                 f"the disk of {self.folder} has room for {room:,} bytes and data.cache.bytes is "
-                f"{self.limit:,}: "
-                "lower it, or choose another disk of this node with data.cache.path"
+                f"{self.limit:,}: lower it, or choose another disk of this node with "
+                "data.cache.path"
             )
 
     def _opened(self, key: str) -> int | None:
@@ -172,8 +172,7 @@ class NodeCache:
             if monotonic() > end:
                 raise DataError(
                     f"{self.folder}: every file is in use and data.cache.bytes={self.limit:,} is "
-                    "full; "
-                    "raise it"
+                    "full; raise it"
                 )
 
             _pause()
