@@ -1,8 +1,8 @@
-"""The data plane's figures in one table, written to benchmarks/DATA.md: `make bench SHARDS=FOLDER`.
+"""Benchmarks the data pipeline and writes the table benchmarks/DATA.md: `make bench SHARDS=FOLDER`.
 
 FOLDER: shards of real photographs of about 110 KB, as shards/folder.py or shards/imagenet.py write
-them. The two peers live in folders of their own (lightly and albumentations on webdataset). Nothing
-else should run meanwhile.
+them. The two peers (lightly and albumentations on webdataset) are installed in folders of their
+own. Nothing else should run on the machine at the same time.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ def main(
         Path,
         typer.Argument(exists=True, file_okay=False, help="A folder of shards of photographs."),
     ],
-    lightly: Annotated[str, typer.Option(help="Folder where pip --target put it.")],
-    albumentations: Annotated[str, typer.Option(help="Folder where pip --target put it.")],
+    lightly: Annotated[str, typer.Option(help="Folder into which pip --target installed it.")],
+    albumentations: Annotated[
+        str, typer.Option(help="Folder into which pip --target installed it.")
+    ],
     pairs: int = 5,
     batches: Annotated[
-        int, typer.Option(help="Measured batches of a run of the loader, of 32 images.")
+        int, typer.Option(help="Measured batches of 32 images in each run of the loader.")
     ] = 16,
-    out: Annotated[Path, typer.Option(help="The table.")] = HERE / "DATA.md",
+    out: Annotated[Path, typer.Option(help="File for the table.")] = HERE / "DATA.md",
 ) -> None:
-    """Measure, print each row when it is known, write the table. Exit code 1 if a target is
+    """Measure, print each row when it is complete, and write the table. Exit code 1 if a target is
     missed.
     """
     rows, load = [], os.getloadavg()[0]

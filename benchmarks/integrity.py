@@ -1,8 +1,8 @@
-"""CPU seconds that checking every byte costs the loader, as a share: `python -m
+"""The share of the loader's CPU time that checking every byte takes: `python -m
 benchmarks.integrity FOLDER_OF_SHARDS`.
 
-The seconds inside crc32 and the check of the header, of those that batches of 4 x 224 + 2 x 96
-views take in one process, from the page cache; reading the clock is charged to the checks.
+The time in crc32 and in the check of the header is divided by the time that batches of 4 x 224 +
+2 x 96 views take in one process, from the page cache. Reading the clock counts as checking.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAIRS, STEPS, ROWS, LIMIT = 9, 4, 16, 0.03
 
 
 class Timed:
-    """A function with the CPU seconds spent in it."""
+    """Wraps a function and sums the CPU seconds spent in it."""
 
     def __init__(self, function: object) -> None:
         self.function, self.seconds = function, 0.0
@@ -51,8 +51,8 @@ def rows(folder: str) -> Iterator[Row]:
     def seconds() -> float:
         begin = process_time()
         for step in range(min(STEPS, plan.steps_per_epoch)):
-            if isinstance(found := dataset[(0, step)], Failure):
-                raise found.error
+            if isinstance(batch := dataset[(0, step)], Failure):
+                raise batch.error
         return process_time() - begin
 
     seconds()  # opens files, fills tables and caches

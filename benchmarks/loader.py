@@ -1,13 +1,13 @@
-"""CPU seconds per source image, tar to batch of 4 x 224 + 2 x 96 views, beside lightly and
-albumentations on webdataset.
+"""CPU seconds per source image, from tar to a batch of 4 x 224 + 2 x 96 views, compared with
+lightly and albumentations on webdataset.
 
-First runs the fidelity gate; if that is red, the figures are void. Then pairs, alternating, each
-side in a process of its own with two loader workers of one thread: the views of
-configs/relicv2_r50_in1k.yaml with their probabilities and strengths on both sides, crops bilinear,
-antialiased beside lightly, not beside albumentations. Counted are the CPU seconds of the main
-process and of the workers between two batches, so not the start. The peers hand over bytes, without
-the conversion to normalised floats that both do by default; ours hand over bytes, or floats, made
-of them in the main process.
+First the tests of fidelity run; if they fail, the figures are void. Then pairs of runs alternate,
+each in a process of its own with two single-threaded loader workers. Both sides make the views of
+configs/relicv2_r50_in1k.yaml with their probabilities and strengths; crops are bilinear, with
+antialiasing in the comparison with lightly and without it in that with albumentations. The CPU
+seconds of the main process and the workers between two batches are counted, so the start is not.
+The peers return uint8, without the conversion to normalised floats that both do by default;
+scaletrain returns uint8, or floats that it computes in the main process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from scaletrain.data.transforms import color, crop, image
 from scaletrain.data.transforms.params import draw, expand, uniforms
 
 HERE = Path(__file__).parent
-GATE = HERE.parent / "tests" / "unit" / "test_data_fidelity.py"
+GATE = HERE.parent / "tests" / "unit" / "data" / "transforms" / "test_fidelity.py"
 WORKERS, BATCH, WARM = 2, 32, 4
 TARGETS = {
     ("lightly", False): 3.5,
@@ -49,15 +49,13 @@ TARGETS = {
 def rows(
     shards: Path, lightly: str, albumentations: str, pairs: int, batches: int
 ) -> Iterator[Row]:
-    """A ratio per peer and hand-over; all are void, and none is measured, where the fidelity gate
-    is red.
-    """
+    """A ratio for each peer and output type; nothing is measured if the tests of fidelity fail."""
     if subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(GATE)],
         cwd=HERE.parent,
         stdout=subprocess.DEVNULL,
     ).returncode:
-        yield Row("views: speed", "VOID", "-", "-", "the fidelity gate is red", "-", False)
+        yield Row("views: speed", "VOID", "-", "-", "the tests of fidelity fail", "-", False)
         return
 
     folders = {"lightly": lightly, "albumentations": albumentations}
@@ -87,10 +85,11 @@ def rows(
         return float(done.stdout.splitlines()[-1])
 
     for (name, floats), target in TARGETS.items():
-        found = [(run("ours", name, floats), run(name, name, floats)) for _ in range(pairs)]
-        ratios = [theirs / ours for ours, theirs in found]
+        measured = [(run("ours", name, floats), run(name, name, floats)) for _ in range(pairs)]
+        ratios = [theirs / ours for ours, theirs in measured]
         mine, other = (
-            f"{statistics.median(column) * 1e3:.2f} ms/image" for column in zip(*found, strict=True)
+            f"{statistics.median(column) * 1e3:.2f} ms/image"
+            for column in zip(*measured, strict=True)
         )
         figure = (
             "tar to 4 x 224 + 2 x 96 views, "
@@ -117,8 +116,8 @@ def views(antialias: bool) -> Data:
 
 
 def seconds(batches: Iterable[Any], count: int) -> float:
-    """CPU seconds per image of this process and its children over `count` batches, when the first
-    ones are through.
+    """CPU seconds per image of this process and its children over `count` batches, after the first
+    WARM ones.
     """
     running = iter(batches)
 
@@ -133,7 +132,7 @@ def seconds(batches: Iterable[Any], count: int) -> float:
 
 
 def cpu() -> float:
-    """Seconds that this process and its living children have used."""
+    """CPU seconds that this process and its running children have used."""
     ticks = 0
     for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for pid in child.read_text().split():
@@ -154,9 +153,9 @@ def ours(shards: Path, count: int, antialias: bool, floats: bool) -> float:
     if not floats:
         stream._to_device = lambda raw: raw  # type: ignore[assignment]
 
-    found = seconds(stream.batches(0, WARM + count + 3 * WORKERS), count)
+    measured = seconds(stream.batches(0, WARM + count + 3 * WORKERS), count)
     stream.close()
-    return found
+    return measured
 
 
 def lightly(shards: Path, count: int, antialias: bool, _: bool) -> float:
@@ -241,7 +240,7 @@ def _one_thread(_: int) -> None:
 
 
 def stages(shards: Path, antialias: bool, count: int = 200) -> str:
-    """ms CPU of each stage and the floor, which is decoding and resizing."""
+    """CPU milliseconds of each stage, compared with the floor, which is decoding and resizing."""
     _one_thread(0)
     groups, reader = expand(views(antialias).views), Shards(str(shards))
     specs = [view for group in groups for view in group]

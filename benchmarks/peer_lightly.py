@@ -1,13 +1,15 @@
-"""Seconds per epoch of BYOL on CIFAR-10's images, ours beside lightly's, alternating on one
-machine.
+"""Seconds per epoch of BYOL on CIFAR-10, scaletrain compared with lightly in alternating runs on
+one machine.
 
-    pip install lightly==1.6.0 python benchmarks/peer_lightly.py IMAGES SHARDS
-    IMAGES/train/CLASS/*.jpg; SHARDS: what shards/cifar10.py made of them
+    pip install lightly==1.6.0
+    python benchmarks/peer_lightly.py IMAGES SHARDS
 
-Both: ResNet-18 at quarter width with CIFAR stem, heads 1024 and 256, batch 256, two views with
-crops, flips, jitter, grey and solarisation, bf16, SGD, one process with one loader worker on all
-cores. lightly's side is its own data set, transform, network, heads, loss and momentum update in
-the loop of its documentation.
+IMAGES contains train/CLASS/*.jpg; SHARDS are those that shards/cifar10.py made of them.
+
+Both sides: ResNet-18 at quarter width with CIFAR stem, heads 1024 and 256, batch 256, two views
+with crops, flips, jitter, grey and solarisation, bf16, SGD, one process with one loader worker on
+all cores. lightly uses its own data set, transform, network, heads, loss and momentum update in the
+loop of its documentation.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ monitor: {{every: 1, images_every: 0}}
 def main(
     images: Path,
     shards: Path,
-    pairs: Annotated[int, typer.Option(help="Runs of each, alternating.")] = 3,
-    steps: Annotated[int, typer.Option(help="Measured steps of a run.")] = 20,
+    pairs: Annotated[int, typer.Option(help="Runs of each side, alternating.")] = 3,
+    steps: Annotated[int, typer.Option(help="Measured steps in each run.")] = 20,
     peer: Annotated[bool, typer.Option("--peer", hidden=True)] = False,
 ) -> None:
     """Print the median seconds per epoch of both and their ratio."""
@@ -55,7 +57,7 @@ def main(
         print(json.dumps(lightly(images, steps)))
         return
 
-    found: dict[str, list[float]] = {"lightly": [], "scaletrain": []}
+    results: dict[str, list[float]] = {"lightly": [], "scaletrain": []}
     for _ in range(pairs):
         own = [sys.executable, __file__, str(images), str(shards), "--steps", str(steps), "--peer"]
         theirs = json.loads(
@@ -63,10 +65,10 @@ def main(
         )
 
         for name, seconds in (("lightly", theirs), ("scaletrain", ours(shards, steps))):
-            found[name].append(SAMPLES // BATCH * statistics.median(seconds))
-            print(f"{name:10} {found[name][-1]:6.1f} s per epoch", flush=True)
+            results[name].append(SAMPLES // BATCH * statistics.median(seconds))
+            print(f"{name:10} {results[name][-1]:6.1f} s per epoch", flush=True)
 
-    ratios = [a / b for a, b in zip(*found.values(), strict=True)]
+    ratios = [a / b for a, b in zip(*results.values(), strict=True)]
     print(
         f"lightly / scaletrain: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to "
         f"{max(ratios):.2f}"

@@ -1,10 +1,10 @@
-"""What it costs to plan an epoch, to read a manifest and to resume, at 300 million samples.
+"""The cost of planning an epoch, reading a manifest and resuming with 300 million samples.
 
-    python -m benchmarks.plan             # a made-up collection of 300,000 shards
+    python -m benchmarks.plan             # a synthetic data set of 300,000 shards
     python -m benchmarks.plan 30000
 
-Each figure comes from a fresh process: its CPU seconds, and the peak of its resident memory above
-what the imports took.
+Each figure is measured in a new process: its CPU seconds, and its peak resident memory above that
+of the imports.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from scaletrain.data.sampling.plan import Batches, Plan
 PER_SHARD, BATCH, LANES, WINDOW = 1000, 4096, 64, 16
 LIMIT = (1.0, 100.0)  # seconds, MB
 STATE = 64 * 1024  # bytes
-POSITIONS = 100  # resumed from
+POSITIONS = 100  # steps to resume from
 
 
 def plan(shards: int) -> Batches:
@@ -140,8 +140,8 @@ def pictures(folder: Path) -> None:
 
 
 def resumes(folder: Path) -> tuple[float, float, float, float]:
-    """Median CPU ms to the first batch of a new stream; 95 % interval of its slope, in ms per 1,000
-    samples (Theil and Sen).
+    """Median CPU milliseconds to the first batch of a new stream; slope over the position and its
+    95 % interval, in ms per 1,000 samples (Theil and Sen).
     """
     data = Data(path=str(folder), lanes=16, window=2, workers=0, views=(View(size=32),))
     steps = np.random.default_rng(1).integers(0, 10 * 64, POSITIONS)  # of ten epochs

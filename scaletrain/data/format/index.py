@@ -1,10 +1,9 @@
-"""The index of a folder of shards: its manifest `scaletrain-index.json` and the making of it,
-atomically and by several ranks.
+"""The index of a folder of shards: reads it, and builds it atomically when several ranks start.
 
-The manifest lists, in the canonical order of samples, each shard's name, samples, bytes and sha256.
-The offset tables `NAME.stidx` lie beside it; the manifest is renamed into place last, so a folder
-with a manifest has all its tables. It has all shards of the folder, of which a pattern chooses
-some, and remembers which samples were left out of it.
+The manifest `scaletrain-index.json` lists each shard's name, samples, bytes and sha256 in the
+canonical order of samples. The offset tables `NAME.stidx` are in the same folder; the manifest is
+renamed into place last, so a folder with a manifest has all its tables. It lists all shards of the
+folder, from which a pattern may select some, and notes how many samples were left out.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from scaletrain.runtime import local_files
 from scaletrain.runtime.tables import plural
 
 MANIFEST, OLD_MANIFEST = manifest.NAME, manifest.OLD_NAME
-# shards read at a time while indexing
+# shards to read at the same time while indexing
 READERS = 8
-# faults, and other things, that are named one by one
+# most faults or names to print one by one
 SHOWN = 10
-# seconds between lines of progress
+# seconds between two lines of progress
 SILENCE = 10.0
-# of a fault that the manifest keeps
+# most characters of a fault in the manifest
 FAULT_CHARACTERS = 300
-# inside a folder of shards that are looked into
+# most folders inside of a folder of shards in which to look for shards
 FOLDERS = 100
 COMPRESSED = (b".tar.gz", b".tgz", b".tar.zst", b".tar.bz2", b".tar.xz", b".tar.lz4")
 
 
 def say(text: str) -> None:
-    """Print, once for all ranks."""
+    """Print on the main rank."""
     if dist.main():
         print(text)
 
@@ -54,15 +53,16 @@ def say(text: str) -> None:
 def load(
     shards: selection.Paths, notice: Callable[[str], None] = say, skip: bool = False
 ) -> ShardManifest:
-    """The shards of a folder, or those that a pattern or a list chooses of it, in canonical order.
-    Raises DataError.
+    """The shards of a folder, or those that a pattern or a list selects, in canonical order. Raises
+    DataError.
 
-    A folder without an index, or with one of an older version, is indexed first. `skip`: faults are
-    then said and left out in place of raised. What else lies in the folder and is not read is said.
+    A folder without an index, or with one of an older version, is indexed first; with `skip`, bad
+    samples are then reported and left out instead of raising. `notice` is called with a line about
+    anything in the folder that looks like a shard and is not read.
     """
     place = selection.one_folder(shards)
     folder = Path(place.folder)
-    there = np.array(_tars(folder, notice))
+    present = np.array(_tars(folder, notice))
 
     path = home(folder) / MANIFEST
     if why := _missing(folder, path):
@@ -77,12 +77,12 @@ def load(
                 f"{len(faults)} faults left out of the index; shards/verify.py {folder} lists them"
             )
 
-    found = _parse(path)
-    if why and found.unused:
-        notice(f"{folder}: {unused(found)}")
+    listed = _parse(path)
+    if why and listed.unused:
+        notice(f"{folder}: {unused(listed)}")
 
-    _same_names(folder, there, found)
-    return found.only(place.chosen(found.names)) if place.patterns else found
+    _check_names(folder, present, listed)
+    return listed.only(place.chosen(listed.names)) if place.patterns else listed
 
 
 def build(
@@ -92,20 +92,19 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     report: Callable[[ShardError], None] = offsets.stop,
 ) -> ShardManifest:
-    """Read all shards once and write the tables and the manifest. Of several processes one works,
-    the others wait for it.
+    """Read all shards once and write the tables and the manifest. If several processes call this,
+    one does the work and the others wait.
 
-    Raises ShardError at the first fault unless `report`, called from this thread, takes it and
-    returns.
+    `report` is called from this thread with each fault; by default it raises the fault.
     """
     names = sorted(map(os.fsdecode, _tars(folder)))
     path = home(folder) / MANIFEST
 
-    with _alone(path.parent):
+    with _locked(path.parent):
         if force or _missing(folder, path):
             shards: list[Shard] = []
-            # checksums let go of the interpreter's lock; each shard has its own list, so that
-            # faults keep their order
+            # checksums release the interpreter's lock; each shard has its own list, so that the
+            # order of faults is deterministic
             with ThreadPoolExecutor(min(READERS, len(os.sched_getaffinity(0)))) as pool:
                 try:
                     for shard, faults in pool.map(lambda name: _tried(folder / name), names):
@@ -123,8 +122,8 @@ def build(
 
 
 def tabulate(path: Path, report: Callable[[ShardError], None] = offsets.stop) -> Shard:
-    """Read one shard, write its offset table -> its entry of the manifest. Faults as in
-    `table.scan`.
+    """Read one shard and write its offset table -> its entry in the manifest. Faults as in
+    `offsets.scan`.
     """
     faults: list[ShardError] = []
     unused: list[str] = []
@@ -151,9 +150,7 @@ def tabulate(path: Path, report: Callable[[ShardError], None] = offsets.stop) ->
 
 
 def publish(folder: Path, shards: list[Shard]) -> None:
-    """Write the manifest; all offset tables must lie there already. Raises DataError when there are
-    no samples.
-    """
+    """Write the manifest, after all offset tables. Raises DataError if there are no samples."""
     total = sum(s["samples"] for s in shards)
     if not total:
         raise DataError(f"{folder}: the shards hold no samples")
@@ -163,22 +160,22 @@ def publish(folder: Path, shards: list[Shard]) -> None:
 
 
 def unused(shards: ShardManifest) -> str:
-    """What to say of images that are no samples."""
+    """A line about images that are not used as samples."""
     return (
         f"{shards.unused:,} images are not used, since by WebDataset's rule of the first dot they "
-        "belong to samples of others, "
-        f"such as {shards.first_unused}; if they should be samples, write the shards with names "
-        "without further dots"
+        f"belong to the samples of others, such as {shards.first_unused}; if they should be "
+        "samples, write the shards with names without further dots"
     )
 
 
 def table_path(shard: Path) -> Path:
+    """The path of a shard's offset table."""
     return home(shard.parent) / (shard.name + offsets.SUFFIX)
 
 
 def home(folder: Path) -> Path:
-    """Where the index of a folder lies: in it, or in the user's cache if it has none and cannot be
-    written.
+    """The folder of the index: the folder of shards itself, or one in the user's cache if that has
+    no index and cannot be written.
     """
     if os.access(folder, os.W_OK) or (
         (folder / MANIFEST).exists() and not _outdated(folder / MANIFEST)
@@ -203,8 +200,8 @@ def home(folder: Path) -> Path:
 
 
 def _missing(folder: Path, path: Path) -> str:
-    """Why the index must be made, "" if it is there. Files that are not ours are no index, whatever
-    their names.
+    """Why the index must be built, "" if it exists. A file of another format is no index, whatever
+    its name.
     """
     if path.exists() and not _outdated(path):
         return ""
@@ -227,7 +224,7 @@ def _tried(path: Path) -> tuple[Shard, list[ShardError]]:
 
 
 def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Progress as lines, few enough for a log."""
+    """Report progress in lines, few enough for a log."""
     last = monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -240,8 +237,8 @@ def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
 
 
 def atomic(path: Path, data: bytes) -> None:
-    """Write through a temporary file of the same folder: a reader sees the old content, or all of
-    the new.
+    """Write through a temporary file in the same folder, so that readers see either the old or the
+    whole new content.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
 
@@ -259,10 +256,10 @@ def atomic(path: Path, data: bytes) -> None:
 
 
 def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> list[bytes]:
-    """Names of the shards as the file system has them, in no order. `notice` is told what may be
-    taken for a shard and is none.
+    """The names of the shards in no particular order. `notice` is called with a line about anything
+    that looks like a shard and is not read.
 
-    Decoding 300,000 names takes longer than reading the folder.
+    The names are bytes, since decoding 300,000 of them takes longer than reading the folder.
     """
     if not folder.is_dir():
         fix = f"write one with shards/folder.py IMAGES {folder}"
@@ -274,9 +271,9 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
     hidden: list[bytes] = []
     compressed: list[bytes] = []
     folders: list[bytes] = []
-    ours = offsets.SUFFIX.encode()
+    tables = offsets.SUFFIX.encode()
 
-    # without a look at each, which is slow on a network
+    # without a stat of each entry, which is slow on network file systems
     with os.scandir(os.fsencode(folder)) as entries:
         for entry in entries:
             name = entry.name
@@ -285,7 +282,7 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
             elif name.endswith(COMPRESSED):
                 compressed.append(name)
             elif (
-                not name.endswith(ours)
+                not name.endswith(tables)
                 and not name.startswith(b".")
                 and local_files.is_folder(entry)
             ):
@@ -322,9 +319,9 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
 
 
 def _first(names: list[bytes]) -> str:
-    """Some names, and how many more there are."""
-    shown = printable(", ".join(map(os.fsdecode, sorted(names)[:SHOWN])))
-    return shown + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    """The first names, and how many more there are."""
+    first = printable(", ".join(map(os.fsdecode, sorted(names)[:SHOWN])))
+    return first + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 def _parse(path: Path) -> ShardManifest:
@@ -336,17 +333,19 @@ def _parse(path: Path) -> ShardManifest:
         raise DataError(f"{path} cannot be read ({error.strerror}); {fix}") from None
 
 
-def _same_names(folder: Path, there: NDArray[np.bytes_], shards: ShardManifest) -> None:
-    """The manifest and the folder must agree, else samples would be lost or invented silently."""
-    # a fraction of what telling differences takes
-    if np.array_equal(np.sort(shards.names), np.sort(there)):
+def _check_names(folder: Path, present: NDArray[np.bytes_], shards: ShardManifest) -> None:
+    """Raise DataError unless manifest and folder list the same shards, since samples would be lost
+    or added silently.
+    """
+    # much faster than finding differences
+    if np.array_equal(np.sort(shards.names), np.sort(present)):
         return
 
-    if len(lost := np.setdiff1d(shards.names, there)):
+    if len(lost := np.setdiff1d(shards.names, present)):
         text = f"{folder / os.fsdecode(lost[0])} is in {MANIFEST} but not in the folder"
         raise DataError(f"{text}; restore it or run shards/index.py --force {folder}")
 
-    if len(new := np.setdiff1d(there, shards.names)):
+    if len(new := np.setdiff1d(present, shards.names)):
         raise DataError(
             f"{folder / os.fsdecode(new[0])} is not in {MANIFEST}; run shards/index.py --force "
             f"{folder}"
@@ -354,9 +353,9 @@ def _same_names(folder: Path, there: NDArray[np.bytes_], shards: ShardManifest) 
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Where there are no locks, each process does the same work and renames
-    the same bytes.
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. On file systems without locks, each process does the same work and
+    writes the same bytes.
     """
     handle = os.open(folder, os.O_RDONLY)
 

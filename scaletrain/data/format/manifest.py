@@ -1,5 +1,5 @@
-"""The list of a folder's shards, read in pieces into columns: 300,000 shards are 40 MB and not 200,
-within a second.
+"""The list of a folder's shards, parsed in pieces into columns: 300,000 shards take one second and
+40 MB instead of 200.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format.tar import BLOCK
 from scaletrain.runtime import local_files
 
-# of the whole index, manifest and offset tables alike; an older index is made again
+# version of the whole index, manifest and offset tables; an older index is rebuilt
 VERSION = 2
 NAME = "scaletrain-index.json"
-# of version 1, a name that other tools use too
+# the name in version 1, which other tools use too
 OLD_NAME = "index.json"
-# of a manifest; 300,000 shards need 50 MB
+# most bytes of a manifest; 300,000 shards need 50 MB
 MOST_BYTES = 200 << 20
-# of a shard
+# most samples of a shard
 MOST_SAMPLES = 1 << 24
-# bytes read at a time
+# bytes to read at a time
 PIECE = 1 << 20
-# bytes without a place to cut, which stands behind every shard
+# most bytes without a place to cut, which follows every shard
 UNCUT = 4 << 20
-# of a file, on every usual file system
+# longest file name of common file systems
 NAME_BYTES = 255
-# faults that a Manifest keeps in words
+# faults whose text a ShardManifest keeps
 KEPT = 10
-# keys of a shard of which there is nothing more to tell
+# number of keys of a shard without anything to note
 PLAIN = 4
-# of a manifest, in which its version stands
+# bytes at the beginning of a manifest that contain its version
 HEAD_BYTES = 200
 KEYS = {"version", "samples", "shards"}
-# of few shards
+# what is noted of the few shards with something to note
 NOTE = np.dtype([("shard", "<i8"), ("left_out", "<i4"), ("broken", "?"), ("unused", "<i4")])
 _HEAD = re.compile(rb'\s*\{\s*"version":\s*(\d{1,9}),\s*"samples":\s*\d+,\s*"shards":\s*\[')
 
 # name: str, samples: int, bytes: int, sha256: str of at most 64 characters, and where there is
-# something to tell:
-#   left_out: int, how many samples indexing left out; fault: str, why it did so first broken: true,
-#   the archive is damaged, so nobody knows how many samples were behind unused: int, how many
-#   images are members of another image's sample; first_unused: str, the name of the first
+# something to note:
+#   left_out: int, how many samples indexing left out; fault: str, the first reason
+#   broken: true, the archive is damaged, so the number of samples after the damage is unknown
+#   unused: int, how many images belong to the sample of another; first_unused: str, the first name
 Shard = dict[str, Any]
 
 
 class Loss(NamedTuple):
-    """How many samples an index does not have, because indexing left them out."""
+    """How many samples of a folder indexing left out."""
 
     folder: str
-    # of a damaged archive as many as the other shards have more than it
+    # estimated for a damaged archive from the number of samples of the other shards
     samples: int
     present: int
-    # the first
+    # the first fault
     fault: str
 
 
 class ShardManifest(Sequence[Shard]):
-    """Shards in canonical order; a single one is made into a Shard when asked for.
+    """The shards of a folder in canonical order, stored in columns; indexing returns a Shard.
 
     `rows` [S] as `_checked` makes them, `notes` [K] of NOTE, and the first `faults`, each with the
     name of its shard.
@@ -78,7 +78,7 @@ class ShardManifest(Sequence[Shard]):
         first_unused: str,
     ) -> None:
         self._rows, self._notes, self._faults = rows, notes, faults
-        # as the file system has them
+        # encoded as in the file system
         self.names: NDArray[np.bytes_] = rows["name"]
         self.samples: NDArray[np.int64] = rows["samples"]
         self.bytes: NDArray[np.int64] = rows["bytes"]
@@ -106,7 +106,7 @@ class ShardManifest(Sequence[Shard]):
         }
 
     def only(self, chosen: NDArray[np.bool_]) -> ShardManifest:
-        """The shards of the mask `chosen` [S]."""
+        """The shards that the mask `chosen` [S] selects."""
         rows, notes = self._rows[chosen], self._notes[chosen[self._notes["shard"]]]
         notes["shard"] = (np.cumsum(chosen) - 1)[notes["shard"]]
         names = set(rows["name"].tolist())
@@ -115,6 +115,7 @@ class ShardManifest(Sequence[Shard]):
         )
 
     def loss(self, folder: str) -> Loss:
+        """How many samples indexing left out."""
         broken = self._notes[self._notes["broken"]]
         whole = np.delete(self.samples, broken["shard"])
         usual = int(np.median(whole)) if len(whole) else 0
@@ -127,9 +128,7 @@ class ShardManifest(Sequence[Shard]):
 
 
 def version(path: Path) -> int:
-    """Of the index that a file is the manifest of; 0 for anything else, such as the `index.json` of
-    another tool.
-    """
+    """The version of a manifest; 0 for any other file, such as the `index.json` of another tool."""
     try:
         with local_files.reader(path) as file:
             return version_in(file.read(HEAD_BYTES))
@@ -138,16 +137,16 @@ def version(path: Path) -> int:
 
 
 def version_in(head: bytes) -> int:
-    """The same, by the beginning of the file."""
-    found = _HEAD.match(head)
-    return int(found[1]) if found else 0
+    """The version, from the beginning of the file."""
+    head_match = _HEAD.match(head)
+    return int(head_match[1]) if head_match else 0
 
 
 def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
-    """The shards of a manifest. Raises DataError that names `where` it comes from and ends in the
+    """Parse a manifest. Raises DataError that begins with `where` it is stored and ends with the
     fix.
     """
-    found: list[NDArray[np.void]] = []
+    columns: list[NDArray[np.void]] = []
     notes: list[tuple[int, int, bool, int]] = []
     faults: list[tuple[bytes, str]] = []
     unused, shards = "", 0
@@ -155,7 +154,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
     try:
         for piece in _pieces(file, where, fix):
             raw = json.loads(piece)
-            here = VERSION if found else None
+            here = VERSION if columns else None
             if (
                 not isinstance(raw, dict)
                 or raw.get("version", here) != VERSION
@@ -165,7 +164,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
             if not isinstance(raw.get("shards"), list):
                 raise DataError(f"{where} is not a version {VERSION} manifest; {fix}")
 
-            found.append(_checked(raw["shards"], where, fix))
+            columns.append(_checked(raw["shards"], where, fix))
             for number, shard in enumerate(raw["shards"], shards):
                 if len(shard) > PLAIN:
                     notes.append(_noted(number, shard, where, fix))
@@ -179,7 +178,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} cannot be read ({error}); {fix}") from None
 
-    manifest = ShardManifest(np.concatenate(found), np.array(notes, NOTE), faults, unused)
+    manifest = ShardManifest(np.concatenate(columns), np.array(notes, NOTE), faults, unused)
     ordered = np.sort(manifest.names)
     if (ordered[1:] == ordered[:-1]).any():
         raise DataError(f"{where} names a shard twice; {fix}")
@@ -188,8 +187,8 @@ def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
 
 
 def _pieces(file: IO[bytes], where: str, fix: str) -> Iterator[bytes]:
-    """Documents of about PIECE bytes, cut between two shards: within a JSON string there is no line
-    break.
+    """JSON documents of about PIECE bytes, cut between two shards at line breaks, which JSON
+    strings do not contain.
     """
     head, text, read = b"", b"", 0
 

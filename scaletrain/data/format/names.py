@@ -1,4 +1,4 @@
-"""Names that files and addresses of a data set have."""
+"""Names of files and addresses of a data set."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ CLASSES = "classes.json"
 
 
 def slug(name: str) -> str:
-    """The readable part of a key."""
+    """The readable part of a sample's key, from the name of its file."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[-60:]
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is an address."""
     return "://" in path

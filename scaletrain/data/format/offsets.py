@@ -1,12 +1,12 @@
-"""The offset table of one shard: where each sample's members are, how long, and their crc32.
+"""The offset table of one shard: the offset, size and crc32 of each sample's members.
 
-A sample is a run of members with one key: `key.jpg|jpeg|png|webp`, optionally `key.cls` or
-`key.json` (`{"label": 3}`, or `{"labels": [1, 5]}` for many) and `key.mask.png`. The key is the
-path up to the first dot of its last part, as in WebDataset.
+A sample consists of consecutive members with the same key: `key.jpg|jpeg|png|webp`, optionally
+`key.cls` or `key.json` (`{"label": 3}`, or `{"labels": [1, 5]}` for several) and `key.mask.png`.
+The key is the path up to the first dot of its last part, as in WebDataset.
 
-Where that leaves members without an image (`img.1.jpg`, `img.2.jpg`), each of their images is a
-sample, whose key is its name without the suffix (`img.1`); it has the label with the longest key
-that its own begins with (`img.1.cls`, else `img.cls`).
+Where by this rule members have no image (`img.1.jpg`, `img.2.jpg`), each of their images is a
+sample whose key is its name without the suffix (`img.1`). It has the label with the longest key
+that is a prefix of its own (`img.1.cls`, else `img.cls`).
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from scaletrain.data.format.tar import Member, Reader
 from scaletrain.runtime import local_files
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-# the first that a sample has
+# extensions of labels; a sample has the first that it contains
 LABELS = ("cls", "json")
 MASK = "mask.png"
 MEMBERS = (*IMAGES, *LABELS, "txt", MASK)
-# of a table's file, behind the name of its shard
+# suffix of an offset table, appended to the name of its shard
 SUFFIX = ".stidx"
 MAGIC = b"STIDX\0\0" + bytes([VERSION])
-# other readers of such archives would run their code
+# extensions of pickles, whose code other readers of such archives would run
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "joblib", "dill")
-# the place of a member that is not there
+# the location of a missing member
 NONE = (0, 0, 0)
 NO_LABEL = -1
-# there is a label, and it is no whole number; methods that need no labels take the sample
+# the label is no whole number; methods that need no labels still use the sample
 UNREADABLE = -2
 LABEL_BYTES = 1 << 20
-# of a table, read at a time
+# bytes of a table to read at a time
 PIECE = 1 << 20
 ROW = np.dtype(
     [
         *(("image", "<u8"), ("image_size", "<u4"), ("image_crc", "<u4")),
-        # the label's member; zeros if none
+        # the member with the label; zeros if there is none
         *(("target", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")),
-        # zeros if none
+        # zeros if there is none
         *(("mask", "<u8"), ("mask_size", "<u4"), ("mask_crc", "<u4")),
         # NO_LABEL, UNREADABLE, or the class
         ("label", "<i8"),
@@ -88,8 +88,8 @@ def split(name: str) -> tuple[str, str]:
 
 
 def key_of(name: str) -> str:
-    """The key of the sample that has a member of this name; of images with several dots, as samples
-    of their own.
+    """The key of the sample to which a member of this name belongs; an image with several dots
+    counts as a sample of its own.
     """
     key, extension = split(name)
     return (
@@ -98,12 +98,12 @@ def key_of(name: str) -> str:
 
 
 def key_hash(key: str) -> int:
-    """64 bits by which samples of several data sets are joined."""
+    """A 64-bit hash by which samples of several data sets are matched."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def stop(fault: ShardError) -> None:
-    """What `scan` does with a fault unless told otherwise."""
+    """Raise the fault: what `scan` does by default."""
     raise fault
 
 
@@ -113,12 +113,12 @@ def scan(
     unused: Callable[[str], None] = lambda name: None,
 ) -> tuple[OffsetRows, int, str]:
     """Read a whole shard once -> its rows, its bytes and its sha256. Members of other types are
-    passed over unread.
+    skipped.
 
-    Each fault goes to `report`. If that returns, a bad sample is left out; where the archive itself
-    is damaged (ArchiveError), also the sample that may not have ended there, and all that follows.
-    `unused` is called with the name of every image that is a member of another one's sample, as
-    `cat.v2.jpg` beside `cat.jpg`.
+    `report` is called with each fault. If it returns, a bad sample is left out; where the archive
+    itself is damaged (ArchiveError), so are the sample at that byte, which may be incomplete, and
+    all that follow. `unused` is called with the name of every image that belongs to the sample of
+    another image, such as `cat.v2.jpg` where there is a `cat.jpg`.
     """
     reader = Reader(path)
 
@@ -126,13 +126,13 @@ def scan(
     seen: set[str] = set()
     try:
         for key, group in groupby(_members(reader), itemgetter(0)):
-            for found in _samples(path, key, _parts(group), seen):
-                if isinstance(found, ShardError):
-                    report(found)
-                elif isinstance(found, str):
-                    unused(found)
+            for item in _samples(path, key, _parts(group), seen):
+                if isinstance(item, ShardError):
+                    report(item)
+                elif isinstance(item, str):
+                    unused(item)
                 else:
-                    rows.append(found)
+                    rows.append(item)
     except ArchiveError as fault:
         report(fault)
 
@@ -140,8 +140,8 @@ def scan(
 
 
 def _members(reader: Reader) -> Iterator[tuple[str, str, Member]]:
-    """Those of samples, with key and extension: names without a dot, hidden ones and `__x__` are
-    not, as in WebDataset.
+    """The members of samples, with key and extension. As in WebDataset, names without a dot, hidden
+    names and `__x__` are ignored.
     """
     for member in reader:
         key, extension = split(member.name)
@@ -152,12 +152,12 @@ def _members(reader: Reader) -> Iterator[tuple[str, str, Member]]:
 
 
 def _parts(members: Iterator[tuple[str, str, Member]]) -> list[SampleMember]:
-    """Without their payloads, of which one at a time is in memory."""
+    """The members without their payloads, of which only one at a time is in memory."""
     parts: list[SampleMember] = []
     extensions: set[str] = set()
     for _, extension, member in members:
         label, last = NO_LABEL, _last(extension)
-        # beside an image of this very key, only its own label counts
+        # if there is an image with this very key, only its own label counts
         counts = extension in LABELS or (last in LABELS and extensions.isdisjoint(IMAGES))
         if counts and "cls" not in extensions:
             label = label_in(member.data, last)
@@ -172,7 +172,7 @@ def _parts(members: Iterator[tuple[str, str, Member]]) -> list[SampleMember]:
 def _samples(
     path: Path, key: str, parts: list[SampleMember], seen: set[str]
 ) -> Iterator[OffsetRow | str | ShardError]:
-    """Of the members whose names begin with one key: rows, names of unused images, and faults."""
+    """The rows, names of unused images, and faults of the members with one key."""
     plain = any(part.extension in IMAGES for part in parts)
     dotted = [
         part.name for part in parts if part.extension not in MEMBERS and _image(part.extension)
@@ -193,7 +193,7 @@ def _samples(
 
 
 def _apart(key: str, parts: list[SampleMember]) -> Iterator[tuple[str, list[SampleMember]]]:
-    """The key and the members of each image, where one key has images with more dots only."""
+    """The key and members of each image, where all images of a key have further dots."""
     members: dict[str, list[SampleMember]] = {}
     for part in parts:
         extension = MASK if part.extension.endswith(f".{MASK}") else _last(part.extension)
@@ -213,29 +213,37 @@ def _apart(key: str, parts: list[SampleMember]) -> Iterator[tuple[str, list[Samp
 
 
 def _row(path: Path, key: str, members: list[SampleMember]) -> OffsetRow:
-    found: dict[str, SampleMember] = {}
+    by_extension: dict[str, SampleMember] = {}
     for part in members:
         if _last(part.extension) in PICKLES:
             text = f"member '{part.name}' is a pickle, which could run code, and is not read"
             raise ShardError(path, part.place[0], text)
 
-        if part.extension in found or (
-            part.extension in IMAGES and not found.keys().isdisjoint(IMAGES)
+        if part.extension in by_extension or (
+            part.extension in IMAGES and not by_extension.keys().isdisjoint(IMAGES)
         ):
             raise ShardError(
                 path, part.place[0], f"key '{key}' has two members of one kind ('{part.name}')"
             )
 
-        found[part.extension] = part
+        by_extension[part.extension] = part
 
-    image = next((found[e].place for e in IMAGES if e in found), None)
+    image = next((by_extension[e].place for e in IMAGES if e in by_extension), None)
     if image is None:
-        text = f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(found)[:80]}"
+        text = (
+            f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(by_extension)[:80]}"
+        )
         raise ShardError(path, members[0].place[0], text)
 
     nothing = SampleMember("", "", NONE)
-    target = next((found[e] for e in LABELS if e in found), nothing)
-    return *image, *target.place, *found.get(MASK, nothing).place, target.label, key_hash(key)
+    target = next((by_extension[e] for e in LABELS if e in by_extension), nothing)
+    return (
+        *image,
+        *target.place,
+        *by_extension.get(MASK, nothing).place,
+        target.label,
+        key_hash(key),
+    )
 
 
 def _last(extension: str) -> str:
@@ -247,8 +255,8 @@ def _image(extension: str) -> bool:
 
 
 def label_in(data: bytes, extension: str) -> int:
-    """The label that a .cls or .json member holds; NO_LABEL for -1 and a record without one,
-    UNREADABLE for all else.
+    """The label in a .cls or .json member; NO_LABEL for -1 and for a record without a label,
+    UNREADABLE for anything else.
     """
     try:
         if len(data) > LABEL_BYTES:
@@ -266,7 +274,7 @@ def label_in(data: bytes, extension: str) -> int:
 
 
 def _single(record: dict[str, Any]) -> Any:
-    """`label`, or the only one of `labels`: a sample with several labels has no single one. None if
+    """The value of `label`, or the only one of `labels`; NO_LABEL if there are several, None if
     they are malformed.
     """
     if record.get("label") is not None:
@@ -284,8 +292,8 @@ def _single(record: dict[str, Any]) -> Any:
     return known[0] if len(known) == 1 else NO_LABEL
 
 
-def shown(data: bytes) -> str:
-    """What a label's member holds, in a few words for an error."""
+def abbreviated(data: bytes) -> str:
+    """The content of a member with a label, shortened for an error message."""
     if len(data) > LABEL_BYTES:
         return f"{len(data):,} bytes"
 
@@ -298,30 +306,30 @@ def shown(data: bytes) -> str:
 
 
 def pack(rows: OffsetRows, shard_bytes: int) -> bytes:
-    """The content of a table: a 32-byte head, then the rows."""
+    """The content of a table's file: a 32-byte header, then the rows."""
     body = rows.tobytes()
     return np.array([(MAGIC, len(rows), shard_bytes, zlib.crc32(body), 0)], HEAD).tobytes() + body
 
 
 def load(path: Path, samples: int, shard_bytes: int) -> OffsetRows:
-    """The rows of a table, memory-mapped. Raises ShardError when it is damaged or of
-    another shard.
+    """The memory-mapped rows of a table. Raises ShardError if it is damaged or belongs to another
+    shard.
     """
     fix = "run shards/index.py --force on its folder"
     size = HEAD.itemsize + samples * ROW.itemsize
 
     try:
         with local_files.reader(path) as file:
-            if (found := os.fstat(file.fileno()).st_size) != size:
+            if (actual := os.fstat(file.fileno()).st_size) != size:
                 raise ShardError(
                     path,
                     0,
-                    f"{found} bytes do not hold {samples} samples; the index is damaged: {fix}",
+                    f"{actual} bytes do not hold {samples} samples; the index is damaged: {fix}",
                 )
 
             head = np.frombuffer(file.read(HEAD.itemsize), HEAD)[0]
             crc = 0
-            # not through the map, which would count as memory of this process
+            # read instead of mapped, which would count as memory of this process
             while piece := file.read(PIECE):
                 crc = zlib.crc32(piece, crc)
 

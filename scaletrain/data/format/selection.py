@@ -1,9 +1,8 @@
-"""Which shards a path means: those of a folder, of a pattern as
-`FOLDER/train-{000000..000099}.tar`, or of a list of both.
+"""Which shards a path selects: those of a folder, those that match a pattern such as
+`FOLDER/train-{000000..000099}.tar`, or those of a list of both.
 
-A pattern is the last part of a path, with `*`, `?`, `[...]`, `{a,b}` and `{000..127}`; of an
-address, with `*` and braces only. A list is a sequence, or the text `[A, B]`, as one writes it in
-YAML.
+A pattern is the last part of a path, with `*`, `?`, `[...]`, `{a,b}` and `{000..127}`; in an
+address, with `*` and braces only. A list is a sequence, or the text `[A, B]` as in YAML.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format.names import is_remote
 
 Paths = str | Path | Sequence[str]
-# names that braces may stand for
+# most names that braces may expand to
 MOST = 1_000_000
 DIGITS = b"0123456789"
 SPLITS = {
@@ -35,20 +34,20 @@ SPLITS = {
 
 
 class ShardSelection(NamedTuple):
-    """Paths of one folder, local or an address."""
+    """The selected shards of one folder, a local path or an address."""
 
     folder: str
-    # of names; none: all
+    # patterns of names; empty: all shards
     patterns: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """What `places` makes this place of."""
+        """Paths that select these shards."""
         return tuple(f"{self.folder}/{pattern}" for pattern in self.patterns) or (self.folder,)
 
     def chosen(self, names: NDArray[np.bytes_]) -> NDArray[np.bool_]:
-        """Which of the names [S] are meant. Raises DataError for a name or pattern that none of
-        them fits.
+        """Which of the names [S] are selected. Raises DataError for a name or pattern that matches
+        none of them.
         """
         if not self.patterns:
             return np.ones(len(names), np.bool_)
@@ -72,23 +71,23 @@ class ShardSelection(NamedTuple):
 
 
 def by_folder(shards: Paths) -> list[ShardSelection]:
-    """Folder by folder, in the order of their first mention. Raises DataError."""
-    found: dict[str, list[str]] = {}
+    """The selection from each folder, in the order of their first mention. Raises DataError."""
+    selected: dict[str, list[str]] = {}
     whole: set[str] = set()
     for path in _listed(shards):
         folder, pattern = _cut(path)
-        found.setdefault(folder, []).append(pattern)
+        selected.setdefault(folder, []).append(pattern)
         if not pattern:
             whole.add(folder)
 
     return [
         ShardSelection(folder, () if folder in whole else tuple(patterns))
-        for folder, patterns in found.items()
+        for folder, patterns in selected.items()
     ]
 
 
 def one_folder(shards: Paths) -> ShardSelection:
-    """The one folder of shards. Raises DataError for a list of several."""
+    """The selection from the only folder. Raises DataError for a list of several folders."""
     first, *others = by_folder(shards)
     if others:
         raise DataError(
@@ -99,13 +98,13 @@ def one_folder(shards: Paths) -> ShardSelection:
 
 
 def one_split(folder: str, names: NDArray[np.bytes_]) -> None:
-    """Raises DataError where the shards of a folder are of several splits, as train-*.tar beside
+    """Raise DataError if a folder contains shards of several splits, such as train-*.tar and
     test-*.tar.
 
-    That is: two of the words `train`, `val`, `test` and their like occur in the names, as words of
-    their own.
+    That is the case if two of the words `train`, `val`, `test` and their variants occur in the
+    names, as separate words.
     """
-    # few, where names are numbered
+    # there are few forms where names are numbered
     forms = Counter(b"\n".join(names.tolist()).translate(None, DIGITS).split(b"\n"))
     splits: dict[str, list[bytes]] = {}
 
@@ -124,31 +123,33 @@ def one_split(folder: str, names: NDArray[np.bytes_]) -> None:
         )
         return f"{_prefix(first)}*.tar"
 
-    found = sorted(splits, key=list(SPLITS.values()).index)
-    shown = " and ".join(
-        f"{pattern(split)} ({sum(forms[form] for form in splits[split]):,})" for split in found
+    present = sorted(splits, key=list(SPLITS.values()).index)
+    listing = " and ".join(
+        f"{pattern(split)} ({sum(forms[form] for form in splits[split]):,})" for split in present
     )
-    choice = f"choose one, such as {folder}/{pattern(found[0])}, or all of them with {folder}/*.tar"
-    raise DataError(f"{folder} holds the shards of several splits, {shown}: {choice}")
+    choice = (
+        f"choose one, such as {folder}/{pattern(present[0])}, or all of them with {folder}/*.tar"
+    )
+    raise DataError(f"{folder} holds the shards of several splits, {listing}: {choice}")
 
 
 def expanded(pattern: str) -> list[str]:
-    """The patterns without braces that one with braces stands for, in no order."""
+    """The patterns without braces that a pattern expands to, in no particular order."""
     names, left = [], [pattern]
     while left:
         name = left.pop()
-        if found := re.search(r"\{([^{}]*)\}", name):
+        if braces := re.search(r"\{([^{}]*)\}", name):
             left += [
-                name[: found.start()] + text + name[found.end() :]
-                for text in _alternatives(found[1])
+                name[: braces.start()] + text + name[braces.end() :]
+                for text in _alternatives(braces[1])
             ]
         elif "{" in name or "}" in name:
-            raise DataError(f"{pattern}: a brace is open; write {{a,b}} or {{000..127}}")
+            raise DataError(f"{pattern}: a brace is not closed; write {{a,b}} or {{000..127}}")
         else:
             names.append(name)
 
         if len(names) + len(left) > MOST:
-            raise DataError(f"{pattern} stands for more than {MOST:,} shards")
+            raise DataError(f"{pattern} expands to more than {MOST:,} shards")
 
     return names
 
@@ -157,7 +158,7 @@ def _alternatives(text: str) -> list[str]:
     if bounds := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text):
         first, last = int(bounds[1]), int(bounds[2])
         if last < first or last - first >= MOST:
-            raise DataError(f"{{{text}}} stands for no shards, or for more than {MOST:,}")
+            raise DataError(f"{{{text}}} expands to no shards, or to more than {MOST:,}")
         return [f"{number:0{len(bounds[1])}d}" for number in range(first, last + 1)]
 
     if "," not in text:
@@ -167,14 +168,14 @@ def _alternatives(text: str) -> list[str]:
 
 
 def _listed(shards: Paths) -> list[str]:
-    found = listed(str(shards)) if isinstance(shards, str | Path) else list(shards)
-    if not found or not all(found):
+    paths = listed(str(shards)) if isinstance(shards, str | Path) else list(shards)
+    if not paths or not all(paths):
         raise DataError(f"{shards}: a list of shards that is empty, or has an empty entry")
-    return found
+    return paths
 
 
 def _cut(path: str) -> tuple[str, str]:
-    """Folder and pattern, "" for all shards of the folder."""
+    """The folder and pattern of a path; "" selects all shards of the folder."""
     signs = "*{" if is_remote(path) else "*?[{"
     folder, slash, last = path.rpartition("/")
     folder = folder if slash else "."
@@ -190,6 +191,6 @@ def _wild(name: str) -> bool:
 
 
 def _prefix(name: bytes) -> str:
-    """What stands before the number of a shard."""
+    """The part of a shard's name before its number."""
     numbered = re.fullmatch(rb"(.*?)\d+\D*", name, re.DOTALL)
     return os.fsdecode(numbered[1] if numbered else name.removesuffix(b".tar"))

@@ -1,9 +1,9 @@
-"""Reads tar archives with a parser of its own, since Python's `tarfile` takes a damaged header for
+"""Reads tar archives with a parser of its own, since Python's `tarfile` treats a damaged header as
 the end of the archive.
 
-ustar headers, GNU long names and pax paths are understood. Links, devices, absolute and `..` names
-are refused, and nothing is ever written to disk. Format: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU
-tar manual "Basic Tar Format".
+The parser knows ustar headers, GNU long names and pax paths. It refuses links, devices, absolute
+names and names with `..`, and never writes to disk. Format: POSIX.1-1988 ustar, POSIX.1-2001 pax,
+GNU tar manual "Basic Tar Format".
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from scaletrain.data.errors import ArchiveError, unreadable
 from scaletrain.runtime import local_files
 
 BLOCK = 512
-# of one member; also bounds the memory that reading one takes
+# most bytes of one member, which also bounds the memory for reading it
 MEMBER_BYTES = 64 << 20
-# of a long name or a pax record
+# most bytes of a long name or a pax record
 NAME_BYTES = 1 << 16
 _REFUSED = {
     "1": "a hard link",
@@ -36,24 +36,24 @@ _REFUSED = {
 
 
 def name_in(header: bytes) -> str:
-    """The name in a member's header; cut short if it is above 100 bytes and stands in a block
-    before it.
+    """The name in a member's header, truncated if it is longer than 100 bytes and stored in a block
+    before the header.
     """
     name = header[:100].split(b"\0")[0]
-    # GNU keeps times there
+    # GNU tar stores times there
     prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
 
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
 
 
 def checksum(header: bytes) -> int:
-    """Of a header block, its own field counted as blanks."""
+    """The checksum of a header block, in which its own field counts as blanks."""
     return sum(header) - sum(header[148:156]) + 8 * 32
 
 
 def header_fault(header: bytes) -> str:
-    """What is wrong with the block before a payload, "" if nothing: the cheap part of what `Reader`
-    checks.
+    """What is wrong with the header block before a payload, "" if nothing: the cheap part of the
+    checks of `Reader`.
     """
     if not any(header):
         return "the header is zeroed"
@@ -62,8 +62,8 @@ def header_fault(header: bytes) -> str:
 
 
 def _octal(field: bytes) -> int | None:
-    """Blanks, octal digits, then NUL or blank. int() alone would also take signs and
-    underscores.
+    """The value of a field of blanks, octal digits, then NUL or blank; None if malformed. int()
+    would also accept signs and underscores.
     """
     digits = field.split(b"\0")[0].strip(b" ")
     return None if digits.strip(b"01234567") else int(digits or b"0", 8)
@@ -71,16 +71,16 @@ def _octal(field: bytes) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Member:
+    """A file in an archive."""
+
     name: str
-    # of the payload
+    # offset of the payload
     offset: int
     data: bytes
 
 
 class Reader:
-    """One pass over a tar file, in order. Iterating raises ArchiveError at the first thing that is
-    wrong.
-    """
+    """Reads a tar file once, member by member. Iterating raises ArchiveError at the first fault."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,7 +124,9 @@ class Reader:
                     )
 
     def sha256(self) -> str:
-        """Of the whole file, once the iteration has ended; read again if it ended at a fault."""
+        """The sha256 of the whole file, which must have been iterated; it is read again if the
+        iteration ended at a fault.
+        """
         if self._whole:
             return self._hash.hexdigest()
         with self._opened() as file:
@@ -190,7 +192,7 @@ class Reader:
         )
 
     def _number(self, field: bytes, start: int, what: str) -> int:
-        """Octal digits, or GNU's base-256 for large values."""
+        """The value of a field of octal digits, or of GNU's base-256 for large values."""
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
 

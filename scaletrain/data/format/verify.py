@@ -1,4 +1,4 @@
-"""Checks shards byte by byte against their index, and that every image decodes."""
+"""Verifies shards byte by byte against their index, and that every image can be decoded."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from scaletrain.runtime import local_files
 
 @dataclass
 class VerifyReport:
+    """What a verification counted, and the faults that it found."""
+
     shards: int = 0
     samples: int = 0
     labelled: int = 0
-    # labels
+    # samples with a label that is no whole number
     unreadable: int = 0
     masks: int = 0
     bytes: int = 0
     faults: list[DataError] = field(default_factory=list)
-    # samples that the index does not have
+    # samples that indexing left out
     left_out: int = 0
-    # images that are members of another one's sample
+    # images that belong to the sample of another image
     unused: int = 0
     first_unused: str = ""
 
@@ -38,48 +40,47 @@ def verify(
     max_pixels: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifyReport:
-    """All faults, by sample or where an archive breaks off. Raises DataError if the folder itself
-    is unusable.
+    """Find all faults of the shards, each with its sample or the byte from which an archive cannot
+    be read. Raises DataError if the folder itself is unusable.
     """
     place = selection.one_folder(shards_of)
     if is_remote(place.folder):
         raise DataError(
-            f"{place.folder}: shards are verified where they lie on a disk; those of addresses "
-            "while they are read"
+            f"{place.folder}: only shards on a disk can be verified; remote ones are checked while "
+            "they are read"
         )
 
     folder = Path(place.folder)
     shards = index.load(shards_of)
     left_out = shards.loss(place.folder).samples
-    found = VerifyReport(left_out=left_out, unused=shards.unused, first_unused=shards.first_unused)
+    report = VerifyReport(left_out=left_out, unused=shards.unused, first_unused=shards.first_unused)
 
     for done, shard in enumerate(shards):
         progress(done, len(shards))
         try:
-            rows = _structure(folder / shard["name"], shard, found.faults.append)
+            rows = _structure(folder / shard["name"], shard, report.faults.append)
         except DataError as error:
-            found.faults.append(error)
+            report.faults.append(error)
             continue
 
-        found.shards += 1
-        found.samples += len(rows)
-        found.labelled += int((rows["label"] >= 0).sum())
-        found.unreadable += int((rows["label"] == offsets.UNREADABLE).sum())
-        found.masks += int((rows["mask"] > 0).sum())
-        found.bytes += shard["bytes"]
-        found.faults += _images(folder / shard["name"], rows, max_pixels)
+        report.shards += 1
+        report.samples += len(rows)
+        report.labelled += int((rows["label"] >= 0).sum())
+        report.unreadable += int((rows["label"] == offsets.UNREADABLE).sum())
+        report.masks += int((rows["mask"] > 0).sum())
+        report.bytes += shard["bytes"]
+        report.faults += _images(folder / shard["name"], rows, max_pixels)
 
     progress(len(shards), len(shards))
-    return found
+    return report
 
 
 def _structure(
-    path: Path, shard: index.Shard, report: Callable[[ShardError], None]
+    path: Path, shard: index.Shard, on_fault: Callable[[ShardError], None]
 ) -> offsets.OffsetRows:
-    """The rows of a shard whose checksum and offset table agree with the manifest. Raises
-    ShardError.
+    """The rows of a shard whose checksum and offset table match the manifest. Raises ShardError.
 
-    `report` gets the faults inside the archive, which an index made with --skip knows and leaves
+    `on_fault` is called with the faults inside the archive that an index made with --skip leaves
     out.
     """
     try:
@@ -99,9 +100,9 @@ def _structure(
     altered = len(rows) != len(indexed) or sha != shard["sha256"]
 
     for fault in broken[altered:]:
-        report(fault)
+        on_fault(fault)
 
-    # which explains the rest
+    # this fault explains the others
     if altered and broken:
         raise broken[0]
 

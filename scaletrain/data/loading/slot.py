@@ -78,7 +78,9 @@ class Slot:
         return _Unpickler(io.BytesIO(data), self).load()
 
     def place(self, tensor: Tensor) -> TensorLocation:
-        """The location of a tensor in the slot, to which it is copied unless it was made by `new`."""
+        """The location of a tensor in the slot, to which it is copied unless it was made by
+        `new`.
+        """
         if not (0 <= self._start(tensor) < len(self.memory) and tensor.is_contiguous()):
             tensor = self.new(tuple(tensor.shape), tensor.dtype).copy_(tensor)
         return self._start(tensor), tuple(tensor.shape), tensor.dtype

@@ -1,5 +1,5 @@
-"""Watches the loader workers, so that one that was killed, stopped or hangs soon ends the run with an
-error that names it.
+"""Watches the loader workers, so that one that was killed, stopped or hangs soon ends the run with
+an error that names it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Watchdog:
         self._stopped, self._silent = np.zeros((2, len(self._signs)))
 
     def look(self, owing: int, seconds: float) -> None:
-        """Must be called after every further `seconds`, at most CHECK, of waiting for a batch of the
-        worker `owing`.
+        """Must be called after every further `seconds`, at most CHECK, of waiting for a batch of
+        the worker `owing`.
         """
         self.alive()
 

@@ -100,7 +100,8 @@ class WorkerPool:
                 raise
 
             raise LoaderError(
-                f"{workers} loader workers with {slots} batches of {size:,} bytes cannot be started: "
+                f"{workers} loader workers with {slots} batches of {size:,} bytes cannot be "
+                "started: "
                 f"{getattr(error, 'strerror', None) or error}; lower data.workers, data.prefetch "
                 "or batch"
             ) from None

@@ -1,5 +1,5 @@
-"""The samples of several folders under one numbering, folder after folder, and the names of their
-classes.
+"""Several folders of shards as one data set, numbered folder after folder, and their class
+names.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from scaletrain.config.schema import Cache
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
-from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Sample, Shards
+from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Shards, StoredSample
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.prefetch import AccessOrder, FolderOrder
 from scaletrain.runtime import local_files
 
 CLASSES_BYTES = 16 << 20
-# of what is no list of names
+# above this size, a classes.json must be a flat list of names
 OTHER_BYTES = 1 << 20
-# a flat list of texts
+# a flat JSON list of strings
 _NAMES = re.compile(rb'\s*\[(?:\s*"(?:[^"\\]|\\.)*+"\s*,?)*+\s*\]\s*')
 
 
 class ConcatShards:
-    """As Shards, of several folders.
+    """The shards of several folders, with the interface of Shards.
 
-    Labels are passed on where all folders have the same classes.json and are -1 otherwise: class 3
-    of one folder is not class 3 of another.
+    Labels are -1 unless all folders have the same classes.json, since class 3 of one folder may not
+    be class 3 of another.
     """
 
     def __init__(
         self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = DEFAULT_CACHE
     ) -> None:
-        # the limit of open files is the process's
+        # the limit on open files is per process
         self.parts = [
             Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache)
             for folder in folders
@@ -70,18 +70,18 @@ class ConcatShards:
                 step, FolderOrder(order, int(self._first[number]), int(self._first[number + 1]))
             )
 
-    def read(self, sample: int, mask: bool = False) -> Sample:
+    def read(self, sample: int, mask: bool = False) -> StoredSample:
         part, number = self._find(sample)
-        found = part.read(number, mask)
-        return found if self.labelled else found._replace(label=-1)
+        stored = part.read(number, mask)
+        return stored if self.labelled else stored._replace(label=-1)
 
     def labels(self) -> NDArray[np.int64]:
-        """Of all samples [N], -1 where unknown or not passed on."""
+        """The labels of all samples [N], -1 where unknown or where the folders' classes differ."""
         labels = np.concatenate([part.labels() for part in self.parts])
         return labels if self.labelled else np.full_like(labels, -1)
 
     def unlabelled(self) -> str:
-        """As of Shards."""
+        """As Shards.unlabelled."""
         if not self.labelled:
             what = f"that counts, since the folders differ in {CLASSES} or lack it"
             return f"{len(self):,} of {len(self):,} samples have no label {what}"
@@ -91,7 +91,7 @@ class ConcatShards:
         )
 
     def span(self, sample: int) -> tuple[int, int]:
-        """The samples [lo, hi) of the folder that holds it."""
+        """The samples [lo, hi) of the folder that contains `sample`."""
         part = int(self._first.searchsorted(sample, "right")) - 1
         return int(self._first[part]), int(self._first[part + 1])
 
@@ -100,7 +100,7 @@ class ConcatShards:
         return part.fault(number, text)
 
     def name(self, sample: int) -> str:
-        """As FOLDER/SHARD.tar/KEY: shards of different folders may have one name."""
+        """FOLDER/SHARD.tar/KEY, since shards of different folders may have the same name."""
         part, number = self._find(sample)
         return f"{part.folder}/{part.name(number)}"
 
@@ -112,7 +112,7 @@ class ConcatShards:
 def shards_of(
     shards: selection.Paths, skip: bool = False, cache: Cache = DEFAULT_CACHE
 ) -> Shards | ConcatShards:
-    """The shards of one folder, or of all folders of a list. Raises DataError."""
+    """Open the shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.by_folder(shards)
     if len(places) == 1:
         return Shards(shards, skip=skip, cache=cache)
@@ -120,10 +120,11 @@ def shards_of(
 
 
 def classes(shards: selection.Paths) -> bytes | None:
-    """The classes.json of their folder, which lists the names of the classes by label; None where
-    there is none.
+    """The content of the folder's classes.json, which lists the names of the classes by label; None
+    if there is none.
 
-    Raises DataError where it cannot be read, or may take many times its size in memory.
+    Raises DataError if it cannot be read, or if parsing it could take many times its size in
+    memory.
     """
     folder = selection.one_folder(shards).folder
 

@@ -1,5 +1,5 @@
-"""Random access to the samples of a folder of shards: one pread per member at the indexed offset,
-checked by crc32.
+"""Random access to the samples of a folder of shards: each member is read with one pread at its
+indexed offset and checked by its crc32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ DEFAULT_CACHE = Cache()
 OPEN_SHARDS = 256
 
 
-class Sample(NamedTuple):
+class StoredSample(NamedTuple):
+    """The stored content of one sample."""
+
     image: bytes
     # -1 where unknown
     label: int
@@ -38,11 +40,12 @@ class Sample(NamedTuple):
 
 
 class Shards:
-    """The samples of a folder, or of the shards that a pattern chooses of it, numbered in the
-    manifest's order.
+    """The samples of a folder of shards, or of those of its shards that a pattern selects, numbered
+    in the order of the manifest.
 
-    Files open when first read; safe to fork and to pickle. Raises DataError, also for a folder with
-    shards of several splits.
+    `skip`: a bad sample or a lost remote shard raises only when that sample is read. Files are
+    opened when first read, so that objects can be forked and pickled. Raises DataError, also for a
+    folder with shards of several splits.
     """
 
     def __init__(
@@ -54,12 +57,12 @@ class Shards:
         cache: Cache = DEFAULT_CACHE,
     ) -> None:
         self._open: OrderedDict[int, tuple[int, offsets.OffsetRows]] = OrderedDict()
-        self._staged: prefetch.CachedShards | None = None
-        # shards held open
+        self._cached: prefetch.CachedShards | None = None
+        # most shards to keep open
         self._keep = keep
-        # remote shards that are not to be had
+        # remote shards that cannot be fetched
         self._lost: dict[int, ShardError] = {}
-        # one bad sample does not condemn its shard
+        # a shard of the wrong size may still have good samples
         self._skip = skip
         place = selection.one_folder(shards)
         self.folder = Path(place.folder)
@@ -70,18 +73,18 @@ class Shards:
             selection.one_split(place.folder, listed.names)
 
         self.losses = (listed.loss(place.folder),)
-        # arrays and not lists: workers that touch Python objects copy the parent's pages
+        # arrays instead of lists, since workers that use Python objects copy the parent's pages
         self._names, self._bytes = (
             np.ascontiguousarray(listed.names),
             np.ascontiguousarray(listed.bytes),
         )
         self.counts = np.ascontiguousarray(listed.samples)
-        # of all bytes, in order
+        # of the bytes of all shards in order
         self.fingerprint = hashlib.sha256(listed.sha256.tobytes()).hexdigest()
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
 
         if remote or cache.stage:
-            self._staged = prefetch.CachedShards(place.folder, cache, listed)
+            self._cached = prefetch.CachedShards(place.folder, cache, listed)
 
         if not remote:
             self._tables = index.home(self.folder)
@@ -93,11 +96,11 @@ class Shards:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def check(self) -> None:
-        """Compare every shard's size with the manifest. Raises ShardError naming the first that
+        """Compare the size of every shard with the manifest. Raises ShardError for the first that
         differs.
         """
-        if self._staged is not None:
-            # what is fetched is checked when it comes
+        if self._cached is not None:
+            # fetched shards are checked when they arrive
             return
 
         for number in range(len(self._names)):
@@ -108,28 +111,26 @@ class Shards:
             self._check_size(number, size)
 
     def fits(self, shards: int) -> None:
-        """Raises DataError unless the cache, if these are fetched into it, holds the shards that
-        this node uses at once.
+        """Raise DataError if these shards are cached and the cache has no room for `shards` of
+        them, as many as this node uses at once.
         """
-        if self._staged is not None:
-            self._staged.fits(shards)
+        if self._cached is not None:
+            self._cached.fits(shards)
 
     def expect(self, step: int, order: prefetch.AccessOrder) -> None:
-        """Shards that are fetched into the cache: those of this step and the next are
-        needed soon.
-        """
-        if self._staged is not None:
-            self._staged.expect(step, order)
+        """If these shards are cached, prefetch those of this step and the next ones."""
+        if self._cached is not None:
+            self._cached.expect(step, order)
 
-    def read(self, sample: int, mask: bool = False) -> Sample:
-        """Members of a sample. Raises ShardError naming shard, offset and key when the bytes are
-        not those indexed.
+    def read(self, sample: int, mask: bool = False) -> StoredSample:
+        """Read a sample. Raises ShardError with shard, offset and key if the bytes are not those
+        that were indexed.
         """
         number = self._number(sample)
         file, rows = self._shard(number)
         row = rows[sample - int(self._starts[number])].item()
         image = self._member(number, file, row[0:3])
-        found = None
+        mask_data = None
 
         if mask:
             if not row[7]:
@@ -139,26 +140,26 @@ class Shards:
                 )
                 raise ShardError(self._where(number), row[0], text)
 
-            found = self._member(number, file, row[6:9])
+            mask_data = self._member(number, file, row[6:9])
 
-        return Sample(image, max(-1, row[9]), found)
+        return StoredSample(image, max(-1, row[9]), mask_data)
 
     @property
     def shard_bytes(self) -> float:
-        """Mean size of a shard."""
+        """Mean size of a shard in bytes."""
         return float(self._bytes.mean())
 
     def span(self, sample: int) -> tuple[int, int]:
-        """The samples [lo, hi) of the folder that holds it."""
+        """The samples [lo, hi) of the folder that contains `sample`."""
         return 0, len(self)
 
     def labels(self) -> NDArray[np.int64]:
-        """Of all samples [N], -1 where unknown."""
+        """The labels of all samples [N], -1 where unknown."""
         return np.maximum(self._labels(), offsets.NO_LABEL)
 
     def unlabelled(self, rows: Ints | None = None) -> str:
-        """In words, how many of the samples (or of those at `rows` [K]) have no label, and one of
-        them; "" if all have one.
+        """How many of the samples (or of those in `rows` [K]) have no label and an example, in
+        words; "" if all have one.
         """
         labels = self._labels()
         numbers = np.arange(len(labels)) if rows is None else rows
@@ -175,13 +176,13 @@ class Shards:
         sample = int(odd[0])
         number = self._number(sample)
         file, table_rows = self._shard(number)
-        found = self._member(
+        label_data = self._member(
             number, file, table_rows[sample - int(self._starts[number])].item()[3:6]
         )
 
         return (
             f"{text}, or none that is a whole number, such as {self.name(sample)} with "
-            f"{offsets.shown(found)}"
+            f"{offsets.abbreviated(label_data)}"
         )
 
     def fault(self, sample: int, text: object) -> ShardError:
@@ -190,16 +191,16 @@ class Shards:
         return ShardError(self._where(number), offset, f"sample '{key}': {text}")
 
     def name(self, sample: int) -> str:
-        """Where to find a sample in the folder, as SHARD.tar/KEY. Raises ShardError when its shard
-        is not what was indexed.
+        """Where a sample is stored in the folder: SHARD.tar/KEY. Raises ShardError if its shard is
+        not the one that was indexed.
         """
         number, _, key = self._find(sample)
         return f"{self._path(number).name}/{key}"
 
     def close(self) -> None:
         self._release()
-        if self._staged is not None:
-            self._staged.close()
+        if self._cached is not None:
+            self._cached.close()
 
     def __del__(self) -> None:
         self.close()
@@ -209,7 +210,7 @@ class Shards:
             os.close(self._open.popitem()[1][0])
 
     def _find(self, sample: int) -> tuple[int, int, str]:
-        """Number of the shard, offset of the image in it, key."""
+        """The number of a sample's shard, the offset of its image in it, and its key."""
         number = self._number(sample)
         file, rows = self._shard(number)
         offset = int(rows[sample - int(self._starts[number])]["image"])
@@ -219,15 +220,15 @@ class Shards:
         return int(self._starts.searchsorted(sample, "right")) - 1
 
     def _labels(self) -> Ints:
-        """As in the offset tables."""
+        """The labels of all samples as in the offset tables."""
         return np.concatenate([self._rows(number)["label"] for number in range(len(self._names))])
 
     def _rows(self, number: int) -> offsets.OffsetRows:
-        return self._shard(number)[1] if self._staged is None else self._staged.rows(number)
+        return self._shard(number)[1] if self._cached is None else self._cached.rows(number)
 
     def _where(self, number: int) -> str | Path:
-        """For people."""
-        return self._path(number) if self._staged is None else self._staged.url(number)
+        """The path or address of a shard, for messages."""
+        return self._path(number) if self._cached is None else self._cached.url(number)
 
     def _path(self, number: int) -> Path:
         return self.folder / os.fsdecode(self._names[number])
@@ -250,8 +251,8 @@ class Shards:
             self._open.move_to_end(number)
             return self._open[number]
 
-        if self._staged is not None:
-            return self._fetched(self._staged, number)
+        if self._cached is not None:
+            return self._fetched(self._cached, number)
 
         path = self._path(number)
         try:
@@ -276,19 +277,21 @@ class Shards:
         self._open[number] = (file, rows)
         return file, rows
 
-    def _fetched(self, held: prefetch.CachedShards, number: int) -> tuple[int, offsets.OffsetRows]:
-        # one at a time: what is open stays in the cache
+    def _fetched(
+        self, cached: prefetch.CachedShards, number: int
+    ) -> tuple[int, offsets.OffsetRows]:
+        # keep one shard open, since an open shard cannot be evicted from the cache
         self._release()
         if number in self._lost:
             raise self._lost[number]
 
         try:
-            self._open[number] = held.open(number), held.rows(number)
+            self._open[number] = cached.open(number), cached.rows(number)
         except LostError as error:
             if not self._skip:
                 raise
-            # remembered, as a minute of tries for each of its samples would be too long
-            self._lost[number] = ShardError(held.url(number), 0, str(error))
+            # remembered, since a minute of tries for each of its samples would take too long
+            self._lost[number] = ShardError(cached.url(number), 0, str(error))
             raise self._lost[number] from None
 
         return self._open[number]
@@ -310,7 +313,7 @@ class Shards:
             raise ShardError(self._where(number), offset, text)
 
         try:
-            # with its header, so that damage there is seen too
+            # read with its header, so that damage to the header is detected too
             block = os.pread(file, BLOCK + size, offset - BLOCK)
         except OSError as error:
             raise unreadable(self._where(number), offset, error) from None
@@ -336,4 +339,5 @@ class Shards:
 
 
 def key_in(header: bytes) -> str:
+    """The key of the sample to which the member with this tar header belongs."""
     return offsets.key_of(name_in(header))

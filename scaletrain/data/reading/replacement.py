@@ -1,7 +1,7 @@
-"""Samples that cannot be used under `data.on_bad: skip`: their substitutes, and an exact account
-over ranks and resumes.
+"""Bad samples under `data.on_bad: skip`: a log of the draws that were replaced, exact over ranks
+and resumes, and the limit `data.max_bad`.
 
-What indexing left out has no substitutes; it counts against `data.max_bad` too.
+Samples that indexing left out have no substitutes, but count against the limit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.runtime import durable
 
 log = logging.getLogger("scaletrain")
-# bad samples that a rank names on its console
+# bad samples that each rank reports on its console
 SAID = 10
 FOLDER = "skipped"
 
 
 def left_out(losses: Sequence[Loss]) -> float:
-    """The share of samples that indexing left out of shards."""
+    """The share of samples that indexing left out."""
     lost = sum(loss.samples for loss in losses)
     return lost / max(1, lost + sum(loss.present for loss in losses))
 
@@ -37,8 +37,8 @@ def left_out(losses: Sequence[Loss]) -> float:
 def admit(
     losses: Sequence[Loss], on_bad: str = "raise", max_bad: float = 0.0, section: str = "data."
 ) -> None:
-    """Say what indexing left out of shards. Raises DataError where the policy, set by `section`'s
-    keys, forbids it.
+    """Print how many samples indexing left out. Raises DataError if the policy, set by the keys of
+    `section`, forbids it.
     """
     share = left_out(losses)
     if not share:
@@ -67,12 +67,12 @@ def admit(
 
 
 class ReplacementLog:
-    """What a run replaced. Every rank makes one; RUN/skipped/rank-N.jsonl names each replaced draw
-    of that rank.
+    """The draws that a run replaced. Every rank has one; RUN/skipped/rank-N.jsonl lists the
+    replaced draws of that rank.
 
-    `start`: the step at which this session begins; what was written at or after it is dropped, as
-    it will come again. `before`: draws replaced in all steps before it, over all ranks. `missing`:
-    the share of samples that indexing left out.
+    `start`: the step at which this process starts or resumes; records from that step on are
+    dropped, since the steps are repeated. `before`: draws replaced in all earlier steps, over all
+    ranks. `missing`: the share of samples that indexing left out.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ReplacementLog:
                 durable.drop_records(path, start)
 
     def add(self, step: int, replaced: Sequence[Replaced]) -> None:
-        """Note what one step replaced on this rank."""
+        """Record the draws that were replaced in one step on this rank."""
         if not replaced:
             return
 
@@ -100,22 +100,22 @@ class ReplacementLog:
                 log.warning("replaced by sample %d: %s", item.used, item.fault)
 
     def agree(self, drawn: int) -> int:
-        """Draws replaced of the run's first `drawn`, over all ranks, which all call it. Raises
-        DataError above the limit.
+        """How many of the run's first `drawn` draws were replaced, over all ranks; a collective
+        call. Raises DataError above the limit.
         """
         self.total = self._before + int(dist.sum_nograd(torch.tensor(self._mine)))
 
-        # of an epoch at least: one bad sample in the first batch says little
+        # relative to at least an epoch, since one bad sample in the first batch says little
         if self.total > (self._limit - self._missing) * max(drawn, self._epoch):
             indexed = (
-                f" (beside a share of {self._missing:.2g} that indexing left out)"
+                f" (in addition to a share of {self._missing:.2g} that indexing left out)"
                 if self._missing
                 else ""
             )
             raise DataError(
                 f"{self.total} of {drawn} samples could not be used, more than "
-                f"data.max_bad={self._limit:g} "
-                f"allows{indexed}; {self._folder} names them; mend the shards or raise data.max_bad"
+                f"data.max_bad={self._limit:g} allows{indexed}; {self._folder} names them; mend "
+                "the shards or raise data.max_bad"
             )
 
         return self.total
@@ -124,7 +124,7 @@ class ReplacementLog:
         return {"data/skipped": float(self.total)} if self.on else {}
 
     def meta(self) -> dict[str, int]:
-        """For the checkpoint, as `count_of` reads it."""
+        """What the checkpoint stores and `count_of` reads."""
         return {"skipped": self.total} if self.on or self.total else {}
 
     def summary(self, drawn: int) -> str:
@@ -134,7 +134,7 @@ class ReplacementLog:
 
 
 def count_of(meta: Mapping[str, object]) -> int:
-    """The replaced draws that a checkpoint tells of."""
+    """The number of replaced draws that a checkpoint stores."""
     count = meta.get("skipped", 0)
     if not isinstance(count, int) or count < 0:
         raise ConfigError(f"the checkpoint's count of skipped samples is {count!r}")

@@ -1,8 +1,7 @@
-"""Label subsets: files that say which few samples of a folder of shards may be used with their
-labels.
+"""Label subsets: files that list the few samples of a folder of shards whose labels may be used.
 
-Pretraining (SuNCEt) and evaluation read the same file, so that no other label leaks. It names the
-shards by the checksum of all their bytes and is refused with others. Made by `choose`
+Pretraining (SuNCEt) and evaluation read the same file, so that no other label leaks. The file
+contains the checksum of the shards and is refused with other shards. It is made by `choose`
 (class-balanced; nested for one seed) or from a list of names.
 """
 
@@ -16,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scaletrain import rng
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
 from scaletrain.data.format.names import slug
 from scaletrain.data.reading.reader import Shards
+from scaletrain.data.sampling.plan import Ints
 from scaletrain.runtime import local_files
 
 VERSION = 1
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class LabelSubset:
 
     index: Ints
     labels: Ints
-    # how it was made, for people
+    # how the subset was chosen, in words
     rule: str
 
 
@@ -45,11 +43,12 @@ def choose(labels: Ints, total: int, seed: int) -> Ints:
     """`total` of the labelled samples in `labels` [N], equally many of each class -> their indices
     [total], ascending.
 
-    Where `total` is no multiple of the classes, some have one more; a class that is too small gives
-    all and the others more. A smaller choice with the same seed lies inside a larger one.
+    If `total` is not a multiple of the number of classes, some classes have one more; a class that
+    is too small gives all its samples and the others give more. With the same seed, a smaller
+    choice is a subset of a larger one.
     """
     groups = _by_class(labels)
-    # who has one more
+    # the order in which classes give one more
     order = rng.permutation(len(groups), seed, "subset classes").tolist()
     quota = _quotas(np.array([len(groups[i]) for i in order]), total)
 
@@ -89,11 +88,11 @@ def per_class(labels: Ints, count: int, seed: int) -> Ints:
 
 
 def by_name(shards: Shards, names: Sequence[str]) -> Ints:
-    """The samples whose file was so named, as in SimCLR's lists: with or without folders and
-    suffix.
+    """The samples made from the files `names`, which may lack folders and suffix, as in SimCLR's
+    lists.
 
-    A key ends in the path of its file, with `_` for `/` and other signs. Raises DataError for a
-    name of no sample or of two.
+    A key ends in the path of its file, with `_` for `/` and other characters. Raises DataError for
+    a name of no sample or of two.
     """
     wanted: dict[str, str] = {}
 
@@ -103,27 +102,27 @@ def by_name(shards: Shards, names: Sequence[str]) -> Ints:
             raise DataError(f"{name} is listed twice, or its key is that of {wanted[ending]}")
         wanted[ending] = name
 
-    found: dict[str, int] = {}
+    samples: dict[str, int] = {}
     for sample in range(len(shards)):
         for ending in _endings(_key(shards, sample)):
             if ending in wanted:
-                if ending in found:
+                if ending in samples:
                     raise DataError(
                         f"{wanted[ending]} is the name of two samples of {shards.folder}; list "
                         "names with their folders"
                     )
 
-                found[ending] = sample
+                samples[ending] = sample
 
-    missing = next((name for key, name in wanted.items() if key not in found), None)
+    missing = next((name for key, name in wanted.items() if key not in samples), None)
     if missing is not None:
         raise DataError(f"{missing} is the name of no sample of {shards.folder}")
 
-    return np.sort(np.array(list(found.values()), np.int64))
+    return np.sort(np.array(list(samples.values()), np.int64))
 
 
 def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> LabelSubset:
-    """Write the file. Raises DataError if a chosen sample has no label."""
+    """Write a subset to `path`. Raises DataError if a chosen sample has no label."""
     labels = shards.labels()[chosen]
     if not len(chosen) or labels.min() < 0:
         what = (
@@ -151,9 +150,7 @@ def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> LabelSubset:
 
 
 def load(path: Path, shards: Shards) -> LabelSubset:
-    """The subset of `path` for these shards. Raises DataError if it is damaged or was made for
-    others.
-    """
+    """Read the subset at `path`. Raises DataError if it is damaged or was made for other shards."""
     try:
         with local_files.reader(path) as file:
             raw = json.load(file)
@@ -188,7 +185,7 @@ def load(path: Path, shards: Shards) -> LabelSubset:
 
 
 def _by_class(labels: Ints) -> list[Ints]:
-    """The samples of each class that occurs, by ascending class."""
+    """The samples of each class that has any, by ascending class."""
     order = np.argsort(labels, kind="stable")
     order = order[int((labels < 0).sum()) :]
     if not len(order):
@@ -198,8 +195,8 @@ def _by_class(labels: Ints) -> list[Ints]:
 
 
 def _quotas(sizes: Ints, total: int) -> list[int]:
-    """Fill all classes evenly: those above the level that is full for all give one more in the
-    order given, until `total`.
+    """How many samples each class gives: as equal as possible, with the remainder taken from the
+    first classes that have more.
     """
     level = (
         bisect_right(
@@ -219,8 +216,8 @@ def _key(shards: Shards, sample: int) -> str:
 
 
 def _endings(key: str) -> list[str]:
-    """`000000012-n01440764_n01440764_18` -> what may be meant by it: `n01440764_n01440764_18`,
-    `n01440764_18`, `18`.
+    """The names by which a key may be listed: `000000012-n01440764_n01440764_18` ->
+    `n01440764_n01440764_18`, `n01440764_18`, `18`.
     """
     words = slug(re.sub(r"^\d{9}-", "", key)).split("_")
     return ["_".join(words[i:]) for i in range(len(words))]

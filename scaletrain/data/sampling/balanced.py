@@ -10,10 +10,10 @@ from scaletrain.data.sampling.plan import Batches, Draws, Ints, bijection, keyed
 
 
 class Balanced(Batches):
-    """Batches of `classes` classes with `per_class` samples each; neighbours are of different
+    """Batches of `classes` classes with `per_class` samples each; adjacent rows are of different
     classes.
 
-    `index`, `labels` [N]: numbers of the labelled samples and their classes.
+    `index`, `labels` [N]: the numbers of the labelled samples and their classes.
     """
 
     whole = False
@@ -49,7 +49,7 @@ class Balanced(Batches):
         rounds, place = np.divmod(turn, len(self.counts))
         chosen = np.empty_like(place)
 
-        # two where a round ends within the batch
+        # there are two rounds where one ends within the batch
         for n in np.unique(rounds):
             order = rng.permutation(len(self.counts), self.seed, "support classes", int(n)).numpy()
             chosen[rounds == n] = order[place[rounds == n]]
@@ -62,14 +62,13 @@ class Balanced(Batches):
         if self.size % world:
             raise DataError(
                 f"{world} processes do not divide the {self.size} labelled samples of a step; "
-                "change data.support.classes or "
-                "data.support.per_class"
+                "change data.support.classes or data.support.per_class"
             )
 
         return rank * self.size // world, (rank + 1) * self.size // world
 
     def in_use(self) -> tuple[int, int]:
-        # shards, at most: a labelled sample may be in any
+        # upper bounds, since each labelled sample may be in a shard of its own
         return self.size, self.samples
 
     def mixing(self, shard_bytes: float = 0.0) -> str:

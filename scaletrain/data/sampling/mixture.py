@@ -1,9 +1,9 @@
-"""Weighted mixtures of data sets and epochs of a chosen length, as exact as a plan: a pure function
-of (seed, epoch, step).
+"""Weighted mixtures of data sets, and epochs of a chosen length: like a plan, a pure function of
+(seed, epoch, step).
 
-Every source is walked through pass after pass, each in its own order and whole before the next
-begins; how many draws of a source come before a global step is a closed form of the step. The state
-of a run stays (epoch, step).
+Each source is read in passes, each of which has its own order and is complete before the next one
+begins. How many draws of a source precede a global step has a closed form, so (epoch, step) is the
+whole state of a run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from scaletrain.runtime.tables import plural
 
 
 class MixtureSource(NamedTuple):
-    # for texts
+    """A data set of a mixture."""
+
+    # for messages
     name: str
-    counts: Ints  # [S] samples of each shard in canonical order
+    # [S] samples of each shard in canonical order
+    counts: Ints
     # share of all draws, relative to the other sources
     weight: float
 
@@ -31,9 +34,9 @@ class Mixture(Batches):
     """Batches from several sources, or from one with an epoch of its own length.
 
     Samples are numbered source after source. `epoch_samples`: draws of an epoch; 0: as many as
-    there are samples. Rows of a batch lie by lane, sources mixed within a lane, so every rank reads
-    all sources and its own part of their shards. Raises DataError for numbers that do not fit
-    together.
+    there are samples. The rows of a batch are ordered by lane, with the sources mixed within a
+    lane, so every rank reads from all sources and from its own part of their shards. Raises
+    DataError for sizes that do not fit together.
     """
 
     whole = False
@@ -77,8 +80,7 @@ class Mixture(Batches):
             if size < batch * weight:
                 raise DataError(
                     f"{source.name} has {size} samples, fewer than its {batch * weight:.0f} of "
-                    f"every batch={batch}; "
-                    "lower its weight or batch"
+                    f"every batch={batch}; lower its weight or batch"
                 )
 
     def weights(self) -> list[float]:
@@ -91,8 +93,8 @@ class Mixture(Batches):
         return result
 
     def drawn(self, draws: int) -> list[int]:
-        """How many of the run's first `draws` draws come from each source: never more than a few
-        from its exact share.
+        """How many of the run's first `draws` draws come from each source; each count differs from
+        its exact share by a few at most.
         """
         result = []
 
@@ -111,7 +113,7 @@ class Mixture(Batches):
         source = np.repeat(np.arange(len(begin)), np.subtract(end, begin))
         place = np.concatenate([np.arange(a, b) for a, b in zip(begin, end, strict=True)])
         sizes = np.diff(self._first)
-        # the pass through the source, and the place in it
+        # the pass through the source, and the position in it
         turn, place = np.divmod(place, sizes[source])
 
         lane, at = self._turns(source, place)
@@ -120,7 +122,7 @@ class Mixture(Batches):
         samples = np.empty_like(at)
 
         for number, order in enumerate(self.orders):
-            # two where a pass ends within the batch
+            # there are two passes where one ends within the batch
             for n in np.unique(turn[source == number]):
                 chosen = (source == number) & (turn == n)
                 samples[chosen] = self._first[number] + order.at(int(n), lane[chosen], at[chosen])
@@ -156,7 +158,7 @@ class Mixture(Batches):
 
 
 def _shares(weights: Sequence[Fraction]) -> list[Fraction]:
-    """Each source's share of what the sources before it leave. So counts never fall: rounding each
-    count alone could.
+    """Each source's share of what the sources before it leave. With these, counts never decrease,
+    which rounding each count separately would not guarantee.
     """
     return [weight / sum(weights[number:]) for number, weight in enumerate(weights)]

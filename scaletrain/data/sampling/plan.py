@@ -1,10 +1,13 @@
-"""The order of samples: a pure, lazy function of (seed, epoch, step), the same for every number of
-ranks and workers.
+"""The order of samples: a pure function of (seed, epoch, step), the same for every number of ranks
+and workers.
 
-Epoch: permute all shards; lay their N samples on a line; cut the line in C equal lanes (a cut may
-fall inside a shard); inside a lane, shuffle within blocks of about `window` shards by a keyed
-bijection that answers any position in O(1). Global batch t takes the next B/C samples of each lane.
-Nothing of the size of N is ever made.
+An epoch permutes all shards, concatenates their N samples, divides the sequence into C equal parts,
+the shuffle lanes (a boundary may fall inside a shard), and shuffles each lane within blocks of
+about `window` shards, the shuffle window, by a keyed bijection that maps any position in O(1).
+Global batch t takes the next B/C samples of each lane. No array of size N is ever allocated.
+
+More lanes mix more shards in each batch; a larger window shuffles over more shards. Both keep more
+shards in use at once. (MosaicML's streaming calls them canonical nodes and block size.)
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from scaletrain.data.errors import DataError
 from scaletrain.runtime.tables import plural
 
 Ints = NDArray[np.int64]
-# of the Feistel network, half of them on each coordinate
+# rounds of the Feistel network, half of them on each coordinate
 ROUNDS = 8
 
 
 class Draws(NamedTuple):
-    """What fills some rows of a batch. (epoch, sample, repeat) occurs once in a run and is the root
-    of a draw's randomness.
+    """The samples in some rows of a batch. (epoch, sample, repeat) occurs once in a run; all
+    randomness of a draw is derived from it.
     """
 
     samples: Ints  # [K] numbers in the data set
@@ -35,11 +38,11 @@ class Draws(NamedTuple):
 
 
 class Batches(ABC):
-    """Global batches of `size` draws, numbered by epoch and step."""
+    """The order of global batches of `size` draws, numbered by epoch and step."""
 
-    # an epoch draws every sample once, but for a rest smaller than a batch
+    # whether an epoch draws every sample once, except for a remainder smaller than a batch
     whole: bool
-    # that can be drawn, in all sources
+    # samples of all sources
     samples: int
     steps_per_epoch: int
 
@@ -54,16 +57,16 @@ class Batches(ABC):
 
     @abstractmethod
     def in_use(self) -> tuple[int, int]:
-        """Distinct shards of the first batch, and shards that all nodes together read from while
-        the first windows last.
+        """Distinct shards of the first batch, and shards that all nodes together read from within
+        the first windows.
         """
 
     @abstractmethod
     def _about(self) -> str:
-        """What is drawn from."""
+        """What the batches are drawn from, in words."""
 
     def batch(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Ints:
-        """Sample numbers of `draws`."""
+        """The sample numbers of `draws`."""
         return self.draws(epoch, step, lo, hi).samples
 
     def part(self, rank: int, world: int) -> tuple[int, int]:
@@ -80,15 +83,15 @@ class Batches(ABC):
         return rank * rows, (rank + 1) * rows
 
     def mixing(self, shard_bytes: float = 0.0) -> str:
-        """How well a batch mixes and what cache that asks for, for the start of a run.
-        `shard_bytes`: mean size of a shard.
+        """How well a batch mixes and the cache that this needs, in words. `shard_bytes`: mean size
+        of a shard.
         """
-        distinct, held = self.in_use()
-        cache = f", {held * shard_bytes / 1e9:,.3g} GB over all nodes" if shard_bytes else ""
+        distinct, in_use = self.in_use()
+        cache = f", {in_use * shard_bytes / 1e9:,.3g} GB over all nodes" if shard_bytes else ""
 
         return (
             f"{self._about()}; a batch of {self.size:,} mixes {plural(distinct, 'shard')} and "
-            f"keeps {held:,} in use{cache}"
+            f"keeps {in_use:,} in use{cache}"
         )
 
     def _inside(self, step: int) -> None:
@@ -97,8 +100,8 @@ class Batches(ABC):
 
 
 class Order:
-    """One data set's order in each pass through it. `counts` [S]: samples of each shard in
-    canonical order.
+    """The order of one data set's samples in each pass through it. `counts` [S]: samples of each
+    shard in canonical order.
     """
 
     def __init__(self, counts: Ints, *, seed: int, lanes: int, window: int) -> None:
@@ -106,32 +109,32 @@ class Order:
         self.seed, self.lanes, self.window = seed, lanes, window
         self.samples = int(self.counts.sum())
         self._starts = np.cumsum(self.counts) - self.counts
-        self._line: tuple[int, Ints, Ints] | None = None
+        self._epoch_shards: tuple[int, Ints, Ints] | None = None
 
     def at(self, epoch: int, lane: Ints, at: Ints) -> Ints:
-        """Numbers of the samples at places `at` of lanes `lane`, [K] each -> [K]."""
+        """Numbers of the samples at positions `at` of lanes `lane`, [K] each -> [K]."""
         start, size, key = self._blocks(epoch, lane, at)
         return self._canonical(
             epoch, start + bijection(lane * self.samples // self.lanes + at - start, size, key)
         )
 
     def turn(self, place: Ints) -> tuple[Ints, Ints]:
-        """Lane and place in it of each place [K] in 0 .. samples - 1, when lanes take turns until
-        all are empty.
+        """Lane and position in it of each `place` [K] in 0 .. samples - 1, where the lanes take
+        turns until all are used up.
         """
         rounds, rest = divmod(self.samples, self.lanes)
         lane, at = place % self.lanes, place // self.lanes
 
-        # lanes differ in length by one: in the last round the j-th turn is that of the j-th longer
-        # lane
+        # the lengths of lanes differ by at most one: the j-th turn of the last round is that of the
+        # j-th of the longer lanes
         return np.where(at == rounds, -(-(lane + 1) * self.lanes // max(rest, 1)) - 1, lane), at
 
     def shards(self, samples: Ints) -> Ints:
-        """Numbers of the shards that hold the samples."""
+        """Numbers of the shards that contain the samples."""
         return np.searchsorted(self._starts, samples, "right") - 1
 
     def in_use(self, epoch: int) -> int:
-        """Shards that the first blocks of all lanes touch."""
+        """Number of shards from which the first blocks of all lanes read."""
         lane = np.arange(min(self.lanes, self.samples))
         lane = lane[(lane + 1) * self.samples // self.lanes > lane * self.samples // self.lanes]
         start, size, _ = self._blocks(epoch, lane, np.zeros_like(lane))
@@ -147,10 +150,12 @@ class Order:
         return int(np.count_nonzero((np.cumsum(covered)[:-1] > 0) & (np.diff(ends, prepend=0) > 0)))
 
     def _blocks(self, epoch: int, lane: Ints, at: Ints) -> tuple[Ints, Ints, Ints]:
-        """The block around each place: its start on the epoch's line, its length, its key."""
+        """The block around each position: its start in the epoch's sequence, its length,
+        its key.
+        """
         begin = lane * self.samples // self.lanes
         length = (lane + 1) * self.samples // self.lanes - begin
-        # equal blocks and not blocks of fixed length, whose remainder would be shuffled among few
+        # equal blocks: with blocks of a fixed length the remainder would be shuffled among few
         # samples
         blocks = np.maximum(
             1, np.rint(length * len(self.counts) / (self.window * self.samples))
@@ -168,19 +173,19 @@ class Order:
         return position + (self._starts[shard] + self.counts[shard] - ends[slot])
 
     def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
-        """The epoch's shards in their order on the line, and where each ends there; the last epoch
-        asked for is kept.
+        """The epoch's order of shards, and where each ends in the sequence of samples; the result
+        for the last epoch is cached.
         """
-        if self._line is None or self._line[0] != epoch:
+        if self._epoch_shards is None or self._epoch_shards[0] != epoch:
             order = rng.permutation(len(self.counts), self.seed, "shards", epoch).numpy()
-            self._line = epoch, order, np.cumsum(self.counts[order])
+            self._epoch_shards = epoch, order, np.cumsum(self.counts[order])
 
-        return self._line[1:]
+        return self._epoch_shards[1:]
 
 
 class Plan(Batches):
-    """Epochs of one whole data set; a sample's number is its place in the canonical order of
-    `counts`.
+    """Epochs of one whole data set; a sample's number is its position in the canonical order of
+    the shards.
     """
 
     whole = True
@@ -221,8 +226,8 @@ def bijection(x: Ints, n: Ints, key: Ints) -> Ints:
     """A keyed permutation of {0..n-1} at x, elementwise [K], in O(1).
 
     Generalised Feistel network on a grid of a x b >= n cells, a = ceil(sqrt(n)), with cycle walking
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5): results beyond n
-    are sent through again.
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 5): results
+    outside of 0 .. n - 1 are mapped again.
     """
     a = np.ceil(np.sqrt(n)).astype(np.int64)
     b = -(-n // a)
@@ -244,11 +249,12 @@ def _feistel(x: Ints, a: Ints, b: Ints, key: Ints) -> Ints:
     return left + a * right
 
 
-# leaves room for the addition
+# leaves headroom for the addition
 _POSITIVE = (1 << 62) - 1
 
 
 def keyed(*parts: int | str | Ints) -> Ints:
+    """rng.hash64 for numpy arrays."""
     return rng.hash64(
         *(torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in parts)
     ).numpy()

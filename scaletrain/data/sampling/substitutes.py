@@ -1,4 +1,4 @@
-"""Samples that take the place of those that cannot be read."""
+"""The samples that replace those that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 from scaletrain import rng
 
-# where half of all samples are bad, one in 10**19 finds no substitute
+# if half of all samples were bad, one in 10**19 would find no substitute
 TRIES = 64
 
 
 class Replaced(NamedTuple):
-    """A draw of the plan that was served by another sample."""
+    """A draw of the plan that was replaced by another sample."""
 
     planned: int
     used: int
-    # with shard and byte offset
+    # why, with shard and byte offset
     fault: str
 
 
 def substitutes(
     seed: int, epoch: int, sample: int, repeat: int, span: tuple[int, int]
 ) -> Iterator[int]:
-    """Samples in [lo, hi) to try in place of one: a function of the arguments, so it is the same on
-    any rank and worker.
+    """The samples in `span` [lo, hi) to try in place of one, in order: a function of the arguments,
+    so the same on any rank and worker.
     """
     lo, hi = span
     bits = rng.hash64(seed, "substitute", epoch, sample, repeat, torch.arange(TRIES)) & (

@@ -1,14 +1,14 @@
-"""Whole files in a bounded folder of this node, shared by all processes of one user: ranks, loader
-workers, several jobs.
+"""A cache of whole files in a folder of this node, of bounded size and shared by all processes of
+one user: ranks, loader workers, several jobs.
 
-Every file is complete and verified from the moment it has its name. The kernel's locks hold all
-together, so a killed process leaves nothing to clean up:
-- `KEY.part` is being filled by who holds its exclusive lock, and renamed when whole. Its size is
-  reserved beforehand.
-- `KEY` is in use while somebody holds a shared lock of it. Only who gets the exclusive one may
-  delete it.
-- `.room` is locked while space is counted, reserved or freed, so the folder never holds more than
-  its limit.
+A file under its final name is complete and verified. All coordination uses the kernel's file locks,
+so a killed process leaves nothing to clean up:
+- `KEY.part` is filled by the process that holds its exclusive lock, and renamed when complete. Its
+  size is reserved beforehand.
+- `KEY` is in use while any process holds a shared lock on it, and only deleted under the exclusive
+  lock.
+- `.room` is locked while space is counted, reserved or freed, so the folder never exceeds its
+  limit.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from typing import BinaryIO
 from scaletrain.data.errors import DataError
 from scaletrain.runtime import heartbeat
 
-# writes exactly the size announced, or raises
+# writes a file of exactly the announced size, or raises
 Fill = Callable[[BinaryIO], None]
-# seconds to wait for room while other processes use every file
+# seconds to wait for space while other processes use every file
 PATIENCE = 60.0
-# seconds between notes that a file is in use
+# seconds between two updates of the time at which a file was last used
 TOUCH = 1.0
-# seconds between two looks at what other processes do
+# seconds between two checks of what other processes do
 POLL = 0.02
 
 
 class NodeCache:
-    """`place`: a folder on this node's disk ("": the one for temporary files); `limit` in bytes.
-    Raises DataError.
+    """The cache in `place`, a folder on this node's disk ("": the one for temporary files), of at
+    most `limit` bytes. Raises DataError.
     """
 
     def __init__(self, place: str, limit: int) -> None:
@@ -48,21 +48,21 @@ class NodeCache:
         _private(self.folder)
 
     def open(self, key: str, size: int, fill: Fill) -> int:
-        """A file descriptor to read the file with, which stays in the cache until it is closed;
-        filled first if missing.
+        """A file descriptor to read the file, which stays in the cache until the descriptor is
+        closed. A missing file is filled first.
         """
-        while (file := self._held(key)) is None:
+        while (file := self._opened(key)) is None:
             if not self._make(key, size, fill):
-                # whoever fills the file may take as long as that takes
+                # another process fills the file, which takes as long as it takes
                 _pause()
 
         return file
 
     def ensure(self, key: str, size: int, fill: Fill) -> None:
-        """Have the file there soon: marks it as used, fills it, or leaves it to the process that
-        does so at this moment.
+        """Fill a missing file unless another process is filling it; mark an existing one as
+        used.
         """
-        file = self._held(key)
+        file = self._opened(key)
 
         if file is None:
             self._make(key, size, fill)
@@ -70,30 +70,30 @@ class NodeCache:
             os.close(file)
 
     def mark(self, key: str, wanted: bool) -> None:
-        """Let a file be among the last to be deleted, or the first."""
+        """Make a file one of the last to be evicted if it is wanted, else one of the first."""
         with suppress(FileNotFoundError):
             os.utime(self.folder / key, None if wanted else (0, 0))
 
     def used(self) -> int:
-        """Bytes of all files, those on their way included."""
+        """Bytes of all files, including those being filled."""
         with self._counting():
             return sum(size for _, size, _ in self._files())
 
     def check(self, wanted: int) -> None:
-        """Raises DataError if the disk cannot hold `wanted` bytes here, or the limit where that is
-        less.
+        """Raise DataError if the disk has no room for the smaller of `wanted` and the limit, both
+        in bytes.
         """
         disk = os.statvfs(self.folder)
         room = disk.f_bavail * disk.f_frsize + self.used()
         if min(wanted, self.limit) > room:
             raise DataError(
                 f"the disk of {self.folder} has room for {room:,} bytes and data.cache.bytes is "
-                f"{self.limit:,}: "
-                "lower it, or choose another disk of this node with data.cache.path"
+                f"{self.limit:,}: lower it, or choose another disk of this node with "
+                "data.cache.path"
             )
 
-    def _held(self, key: str) -> int | None:
-        """Open and in use, or None if it is not there."""
+    def _opened(self, key: str) -> int | None:
+        """A descriptor of the file with a shared lock, or None if the file does not exist."""
         try:
             file = os.open(self.folder / key, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -101,13 +101,13 @@ class NodeCache:
 
         try:
             fcntl.flock(file, fcntl.LOCK_SH)
-            found = os.fstat(file)
-            # deleted between the opening and the lock
-            if not found.st_nlink:
+            status = os.fstat(file)
+            # deleted between opening and locking
+            if not status.st_nlink:
                 os.close(file)
                 return None
 
-            if time() - found.st_mtime > TOUCH:
+            if time() - status.st_mtime > TOUCH:
                 os.utime(file)
         except BaseException:
             os.close(file)
@@ -116,17 +116,17 @@ class NodeCache:
         return file
 
     def _make(self, key: str, size: int, fill: Fill) -> bool:
-        """Fill the file unless another process did. False if another one is about it.
+        """Fill the file unless another process has done so; False if another process is filling it.
 
-        To wait for its lock would not do: once the file has its name, whoever reads it holds a lock
-        of that same file.
+        Waiting for that process's lock would not work: after the renaming, readers hold locks on
+        the same file.
         """
         part = self.folder / f"{key}.part"
 
         with _locked(part, wait=False) as file:
             if file is None:
                 return False
-            # renamed or deleted by who had the lock before
+            # renamed or deleted by the previous owner of the lock
             if not _is(part, file):
                 return True
 
@@ -135,17 +135,18 @@ class NodeCache:
                     part.unlink()
                     return True
 
-                # a killed process may have left some of it
+                # a killed process may have left a part of it
                 os.ftruncate(file, 0)
                 self._reserve(file, size)
                 with os.fdopen(os.dup(file), "r+b") as writer:
                     fill(writer)
 
-                # a large file and a slow disk
+                # may take long with a large file and a slow disk
                 with heartbeat.unwatched():
                     os.fsync(file)
 
-                # who lists the folder during a renaming may see the file twice, or not at all
+                # a process that lists the folder during the renaming may see the file twice, or not
+                # at all
                 with self._counting():
                     part.rename(self.folder / key)
             except BaseException as error:
@@ -180,11 +181,11 @@ class NodeCache:
         with self._counting():
             files = sorted(self._files())
             free = self.limit - sum(size for _, size, _ in files) - size
-            for _, held, path in files:
+            for _, bytes_used, path in files:
                 if free >= 0:
                     break
                 if self._evicted(path):
-                    free += held
+                    free += bytes_used
 
             if free < 0:
                 return False
@@ -198,17 +199,17 @@ class NodeCache:
         return _locked(self.folder / ".room", wait=True)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
-        """(last use, bytes, path)"""
+        """Each file as (time of last use, bytes, path)."""
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    found = entry.stat(follow_symlinks=False)
+                    status = entry.stat(follow_symlinks=False)
                     if entry.name != ".room":
-                        yield found.st_mtime_ns, found.st_size, Path(entry.path)
+                        yield status.st_mtime_ns, status.st_size, Path(entry.path)
 
     def _evicted(self, path: Path) -> bool:
-        """Delete a file that nobody uses or fills. False if it is in use, or was renamed
-        meanwhile.
+        """Delete a file that no process uses or fills. False if it is in use, or was renamed in the
+        meantime.
         """
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -230,19 +231,19 @@ def _pause() -> None:
 
 
 def _private(folder: Path) -> None:
-    """Make the folder for this user alone. One that others own or may write could feed the run with
-    anything.
+    """Create the folder for this user alone. A folder that others own or may write could supply the
+    run with any content.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         raise DataError(
             f"the cache {folder} cannot be made: {error.strerror}; choose a folder with "
             "data.cache.path"
         ) from None
 
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise DataError(
             f"the cache {folder} must be a folder that belongs to you alone (chmod 700); remove "
             "it, or set data.cache.path"
@@ -251,8 +252,8 @@ def _private(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[int | None]:
-    """The file's descriptor with its exclusive lock; None if another process has the lock and
-    `wait` is not wanted.
+    """A descriptor of the file with an exclusive lock; None if another process has the lock and
+    `wait` is false.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
@@ -271,7 +272,7 @@ def _lock(file: int, wait: bool) -> bool:
 
 
 def _is(path: Path, file: int) -> bool:
-    """The path still names the opened file."""
+    """Whether the path still refers to the open file."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(file))
     except FileNotFoundError:

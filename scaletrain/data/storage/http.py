@@ -1,7 +1,7 @@
-"""Bytes from http and https addresses: bounded in size and time, and nothing but the web. What is
-fetched is not trusted.
+"""Downloads from http and https addresses, bounded in size and time. What is fetched is not
+trusted.
 
-Failures that may pass (time-outs, broken connections, HTTP 408, 425, 429 and 5xx) are tried again.
+Transient failures (time-outs, broken connections, HTTP 408, 425, 429 and 5xx) are retried.
 Environment variables such as `https_proxy` are honoured.
 """
 
@@ -22,55 +22,57 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format.tar import MEMBER_BYTES
 
 T = TypeVar("T")
-# seconds between two tries at most
+# most seconds between two tries
 LONGEST = 30.0
-# and 5xx
-_AGAIN = (408, 425, 429)
-# an image may take so many time-outs altogether, else a server could drip for ever
+# HTTP errors that are retried, like all 5xx
+_RETRIED = (408, 425, 429)
+# most time-outs that a whole image may take, or a slow server could block for ever
 _WHOLE = 10
 _CHUNK = 1 << 20
-# forked processes would share the state of any other generator and come back all at once
+# forked processes would share the state of any other generator and all retry at the same time
 _JITTER = random.SystemRandom()
 
 
-class Passing(Exception):
-    """A failure that may pass."""
+class TransientError(Exception):
+    """A failure that a retry may overcome."""
 
 
-class Differs(Passing):
-    """Other bytes than were promised: by a bad connection, or for good."""
+class MismatchError(TransientError):
+    """Other bytes than announced, either because of a bad connection or permanently."""
 
 
-class Outage(DataError):
-    """A failure that could have passed and did not."""
+class OutageError(DataError):
+    """A transient failure that outlasted all tries."""
 
 
 def fetch(url: str, timeout: float, tries: int) -> bytes:
-    """The content; `timeout` is in seconds, of one wait for the network. Raises DataError with the
-    reason.
+    """The content of an address; `timeout` in seconds bounds each wait for the network. Raises
+    DataError with the reason.
     """
-    return again(lambda: b"".join(parts(url, MEMBER_BYTES, timeout, timeout * _WHOLE)), tries)
+    return retry(lambda: b"".join(parts(url, MEMBER_BYTES, timeout, timeout * _WHOLE)), tries)
 
 
-def again(work: Callable[[], T], tries: int) -> T:
-    """Its result, tried again after failures that may pass, with waits that double.
+def retry(work: Callable[[], T], tries: int) -> T:
+    """The result of `work`, which is retried after transient failures with waits that double.
 
-    Raises DataError with the last reason: an Outage, unless it is final.
+    Raises DataError with the last reason, as an OutageError unless the content differed.
     """
     for attempt in range(tries):
         try:
             return work()
-        except Passing as error:
+        except TransientError as error:
             last = error
             if attempt + 1 < tries:
                 sleep(min(2.0**attempt, LONGEST) * _JITTER.uniform(0.5, 1.0))
 
-    raise (DataError if isinstance(last, Differs) else Outage)(f"{last} (tried {tries} times)")
+    raise (DataError if isinstance(last, MismatchError) else OutageError)(
+        f"{last} (tried {tries} times)"
+    )
 
 
 def parts(url: str, limit: int, timeout: float, seconds: float) -> Iterator[bytes]:
-    """The content piece by piece, at most `limit` bytes within `seconds`. Raises Passing, or
-    DataError for what cannot pass.
+    """The content piece by piece, at most `limit` bytes within `seconds`. Raises TransientError, or
+    DataError for permanent failures.
     """
     _web(url)
     address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
@@ -82,10 +84,12 @@ def parts(url: str, limit: int, timeout: float, seconds: float) -> Iterator[byte
             yield from _content(answer, limit, seconds)
     except HTTPError as error:
         error.close()
-        kind = Passing if error.code in _AGAIN or error.code >= 500 else DataError
+        kind = TransientError if error.code in _RETRIED or error.code >= 500 else DataError
         raise kind(f"HTTP {error.code} {error.reason}") from None
     except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-        raise Passing(f"the download failed: {getattr(error, 'reason', None) or error}") from None
+        raise TransientError(
+            f"the download failed: {getattr(error, 'reason', None) or error}"
+        ) from None
 
 
 def _content(answer: HTTPResponse, limit: int, seconds: float) -> Iterator[bytes]:
@@ -95,12 +99,12 @@ def _content(answer: HTTPResponse, limit: int, seconds: float) -> Iterator[bytes
         if size > limit:
             raise DataError(f"is larger than {limit} bytes")
         if monotonic() > end:
-            raise Passing(f"the download takes more than {seconds:g} seconds")
+            raise TransientError(f"the download takes more than {seconds:g} seconds")
 
         yield part
 
     if answer.length:
-        raise Passing(f"the download was cut short by {answer.length} bytes")
+        raise TransientError(f"the download was cut short by {answer.length} bytes")
 
 
 def _web(url: str) -> None:
@@ -114,8 +118,8 @@ def _web(url: str) -> None:
 
 
 class _Redirects(request.HTTPRedirectHandler):
-    """Follows to the web only, and not from the first host into the private network of this
-    machine.
+    """Follows redirections to http and https addresses only, and to no other host of a private
+    network.
     """
 
     max_redirections = 5
@@ -139,17 +143,19 @@ class _Redirects(request.HTTPRedirectHandler):
 
 
 def _follow(url: str, to: str) -> None:
-    """Raises DataError for a redirection that is not followed."""
+    """Raise DataError for a redirection that must not be followed."""
     _web(to)
     host = urlsplit(to).hostname
     if host != urlsplit(url).hostname:
-        for found in socket.getaddrinfo(host, None):
-            if not ipaddress.ip_address(found[4][0]).is_global:
+        for entry in socket.getaddrinfo(host, None):
+            if not ipaddress.ip_address(entry[4][0]).is_global:
                 raise DataError(f"redirects to {host}, which is in a private network")
 
 
 def _opener() -> request.OpenerDirector:
-    """urllib's own default would read file:, ftp: and data: too."""
+    """An opener for http and https alone; urllib's default would also read file:, ftp: and
+    data:.
+    """
     opener = request.OpenerDirector()
     handlers = (
         request.ProxyHandler(),

@@ -1,9 +1,9 @@
-"""The shards of a remote data set through the node's cache: fetched when read, and ahead of need.
+"""Reads the shards of a remote data set through the node's cache, and prefetches them.
 
-The plan is a pure function, so every loader process knows which shards its rank reads next. Each
-has one thread that walks along the coming steps and has their shards fetched, as far as the cache
-reaches; processes that meet the same shard leave it to the first. The thread starts with the first
-read, so after the fork that makes a loader process.
+The order of samples is a pure function, so every loader process knows which shards its rank reads
+next. Each process has one thread that walks through the coming steps and fetches their shards as
+far as the cache has room; a shard that another process is fetching is left to that process. The
+thread starts with the first read and thus after the fork that makes a loader process.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.cache import Fill, NodeCache
 
-# steps to look ahead at most: a small data set is known after a few
+# most steps to look ahead; after so many, all shards of a small data set are known
 HORIZON = 1000
-# seconds between notes that what was fetched ahead is still wanted
+# seconds between two updates of the last use of prefetched shards
 REFRESH = 5.0
-# offset tables kept open
+# most offset tables in memory
 TABLES = 256
-# of the cache that is filled ahead of need
+# share of the cache that prefetching may fill
 SHARE = 0.9
 
 
 class AccessOrder(Protocol):
-    """What a rank reads. Called by one thread, on a copy of its own."""
+    """The samples that a rank reads in each step. Used by one thread, on a copy of its own."""
 
     def samples(self, step: int) -> Ints:
-        """Of a step. Raises IndexError behind the last."""
+        """The samples of a step. Raises IndexError after the last step."""
         ...
 
 
 @dataclass
 class EpochOrder:
-    """Positions [lo, hi) of a plan's batches, epoch after epoch."""
+    """Positions [lo, hi) of the plan's batches, epoch after epoch."""
 
     plan: Batches
     lo: int
@@ -67,7 +67,7 @@ class EpochOrder:
 
 @dataclass
 class SequentialOrder:
-    """The samples 0 .. stop - 1 in order, one a step."""
+    """The samples 0 .. stop - 1 in order, one in each step."""
 
     stop: int
 
@@ -79,23 +79,22 @@ class SequentialOrder:
 
 @dataclass
 class FolderOrder:
-    """The samples [lo, hi) of a course, numbered from 0: those of one folder of several."""
+    """The samples [lo, hi) of another order, numbered from 0: those of one folder of several."""
 
     order: AccessOrder
     lo: int
     hi: int
 
     def samples(self, step: int) -> Ints:
-        found = self.order.samples(step)
-        return found[(found >= self.lo) & (found < self.hi)] - self.lo
+        samples = self.order.samples(step)
+        return samples[(samples >= self.lo) & (samples < self.hi)] - self.lo
 
 
 def manifest(place: ShardSelection) -> ShardManifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
     url, origin = place.folder, remote.origin(place.folder)
     fix = (
-        f"is {url} a folder of shards with its index? Make the index with shards/index.py "
-        "before "
+        f"is {url} a folder of shards with its index? Make the index with shards/index.py before "
         "you upload it"
     )
 
@@ -113,12 +112,14 @@ def manifest(place: ShardSelection) -> ShardManifest:
     except remote.RemoteError as error:
         raise remote.RemoteError(f"{error}; {fix}") from None
 
-    found = parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", fix)
-    return found.only(place.chosen(found.names)) if place.patterns else found
+    shards = parse(io.BytesIO(data), f"{url}/{index.MANIFEST}", fix)
+    return shards.only(place.chosen(shards.names)) if place.patterns else shards
 
 
 class CachedShards:
-    """`place`: an address, or a local folder to be copied from. Safe to fork and to pickle."""
+    """The shards of `place`, an address or a local folder, read through the node's cache. Safe to
+    fork and to pickle.
+    """
 
     def __init__(self, place: str, options: schema.Cache, shards: ShardManifest) -> None:
         self.origin, self.options, self.shards = remote.origin(place), options, shards
@@ -140,8 +141,8 @@ class CachedShards:
         return f"{self.origin.url}/{self._name(number)}"
 
     def open(self, number: int) -> int:
-        """A file descriptor of the whole shard, which stays in the cache until it is closed. Raises
-        DataError.
+        """A file descriptor of the whole shard, which stays in the cache until the descriptor is
+        closed. Raises DataError.
         """
         return self.cache.open(*self.shard(number))
 
@@ -156,16 +157,16 @@ class CachedShards:
         return self._rows[number]
 
     def _loaded(self, number: int) -> offsets.OffsetRows:
-        facts = int(self.shards.samples[number]), int(self.shards.bytes[number])
+        expected = int(self.shards.samples[number]), int(self.shards.bytes[number])
         if isinstance(self.origin, remote.LocalOrigin):
-            return offsets.load(index.table_path(Path(self.url(number))), *facts)
+            return offsets.load(index.table_path(Path(self.url(number))), *expected)
 
         key, size, fill = self._table(number)
         file = self.cache.open(key, size, fill)
         try:
-            return offsets.load(self.cache.folder / key, *facts)
+            return offsets.load(self.cache.folder / key, *expected)
         except ShardError as error:
-            # the next start asks for it again
+            # so that the next start fetches it again
             (self.cache.folder / key).unlink(missing_ok=True)
             raise ShardError(
                 f"{self.url(number)}{offsets.SUFFIX}", error.offset, error.text
@@ -174,51 +175,50 @@ class CachedShards:
             os.close(file)
 
     def numbers(self, samples: Ints) -> list[int]:
-        """Of the shards that hold the samples."""
-        found: list[int] = np.unique(np.searchsorted(self._starts, samples, "right") - 1).tolist()
-        return found
+        """The numbers of the shards that contain the samples."""
+        numbers: list[int] = np.unique(np.searchsorted(self._starts, samples, "right") - 1).tolist()
+        return numbers
 
     def fits(self, shards: int) -> None:
-        """Raises DataError unless so many shards, as this node needs at once, fit in the cache, and
-        the cache on its disk.
+        """Raise DataError unless the cache has room for `shards` shards, as many as this node uses
+        at once, and its disk for the cache.
         """
         total = int(self.shards.bytes.sum())
         wanted = min(int(self.shards.bytes.mean() * shards), total)
         if wanted > self.options.bytes:
             raise DataError(
                 f"this node keeps about {shards:,} shards in use, {wanted:,} bytes, and "
-                "data.cache.bytes is "
-                f"{self.options.bytes:,}: raise it (twice that lets it read ahead), or lower "
-                "data.window or data.lanes"
+                f"data.cache.bytes is {self.options.bytes:,}: raise it (twice that allows "
+                "prefetching), or lower data.window or data.lanes"
             )
 
         self.cache.check(min(total, 2 * wanted))
 
     def expect(self, step: int, order: AccessOrder) -> None:
-        """Read ahead from this step on."""
+        """Prefetch from this step on."""
         if self._ahead is None or self._ahead[0] != os.getpid():
             self._ahead = os.getpid(), Prefetcher(self, copy.deepcopy(order), step)
             self._ahead[1].start()
         self._ahead[1].at(step)
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop prefetching."""
         if self._ahead is not None and self._ahead[0] == os.getpid():
             self._ahead[1].stop()
         self._ahead = None
 
     def budget(self) -> int:
-        """Bytes that one rank of this node may have fetched for the steps to come."""
+        """Bytes that one rank of this node may prefetch."""
         return int(SHARE * self.options.bytes / dist.local_world())
 
     def fetch(self, number: int) -> None:
-        """Have a shard and its table in the cache soon."""
+        """Fetch a shard and its offset table into the cache, unless another process does."""
         if not isinstance(self.origin, remote.LocalOrigin):
             self.cache.ensure(*self._table(number))
         self.cache.ensure(*self.shard(number))
 
     def shard(self, number: int) -> tuple[str, int, Fill]:
-        """Its key in the cache, its bytes, and what writes it."""
+        """The key of a shard in the cache, its bytes, and the function that writes it."""
         size = int(self.shards.bytes[number])
         return self._file(self._name(number), number, size, os.fsdecode(self.shards.sha256[number]))
 
@@ -236,20 +236,22 @@ class CachedShards:
 
 
 class Prefetcher(Thread):
-    def __init__(self, staged: CachedShards, order: AccessOrder, step: int) -> None:
+    """The thread that fetches the shards of the coming steps into the cache."""
+
+    def __init__(self, cached: CachedShards, order: AccessOrder, step: int) -> None:
         super().__init__(name="scaletrain-read-ahead", daemon=True)
-        self.staged, self.order, self.now = staged, order, step
+        self.cached, self.order, self.now = cached, order, step
         self._moved = Condition()
-        # shard -> the last step seen that reads it
+        # shard -> the last step known to read it
         self._wanted: dict[int, int] = {}
         self._refreshed = monotonic()
         self._stopped = False
 
-        # a thread that is in torch's own code when Python ends would abort the process
+        # a thread inside of torch's C++ code when Python exits would abort the process
         atexit.register(self.stop)
 
     def at(self, step: int) -> None:
-        """The process reads this step at the moment."""
+        """Say that the process now reads this step."""
         with self._moved:
             self.now = step
             self._moved.notify()
@@ -260,9 +262,9 @@ class Prefetcher(Thread):
             self._stopped = True
             self._moved.notify()
 
-        # where the collector of garbage runs in it
+        # garbage collection may call this in the thread itself
         if current_thread() is not self:
-            # it may wait for the network, and then ends with the process
+            # a thread that waits for the network ends with the process
             self.join(1.0)
 
     def run(self) -> None:
@@ -275,14 +277,14 @@ class Prefetcher(Thread):
                 continue
 
             if shard not in self._wanted and not self._stopped:
-                # whoever reads the shard tries again, and says what is wrong
+                # a failure is reported when the shard is read, which tries again
                 with suppress(DataError, OSError):
-                    self.staged.fetch(shard)
+                    self.cached.fetch(shard)
 
             self._wanted[shard] = step
 
     def _coming(self) -> Iterator[tuple[int, int]]:
-        """(step, shard) of the steps to come, some way ahead of the reading."""
+        """(step, shard) of the coming steps, at most HORIZON ahead of the reading."""
         step = self.now
         while not self._stopped:
             if step > self.now + HORIZON:
@@ -295,31 +297,32 @@ class Prefetcher(Thread):
             except IndexError:
                 return
 
-            for shard in self.staged.numbers(samples):
+            for shard in self.cached.numbers(samples):
                 yield step, shard
 
             step += 1
 
     def _room(self, step: int, shard: int) -> bool:
+        """Whether a shard of `step` may be fetched now."""
         self._forget()
-        sizes = self.staged.shards.bytes
-        held = int(sizes[list(self._wanted)].sum())
-        return step <= self.now or held + int(sizes[shard]) <= self.staged.budget()
+        sizes = self.cached.shards.bytes
+        fetched = int(sizes[list(self._wanted)].sum())
+        return step <= self.now or fetched + int(sizes[shard]) <= self.cached.budget()
 
     def _forget(self) -> None:
-        """Shards that were read for the last time are the first to go, and those to be read
-        stay.
+        """Mark shards that were read for the last time as the first to be evicted, and those still
+        to be read as the last.
         """
         done = [shard for shard, step in self._wanted.items() if step < self.now]
 
         for shard in done:
             del self._wanted[shard]
-            self.staged.cache.mark(self.staged.shard(shard)[0], wanted=False)
+            self.cached.cache.mark(self.cached.shard(shard)[0], wanted=False)
 
         if monotonic() - self._refreshed > REFRESH:
             self._refreshed = monotonic()
             for shard in self._wanted:
-                self.staged.cache.mark(self.staged.shard(shard)[0], wanted=True)
+                self.cached.cache.mark(self.cached.shard(shard)[0], wanted=True)
 
     def _pause(self) -> None:
         with self._moved:

@@ -1,8 +1,7 @@
-"""Where the files of a data set come from: http(s)://HOST/FOLDER, s3://BUCKET/PREFIX or, to be
-staged, a local folder.
+"""The origins of a data set's files: http(s)://HOST/FOLDER, s3://BUCKET/PREFIX, or a local folder
+that is staged to the node.
 
-Nothing here is trusted: every file has a size that it may not pass, and shards have the sha256 of
-the manifest.
+Nothing is trusted: every file has a maximum size, and shards must have the sha256 of the manifest.
 """
 
 from __future__ import annotations
@@ -20,45 +19,47 @@ from urllib.parse import quote, urlsplit
 from scaletrain.data.errors import PERMANENT, DataError
 from scaletrain.data.format.names import is_remote
 from scaletrain.data.storage import http
-from scaletrain.data.storage.http import Differs, Passing
+from scaletrain.data.storage.http import MismatchError, TransientError
 from scaletrain.runtime import heartbeat, local_files
 
 T = TypeVar("T")
-# with waits of 1, 2, 4 ... 30 seconds: an outage of a minute passes
+# with waits of 1, 2, 4 ... 30 seconds, enough for an outage of a minute
 TRIES = 7
-# seconds of silence
+# seconds without any data
 TIMEOUT = 30.0
-# bytes a second, below which a download is given up
+# bytes per second; a slower download is given up
 SLOWEST = 500_000
 CHUNK = 8 << 20
 
 
 class RemoteError(DataError):
-    """A file of a remote data set that cannot be had, after all tries."""
+    """A file of a remote data set that could not be read in any of the tries."""
 
-    # EX_TEMPFAIL of sysexits.h: another start may succeed
+    # EX_TEMPFAIL of sysexits.h: a restart may succeed
     exit_code = 75
 
 
 class LostError(RemoteError):
-    """A file that is not there, or is not the one that the manifest lists: waiting does not
+    """A file that does not exist, or differs from the one that the manifest lists: a retry does not
     help.
     """
 
 
 class Origin(Protocol):
-    # of the folder, without a slash at its end
+    """A folder from which files are read."""
+
+    # address of the folder, without a slash at its end
     url: str
 
     def parts(self, name: str, limit: int) -> Iterator[bytes]:
-        """Of one file, at most `limit` bytes. Raises fetch.Passing, or DataError for what cannot
-        pass.
+        """The content of a file piece by piece, at most `limit` bytes. Raises http.TransientError,
+        or DataError for permanent failures.
         """
         ...
 
 
 def origin(path: str) -> Origin:
-    """Raises DataError for addresses that are not read."""
+    """The origin that a path or address names. Raises DataError for addresses that are not read."""
     if not is_remote(path):
         return LocalOrigin(path)
 
@@ -77,13 +78,13 @@ def origin(path: str) -> Origin:
 
 
 def read(source: Origin, name: str, limit: int) -> bytes:
-    """A small file. Raises RemoteError."""
+    """The content of a small file. Raises RemoteError."""
     return _tried(source, name, lambda: b"".join(source.parts(name, limit)))
 
 
 def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str | None) -> None:
-    """Write a file of known size, and of known checksum if given. Raises RemoteError naming
-    address, tries and cause.
+    """Write the content of `name` to `file` and check its size, and its checksum if given. Raises
+    RemoteError with address, tries and cause.
     """
 
     def once() -> None:
@@ -96,9 +97,9 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
             done += file.write(part)
 
         if done != size:
-            raise Differs(f"{done} bytes came and not the {size} of the manifest")
+            raise MismatchError(f"{done} bytes came and not the {size} of the manifest")
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise Differs(
+            raise MismatchError(
                 "the content is not that of the manifest (sha256 differs): damaged on its way, or "
                 "altered"
             )
@@ -107,18 +108,20 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
 
 
 def _tried(source: Origin, name: str, work: Callable[[], T]) -> T:
-    # the network has limits of its own, within which an outage passes; a folder of a file system
-    # that hangs has none
+    # network reads have time limits of their own, longer than the watchdog's; a file system that
+    # hangs has none
     silence = nullcontext() if isinstance(source, LocalOrigin) else heartbeat.unwatched()
     try:
         with silence:
-            return http.again(work, TRIES)
+            return http.retry(work, TRIES)
     except DataError as error:
-        kind = RemoteError if isinstance(error, http.Outage) else LostError
+        kind = RemoteError if isinstance(error, http.OutageError) else LostError
         raise kind(f"{source.url}/{name}: {error}") from None
 
 
 class WebOrigin:
+    """A folder at an http or https address."""
+
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -127,7 +130,7 @@ class WebOrigin:
 
 
 class LocalOrigin:
-    """A local folder, for instance of a parallel file system that random reads would hurt."""
+    """A local folder, for instance on a parallel file system on which random reads are slow."""
 
     def __init__(self, path: str) -> None:
         self.url = str(Path(path).absolute())
@@ -142,13 +145,13 @@ class LocalOrigin:
         except FileNotFoundError:
             raise DataError("no such file") from None
         except OSError as error:
-            kind = DataError if error.errno in PERMANENT else Passing
+            kind = DataError if error.errno in PERMANENT else TransientError
             raise kind(f"reading failed: {error.strerror}") from None
 
 
 class S3Origin:
-    """A bucket of S3 or what speaks like it. Keys, region and endpoint are boto's: AWS_PROFILE,
-    AWS_ENDPOINT_URL and so on.
+    """A bucket of S3 or a compatible service. Credentials, region and endpoint are configured as
+    for boto: AWS_PROFILE, AWS_ENDPOINT_URL and so on.
     """
 
     def __init__(self, url: str) -> None:
@@ -176,19 +179,19 @@ class S3Origin:
             raise
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(_line(error)) from None
-        except Exception as error:  # botocore and aiohttp have a hundred kinds, and no common base
+        except Exception as error:  # botocore and aiohttp have many types without a common base
             final = type(error).__name__ in (
                 "NoCredentialsError",
                 "PartialCredentialsError",
                 "ProfileNotFound",
             )
-            raise (DataError if final else Passing)(_line(error)) from None
+            raise (DataError if final else TransientError)(_line(error)) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
     def _files(self) -> Any:
-        """One file system a process: connections and event loops do not survive a fork."""
+        """The file system of this process: connections and event loops do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             limits = {
                 "connect_timeout": TIMEOUT,
@@ -200,7 +203,7 @@ class S3Origin:
                 config_kwargs=limits, skip_instance_cache=True, use_listings_cache=False
             )
 
-            # ours are counted and have their own waits
+            # `http.retry` counts the tries and has its own waits
             made.retries = 1
             self._opened = os.getpid(), made
 

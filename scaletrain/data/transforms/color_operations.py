@@ -211,7 +211,7 @@ def _mirror(rgb: Array, out: Array) -> None:
     for c in range(3):
         source, target = rgb[c], out[c]
         for x in range(last + 1):
-            # unsigned: else numba looks whether to count from the end
+            # unsigned, or numba would check for negative indices
             target[x] = source[uint64(last - x)]
 
 

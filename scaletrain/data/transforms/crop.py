@@ -1,4 +1,4 @@
-"""Geometry on the CPU: uint8 in, uint8 out."""
+"""Crops and resizing on the CPU: uint8 in, uint8 out."""
 
 from __future__ import annotations
 
@@ -12,40 +12,38 @@ from scaletrain.data.transforms import tf_bicubic
 from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.params import Box
 
-_PLAIN = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-# pixels, which an image on the way to a small one has only where it is a hundred times as long as
-# wide
+_OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+# pixels of an intermediate image; it is larger only for images a hundred times as long as wide
 LARGE = 1 << 24
-# times as long as wide; such an image is cut before it is enlarged
+# ratio of the sides above which an image is cropped before it is enlarged
 LONG = 16
 
 
 def resize(image: Pixels, height: int, width: int, interpolation: str, antialias: bool) -> Pixels:
     """[H, W, 3] -> [height, width, 3].
 
-    Antialiased: the filter widens with the reduction, as in Pillow; torch's uint8 kernel gives
-    Pillow's values and is faster than OpenCV's INTER_AREA. Otherwise four or sixteen neighbours,
-    whatever the reduction: bilinear and bicubic are OpenCV's (the cubic with a = -.75, as torch's),
-    keys is TensorFlow's bicubic, as in BYOL's and ReLICv2's code.
+    With antialiasing the filter widens with the reduction, as in Pillow; torch's uint8 kernel
+    returns Pillow's values and is faster than OpenCV's INTER_AREA. Without it, four or sixteen
+    neighbours are used, whatever the reduction: bilinear and bicubic are OpenCV's (the cubic with
+    a = -.75, as torch's), keys is TensorFlow's bicubic, as in BYOL's and ReLICv2's code.
     """
     if image.shape[:2] == (height, width):
         return image
     if not antialias:
-        return cv2.resize(image, (width, height), interpolation=_PLAIN[interpolation])  # type: ignore[return-value]
+        return cv2.resize(image, (width, height), interpolation=_OPENCV[interpolation])  # type: ignore[return-value]
 
     if image.shape[0] * width > max(LARGE, 4 * image.shape[0] * image.shape[1], 4 * height * width):
-        # torch makes the rows as wide as wanted before it makes them fewer
+        # torch resizes the width first, so reduce the height beforehand
         image = resize(image, height, image.shape[1], interpolation, antialias)
 
-    # the batch axis comes before the permutation, so that torch sees channels_last and answers in
-    # it
+    # the batch axis is added before the permutation, so that torch uses channels_last throughout
     x = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     x = F.interpolate(x, size=(height, width), mode=interpolation, antialias=True)
     return x.permute(0, 2, 3, 1)[0].numpy()
 
 
 def crop(image: Pixels, box: Box, size: int, interpolation: str, antialias: bool) -> Pixels:
-    """The box, resized to [size, size, 3]."""
+    """Crop the box and resize it to [size, size, 3]."""
     top, left, height, width = box
     if interpolation == "keys":
         out = np.empty((size, size, 3), np.uint8)
@@ -58,17 +56,17 @@ def crop(image: Pixels, box: Box, size: int, interpolation: str, antialias: bool
 
 
 def prepare() -> None:
-    """Compile `keys`, so that the processes that are forked from this one need not."""
+    """Compile `keys`, so that processes forked from this one need not."""
     crop(np.zeros((8, 8, 3), np.uint8), (0, 0, 8, 8), 8, "keys", antialias=False)
 
 
 def rows(image: Pixels) -> NDArray[np.uint8]:
-    """[H, W, 3] -> [H, 3 W], as compiled code takes it; the same memory if that is contiguous."""
+    """[H, W, 3] -> [H, 3 W], the shape that compiled code uses; the same memory if contiguous."""
     return image.reshape(len(image), -1)
 
 
 def crop_mask(mask: NDArray[np.uint8], box: Box, size: int, flip: bool) -> NDArray[np.uint8]:
-    """[H, W] -> [size, size] by the nearest pixel, with the view's box and flip."""
+    """[H, W] -> [size, size] by nearest-neighbour interpolation, with the view's box and flip."""
     top, left, height, width = box
     out = cv2.resize(
         mask[top : top + height, left : left + width],
@@ -83,7 +81,7 @@ def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
     """The deterministic view of evaluation, [size, size, 3].
 
     tv: short side to 256/224 of `size` (bilinear, antialiased), centre crop. byol: centre square of
-    224/256 of the short side, then plain bicubic. none: the whole image, squeezed.
+    224/256 of the short side, then bicubic without antialiasing. none: the whole image, resized.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -118,9 +116,7 @@ def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
 
 
 def _middle(image: Pixels, length: int) -> Pixels:
-    """About `length` pixels of the long side, as many cut off at one end as at the other: more than
-    a centre crop sees.
-    """
+    """Crop the long side symmetrically to about `length` pixels, more than a centre crop uses."""
     cut = max(0, (max(image.shape[:2]) - length) // 2)
     return (
         image[cut : len(image) - cut]

@@ -1,7 +1,7 @@
-"""Crops that hold foreground, for a study of false positives (Addepalli et al., 2022, arXiv
+"""Crops that contain foreground, for a study of false positives (Addepalli et al., 2022, arXiv
 2210.09866).
 
-differs: the sources at hand do not say what the authors' good crops are; here the sample's mask
+differs: the available sources do not define the authors' good crops; here the sample's mask
 decides.
 """
 
@@ -14,16 +14,17 @@ from scaletrain.config.schema import View
 from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.params import TRIES, Box, random_box
 
-# crops to try in place of one that holds too little
+# crops to try in place of one that contains too little foreground
 CANDIDATES = 10
-# of one box
+# random numbers of one box
 NUMBERS = 2 * TRIES + 2
-CandidateDraws = list[list[list[float]]]  # [views, CANDIDATES, NUMBERS]
+# [views, CANDIDATES, NUMBERS]
+CandidateDraws = list[list[list[float]]]
 
 
 def draws(keys: Tensor, views: int, share: float) -> list[CandidateDraws]:
-    """[B], numbers for the samples whose crops are to be good, nothing for the others; a function
-    of core.Batch's keys.
+    """The random numbers of each sample [B], a function of the keys [B] of core.Batch: those of its
+    candidates for a `share` of the samples, empty for the others.
     """
     if not share:
         return [[]] * len(keys)
@@ -36,23 +37,23 @@ def draws(keys: Tensor, views: int, share: float) -> list[CandidateDraws]:
 
 
 def box(spec: View, first: Box, numbers: list[list[float]], mask: Pixels, cover: float) -> Box:
-    """`first` or the first of the candidates that holds the share `cover` of the foreground; else
-    the one that holds most.
+    """`first`, or the first candidate that contains the share `cover` of the foreground; if there
+    is none, the one that contains most.
 
-    mask [H, W] in {0, 1}; without foreground it is `first`.
+    mask [H, W] in {0, 1}; without any foreground the result is `first`.
     """
     height, width = mask.shape
     wanted, best, most = cover * int(mask.sum()), first, -1
 
     for u in [None, *numbers]:
-        found = (
+        candidate = (
             first if u is None else random_box(spec, u[: 2 * TRIES], u[-2], u[-1], height, width)
         )
-        top, left, h, w = found
-        held = int(mask[top : top + h, left : left + w].sum())
+        top, left, h, w = candidate
+        inside = int(mask[top : top + h, left : left + w].sum())
 
-        if held > most:
-            best, most = found, held
+        if inside > most:
+            best, most = candidate, inside
 
         if most >= wanted:
             break

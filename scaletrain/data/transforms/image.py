@@ -1,7 +1,7 @@
-"""From the bytes of an image member to pixels. The size is read from the header first, so a bomb is
-refused before decoding.
+"""Decodes and encodes images. The size is read from the header first, so that decompression bombs
+are refused before decoding.
 
-Every function here raises ImageError, which does not know where the bytes come from.
+The functions raise ImageError, to which the caller adds where the bytes come from.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from PIL import Image, ImageOps
 from scaletrain.data.errors import ImageError
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
-# pixels; JPEG and WebP cannot have more than 65,535, and tables for resizing grow with it
+# most pixels of a side, since tables for resizing grow with it; JPEG and WebP allow 65,535
 MAX_SIDE = 1 << 17
-# of a progressive JPEG; encoders write about ten, and each one touches every pixel
+# most scans of a progressive JPEG; encoders write about ten, and each one updates every pixel
 SCANS = 500
-# bytes in which a JPEG's end is looked for: some cameras write a little after it
+# bytes in which the end of a JPEG is searched: some cameras append a few bytes
 TAIL = 4096
-# of a PNG; Pillow decompresses them, and refuses those above 1 MB
+# chunks of a PNG with text, which Pillow decompresses and refuses above 1 MB
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 def kind(data: bytes) -> str:
-    """ "jpg", "png" or "webp" by the first bytes, "" for anything else; a name proves nothing."""
+    """The format by the first bytes, whatever the name: "jpg", "png" or "webp", "" for others."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -39,7 +39,7 @@ def kind(data: bytes) -> str:
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Height and width as the header has them, or (0, 0) if there is no sound header."""
+    """Height and width from the header, or (0, 0) if there is no valid header."""
     try:
         match kind(data):
             case "jpg":
@@ -56,11 +56,11 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes, max_pixels: int) -> Pixels:
-    """RGB pixels, upright by EXIF (torchvision leaves them lying); of an animation, the first
-    frame.
+    """Decode an image to RGB pixels, rotated by its EXIF orientation (which torchvision ignores);
+    of an animation, the first frame.
 
-    Gray, palette, CMYK and 16-bit images become 8-bit RGB (the upper byte); alpha is dropped. Of
-    damaged files those are read that Pillow calls complete, such as a PNG without its end.
+    Gray, palette, CMYK and 16-bit images become 8-bit RGB (the upper byte); alpha is dropped.
+    Damaged files are read if Pillow considers them complete, such as a PNG without its end.
     """
     check(data, max_pixels)
 
@@ -68,13 +68,13 @@ def decode(data: bytes, max_pixels: int) -> Pixels:
 
 
 def decode_mask(data: bytes, max_pixels: int) -> Pixels:
-    """[H, W] uint8: 1 where the mask is not black."""
+    """Decode a mask to [H, W] uint8, 1 where it is not black."""
     check(data, max_pixels)
     return (_decode(data, cv2.IMREAD_GRAYSCALE) > 0).view(np.uint8)
 
 
 def check(data: bytes, max_pixels: int) -> None:
-    """Refuse what is no image, or would take too much memory or time to decode."""
+    """Raise ImageError for what is no image, or takes too much memory or time to decode."""
     height, width = size(data)
     if height * width == 0:
         raise ImageError("not a JPEG, PNG or WebP image")
@@ -85,15 +85,15 @@ def check(data: bytes, max_pixels: int) -> None:
 
 
 def strict(data: bytes, max_pixels: int) -> Pixels:
-    """`decode`, for files that Pillow reads without a complaint."""
+    """As `decode`, but also raises ImageError for files that Pillow cannot read."""
     check(data, max_pixels)
     _pillow(data, "RGB")
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
 def _decode(data: bytes, flags: int) -> Pixels:
-    # OpenCV before 5 fills what a JPEG lacks with gray, and says nothing; a sound file ends with
-    # this marker
+    # OpenCV before 5 silently fills the missing part of a truncated JPEG with gray; a complete file
+    # ends with this marker
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" in data[-TAIL:]:
         with suppress(cv2.error):
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -104,7 +104,7 @@ def _decode(data: bytes, flags: int) -> Pixels:
 
 
 def _pillow(data: bytes, mode: str) -> Pixels:
-    """Slower than OpenCV, but it says exactly what is wrong. Raises ImageError."""
+    """Decode with Pillow, which is slower than OpenCV but reports faults. Raises ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             image.load()
@@ -116,7 +116,7 @@ def _pillow(data: bytes, mode: str) -> Pixels:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without the chunks that say nothing of its pixels and may be of any size (PNG
+    """A PNG without the chunks of text, which do not affect its pixels and may have any size (PNG
     specification, 5.3 and 11.3).
     """
     kept, at = [data[:8]], 8
@@ -131,7 +131,7 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:
-    """Walk the segments to the frame header SOFn (ITU T.81, B.1.1.3 and B.2.2)."""
+    """Height and width from the frame header SOFn (ITU T.81, B.1.1.3 and B.2.2)."""
     at = 2
     while True:
         # fill bytes
@@ -163,7 +163,7 @@ def _jpeg(data: bytes) -> tuple[int, int]:
 
 
 def _webp(data: bytes) -> tuple[int, int]:
-    """Of the canvas or of the one frame (RFC 9649, sections 2.5 to 2.7)."""
+    """Height and width of the canvas or of the only frame (RFC 9649, sections 2.5 to 2.7)."""
     match data[12:16]:
         case b"VP8 ":
             width, height = struct.unpack_from("<HH", data, 26)
@@ -182,13 +182,13 @@ def _webp(data: bytes) -> tuple[int, int]:
 
 
 def png(pixels: Pixels) -> bytes:
-    """Encode [H, W] gray or [H, W, 3] RGB."""
+    """Encode [H, W] gray or [H, W, 3] RGB pixels as PNG."""
     bgr = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     return bytes(cv2.imencode(".png", bgr)[1])
 
 
 def jpeg(pixels: Pixels, quality: int) -> bytes:
-    """Encode [H, W, 3] RGB; `quality` in 1 .. 100."""
+    """Encode [H, W, 3] RGB pixels as JPEG; `quality` in 1 .. 100."""
     try:
         return bytes(
             cv2.imencode(
@@ -200,8 +200,8 @@ def jpeg(pixels: Pixels, quality: int) -> bytes:
 
 
 def shrink(pixels: Pixels, side: int, interpolation: int = cv2.INTER_AREA) -> Pixels:
-    """[H, W, 3] or [H, W], H and W above `side` -> the short side is `side`. Area averages:
-    antialiased (as FFCV's writer).
+    """Reduce [H, W, 3] or [H, W], H and W above `side`, so that the short side is `side`. Area
+    averages are antialiased (as in FFCV's writer).
     """
     height, width = pixels.shape[:2]
     scale = side / min(height, width)

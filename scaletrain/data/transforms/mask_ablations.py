@@ -1,5 +1,5 @@
-"""Masks made worse on purpose, for ReLICv2's study of them (Tomasev et al., 2022, arXiv 2201.05119,
-tables 19 and 20).
+"""Ablations of the masks as in ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119, tables 19
+and 20).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from scaletrain.data.transforms.image import Pixels
 
 
 def draws(keys: Tensor, kind: str) -> list[list[float]]:
-    """[B, 2] numbers from core.Batch's keys; without a study none."""
+    """Two random numbers for each key [B] of core.Batch; none without an ablation."""
     if not kind:
         return [[]] * len(keys)
     return rng.uniform(keys, "altered mask", 2).tolist()
 
 
 def alter(mask: Pixels, kind: str, share: float, u: list[float]) -> Pixels:
-    """mask [H, W] in {0, 1} -> another like it.
+    """Replace or change a mask [H, W] in {0, 1}.
 
-    points, rectangle, centred: random points, a rectangle at a random or the middle place; of
-    `share` of the image. add, remove: a rectangle in the middle of the image, of `share` of the
-    mask's area. box: the mask's bounding box.
+    points, rectangle, centred: random points, or a rectangle at a random position or in the centre,
+    that cover `share` of the image. add, remove: add or remove a rectangle in the centre whose area
+    is `share` of the mask's. box: the mask's bounding box.
     """
     height, width = mask.shape
 

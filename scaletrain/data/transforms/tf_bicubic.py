@@ -1,6 +1,6 @@
 """TensorFlow's bicubic resize, which BYOL's and ReLICv2's code uses: the cubic with a = -.5 of Keys
-(1981, "Cubic convolution interpolation"), pixel centres at halves, four neighbours whatever the
-reduction, those outside left out of the weights' sum.
+(1981, "Cubic convolution interpolation"), pixel centres at half-integers, four neighbours whatever
+the reduction, and weights normalised over the neighbours inside the image.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Array = Any
 
 @compiled
 def resize(image: Array, top: int, left: int, height: int, width: int, out: Array) -> None:
-    """Rows [H, 3 W] uint8 of an image, its box -> out [h, 3 w] uint8, clipped to 0 .. 255 and
+    """Resize a box of an image, rows [H, 3 W] uint8, to out [h, 3 w] uint8, clipped to 0 .. 255 and
     rounded once.
 
-    Columns first, all channels of a row in one vector loop. Then rows, four numbers at a time, of
-    which the fourth belongs to the next pixel, which overwrites it.
+    Columns are summed first, all channels of a row in one vector loop. Then rows, four numbers at a
+    time, of which the fourth belongs to the next pixel and is overwritten by it.
     """
     first_y, weights_y = _weights(height, out.shape[0])
     first_x, weights_x = _weights(width, out.shape[1] // 3)
-    # two pixels of zeros before, more beyond: they have no weight
+    # padded with two pixels of zeros before and more after, which have no weight
     line = np.zeros(3 * width + 13, np.float32)
 
     sums = np.empty(out.shape[1] + 1, np.float32)
@@ -58,7 +58,7 @@ def _columns(line: Array, a: Array, b: Array, c: Array, d: Array, w: Array) -> N
 @inlined
 def _row(line: Array, sums: Array, first: Array, weights: Array) -> None:
     for x in range(len(first)):
-        # unsigned: else numba looks whether to count from the end
+        # unsigned, or numba would check for negative indices
         i, o = uint64(3 * (first[x] + 2)), uint64(3 * x)
         p, q, r, s = weights[x, 0], weights[x, 1], weights[x, 2], weights[x, 3]
         t = (
@@ -101,8 +101,8 @@ def _round(sums: Array, out: Array) -> None:
 
 @inlined
 def _weights(before: int, after: int) -> tuple[Array, Array]:
-    """For each of `after` pixels the first of the four of `before` that it sees, from -1 or -2, and
-    their weights.
+    """For each of `after` pixels, the first of its four neighbours in `before` pixels, which may be
+    outside, and their weights.
     """
     first, weights = np.empty(after, np.int64), np.zeros((after, 4), np.float32)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[4]
 MODULE = """
-from scaletrain.compiled import compiled
+from scaletrain.runtime.jit import compiled
 
 @compiled
 def double(x: int) -> int:
