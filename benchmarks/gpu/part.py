@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.gpu.report import Settings
+from benchmarks.gpu.report import Settings, say
 
 
 def main(
@@ -21,6 +21,10 @@ def main(
     seconds: Annotated[float, typer.Option(help="After which the part is stopped.")] = 170.0,
 ) -> None:
     """Run one part; its results are the lines that begin with `##`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        say("FAIL there is no GPU that PyTorch can use; DEVICE=cpu TINY=1 only tries the checks")
+        raise typer.Exit(1)
+
     place = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)

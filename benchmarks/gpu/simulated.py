@@ -35,7 +35,7 @@ FREE = frozenset(
     flatten unflatten narrow expand_as squeeze_ unsqueeze_ t_
     """.split()  # noqa: SIM905
 )
-# calls whose own frames say nothing about who made them
+# a file whose frames only stand between the caller and its code
 TRANSPARENT = str(Path("runtime") / "timing.py")
 
 
@@ -78,7 +78,7 @@ class LaunchCounter(TorchDispatchMode):
         self.by_site: Counter[str] = Counter()
         self.waits: list[Wait] = []
         self.copies: list[Copy] = []
-        # launches after the last wait: none of them can overlap with the next step's start
+        # launches after the last wait, at which the GPU had nothing left to do
         self.after_wait = 0
 
     @contextmanager
@@ -107,6 +107,8 @@ class LaunchCounter(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_") and involved:
             args = (args[0], self._indices(*args[:2]), *args[2:])
         if name in ("_to_copy", "copy_") and self._copied_to_host(name, args, kwargs):
+            if name == "copy_":
+                return args[0]
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
 
         out = func(*args, **kwargs)

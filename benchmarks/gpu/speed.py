@@ -64,7 +64,7 @@ def measured(
     """The row of a step that is run so many times."""
     if settings.cuda:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP):
+    for _ in range(1 if settings.tiny else WARM_UP):
         step()
     settings.synchronize()
 
@@ -150,12 +150,12 @@ def show(rows: list[Callable[[], Row]]) -> None:
 def run(settings: Settings) -> None:
     s = settings
     if s.tiny:
-        narrow = "model.width=0.125"
+        narrow = "model.width=0.0625"
         show(
             [
-                lambda: recipe_row(s, "byol_r18_cifar10", 16, 1, narrow, BF16, profile=True),
-                lambda: plain_row(s, "supervised", 8, 1),
-                lambda: plain_row(s, "byol", 8, 1),
+                lambda: recipe_row(s, "byol_r18_cifar10", 8, 1, narrow, BF16, profile=True),
+                lambda: plain_row(s, "supervised", 2, 1),
+                lambda: plain_row(s, "byol", 2, 1),
             ]
         )
         return
