@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu.report import PREPARED, RESULT, ROOT
+from benchmarks.gpu.report import PREPARED, RESULT, ROOT, WHEELS_PYTHON
 
 Environment = Mapping[str, str]
 # seconds between asking a part to stop and ending it
@@ -96,7 +96,7 @@ def environment(prepared: Path, work: Path) -> dict[str, str]:
 def installed_wheels(prepared: Path, work: Path) -> list[str]:
     """The folder that the wheels of .gpu/ were unpacked into; none if this is another Python."""
     wheels = sorted(map(str, (prepared / "whl").glob("*.whl")))
-    if not wheels or sys.version_info[:2] != (3, 12):
+    if not wheels or sys.version_info[:2] != WHEELS_PYTHON:
         return []
 
     site = work / "site"

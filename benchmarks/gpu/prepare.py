@@ -26,7 +26,7 @@ import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from benchmarks.gpu.report import PREPARED, ROOT
+from benchmarks.gpu.report import PREPARED, ROOT, WHEELS_PYTHON
 
 # Packages that a machine for PyTorch usually has, and the GPU machine of benchmarks/GPU.md had. HAS
 # names those of another one, with versions.
@@ -47,7 +47,7 @@ USUAL = (
     "pytest-timeout",
 )
 # of the GPU machine
-PYTHON = "3.12"
+PYTHON = ".".join(map(str, WHEELS_PYTHON))
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 # what a check of the machine needs besides the project's own requirements
 TESTS = ("pytest", "pytest-timeout")

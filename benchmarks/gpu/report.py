@@ -17,6 +17,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 # made by prepare.py
 PREPARED = ROOT / ".gpu"
+# version that the wheels there are for
+WHEELS_PYTHON = (3, 12)
 # begins each line of a log that is a result
 RESULT = "## "
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from benchmarks.gpu.report import Settings, attempt, check, python, say
 
 CLASSES = 10
+# images of a class in each split of a real data set with --tiny
+TINY_PER_CLASS = 50
 
 
 class Images(NamedTuple):
@@ -54,6 +57,8 @@ def make(settings: Settings, images: Images) -> None:
     source = settings.work / images.name
     if archives:
         subprocess.run(["tar", "xf", str(archives[0]), "-C", str(settings.work)], check=True)
+        if settings.tiny:
+            thin(source)
     else:
         made_up(source, images, images.tiny_counts if settings.tiny else images.counts)
 
@@ -68,6 +73,13 @@ def make(settings: Settings, images: Images) -> None:
         f"shards of {archives[0].name if archives else f'made-up {images.name}'} made in "
         f"{time.perf_counter() - begin:.0f} s",
     )
+
+
+def thin(folder: Path) -> None:
+    """Keep a few images of each class."""
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names)[TINY_PER_CLASS:]:
+            (Path(parent) / name).unlink()
 
 
 def import_split(source: Path, settings: Settings, images: Images) -> int:
