@@ -110,7 +110,7 @@ def installed_wheels(prepared: Path, work: Path) -> list[str]:
 
 def run(part: Part, log: Log, seconds: float, folders: Sequence[str], env: Environment) -> None:
     """Run one part for at most `seconds`; its results, or why it ended early, go to the log."""
-    device, tiny = env.get("DEVICE", "cuda"), bool(env.get("TINY"))
+    device, tiny = env.get("DEVICE", "cuda"), env.get("TINY") == "1"
     command = [sys.executable, "-m", "benchmarks.gpu.part", part.module, "--device", device]
     command += [*folders, "--seconds", f"{seconds:.0f}", *(["--tiny"] if tiny else [])]
     begin = time.monotonic()

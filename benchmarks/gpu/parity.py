@@ -28,9 +28,6 @@ FLOAT64, FLOAT32 = 1e-9, 2e-3
 BFLOAT16 = 0.8
 # Adam divides by the root of tiny second moments
 FLOAT32_ADAMW = 0.1
-# keys of the engine that must not change what is computed
-SPLITS = ("grad_accum_steps", "gradient_cache")
-
 CACHED = {"grad_accum_steps": 3, "gradient_cache": True}
 GROUPS_OF_2 = {"model": {"norm_group": 2}}
 
@@ -49,16 +46,15 @@ class Case(NamedTuple):
         return f"{self.method} {self.precision} {options or ''}".strip()
 
     def config(self) -> Config:
-        return self._config(self.precision, self.engine)
+        return self._config({"precision": self.precision, **self.engine})
 
     def reference(self) -> Config:
-        """In float64 and in one piece."""
-        return self._config("fp64", {k: v for k, v in self.engine.items() if k not in SPLITS})
+        """In float64 without the options of the engine, which must not change what is computed."""
+        return self._config({"precision": "fp64"})
 
-    def _config(self, precision: str, engine: dict[str, Any]) -> Config:
-        engine = {"name": "ddp", "precision": precision, **engine}
-        found: Config = small.config(self.method, engine=engine, **self.changes)
-        return found
+    def _config(self, engine: dict[str, Any]) -> Config:
+        config: Config = small.config(self.method, engine={"name": "ddp", **engine}, **self.changes)
+        return config
 
 
 def cases(*, tiny: bool) -> list[Case]:
