@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity gpu-check bench reference golden
+.PHONY: help demo test check parity gpu-check gpu-check-prepare bench reference golden
 
 help: ## these words
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.runtime ## Fashion-MNIST to an evaluated encoder on two processes, in minutes; FASHION_MNIST=FOLDER for your own copy
 	@$(BIN)/python launchers/demo.py $(if $(FASHION_MNIST),"$(FASHION_MNIST)")
@@ -20,8 +20,12 @@ check: .venv/.dev ## ruff, mypy --strict, import order
 parity: .venv/.dev ## every method under every engine on 2 and 4 processes against one, as the README's matrix; half an hour
 	@PYTHONPATH=.:tests $(BIN)/python tests/parity/matrix.py
 
-gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation
-	@$(BIN)/python -m scaletrain doctor --require-gpu && $(BIN)/python -m pytest -rs tests/unit/test_cuda.py
+# A machine that .gpu/ was brought to has no network, so nothing is installed there.
+gpu-check: $(if $(wildcard .gpu/gpu_check.sh),,.venv/.dev) ## on a machine with a GPU: parity with the CPU, speed, training; see benchmarks/gpu
+	@PYTHON=$(if $(wildcard .gpu/gpu_check.sh),$(PYTHON),$(BIN)/python) bash benchmarks/gpu/gpu_check.sh
+
+gpu-check-prepare: .venv/.dev ## .gpu/ for a GPU machine without network; DATA=FOLDER of cifar10.tar and imagenet_sample.tar, HAS=FILE of its pip list
+	@$(BIN)/python -m benchmarks.gpu.prepare $(if $(DATA),--data "$(DATA)") $(if $(HAS),--has "$(HAS)")
 
 bench: .venv/.dev .venv/.peers ## the data plane beside its peers, some twenty minutes; SHARDS=FOLDER of photographs
 	@$(if $(SHARDS),,echo "error: SHARDS=FOLDER is needed: shards of photographs, by shards/folder.py or shards/imagenet.py" >&2; exit 2;) \

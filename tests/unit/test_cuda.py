@@ -4,18 +4,20 @@ run at all.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from kit import small
 from kit.data import write_shards
 
+from benchmarks.gpu import comparison
 from scaletrain.config.schema import Data, View
-from scaletrain.core import Batch, Clock
+from scaletrain.core import Clock
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.doctor import parity
+from scaletrain.engines.base import Engine
 from scaletrain.train.build import build
 
 GPU = pytest.param(
@@ -34,19 +36,6 @@ def test_operation_agrees_with_the_cpu(name: str, device: str) -> None:
     assert parity.difference(case, torch.device(device)) <= tolerance
 
 
-def moved(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
-    """On the device; views in the dtype of the run."""
-    masks = None if batch.masks is None else batch.masks.to(device, dtype)
-    return replace(
-        batch,
-        views=tuple(v.to(device, dtype) for v in batch.views),
-        index=batch.index.to(device),
-        keys=batch.keys.to(device),
-        pixel_range=batch.pixel_range.to(device, dtype),
-        masks=masks,
-    )
-
-
 def step(method: str, device: str, precision: str) -> dict[str, torch.Tensor]:
     """The loss of one step, and the parameters after it as they moved."""
     cfg = small.config(method, engine={"precision": precision})
@@ -54,10 +43,8 @@ def step(method: str, device: str, precision: str) -> dict[str, torch.Tensor]:
     before = {
         name: p.detach().cpu().double().clone() for name, p in engine.method.named_parameters()
     }
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    loss = engine.step(
-        moved(small.batch(cfg, 0), device, dtype), CLOCK, cfg.optim.lr, cfg.optim.lr
-    ).loss
+    batch = comparison.batch(cfg, 0, torch.device(device))
+    loss = engine.step(batch, CLOCK, cfg.optim.lr, cfg.optim.lr).loss
     moves = {
         name: p.detach().cpu().double() - before[name]
         for name, p in engine.method.named_parameters()
@@ -117,22 +104,16 @@ def test_a_difference_is_found(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_step_that_is_not_finite_leaves_no_trace(device: str) -> None:
-    """Compared within one run: two runs of one step differ by a rounding on a GPU, whose backward
-    kernels add in any order.
-    """
-    cfg = small.config("byol", engine={"precision": "fp64"})
-    engine = build(cfg, small.SAMPLES, small.STEPS_PER_EPOCH, torch.device(device))
+    config = small.config("byol")
+    assert comparison.changed_by_skipped_step(config, torch.device(device)) == set()
 
-    first, second = (moved(small.batch(cfg, step), device, torch.float64) for step in range(2))
-    engine.step(first, CLOCK, cfg.optim.lr, cfg.optim.lr)
-    before = {name: piece.data.clone() for name, piece in engine.state().items()}
 
-    second.views[0][0, 0].fill_(float("nan"))
-    engine.step(second, replace(CLOCK, step=1), cfg.optim.lr, cfg.optim.lr)
-
-    assert {
-        name for name, piece in engine.state().items() if not torch.equal(piece.data, before[name])
-    } == set()
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_trace_of_a_skipped_step_is_found(device: str) -> None:
+    """An engine that takes every step for a good one."""
+    config = small.config("byol")
+    with mock.patch.object(Engine, "_agree", return_value=(0.0, True)):
+        assert comparison.changed_by_skipped_step(config, torch.device(device))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -94,7 +94,7 @@ def test_left_out_and_replaced_samples_count_together(tmp_path: Path) -> None:
     account.add(2, [Replaced(2, 9, "x")])
     with pytest.raises(
         DataError,
-        match=r"more than data.max_bad=0.1 allows \(beside a share of 0.08 that indexing left "
+        match=r"more than data.max_bad=0.1 allows \(in addition to a share of 0.08 that indexing left "
         r"out\)",
     ):
         account.agree(30)
