@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity gpu-check bench reference golden
+.PHONY: help demo test check parity gpu-check bench reference golden docs
 
 help: ## these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
 	@$(BIN)/python -m pytest tests/test_layers.py
 
-parity: .venv/.dev ## every method under every engine at 2 and 4 processes beside one, as the README's matrix; half an hour
+parity: .venv/.dev ## every method under every engine at 2 and 4 processes beside one, as the matrix of docs/explain/exactness.md; half an hour
 	@PYTHONPATH=.:tests $(BIN)/python tests/parity/matrix.py
 
 gpu-check: .venv/.dev ## on a machine with a GPU: its parity with the CPU, and a page on its installation
@@ -33,14 +33,18 @@ reference: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=
 golden: .venv/.dev ## write the golden losses anew, after a change that is meant to change them
 	@$(BIN)/python tests/golden/regenerate.py
 
-.venv/.runtime .venv/.dev: pyproject.toml
+docs: .venv/.docs ## the pages of docs/ as a web site in docs/_build
+	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build && echo "docs/_build/index.html"
+
+.venv/.runtime .venv/.dev .venv/.docs: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "error: '$(PYTHON)' cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv: PyTorch with CUDA is about 5 GB, the first time takes some minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.$(if $(filter %.dev,$@),[dev])'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.$(if $(filter %.dev,$@),[dev])$(if $(filter %.docs,$@),[docs])'
 	@touch .venv/.runtime $@
 
 # Peers of the benchmarks, apart from the environment that everything else uses; what they share with it they take from it.

@@ -1,5 +1,5 @@
-"""The matrix of exactness, method x engine x ranks, as the README has it: `make parity`; names of
-methods: these only.
+"""The matrix of exactness, method x engine x ranks, as docs/explain/exactness.md has it: `make
+parity`; names of methods: these only.
 
 A cell is the largest deviation from one process at 2 and at 4 ranks; exit code 1 if one passes its
 tolerance.
