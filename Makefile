@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help demo test check parity gpu-check gpu-check-prepare bench reference golden
+.PHONY: help demo test check parity gpu-check gpu-check-prepare bench reference golden docs
 
 help: ## these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ check: .venv/.dev ## ruff, mypy --strict, import order
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy --strict
 	@$(BIN)/python -m pytest tests/test_layers.py
 
-parity: .venv/.dev ## every method under every engine on 2 and 4 processes against one, as the README's matrix; half an hour
+parity: .venv/.dev ## every method under every engine on 2 and 4 processes against one, as the matrix of docs/explain/exactness.md; half an hour
 	@PYTHONPATH=.:tests $(BIN)/python tests/parity/matrix.py
 
 # A machine that .gpu/ was brought to has no network, so nothing is installed there.
@@ -37,14 +37,18 @@ reference: .venv/.runtime ## the reference run of benchmarks/RESULTS.md; IMAGES=
 golden: .venv/.dev ## rewrite the golden losses, sample orders and names, after a change that is meant to alter them
 	@$(BIN)/python tests/golden/regenerate.py && $(BIN)/python tests/golden/order.py
 
-.venv/.runtime .venv/.dev: pyproject.toml
+docs: .venv/.docs ## the pages of docs/ as a web site in docs/_build
+	@$(BIN)/python docs/generate.py
+	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build && echo "docs/_build/index.html"
+
+.venv/.runtime .venv/.dev .venv/.docs: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed and '$(PYTHON)' is not; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "error: '$(PYTHON)' cannot make environments; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv: PyTorch with CUDA is about 5 GB, the first time takes some minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.$(if $(filter %.dev,$@),[dev])'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.$(if $(filter %.dev,$@),[dev])$(if $(filter %.docs,$@),[docs])'
 	@touch .venv/.runtime $@
 
 # Peers of the benchmarks, apart from the environment that everything else uses; what they share with it they take from it.

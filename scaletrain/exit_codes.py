@@ -1,4 +1,4 @@
-"""What a process tells its launcher by how it ends. The README has the same table.
+"""What a process tells its launcher by how it ends; docs/reference/run-folder.md has this table.
 
 0    done 1    a defect of this program, with its traceback 2    invalid input: the same command
 would be refused again 75   a failure that may pass (EX_TEMPFAIL of sysexits.h): storage, network,

@@ -1,4 +1,4 @@
-"""Without SLURM: the README's torchrun command, as two nodes on this machine."""
+"""Without SLURM: the torchrun command of docs/guides/cluster.md, as two nodes on this machine."""
 
 from __future__ import annotations
 

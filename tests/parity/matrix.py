@@ -1,5 +1,5 @@
-"""The matrix of exactness, method x engine x ranks, as the README has it: `make parity`. With names
-of methods as arguments, these only.
+"""The matrix of exactness, method x engine x ranks, as docs/explain/exactness.md has it: `make
+parity`; names of methods: these only.
 
 A cell is the largest deviation from one process at 2 and at 4 ranks; the exit code is 1 if one
 exceeds its tolerance. A second table has what only ddp can compare: auxiliaries, accumulated
