@@ -17,7 +17,7 @@ from benchmarks.gpu.simulated import LaunchCounter, simulated
 from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.core import Clock
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.transforms.params import COLUMNS, expand
 from scaletrain.runtime import timing
@@ -51,11 +51,11 @@ def count(recipe: Path, rows: int, overrides: Sequence[str] = ()) -> LaunchCount
     return counter
 
 
-def raw_batch(config: Config, rows: int) -> Raw:
+def raw_batch(config: Config, rows: int) -> RawBatch:
     """A batch whose pixels take no memory."""
     groups = expand(config.data.views)
     pixel = torch.empty(1, dtype=torch.uint8)
-    return Raw(
+    return RawBatch(
         0,
         tuple(pixel.expand(len(g), rows, g[0].size, g[0].size, 3) for g in groups),
         torch.arange(rows),

@@ -15,7 +15,7 @@ from benchmarks.gpu.report import Settings, attempt, check, say
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.writer import Writer
 from scaletrain.config.schema import Config
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.transforms.params import COLUMNS
 from scaletrain.train.build import build
@@ -121,7 +121,7 @@ def augmentation(settings: Settings) -> None:
     shape = (1, count, size, size, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
     params = random_params(count, size, draw)
-    raw = Raw(
+    raw = RawBatch(
         0, (pixels,), torch.arange(count), torch.zeros(count, dtype=torch.int64), None, (params,)
     )
 

@@ -14,7 +14,7 @@ from benchmarks.gpu.profiling import profiled
 from benchmarks.gpu.report import ROOT, Settings, attempt, say
 from scaletrain.config import load
 from scaletrain.core import Clock
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.transforms.params import expand
 from scaletrain.train.build import build
@@ -98,7 +98,7 @@ def recipe_row(
     index = torch.arange(batch)
     if settings.cuda:
         views, index = tuple(view.pin_memory() for view in views), index.pin_memory()
-    raw = Raw(0, views, index, index % 2, None)
+    raw = RawBatch(0, views, index, index % 2, None)
 
     to_device = ToDevice(settings.device, 0, config.data.mean, config.data.std)
     steps = iter(range(10**6))

@@ -154,10 +154,10 @@ def test_waits_double_with_jitter_up_to_a_limit(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(http, "sleep", waits.append)
 
     def work() -> None:
-        raise http.Passing("no")
+        raise http.TransientError("no")
 
     with pytest.raises(DataError, match=r"^no \(tried 8 times\)$"):
-        http.again(work, 8)
+        http.retry(work, 8)
     assert all(
         top / 2 <= wait <= top for wait, top in zip(waits, (1, 2, 4, 8, 16, 30, 30), strict=True)
     )
