@@ -39,7 +39,14 @@ COLLECTIVES = {"dist", "engines", "estimate"}  # the only packages that know tor
 PLUGINS = {  # packages whose files do not know each other, but for what they share
     "methods": ("base",),
     "auxiliaries": ("base",),
-    "engines": ("base", "gradient_cache", "placement"),
+    "engines": (
+        "base",
+        "config",
+        "deepspeed_config",
+        "gradient_cache",
+        "non_finite",
+        "placement",
+    ),
     "importers": ("command", "dedup", "idx", "journal", "numpy_pickle", "sources", "write"),
     "evals.benchmarks": (),
 }

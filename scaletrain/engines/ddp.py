@@ -14,9 +14,10 @@ from scaletrain import dist
 from scaletrain.config.schema import Optim, Positive
 from scaletrain.core import Batch, Clock, Method, MethodOutput, StepResult
 from scaletrain.engines import base
+from scaletrain.engines.config import EngineConfig
 
 
-class Config(base.EngineConfig):
+class Config(EngineConfig):
     # gradients are sent in buckets of this size while backward goes on
     bucket_mb: Positive = 25.0
 

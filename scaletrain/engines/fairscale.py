@@ -26,14 +26,15 @@ from scaletrain import dist
 from scaletrain.config.schema import Optim
 from scaletrain.core import Batch, Clock, MethodOutput
 from scaletrain.engines import base
-from scaletrain.engines.placement import Shard
+from scaletrain.engines.config import EngineConfig
+from scaletrain.engines.placement import Shard, named_parameters
 from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 from scaletrain.runtime.versions import need
 
 
-class Config(base.EngineConfig):
+class Config(EngineConfig):
     pass
 
 
@@ -97,7 +98,7 @@ class Engine(base.Engine):
         if dist.world() == 1:
             return
 
-        for name, held in self._named():
+        for name, held in named_parameters(self.optimizer):
             parameter = self.method.get_parameter(name)
             if self.wrapped is None and parameter.grad is not None:
                 parameter.grad = dist.sum_nograd(parameter.grad) / dist.world()

@@ -31,6 +31,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Natural
 from scaletrain.core import MethodOutput
 from scaletrain.engines import base
+from scaletrain.engines.config import EngineConfig
 from scaletrain.engines.placement import Shard
 from scaletrain.nn.stages import channels_last_inputs, networks
 
@@ -38,7 +39,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Config(base.EngineConfig):
+class Config(EngineConfig):
     # free a unit's gathered parameters after its forward; False: keep them for backward
     reshard: bool = True
     # copies of the sharded state; 0: one per node, where a node has several ranks

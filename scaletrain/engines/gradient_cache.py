@@ -25,8 +25,8 @@ from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput
 from scaletrain.runtime.timing import BACKWARD, FORWARD, span
 
 
-class Engine(Protocol):
-    """What gradient caching needs of an engine."""
+class MicroBatchEngine(Protocol):
+    """The part of an engine that gradient caching uses."""
 
     method: Method
     staged: list[DeferredState]
@@ -100,7 +100,7 @@ def _coupled(name: str, parts: int, hint: str) -> ConfigError:
     )
 
 
-def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> MethodOutput:
+def step(engine: MicroBatchEngine, batch: Batch, parts: list[Batch], clock: Clock) -> MethodOutput:
     """Forward and backward of `batch`, this rank's, by its micro-batches -> its losses. Running
     statistics are staged once.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 from scaletrain.config.schema import Config, Optim
 from scaletrain.core import Method
 from scaletrain.engines import deepspeed, fsdp2
-from scaletrain.engines.base import EngineConfig
+from scaletrain.engines.config import EngineConfig
 from scaletrain.estimate import comm, model
 from scaletrain.optim import groups
 from scaletrain.runtime import tables

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, Method, RunInfo
-from scaletrain.engines.base import EngineConfig
+from scaletrain.engines.config import EngineConfig
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
 from scaletrain.train.build import build_method, run_info_of

@@ -20,7 +20,7 @@ from typing import TextIO
 
 from scaletrain import dist, exit_codes
 from scaletrain.config import load, recipe
-from scaletrain.config import schema as configuration
+from scaletrain.config.fields import PATHS
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 from scaletrain.runtime import durable
@@ -153,11 +153,7 @@ def differences(run: Path, config: Config) -> list[tuple[str, object, object]]:
 
 def _one_place(key: str, old: object, new: object) -> bool:
     """Whether two values of a key are spellings of one file or folder."""
-    place = (
-        key.rpartition(".")[2] in configuration.PATHS
-        and isinstance(old, str)
-        and isinstance(new, str)
-    )
+    place = key.rpartition(".")[2] in PATHS and isinstance(old, str) and isinstance(new, str)
     real = [list(map(os.path.realpath, recipe.listed(str(value)))) for value in (old, new)]
 
     return place and bool(old) and real[0] == real[1]
