@@ -27,7 +27,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Part:
+class LabelledSet:
     """A training or test set: its folder, the file or folder that its labels [N] come from, the
     identity of its shards.
 
@@ -54,7 +54,7 @@ class Classes:
     sha256: str | None
 
 
-def match(train: Part, test: Part, same_numbers: bool = False) -> Classes:
+def match(train: LabelledSet, test: LabelledSet, same_numbers: bool = False) -> Classes:
     """One numbering for both sets; `same_numbers` is the user's word that their labels have one
     already.
 
@@ -125,7 +125,7 @@ def names(folder: str) -> list[str] | None:
     return found
 
 
-def _labelled(part: Part) -> None:
+def _labelled(part: LabelledSet) -> None:
     if bare := int((part.labels < 0).sum()):
         text = (
             part.unlabelled or f"{bare:,} of {len(part.labels):,} samples have no label, or several"
@@ -137,7 +137,7 @@ def _labelled(part: Part) -> None:
         )
 
 
-def _renamed(train: Part, test: Part, ours: list[str], theirs: list[str]) -> Ints:
+def _renamed(train: LabelledSet, test: LabelledSet, ours: list[str], theirs: list[str]) -> Ints:
     """The labels of the test set, numbered by the names of the training set."""
     for part, listed in ((train, ours), (test, theirs)):
         if (top := int(part.labels.max())) >= len(listed):

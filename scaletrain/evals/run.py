@@ -1,7 +1,7 @@
 """Evaluation of frozen encoders: `run` measures one target by any of the files in benchmarks/ and
 writes results.
 
-A benchmark is a file there with a frozen `Config` and `measure(config, scene) -> (metrics,
+A benchmark is a file there with a frozen `Config` and `measure(config, context) -> (metrics,
 protocol)`, named by its file name. Metrics are per cent. The protocol says how was measured, alike
 for every encoder; what came out besides is under its key `found`, which the result has beside the
 protocol.
@@ -27,8 +27,8 @@ from scaletrain.data.format import selection
 from scaletrain.data.format.names import is_remote
 from scaletrain.evals import benchmarks as package
 from scaletrain.evals import results, targets
-from scaletrain.evals.features import Config as FeaturesConfig
-from scaletrain.evals.features import EvalContext
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.targets import Encoder, EncoderUnderTest, EvalError
 from scaletrain.runtime.versions import installed
 from scaletrain.train import run_folder
@@ -69,14 +69,14 @@ def run(
     settings = _settings(benchmarks, overrides)
     subject = targets.find(target, encoder)
     features = settings.pop("features")
-    assert isinstance(features, FeaturesConfig)
+    assert isinstance(features, FeatureConfig)
     folders = _folders(subject, train, test)
 
     for place in (subject.source, *(Path(selection.place(folder).folder) for folder in folders)):
         run_folder.warn_if_open(place)
 
-    scene = EvalContext(subject, features, *folders, labels, same_numbers)
-    return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
+    context = EvalContext(subject, features, *folders, labels, same_numbers)
+    return [_result(name, chosen, context, notice) for name, chosen in settings.items()]
 
 
 def _leaf(name: str) -> Any:
@@ -96,7 +96,7 @@ def _settings(benchmarks: Sequence[str], overrides: Iterable[str]) -> dict[str, 
             )
 
     models: dict[str, type[schema.Frozen]] = {
-        "features": FeaturesConfig,
+        "features": FeatureConfig,
         **{name: _leaf(name).Config for name in benchmarks},
     }
     raw = recipe.apply({}, overrides)
@@ -160,20 +160,20 @@ def _folders(
 
 
 def _result(
-    name: str, chosen: schema.Frozen, scene: EvalContext, notice: Callable[[str], None]
+    name: str, chosen: schema.Frozen, context: EvalContext, notice: Callable[[str], None]
 ) -> dict[str, Any]:
     """The result of one benchmark, read where it is there already, else measured and written; also
     in TensorBoard.
     """
-    subject, data = scene.subject, scene.subject.data
+    subject, data = context.subject, context.subject.data
     defined = {
         "format": results.FORMAT,
         "scaletrain": installed("scaletrain"),
-        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **scene.identity},
+        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **context.identity},
         "encoder": subject.identity,
         # of the augmented images
         "order": {"lanes": data.lanes, "window": data.window},
-        "max_bad": scene.max_bad if scene.skip else None,
+        "max_bad": context.max_bad if context.skip else None,
     }
 
     # several exported files may share a folder
@@ -194,7 +194,7 @@ def _result(
     else:
         results.prepare(path)
         content = results.write(
-            path, {**_measure(name, chosen, scene), "digest": digest, "identity": defined}
+            path, {**_measure(name, chosen, context), "digest": digest, "identity": defined}
         )
 
     if subject.run is not None:
@@ -203,10 +203,10 @@ def _result(
     return {**content, "file": str(path)}
 
 
-def _measure(name: str, chosen: schema.Frozen, scene: EvalContext) -> dict[str, Any]:
-    subject, begun = scene.subject, time.monotonic()
+def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str, Any]:
+    subject, begun = context.subject, time.monotonic()
     try:
-        metrics, protocol = _leaf(name).measure(chosen, scene)
+        metrics, protocol = _leaf(name).measure(chosen, context)
     except ShardError as fault:
         text = f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
         raise ShardError(fault.shard, fault.offset, text) from None
@@ -223,9 +223,9 @@ def _measure(name: str, chosen: schema.Frozen, scene: EvalContext) -> dict[str, 
         "measured": datetime.now(UTC).isoformat(),
         "metrics": metrics,
         "unit": "per cent",
-        "protocol": {"test_transform": scene.transform, **protocol},
+        "protocol": {"test_transform": context.transform, **protocol},
         "found": found,
-        "data": scene.provenance(),
+        "data": context.provenance(),
         "versions": _versions(),
         "seconds": round(time.monotonic() - begun, 2),
     }

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
-from scaletrain.evals.features import EvalContext, mask, some, watch
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
 from scaletrain.evals.targets import EvalError
 
@@ -197,18 +198,18 @@ def fit(
     return heads
 
 
-def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
     """The benchmark: metrics in per cent, and what belongs on the protocol card."""
-    out = held_out(scene.samples, scene.known)
-    judge, classes = scene.part(out), scene.classes
-    rows = (~mask(out, scene.samples)).nonzero().flatten()
+    out = held_out(context.samples, context.subset_labels)
+    judge, classes = context.part(out), context.classes
+    rows = (~mask(out, context.samples)).nonzero().flatten()
     batch = min(config.batch, len(rows))
 
     def train(rows: Tensor, rates: Sequence[float]) -> Heads:
         steps = max(1, round(config.epochs * len(rows) / batch))
         return fit(
             [r * batch / 256 for r in rates],
-            _batches(config, scene, rows, batch),
+            _batches(config, context, rows, batch),
             steps,
             classes,
             config,
@@ -222,11 +223,11 @@ def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[
     best = by_rate.index(max(by_rate))
 
     if config.refit:
-        heads, best_head = train(torch.arange(scene.samples), config.rates[best : best + 1]), 0
+        heads, best_head = train(torch.arange(context.samples), config.rates[best : best + 1]), 0
     else:
         best_head = best
 
-    queries = scene.queries()
+    queries = context.queries()
     scores = accuracy(heads.ranks(queries.x, queries.labels)[best_head], queries.labels, classes)
     metrics = {
         "linear" if name == "top1" else f"linear_{name}": value for name, value in scores.items()
@@ -239,9 +240,9 @@ def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[
         "weight_decay": 0.0,
         "schedule": "cosine to 0 by step, no warm-up",
         "standardised": False,
-        "train_transform": scene.augmentation if config.augment else scene.transform,
+        "train_transform": context.augmentation if config.augment else context.transform,
         "chosen_on": f"{len(out)} held-out training images",
-        "trained_on": scene.samples if config.refit else len(rows),
+        "trained_on": context.samples if config.refit else len(rows),
         "reported": "test set, last epoch",
         "found": {
             "chosen_rate": config.rates[best],
@@ -253,10 +254,10 @@ def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[
 
 
 def _batches(
-    config: Config, scene: EvalContext, rows: Tensor, batch: int
+    config: Config, context: EvalContext, rows: Tensor, batch: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches of (features, labels) of the training images `rows`."""
     if not config.augment:
-        bank = scene.bank()
+        bank = context.bank()
         return shuffled(bank.x, bank.labels, rows, batch, config.seed)
-    return carve(scene.augmented(mask(rows, scene.samples), config.seed), batch)
+    return carve(context.augmented(mask(rows, context.samples), config.seed), batch)
