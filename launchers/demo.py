@@ -9,7 +9,6 @@ it was. All files are below demo/; delete that folder to begin again.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from rich.console import Console
 
 from scaletrain.data.reading.reader import Shards
 from scaletrain.importers import command as script
-from scaletrain.runtime import tables
+from scaletrain.runtime import locks, tables
 
 if TYPE_CHECKING:
     from scaletrain.evals.targets import Encoder
@@ -370,13 +369,11 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    with (HOME / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locks.locked(HOME / ".lock", wait=False) as lock:
+        if lock is None:
             raise DemoError(
                 f"another demonstration is at work in {HOME.absolute()}; wait for it or stop it"
-            ) from None
+            )
 
         yield
 

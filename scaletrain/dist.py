@@ -22,6 +22,7 @@ import torch.distributed as c10d
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from scaletrain import environment, exit_codes
 from scaletrain.peers import Peers
 
 # the variable by which a launcher gives rank 0 the socket on which the ranks meet
@@ -36,15 +37,14 @@ _reduce_scatter = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_sc
 class LaunchError(ValueError):
     """The process group could not be made; the text says why."""
 
-    # EX_TEMPFAIL of sysexits.h
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 def init(timeout_seconds: float = 1800.0) -> torch.device:
     """Join the process group that torchrun's variables describe (none: a single process) and return
     this rank's device.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = environment.local_rank()
     # A scheduler may show each process a single device only, whatever its local rank.
     device = (
         torch.device("cuda", local % torch.cuda.device_count())
@@ -55,7 +55,7 @@ def init(timeout_seconds: float = 1800.0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not c10d.is_initialized():
+    if environment.world() > 1 and not c10d.is_initialized():
         _join(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timedelta(seconds=timeout_seconds),
@@ -73,8 +73,8 @@ def _join(backend: str, timeout: timedelta) -> None:
             c10d.init_process_group(
                 backend,
                 store=place,
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
+                rank=environment.rank(),
+                world_size=environment.world(),
                 timeout=timeout,
             )
         else:
@@ -179,8 +179,8 @@ def port_problem(host: str, port: int) -> str | None:
 
 
 def local_world() -> int:
-    """Processes of this node, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Number of processes on this node."""
+    return environment.local_world()
 
 
 def main() -> bool:

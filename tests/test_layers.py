@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    ("core", "config", "dist", "rng", "peers", "exit_codes"),
+    ("core", "config", "dist", "environment", "exit_codes", "peers", "rng"),
     ("runtime",),
     ("ops",),
     ("nn", "optim", "data", "checkpoint"),

@@ -192,7 +192,7 @@ def export(tensors: Mapping[str, Tensor], path: Path, meta: Mapping[str, str]) -
     head = {"format": "pt", **meta}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, str(os.getpid())) as file:
+        with replacing(path) as file:
             write_tensors(file, host, head | {_SUM: fingerprint(host, head)})
     except OSError as error:
         text = f"cannot write {path}: {error.strerror}. Choose another file name or free the disk"

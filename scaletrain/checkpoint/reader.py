@@ -22,6 +22,7 @@ from torch import Tensor
 from scaletrain import dist, exit_codes
 from scaletrain.checkpoint import files
 from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.config import validation
 from scaletrain.config.schema import Frozen, Natural
 from scaletrain.runtime import durable
 
@@ -77,10 +78,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(files.unseal(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"])
         raise CheckpointError(
-            f"{path} cannot be used: {where}: {first['msg']}; was it written by another version?"
+            f"{path} cannot be used: {validation.first(error)}; was it written by another version?"
         ) from None
 
 

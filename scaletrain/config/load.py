@@ -5,40 +5,17 @@ JSON schema.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from scaletrain.config import renamed
-from scaletrain.config.recipe import ERRORS, apply, brief, flat, long, nearest, read, yaml
 from scaletrain.config.recipe import ConfigError as ConfigError
+from scaletrain.config.recipe import apply, flat, long, nearest, read, yaml
 from scaletrain.config.schema import Config, component_config, components
-
-
-def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
-    found, lines = error.errors(include_url=False), []
-    for item in found[:ERRORS]:
-        where = brief(".".join(str(part) for part in item["loc"]))
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
-        else:
-            text = brief(item["msg"].removeprefix("Value error, "), 1000)
-            shown = (
-                "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
-            )
-            choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
-            lines.append(
-                f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}"
-            )
-
-    more = f"; and {len(found) - ERRORS:,} more" if len(found) > ERRORS else ""
-    return ConfigError(f"{source}: {'; '.join(lines)}{more}")
+from scaletrain.config.validation import explain
 
 
 def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
@@ -90,7 +67,8 @@ def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, raw, source) from None
+        text = explain(error, lambda loc: _nearest_key(loc, raw))
+        raise ConfigError(f"{source}: {text}") from None
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from scaletrain import exit_codes
+
 # of missing files, what is no file, and bad disk blocks: waiting does not help
 PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
 
@@ -41,15 +43,13 @@ class StorageError(ShardError):
     for good.
     """
 
-    # EX_TEMPFAIL of sysexits.h
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 class LoaderError(DataError):
     """Loader processes died or hang: another start may succeed."""
 
-    # EX_TEMPFAIL of sysexits.h
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:

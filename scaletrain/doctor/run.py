@@ -8,12 +8,11 @@ internet, and all is removed that was written.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scaletrain import dist
+from scaletrain import dist, environment
 from scaletrain.doctor import disk, feed, machine, network, parity, software
 from scaletrain.doctor.page import Finding, guarded, lines, merged
 from scaletrain.runtime.tables import plural
@@ -27,7 +26,7 @@ def examine(run: Path, data: Path | None, *, require_gpu: bool = False) -> int:
     failures. Every rank calls it.
     """
     found: list[Finding] = []
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = environment.rank() == 0
 
     def tell(findings: Sequence[Finding]) -> None:
         found.extend(findings)

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
+from scaletrain.config import validation
 from scaletrain.config.recipe import flat
 from scaletrain.evals.targets import EvalError
 from scaletrain.runtime import durable
@@ -132,8 +133,7 @@ def parse(path: Path) -> tuple[Result, dict[str, Any]]:
         if found.digest != digest(content["identity"]):
             raise ValueError("its `digest` is not that of its `identity`")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        reason = f"{'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']}"
+        reason = validation.first(error)
     except (ValueError, RecursionError) as error:
         reason = str(error)
     else:
@@ -196,8 +196,7 @@ def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         named = {"digest": Result.model_validate(content).protocol}
         content = {**content, "protocol": named | content["protocol"]}
         try:
-            with durable.replacing(path, str(os.getpid())) as file:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
+            durable.write(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             raise EvalError(
                 f"cannot write {path}: {error.strerror}; measured were "

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scaletrain import dist
-from scaletrain.config import recipe, schema
+from scaletrain.config import recipe, schema, validation
 from scaletrain.data.errors import ShardError
 from scaletrain.data.format import selection
 from scaletrain.data.format.names import is_remote
@@ -113,23 +113,13 @@ def _validate(model: type[schema.Frozen], raw: Any, name: str) -> schema.Frozen:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False):
-            key = ".".join(map(str, item["loc"]))
-            known = (
-                recipe.nearest(key, model.model_fields)
-                or f"; known: {', '.join(model.model_fields)}"
-            )
-            problem = item["msg"].removeprefix("Value error, ")
-            text = (
-                f"unknown key{known}"
-                if item["type"] == "extra_forbidden"
-                else f"{problem} (got {item['input']!r})"
-            )
+        text = validation.explain(error, lambda loc: _hint(str(loc[-1]), model), f"{name}.")
+        raise EvalError(text) from None
 
-            lines.append(f"{name}.{key}: {text}")
 
-        raise EvalError("; ".join(lines)) from None
+def _hint(key: str, model: type[schema.Frozen]) -> str:
+    fields = model.model_fields
+    return recipe.nearest(key, fields) or f"; available: {', '.join(fields)}"
 
 
 def _folders(

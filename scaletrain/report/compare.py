@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from scaletrain.config import load
+from scaletrain.config import load, validation
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.evals import results
 from scaletrain.evals.results import Result
@@ -284,10 +284,7 @@ def _parse(model: type[M], text: bytes, problem: str) -> M:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(
-            f"{problem} ({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})"
-        ) from None
+        raise ConfigError(f"{problem} ({validation.first(error)})") from None
 
 
 def show(found: dict[str, Any], width: int | None = None) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from scaletrain.config.recipe import ConfigError, brief, document, parse
-from scaletrain.runtime.durable import replacing
+from scaletrain.runtime import durable
 
 if TYPE_CHECKING:
     from scaletrain.evals.results import Result
@@ -76,12 +76,8 @@ def save(run: Path, grid: Sequence[Sequence[str]]) -> None:
     """Add the elements to those that earlier launches have left in `run`."""
     run.mkdir(parents=True, exist_ok=True)
     known = elements(run) if (run / SPEC).exists() else []
-    with replacing(run / SPEC, "draft") as file:
-        file.write(
-            json.dumps(
-                known + [list(new) for new in grid if list(new) not in known], indent=1
-            ).encode()
-        )
+    added = [list(new) for new in grid if list(new) not in known]
+    durable.write(run / SPEC, json.dumps(known + added, indent=1))
 
 
 def elements(run: Path) -> list[list[str]]:
@@ -132,8 +128,7 @@ def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str,
     writer.writeheader()
     writer.writerows(rows)
 
-    with replacing(run / TABLE, "draft") as file:
-        file.write(text.getvalue().encode())
+    durable.write(run / TABLE, text.getvalue())
 
     return [{column: row.get(column, "") for column in columns} for row in rows]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import dist
-from scaletrain.runtime.durable import replacing
+from scaletrain.runtime import durable
 
 # SLURM's warning before time-out and preemption, a plain request to end, a closed terminal, its
 # Ctrl-C
@@ -96,7 +96,7 @@ def announce(stop: Stopped) -> None:
     dist.barrier()
 
     if dist.main() and (place := os.environ.get(STOPPED_FILE)):
-        Path(place).write_text(signal.Signals(stop.number).name)
+        durable.write(Path(place), signal.Signals(stop.number).name)
 
     dist.barrier()
     dist.leave()
@@ -129,5 +129,5 @@ def note_progress(text: str) -> None:
     """
     if place := os.environ.get(PROGRESS_FILE):
         # a crash too many is then counted, no more
-        with contextlib.suppress(OSError), replacing(Path(place), "draft") as file:
-            file.write(f"{text}\n".encode())
+        with contextlib.suppress(OSError):
+            durable.write(Path(place), f"{text}\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -23,7 +21,7 @@ from scaletrain.config import load, recipe
 from scaletrain.config.fields import PATHS
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
-from scaletrain.runtime import durable
+from scaletrain.runtime import durable, locks
 
 CONFIG, LOCK, LEASE, CHANGES = "config.yaml", ".lock", ".lease", "changes.jsonl"
 # seconds between signs of life of a lease
@@ -160,8 +158,7 @@ def _one_place(key: str, old: object, new: object) -> bool:
 
 
 def write_config(run: Path, config: Config) -> None:
-    with durable.replacing(run / CONFIG, str(os.getpid())) as file:
-        file.write(load.dump(config).encode())
+    durable.write(run / CONFIG, load.dump(config))
 
 
 def log_change(run: Path, step: int, what: list[str]) -> None:
@@ -183,18 +180,18 @@ def _hold(run: Path, until: contextlib.ExitStack) -> None:
     # gives up its lock
     for patience in range(240 if "SLURM_RESTART_COUNT" in os.environ else 20, -1, -1):
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                # a file system without locks
-                Lease(run).hold(until)
-                return
+            # Of the process: a loader worker that outlives it must not keep the lock.
+            if locks.acquire(lock.fileno(), wait=False, of_process=True):
+                break
+        except OSError:
+            # The file system has no locks.
+            Lease(run).hold(until)
+            return
 
-            if not patience:
-                raise BusyError(f"{run} is being trained by {_holder(lock)}") from None
+        if not patience:
+            raise BusyError(f"{run} is being trained by {_holder(lock)}")
 
-            time.sleep(0.25)
+        time.sleep(0.25)
 
     lock.truncate(0)
     lock.write(f"{_myself()}\n")

@@ -72,7 +72,7 @@ class Board:
         ) as error:  # ValueError: its file was closed by an earlier failure
             if not self._failed:
                 log.warning(
-                    "%s cannot be written (%s); the run goes on and tries again later",
+                    "%s cannot be written (%s); the run continues and will try again",
                     self._folder,
                     error,
                 )

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from scaletrain import dist
 from scaletrain.config.schema import Config
 from scaletrain.data.loading.loader import SYNTHETIC
-from scaletrain.runtime import timing
+from scaletrain.runtime import durable, tables, timing
 from scaletrain.runtime.tables import plural
 from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT
 from scaletrain.train import monitor
@@ -119,7 +116,7 @@ def measuring(
 
     if dist.main() and measured:
         result = report(config, everyone, len(measured))
-        (run / FILE).write_text(json.dumps(result, indent=1) + "\n")
+        durable.write(run / FILE, json.dumps(result, indent=1) + "\n")
         show(result, run)
 
 
@@ -174,46 +171,43 @@ def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> di
 
 
 def show(result: Mapping[str, Any], run: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    many = result["processes"] > 1
-    table = Table("part", "ms", "share", *(["ms, slowest rank"] if many else []), box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    parts, slowest = result["parts_ms"], result["parts_ms_slowest"]
-    whole = sum(parts.values())
-    for name, ms in parts.items():
-        table.add_row(
-            name, f"{ms:.2f}", f"{ms / whole:.1%}", *([f"{slowest[name]:.2f}"] if many else [])
-        )
-
-    table.add_row("step", f"{whole:.2f}", "100 %")
+    """Print the report as text with a table of the parts of a step."""
     speed, loader, memory = result["step_ms"], result["loader_images_per_second"], result["memory"]
-    console.print(
-        f"throughput check: {number(result['images_per_second'])} images/s, "
-        f"{number(result['views_per_second'])} views/s; batch "
-        f"{result['batch']} on {plural(result['processes'], 'process')}, "
-        f"{plural(result['steps_measured'], 'step')} measured "
-        "after the warm-up\n"
-        f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; by "
-        "part, mean over the middle half:"
-    )
+    parts, slowest = result["parts_ms"], result["parts_ms_slowest"]
+    whole, columns = sum(parts.values()), ["part", "ms", "share"]
+    rows = [[name, f"{ms:.2f}", f"{ms / whole:.1%}"] for name, ms in parts.items()]
+    rows.append(["step", f"{whole:.2f}", "100%"])
 
-    console.print(table)
+    if result["processes"] > 1:
+        columns.append("ms, slowest rank")
+        rows = [[*row, f"{slowest[row[0]]:.2f}" if row[0] in slowest else ""] for row in rows]
+
+    check = (
+        f"throughput check: {number(result['images_per_second'])} images/s, "
+        f"{number(result['views_per_second'])} views/s; batch {result['batch']} on "
+        f"{plural(result['processes'], 'process')}, {plural(result['steps_measured'], 'step')} "
+        f"measured after the warm-up"
+    )
+    step = (
+        f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; "
+        "by part, mean over the middle half:"
+    )
     device = (
         f"; CUDA {memory['cuda_peak_mb']:.0f} MB allocated, {memory['cuda_reserved_mb']:.0f} MB "
         "reserved"
         if "cuda_peak_mb" in memory
         else ""
     )
-
-    console.print(
+    notes = (
         f"memory: peak of the largest process {memory['rss_peak_mb']:.0f} MB without its loader "
-        f"workers{device}\n"
-        f"loader: to feed this, {number(loader['process'])} images/s per process, "
-        f"{number(loader['node'])} per node; "
-        f"`scaletrain doctor --run {run} --data FOLDER` tells the cores that takes"
+        f"workers{device}",
+        f"loader: this run needs {number(loader['process'])} images/s per process, "
+        f"{number(loader['node'])} per node; `scaletrain doctor --run {run} --data FOLDER` "
+        "reports how many cores that takes",
     )
+
+    print(tables.wrap(check, tables.width()))
+    tables.show(columns, rows, title=step, notes=notes)
 
 
 def _event() -> torch.cuda.Event:

@@ -9,11 +9,9 @@ some, and remembers which samples were left out of it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,7 +26,7 @@ from scaletrain.data.errors import ArchiveError, DataError, ShardError, printabl
 from scaletrain.data.format import manifest, offsets, selection
 from scaletrain.data.format.manifest import Manifest
 from scaletrain.data.format.manifest import Shard as Shard
-from scaletrain.runtime import local_files
+from scaletrain.runtime import durable, local_files, locks
 from scaletrain.runtime.tables import plural
 
 MANIFEST, OLD_MANIFEST = manifest.NAME, manifest.OLD_NAME
@@ -240,22 +238,8 @@ def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
 
 
 def atomic(path: Path, data: bytes) -> None:
-    """Write through a temporary file of the same folder: a reader sees the old content, or all of
-    the new.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write a file of a data folder, which all users may read."""
+    durable.write(path, data, mode=0o644)
 
 
 def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> list[bytes]:
@@ -362,7 +346,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
     try:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            locks.acquire(handle, wait=True)
         yield
     finally:
         os.close(handle)

@@ -14,18 +14,17 @@ together, so a killed process leaves nothing to clean up:
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from time import monotonic, sleep, time
 from typing import BinaryIO
 
 from scaletrain.data.errors import DataError
-from scaletrain.runtime import heartbeat
+from scaletrain.runtime import heartbeat, locks
 
 # writes exactly the size announced, or raises
 Fill = Callable[[BinaryIO], None]
@@ -100,7 +99,7 @@ class Cache:
             return None
 
         try:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            locks.acquire(file, wait=True, shared=True)
             found = os.fstat(file)
             # deleted between the opening and the lock
             if not found.st_nlink:
@@ -123,7 +122,7 @@ class Cache:
         """
         part = self.folder / f"{key}.part"
 
-        with _locked(part, wait=False) as file:
+        with locks.locked(part, wait=False) as file:
             if file is None:
                 return False
             # renamed or deleted by who had the lock before
@@ -195,7 +194,7 @@ class Cache:
             return True
 
     def _counting(self) -> AbstractContextManager[int | None]:
-        return _locked(self.folder / ".room", wait=True)
+        return locks.locked(self.folder / ".room", wait=True)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """(last use, bytes, path)"""
@@ -216,7 +215,7 @@ class Cache:
             return True
 
         try:
-            free = _lock(file, wait=False) and _is(path, file)
+            free = locks.acquire(file, wait=False) and _is(path, file)
             if free:
                 path.unlink()
             return free
@@ -247,27 +246,6 @@ def _private(folder: Path) -> None:
             f"the cache {folder} must be a folder that belongs to you alone (chmod 700); remove "
             "it, or set data.cache.path"
         )
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[int | None]:
-    """The file's descriptor with its exclusive lock; None if another process has the lock and
-    `wait` is not wanted.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-    try:
-        yield file if _lock(file, wait) else None
-    finally:
-        os.close(file)
-
-
-def _lock(file: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is(path: Path, file: int) -> bool:
