@@ -30,7 +30,7 @@ from scaletrain import dist
 from scaletrain.config import load
 from scaletrain.config.schema import Data, View
 from scaletrain.data.loading.dataset import sample_keys
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import open_stream
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.transforms import color, crop, image
 from scaletrain.data.transforms.params import draw, expand, uniforms
@@ -149,7 +149,7 @@ def ours(shards: Path, count: int, antialias: bool, floats: bool) -> float:
     data = views(antialias).model_copy(
         update={"path": str(shards), "workers": WORKERS, "lanes": 8, "window": 4}
     )
-    stream = Stream(data, seed=0, batch=BATCH, rank=0, world=1, device=torch.device("cpu"))
+    stream = open_stream(data, seed=0, batch=BATCH, rank=0, world=1, device=torch.device("cpu"))
 
     if not floats:
         stream._to_device = lambda raw: raw  # type: ignore[assignment]

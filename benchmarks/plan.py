@@ -29,8 +29,8 @@ from scipy import stats  # type: ignore[import-untyped]
 from benchmarks.rows import HEAD, Row
 from scaletrain.config.schema import Data, View
 from scaletrain.data.format import index
-from scaletrain.data.loading.loader import Stream
-from scaletrain.data.sampling.mixture import Mixture, Source
+from scaletrain.data.loading.loader import open_stream
+from scaletrain.data.sampling.mixture import Mixture, MixtureSource
 from scaletrain.data.sampling.plan import Batches, Plan
 
 PER_SHARD, BATCH, LANES, WINDOW = 1000, 4096, 64, 16
@@ -45,8 +45,8 @@ def plan(shards: int) -> Batches:
 
 def mixture(shards: int) -> Batches:
     sources = [
-        Source("large", np.full(shards, PER_SHARD), 0.9),
-        Source("small", np.full(1281, PER_SHARD), 0.1),
+        MixtureSource("large", np.full(shards, PER_SHARD), 0.9),
+        MixtureSource("small", np.full(1281, PER_SHARD), 0.1),
     ]
     return Mixture(
         sources, seed=0, batch=BATCH, lanes=LANES, window=WINDOW, epoch_samples=1_281_167
@@ -149,7 +149,7 @@ def resumes(folder: Path) -> tuple[float, float, float, float]:
 
     for step in [0, 1, *steps.tolist()]:
         begin = time.process_time()
-        stream = Stream(data, seed=0, batch=64, rank=0, world=1, device=torch.device("cpu"))
+        stream = open_stream(data, seed=0, batch=64, rank=0, world=1, device=torch.device("cpu"))
         next(iter(stream.batches(step, 1000)))
         taken.append(1000 * (time.process_time() - begin))
         stream.close()

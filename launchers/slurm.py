@@ -12,7 +12,7 @@ import typer
 
 from scaletrain.config import load
 from scaletrain.config.schema import Config
-from scaletrain.data.loading.loader import opened, planned
+from scaletrain.data.loading.sources import open_plan
 from scaletrain.importers import command as script
 from scaletrain.launch.slurm import follow as watch
 from scaletrain.launch.slurm import queue, submit, task
@@ -288,7 +288,7 @@ class Launch:
                     "data.path=synthetic to try the cluster)"
                 )
 
-            plan = planned(config.data, opened(config.data), seed=config.seed, batch=config.batch)
+            plan = open_plan(config.data, seed=config.seed, batch=config.batch)
             plan.part(0, resources.nodes * resources.tasks)
             total_steps(config, plan.steps_per_epoch)
 

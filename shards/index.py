@@ -34,7 +34,7 @@ def main(
     It has all shards of the folder, and lies in it, or in ~/.cache/scaletrain where that cannot be
     written. Members of other types are passed over.
     """
-    folder = Path(selection.place(shards).folder)
+    folder = Path(selection.one_folder(shards).folder)
     faults: list[ShardError] = []
 
     with command.progress("indexing") as progress:

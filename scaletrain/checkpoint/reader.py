@@ -172,7 +172,7 @@ def delete(folder: Path) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-class Saved:
+class SavedStep:
     """A verified step, read by ranges of flattened tensors: the reader's world size and engine are
     its own affair.
     """
@@ -335,7 +335,7 @@ def _agreed(decide: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def latest(root: Path) -> Saved | None:
+def latest(root: Path) -> SavedStep | None:
     """The newest committed step of which every byte is as written; None if nothing was ever
     committed. Call on every rank.
 
@@ -344,11 +344,11 @@ def latest(root: Path) -> Saved | None:
     """
     found = _agreed(lambda: _newest(root))
 
-    return None if found is None else Saved(*found)
+    return None if found is None else SavedStep(*found)
 
 
-def open_step(path: Path) -> Saved:
+def open_step(path: Path) -> SavedStep:
     """One step's folder, verified; CheckpointError says what is wrong with it. Call on
     every rank.
     """
-    return Saved(path, _agreed(lambda: _verify(path)))
+    return SavedStep(path, _agreed(lambda: _verify(path)))

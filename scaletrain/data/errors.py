@@ -38,7 +38,7 @@ class ArchiveError(ShardError):
     """The archive itself is damaged or refused at that byte, and nothing behind it can be read."""
 
 
-class StorageError(ShardError):
+class ShardStorageError(ShardError):
     """Bytes that storage failed to give. Another start may succeed, unless the disk block is bad
     for good.
     """
@@ -55,7 +55,7 @@ class LoaderError(DataError):
 def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:
     """A ShardError for what stays so; anything else may pass, and must not lead to a substitute."""
     if error.errno in PERMANENT:
-        kind = StorageError if error.errno == errno.EIO else ShardError
+        kind = ShardStorageError if error.errno == errno.EIO else ShardError
         return kind(shard, offset, f"cannot be read: {error.strerror}")
     return LoaderError(f"{shard} at byte {offset} cannot be read: {error.strerror}")
 

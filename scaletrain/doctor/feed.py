@@ -77,7 +77,7 @@ def _measure(folder: Path, run: Path) -> dict[str, float]:
     """One process, loading in its main thread: by its own time on a core, and by the clock, which
     waits for the disk too.
     """
-    if not (index.home(Path(selection.place(folder).folder)) / index.MANIFEST).exists():
+    if not (index.home(Path(selection.one_folder(folder).folder)) / index.MANIFEST).exists():
         raise DataError(f"{folder} has no index, and making it is not the doctor's work")
 
     recipe = run / "config.yaml"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scaletrain import rng
 from scaletrain.core import Batch
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.doctor.page import Finding, measured
 from scaletrain.nn import norm
@@ -140,7 +140,7 @@ def keys(device: torch.device) -> list[Tensor]:
 def _batch(device: torch.device) -> Batch:
     draw = torch.Generator().manual_seed(2)
     view = torch.randint(0, 256, (2, 8, 20, 20, 3), dtype=torch.uint8, generator=draw)
-    raw = Raw(3, (view,), torch.arange(5, 13), torch.full((8,), -1), None)
+    raw = RawBatch(3, (view,), torch.arange(5, 13), torch.full((8,), -1), None)
     return ToDevice(device, 7, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(raw)
 
 

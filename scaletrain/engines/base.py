@@ -88,7 +88,9 @@ class Engine:
         self.optimizer = self.build_optimizer(declared, optim)
         self.staged = [m for m in method.modules() if isinstance(m, DeferredState)]
         self.skipped = 0
-        # what the data calls the sample of a number, to name the bad ones
+        # Rate of the targets' moving average in this step; None without targets.
+        self.ema: float | None = None
+        # What the data calls a sample, to name bad ones.
         self.sample_name: Callable[[int], str] = str
 
     # --- one step ---------------------------------------------------------------------------------
@@ -98,6 +100,7 @@ class Engine:
         together.
         """
         parts = self.micro_batches(batch)
+        self.ema = self.method.ema(clock) if self.method.targets else None
 
         if self.config.gradient_cache:
             outs = [_detached(gradient_cache.step(self, batch, parts, clock))]
@@ -126,7 +129,7 @@ class Engine:
         ]
 
         scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
-        return StepResult(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
+        return StepResult(loss, scalars, norm, trust, outs[-1].embedding, not finite, self.ema)
 
     def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> list[MethodOutput]:
         """Forward and backward of each micro-batch, its losses times `scale`."""
@@ -168,7 +171,7 @@ class Engine:
 
         groups.set_rates(self.optimizer.param_groups, lr, base_lr)
         self.optimizer.step()
-        self.move_targets(clock)
+        self.move_targets()
         for module in self.staged:
             module.commit(self.config.grad_accum_steps)
 
@@ -275,14 +278,15 @@ class Engine:
         return self.total(norm.double().square()).sqrt() if self.sharded else norm
 
     @torch.no_grad()
-    def move_targets(self, clock: Clock) -> None:
-        """target <- tau * target + (1 - tau) * online over parameters, with the online parameters
-        of after the step.
+    def move_targets(self) -> None:
+        """target <- ema * target + (1 - ema) * online over parameters; online parameters are those
+        after the step.
         """
+        if self.ema is None:
+            return
+
         for target, online in self.method.targets.items():
-            torch._foreach_lerp_(
-                self.averaged(target), self.averaged(online), 1 - self.method.ema(clock)
-            )
+            torch._foreach_lerp_(self.averaged(target), self.averaged(online), 1 - self.ema)
 
     def averaged(self, module: str) -> list[Tensor]:
         """What the moving average reads and writes of a submodule's parameters: alike for a target

@@ -169,8 +169,8 @@ class Engine(base.Engine):
                 if _gathered(p) and not p.ds_persist:  # type: ignore[attr-defined]
                     p.partition()  # type: ignore[attr-defined]
 
-    def move_targets(self, clock: Clock) -> None:
-        super().move_targets(clock)
+    def move_targets(self) -> None:
+        super().move_targets()
         if self.config.stage == 3:
             _renew(
                 p

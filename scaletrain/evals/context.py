@@ -170,12 +170,13 @@ class EvalContext:
                 "lanes": math.gcd(batch, self.subject.data.lanes),
                 "workers": self.settings.workers,
                 "masks": False,
+                "support": None,
                 "on_bad": "skip" if self.skip else "raise",
                 "views": (self.extractor.view,),
             }
         )
 
-        stream = loader.Stream(
+        stream = loader.open_stream(
             data,
             seed=seed,
             batch=batch,

@@ -162,7 +162,7 @@ class FeatureExtractor:
                 )
 
         data = self.subject.data
-        images = loader.plain(
+        images = loader.eval_batches(
             path,
             size=self.size,
             resize=self.resize,

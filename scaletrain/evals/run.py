@@ -72,7 +72,10 @@ def run(
     assert isinstance(features, FeatureConfig)
     folders = _folders(subject, train, test)
 
-    for place in (subject.source, *(Path(selection.place(folder).folder) for folder in folders)):
+    for place in (
+        subject.source,
+        *(Path(selection.one_folder(folder).folder) for folder in folders),
+    ):
         run_folder.warn_if_open(place)
 
     context = EvalContext(subject, features, *folders, labels, same_numbers)
@@ -139,7 +142,7 @@ def _folders(
             f"no test set: {source} is remote; give its labelled test shards with --test"
         )
 
-    beside = [Path(selection.places(source)[0].folder).parent / name for name in ("test", "val")]
+    beside = [Path(selection.by_folder(source)[0].folder).parent / name for name in ("test", "val")]
     for folder in beside:
         if folder.is_dir():
             return source, str(folder)

@@ -80,13 +80,12 @@ class Monitor:
         rates: Mapping[str, float],
         batch: Batch,
         waited: float,
-        ema: float | None = None,
         more: Mapping[str, float] | None = None,
     ) -> None:
         """Note the step that began at `clock`.
 
-        rates: learning rate by group; waited: seconds without data; ema: tau; more: scalars that
-        are known elsewhere.
+        rates: learning rate by group. waited: seconds spent waiting for data. more: further
+        scalars.
         """
         if not self._active:
             return
@@ -104,7 +103,7 @@ class Monitor:
 
         if clock.every(self._every) or clock.step == self._total - 1:
             # Tensors are read only here: reading one makes the host wait for the device.
-            self._record(clock, self._scalars(result, rates, ema) | dict(more or {}), rates)
+            self._record(clock, self._scalars(result, rates) | dict(more or {}), rates)
 
     def note(self, text: str) -> None:
         """One line for the reader, on the console and in TensorBoard."""
@@ -135,14 +134,12 @@ class Monitor:
             self._screen.close()
             self._board.close()
 
-    def _scalars(
-        self, result: StepResult, rates: Mapping[str, float], ema: float | None
-    ) -> dict[str, float]:
+    def _scalars(self, result: StepResult, rates: Mapping[str, float]) -> dict[str, float]:
         scalars = {f"train/{name}": float(value) for name, value in result.scalars.items()}
         scalars["train/loss"] = result.loss
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
-        if ema is not None:
-            scalars["ema"] = ema
+        if result.ema is not None:
+            scalars["ema"] = result.ema
 
         scalars["grad_norm"] = float(result.grad_norm)
         scalars |= {f"trust/{name}": float(value) for name, value in result.trust.items()}

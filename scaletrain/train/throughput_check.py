@@ -19,7 +19,7 @@ import torch
 
 from scaletrain import dist
 from scaletrain.config.schema import Config
-from scaletrain.data.loading.loader import SYNTHETIC
+from scaletrain.data.loading.sources import SYNTHETIC
 from scaletrain.runtime import durable, tables, timing
 from scaletrain.runtime.tables import plural
 from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT

@@ -20,7 +20,7 @@ from scaletrain.config import schema as configuration
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 from scaletrain.data.errors import DataError
-from scaletrain.data.loading.loader import planned
+from scaletrain.data.loading.sources import open_plan
 from scaletrain.optim import schedule
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.loop import train
@@ -161,9 +161,8 @@ def test_large_collections_are_counted_in_epochs_of_imagenet() -> None:
     config, usual = recipe("relicv2_r50_jft"), recipe("relicv2_r50_in1k")
     assert config.model_copy(update={"data": usual.data}) == usual
     assert config.data == usual.data.model_copy(update={"epoch_samples": 1_281_167})
-    plan = planned(
+    plan = open_plan(
         config.data.model_copy(update={"path": "synthetic", "synthetic_samples": 300_000_000}),
-        None,
         seed=0,
         batch=config.batch,
     )

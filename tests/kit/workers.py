@@ -14,8 +14,8 @@ from kit.data import children
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import LoaderError
-from scaletrain.data.loading.dataset import Failure, Images, Raw
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.dataset import Failure, Images, RawBatch
+from scaletrain.data.loading.loader import Stream, open_stream
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def stream(
         **options,
     }
     data = Data(**given)
-    return Stream(data, seed=1, batch=12, rank=rank, world=world, device=CPU)
+    return open_stream(data, seed=1, batch=12, rank=rank, world=world, device=CPU)
 
 
 class _Acting(Images):
@@ -41,7 +41,7 @@ class _Acting(Images):
     before = staticmethod(lambda step: None)
     after = staticmethod(lambda step, raw: raw)
 
-    def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
+    def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
         self.before(at[1])
         return self.after(at[1], super().__getitem__(at))
 

@@ -14,7 +14,7 @@ from kit.data import write_shards
 
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch, Clock
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.doctor import parity
 from scaletrain.train.build import build
 
@@ -149,7 +149,7 @@ def test_batches_of_workers_arrive_whole(device: str, tmp_path: Path) -> None:
 
     def batches(place: torch.device, workers: int) -> Stream:
         given = data.model_copy(update={"workers": workers})
-        return Stream(given, seed=1, batch=8, rank=0, world=1, device=place)
+        return open_stream(given, seed=1, batch=8, rank=0, world=1, device=place)
 
     work, found = torch.ones(2048, 2048, device=device), []
     for batch in batches(torch.device(device), 1).batches(0, 24):

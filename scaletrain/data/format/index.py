@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from scaletrain import dist
 from scaletrain.data.errors import ArchiveError, DataError, ShardError, printable
 from scaletrain.data.format import manifest, offsets, selection
-from scaletrain.data.format.manifest import Manifest
 from scaletrain.data.format.manifest import Shard as Shard
+from scaletrain.data.format.manifest import ShardManifest
 from scaletrain.runtime import durable, local_files, locks
 from scaletrain.runtime.tables import plural
 
@@ -51,14 +51,14 @@ def say(text: str) -> None:
 
 def load(
     shards: selection.Paths, notice: Callable[[str], None] = say, skip: bool = False
-) -> Manifest:
+) -> ShardManifest:
     """The shards of a folder, or those that a pattern or a list chooses of it, in canonical order.
     Raises DataError.
 
     A folder without an index, or with one of an older version, is indexed first. `skip`: faults are
     then said and left out in place of raised. What else lies in the folder and is not read is said.
     """
-    place = selection.place(shards)
+    place = selection.one_folder(shards)
     folder = Path(place.folder)
     there = np.array(_tars(folder, notice))
 
@@ -89,7 +89,7 @@ def build(
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     report: Callable[[ShardError], None] = offsets.stop,
-) -> Manifest:
+) -> ShardManifest:
     """Read all shards once and write the tables and the manifest. Of several processes one works,
     the others wait for it.
 
@@ -160,7 +160,7 @@ def publish(folder: Path, shards: list[Shard]) -> None:
     atomic(home(folder) / MANIFEST, json.dumps(content, indent=0).encode())
 
 
-def unused(shards: Manifest) -> str:
+def unused(shards: ShardManifest) -> str:
     """What to say of images that are no samples."""
     return (
         f"{shards.unused:,} images are not used, since by WebDataset's rule of the first dot they "
@@ -311,7 +311,7 @@ def _first(names: list[bytes]) -> str:
     return shown + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _parse(path: Path) -> Manifest:
+def _parse(path: Path) -> ShardManifest:
     fix = f"remake it with shards/index.py --force {path.parent}"
     try:
         with local_files.reader(path) as file:
@@ -320,7 +320,7 @@ def _parse(path: Path) -> Manifest:
         raise DataError(f"{path} cannot be read ({error.strerror}); {fix}") from None
 
 
-def _same_names(folder: Path, there: NDArray[np.bytes_], shards: Manifest) -> None:
+def _same_names(folder: Path, there: NDArray[np.bytes_], shards: ShardManifest) -> None:
     """The manifest and the folder must agree, else samples would be lost or invented silently."""
     # a fraction of what telling differences takes
     if np.array_equal(np.sort(shards.names), np.sort(there)):

@@ -63,7 +63,7 @@ class Loss(NamedTuple):
     fault: str
 
 
-class Manifest(Sequence[Shard]):
+class ShardManifest(Sequence[Shard]):
     """Shards in canonical order; a single one is made into a Shard when asked for.
 
     `rows` [S] as `_checked` makes them, `notes` [K] of NOTE, and the first `faults`, each with the
@@ -105,12 +105,12 @@ class Manifest(Sequence[Shard]):
             "sha256": str(sha256, "ascii"),
         }
 
-    def only(self, chosen: NDArray[np.bool_]) -> Manifest:
+    def only(self, chosen: NDArray[np.bool_]) -> ShardManifest:
         """The shards of the mask `chosen` [S]."""
         rows, notes = self._rows[chosen], self._notes[chosen[self._notes["shard"]]]
         notes["shard"] = (np.cumsum(chosen) - 1)[notes["shard"]]
         names = set(rows["name"].tolist())
-        return Manifest(
+        return ShardManifest(
             rows, notes, [fault for fault in self._faults if fault[0] in names], self.first_unused
         )
 
@@ -143,7 +143,7 @@ def version_in(head: bytes) -> int:
     return int(found[1]) if found else 0
 
 
-def parse(file: IO[bytes], where: str, fix: str) -> Manifest:
+def parse(file: IO[bytes], where: str, fix: str) -> ShardManifest:
     """The shards of a manifest. Raises DataError that names `where` it comes from and ends in the
     fix.
     """
@@ -179,7 +179,7 @@ def parse(file: IO[bytes], where: str, fix: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} cannot be read ({error}); {fix}") from None
 
-    manifest = Manifest(np.concatenate(found), np.array(notes, NOTE), faults, unused)
+    manifest = ShardManifest(np.concatenate(found), np.array(notes, NOTE), faults, unused)
     ordered = np.sort(manifest.names)
     if (ordered[1:] == ordered[:-1]).any():
         raise DataError(f"{where} names a shard twice; {fix}")

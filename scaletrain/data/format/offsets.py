@@ -66,11 +66,11 @@ ROW = np.dtype(
 HEAD = np.dtype(
     [("magic", "S8"), ("samples", "<u8"), ("bytes", "<u8"), ("crc", "<u4"), ("spare", "<u4")]
 )
-Rows = NDArray[np.void]
-Row = tuple[int, ...]
+OffsetRows = NDArray[np.void]
+OffsetRow = tuple[int, ...]
 
 
-class Part(NamedTuple):
+class SampleMember(NamedTuple):
     """A member of a sample, without its payload."""
 
     name: str
@@ -111,7 +111,7 @@ def scan(
     path: Path,
     report: Callable[[ShardError], None] = stop,
     unused: Callable[[str], None] = lambda name: None,
-) -> tuple[Rows, int, str]:
+) -> tuple[OffsetRows, int, str]:
     """Read a whole shard once -> its rows, its bytes and its sha256. Members of other types are
     passed over unread.
 
@@ -122,7 +122,7 @@ def scan(
     """
     reader = Reader(path)
 
-    rows: list[Row] = []
+    rows: list[OffsetRow] = []
     seen: set[str] = set()
     try:
         for key, group in groupby(_members(reader), itemgetter(0)):
@@ -151,9 +151,9 @@ def _members(reader: Reader) -> Iterator[tuple[str, str, Member]]:
             yield key, extension, member if known else replace(member, data=b"")
 
 
-def _parts(members: Iterator[tuple[str, str, Member]]) -> list[Part]:
+def _parts(members: Iterator[tuple[str, str, Member]]) -> list[SampleMember]:
     """Without their payloads, of which one at a time is in memory."""
-    parts: list[Part] = []
+    parts: list[SampleMember] = []
     extensions: set[str] = set()
     for _, extension, member in members:
         label, last = NO_LABEL, _last(extension)
@@ -164,14 +164,14 @@ def _parts(members: Iterator[tuple[str, str, Member]]) -> list[Part]:
 
         extensions.add(extension)
         place = member.offset, len(member.data), zlib.crc32(member.data)
-        parts.append(Part(member.name, extension, place, label))
+        parts.append(SampleMember(member.name, extension, place, label))
 
     return parts
 
 
 def _samples(
-    path: Path, key: str, parts: list[Part], seen: set[str]
-) -> Iterator[Row | str | ShardError]:
+    path: Path, key: str, parts: list[SampleMember], seen: set[str]
+) -> Iterator[OffsetRow | str | ShardError]:
     """Of the members whose names begin with one key: rows, names of unused images, and faults."""
     plain = any(part.extension in IMAGES for part in parts)
     dotted = [
@@ -192,9 +192,9 @@ def _samples(
         yield from dotted
 
 
-def _apart(key: str, parts: list[Part]) -> Iterator[tuple[str, list[Part]]]:
+def _apart(key: str, parts: list[SampleMember]) -> Iterator[tuple[str, list[SampleMember]]]:
     """The key and the members of each image, where one key has images with more dots only."""
-    members: dict[str, list[Part]] = {}
+    members: dict[str, list[SampleMember]] = {}
     for part in parts:
         extension = MASK if part.extension.endswith(f".{MASK}") else _last(part.extension)
         stem = part.name[len(key) + 1 : -len(extension)].rstrip(".")
@@ -212,8 +212,8 @@ def _apart(key: str, parts: list[Part]) -> Iterator[tuple[str, list[Part]]]:
         yield f"{key}.{stem}", own
 
 
-def _row(path: Path, key: str, members: list[Part]) -> Row:
-    found: dict[str, Part] = {}
+def _row(path: Path, key: str, members: list[SampleMember]) -> OffsetRow:
+    found: dict[str, SampleMember] = {}
     for part in members:
         if _last(part.extension) in PICKLES:
             text = f"member '{part.name}' is a pickle, which could run code, and is not read"
@@ -233,7 +233,7 @@ def _row(path: Path, key: str, members: list[Part]) -> Row:
         text = f"sample '{key}' has no image ({', '.join(IMAGES)}) but {', '.join(found)[:80]}"
         raise ShardError(path, members[0].place[0], text)
 
-    nothing = Part("", "", NONE)
+    nothing = SampleMember("", "", NONE)
     target = next((found[e] for e in LABELS if e in found), nothing)
     return *image, *target.place, *found.get(MASK, nothing).place, target.label, key_hash(key)
 
@@ -297,13 +297,13 @@ def shown(data: bytes) -> str:
     return reprlib.repr(value)
 
 
-def pack(rows: Rows, shard_bytes: int) -> bytes:
+def pack(rows: OffsetRows, shard_bytes: int) -> bytes:
     """The content of a table: a 32-byte head, then the rows."""
     body = rows.tobytes()
     return np.array([(MAGIC, len(rows), shard_bytes, zlib.crc32(body), 0)], HEAD).tobytes() + body
 
 
-def load(path: Path, samples: int, shard_bytes: int) -> Rows:
+def load(path: Path, samples: int, shard_bytes: int) -> OffsetRows:
     """The rows of a table, memory-mapped. Raises ShardError when it is damaged or of
     another shard.
     """

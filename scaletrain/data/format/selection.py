@@ -34,7 +34,7 @@ SPLITS = {
 }
 
 
-class Place(NamedTuple):
+class ShardSelection(NamedTuple):
     """Paths of one folder, local or an address."""
 
     folder: str
@@ -71,7 +71,7 @@ class Place(NamedTuple):
         return chosen
 
 
-def places(shards: Paths) -> list[Place]:
+def by_folder(shards: Paths) -> list[ShardSelection]:
     """Folder by folder, in the order of their first mention. Raises DataError."""
     found: dict[str, list[str]] = {}
     whole: set[str] = set()
@@ -82,14 +82,14 @@ def places(shards: Paths) -> list[Place]:
             whole.add(folder)
 
     return [
-        Place(folder, () if folder in whole else tuple(patterns))
+        ShardSelection(folder, () if folder in whole else tuple(patterns))
         for folder, patterns in found.items()
     ]
 
 
-def place(shards: Paths) -> Place:
+def one_folder(shards: Paths) -> ShardSelection:
     """The one folder of shards. Raises DataError for a list of several."""
-    first, *others = places(shards)
+    first, *others = by_folder(shards)
     if others:
         raise DataError(
             f"{first.folder} and {others[0].folder} are two folders, and one is needed here"

@@ -17,7 +17,7 @@ from scaletrain.runtime import local_files
 
 
 @dataclass
-class Found:
+class VerifyReport:
     shards: int = 0
     samples: int = 0
     labelled: int = 0
@@ -37,11 +37,11 @@ def verify(
     shards_of: selection.Paths,
     max_pixels: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Found:
+) -> VerifyReport:
     """All faults, by sample or where an archive breaks off. Raises DataError if the folder itself
     is unusable.
     """
-    place = selection.place(shards_of)
+    place = selection.one_folder(shards_of)
     if is_remote(place.folder):
         raise DataError(
             f"{place.folder}: shards are verified where they lie on a disk; those of addresses "
@@ -51,7 +51,7 @@ def verify(
     folder = Path(place.folder)
     shards = index.load(shards_of)
     left_out = shards.loss(place.folder).samples
-    found = Found(left_out=left_out, unused=shards.unused, first_unused=shards.first_unused)
+    found = VerifyReport(left_out=left_out, unused=shards.unused, first_unused=shards.first_unused)
 
     for done, shard in enumerate(shards):
         progress(done, len(shards))
@@ -75,7 +75,7 @@ def verify(
 
 def _structure(
     path: Path, shard: index.Shard, report: Callable[[ShardError], None]
-) -> offsets.Rows:
+) -> offsets.OffsetRows:
     """The rows of a shard whose checksum and offset table agree with the manifest. Raises
     ShardError.
 
@@ -119,7 +119,7 @@ def _structure(
     return rows
 
 
-def _images(path: Path, rows: offsets.Rows, max_pixels: int) -> list[DataError]:
+def _images(path: Path, rows: offsets.OffsetRows, max_pixels: int) -> list[DataError]:
     faults: list[DataError] = []
     data = np.memmap(path, np.uint8, "r")
     for row in rows:

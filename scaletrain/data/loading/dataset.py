@@ -1,15 +1,15 @@
-"""From a step's number to its raw pixels: pure data sets, one item per (epoch, step), that any
-worker process can answer.
+"""Data sets whose items are whole batches of raw pixels: a pure function of (epoch, step), so that
+any worker process can make any batch.
 
-Each image is read and decoded once and all its views are cut from the one array. Pixels stay uint8
-until they are on the device: a quarter of the bytes to hand over.
+Each image is read and decoded once, and all its views are cut from the one array. Pixels stay uint8
+until they are on the device, which quarters the bytes to transfer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,67 +24,86 @@ from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.sampling.substitutes import TRIES, Replaced, substitutes
-from scaletrain.data.storage.prefetch import Epochs, Sweep
+from scaletrain.data.storage.prefetch import EpochOrder, SequentialOrder
 from scaletrain.data.transforms import color, crop, foreground_crops, image, mask_ablations
 from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.params import COLUMNS, Params, draw, expand, packed, uniforms
 from scaletrain.runtime import heartbeat
 
-# samples per pretended shard
+# samples in each shard of the synthetic data set
 SYNTHETIC_SHARD = 1000
-# whatever number a method expects
+# labels of synthetic samples, valid for methods with any number of classes
 SYNTHETIC_CLASSES = 2
 
-# as torch.empty
-New = Callable[..., Tensor]
+# makes an uninitialised tensor, as torch.empty does
+NewTensor = Callable[..., Tensor]
 
 
 def sample_keys(seed: int, epoch: int, samples: Tensor, repeats: Tensor | int = 0) -> Tensor:
-    """[B] int64, what core.Batch.keys holds; `repeats` [B] as in plan.Draws."""
+    """The keys [B] int64 of core.Batch, from which all randomness of a sample is derived; `repeats`
+    [B] as in plan.Draws.
+    """
     return rng.hash64(seed, epoch, samples, repeats)
 
 
-class Raw(NamedTuple):
-    """One rank's part of a batch before normalisation."""
+class RawBatch(NamedTuple):
+    """One rank's part of a batch before it is copied to the device and normalised."""
 
     epoch: int
-    # per crop size, largest first: [V, B, H, W, 3] uint8
+    # one tensor [V, B, H, W, 3] uint8 per crop size, largest first
     views: tuple[Tensor, ...]
-    samples: Tensor  # [B] int64: numbers in the data set
-    labels: Tensor  # [B] int64, -1 where unknown
-    masks: Tensor | None  # [V, B, H, W] uint8 in {0, 1}, of views[0]
-    # like views, [V, B, COLUMNS] float32: colours and flips left to the device
+    # [B] int64: numbers of the samples in the data set
+    samples: Tensor
+    # [B] int64, -1 where unknown
+    labels: Tensor
+    # [V, B, H, W] uint8 in {0, 1}, of views[0]
+    masks: Tensor | None
+    # like views, [V, B, COLUMNS] float32: colour operations and flips that the device executes
     params: tuple[Tensor, ...] | None = None
-    repeats: Tensor | int = 0  # [B] int64, as in plan.Draws
-    planned: Tensor | None = (
-        None  # [B] int64: what `samples` would be if none were bad; None where they are the same
-    )
+    # [B] int64, as in plan.Draws
+    repeats: Tensor | int = 0
+    # [B] int64: what `samples` would be without bad samples; None if there are none
+    planned: Tensor | None = None
     replaced: tuple[Replaced, ...] = ()
 
 
 class Failure(NamedTuple):
-    """In place of a batch: why there is none."""
+    """Returned in place of a batch that cannot be made."""
 
     error: Exception
 
 
 class BatchDataset:
-    """An item is a whole batch."""
+    """A data set whose items are whole batches."""
 
-    # makes the tensors of a batch; in a loader worker they lie in shared memory
-    new: New = staticmethod(torch.empty)
+    # makes the tensors of a batch; in a loader worker they are in shared memory
+    new: NewTensor = staticmethod(torch.empty)
 
-    def __getitem__(self, at: Any) -> Raw | Failure:
+    def __getitem__(self, at: Any) -> RawBatch | Failure:
         raise NotImplementedError
 
-    def blank(self, at: Any, new: New) -> Raw:
-        """A batch as it is before anything is read, of tensors that `new` makes."""
+    def blank(self, at: Any, new: NewTensor) -> RawBatch:
+        """The batch `at` before anything is read, with tensors made by `new`."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class DrawPlan:
+    """The row of a batch that a sample fills, and the random numbers that its augmentation uses."""
+
+    row: int
+    # DRAWS numbers for each view
+    views: list[list[float]]
+    # for crops that hold foreground; empty where the usual crop is used
+    candidates: foreground_crops.CandidateDraws
+    # for a mask ablation; empty without one
+    mask: list[float]
 
 
 class Images(BatchDataset):
-    """Positions [lo, hi) of the plan's global batches, as augmented views. With `rows` [N], a plan
-    of these samples.
+    """Augmented views of the samples at positions [lo, hi) of the plan's global batches.
+
+    With `rows` [N], the plan counts these samples alone.
     """
 
     def __init__(
@@ -96,106 +115,104 @@ class Images(BatchDataset):
         hi: int,
         rows: Ints | None = None,
     ) -> None:
-        self.data, self.shards, self.plan, self.lo, self.hi, self.rows = (
-            data,
-            shards,
-            plan,
-            lo,
-            hi,
-            rows,
-        )
+        self.data, self.shards, self.plan = data, shards, plan
+        self.lo, self.hi, self.rows = lo, hi, rows
         self.groups = expand(data.views)
 
-        self.course = Epochs(plan, lo, hi)
+        self.access_order = EpochOrder(plan, lo, hi)
         color.prepare()
         if any(spec.interpolation == "keys" for spec in data.views):
             crop.prepare()
 
-    def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
+    def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
         epoch, step = at
-        self.shards.expect(epoch * self.plan.steps_per_epoch + step, self.course)
-        index, again = self.plan.draws(epoch, step, self.lo, self.hi)
+        self.shards.expect(epoch * self.plan.steps_per_epoch + step, self.access_order)
+        index, passes = self.plan.draws(epoch, step, self.lo, self.hi)
         index = index if self.rows is None else self.rows[index]
-        repeats = torch.from_numpy(again)
+        repeats = torch.from_numpy(passes)
         raw = self.blank(at, self.new)._replace(repeats=repeats)
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
-        draws = uniforms(keys, sum(map(len, self.groups)))
-        goods = foreground_crops.draws(keys, len(self.groups[0]), self.data.good_crops)
 
-        worse = mask_ablations.draws(keys, self.data.mask_study)
-        views = [v.numpy() for v in raw.views]
-        masks = None if raw.masks is None else raw.masks.numpy()
-        rests = None if raw.params is None else [p.numpy() for p in raw.params]
         labels = raw.labels.numpy()
-        used, replaced = index.copy(), []
+        used = index.copy()
+        replaced: list[Replaced] = []
 
         try:
-            for row, sample in enumerate(index.tolist()):
-                fill = partial(
-                    self._fill, views, masks, rests, row, draws[row], goods[row], worse[row]
-                )
+            for plan in self._draw(keys):
+                row, sample = plan.row, int(index[plan.row])
                 try:
-                    labels[row] = fill(sample)
+                    labels[row] = self._fill(raw, plan, sample)
                 except ShardError as fault:
                     others = substitutes(
-                        self.plan.seed, epoch, sample, int(again[row]), self.shards.span(sample)
+                        self.plan.seed, epoch, sample, int(passes[row]), self.shards.span(sample)
                     )
-                    labels[row], used[row] = self._substitute(fill, others, fault)
+                    labels[row], used[row] = self._substitute(raw, plan, others, fault)
                     replaced.append(Replaced(sample, int(used[row]), str(fault)))
         except DataError as error:
             return Failure(error)
 
         raw.samples.copy_(torch.from_numpy(used))
-        return (
-            raw._replace(planned=torch.from_numpy(index), replaced=tuple(replaced))
-            if replaced
-            else raw
-        )
+        if not replaced:
+            return raw
+        return raw._replace(planned=torch.from_numpy(index), replaced=tuple(replaced))
 
-    def blank(self, at: tuple[int, int], new: New) -> Raw:
-        return _empty(
-            new,
-            at[0],
-            self.groups,
-            self.hi - self.lo,
-            self.data.masks,
-            self.data.augment == "device",
-        )
+    def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
+        on_device = self.data.augment == "device"
+        return _blank(new, at[0], self.groups, self.hi - self.lo, self.data.masks, on_device)
+
+    def _draw(self, keys: Tensor) -> Iterator[DrawPlan]:
+        """The plan of each row, from the keys [B] of its samples."""
+        views = uniforms(keys, sum(map(len, self.groups)))
+        candidates = foreground_crops.draws(keys, len(self.groups[0]), self.data.good_crops)
+        masks = mask_ablations.draws(keys, self.data.mask_study)
+        return map(DrawPlan, range(len(keys)), views, candidates, masks)
 
     def _substitute(
-        self, fill: Callable[[int], int], others: Iterator[int], fault: ShardError
+        self, raw: RawBatch, plan: DrawPlan, others: Iterator[int], fault: ShardError
     ) -> tuple[int, int]:
-        """Label and number of the first of `others` that is good, now in the place of a bad sample.
-        Raises DataError.
+        """Fill the row of a bad sample with the first of `others` that can be read -> its label and
+        number. Raises DataError.
         """
         if self.data.on_bad == "raise":
             raise fault
 
         for other in others:
             with suppress(ShardError):
-                return fill(other), other
+                return self._fill(raw, plan, other), other
 
         raise DataError(f"{fault}; and none of its {TRIES} substitutes can be used")
 
-    def _fill(
-        self,
-        out: list[Pixels],
-        masks: Pixels | None,
-        rests: list[NDArray[np.float32]] | None,
-        row: int,
-        draws: list[list[float]],
-        goods: foreground_crops.Draws,
-        worse: list[float],
-        sample: int,
-    ) -> int:
-        """Write one sample's views at `row` and return its label. `draws`: DRAWS numbers a view."""
+    def _fill(self, raw: RawBatch, plan: DrawPlan, sample: int) -> int:
+        """Write one sample's views at the plan's row and return its label."""
+        pixels, mask, label = self._read(sample)
+        if mask is not None and self.data.mask_study:
+            mask = mask_ablations.alter(mask, self.data.mask_study, self.data.mask_share, plan.mask)
+
+        drawn = self._params(plan, pixels, mask)
+        for number, (group, params) in enumerate(zip(self.groups, drawn, strict=True)):
+            out = raw.views[number].numpy()[:, plan.row]
+            for v, (spec, p) in enumerate(zip(group, params, strict=True)):
+                if raw.params is None:
+                    render(pixels, spec, p, out[v])
+                else:
+                    out[v] = crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias)
+                    raw.params[number].numpy()[v, plan.row] = packed(p)
+
+        if raw.masks is not None and mask is not None:
+            masks = raw.masks.numpy()[:, plan.row]
+            for v, (spec, p) in enumerate(zip(self.groups[0], drawn[0], strict=True)):
+                masks[v] = crop.crop_mask(mask, p.box, spec.size, p.flip)
+
+        return label
+
+    def _read(self, sample: int) -> tuple[Pixels, Pixels | None, int]:
+        """Pixels, mask and label of a sample. Raises ShardError."""
         heartbeat.reading(sample)
-        found = self.shards.read(sample, masks is not None)
+        stored = self.shards.read(sample, self.data.masks)
+        limit = self.data.max_pixels
         try:
-            pixels = image.decode(found.image, self.data.max_pixels)
-            mask = (
-                None if found.mask is None else image.decode_mask(found.mask, self.data.max_pixels)
-            )
+            pixels = image.decode(stored.image, limit)
+            mask = None if stored.mask is None else image.decode_mask(stored.mask, limit)
             if mask is not None and mask.shape != pixels.shape[:2]:
                 raise ImageError(
                     f"the mask is {mask.shape} and the image {pixels.shape[:2]} (height, width)"
@@ -203,53 +220,43 @@ class Images(BatchDataset):
         except ImageError as error:
             raise self.shards.fault(sample, error) from None
 
-        if mask is not None and self.data.mask_study:
-            mask = mask_ablations.alter(mask, self.data.mask_study, self.data.mask_share, worse)
+        return pixels, mask, stored.label
 
+    def _params(self, plan: DrawPlan, pixels: Pixels, mask: Pixels | None) -> list[list[Params]]:
+        """The parameters of all views of one sample, grouped as `groups`."""
         height, width = pixels.shape[:2]
-        rest = iter(draws)
-        drawn = [[draw(spec, next(rest), height, width) for spec in group] for group in self.groups]
-        if goods and mask is not None:
-            large = zip(self.groups[0], drawn[0], goods, strict=True)
+        numbers = iter(plan.views)
+        drawn = [
+            [draw(spec, next(numbers), height, width) for spec in group] for group in self.groups
+        ]
+
+        if plan.candidates and mask is not None:
+            largest = zip(self.groups[0], drawn[0], plan.candidates, strict=True)
             drawn[0] = [
                 p._replace(box=foreground_crops.box(spec, p.box, u, mask, self.data.good_cover))
-                for spec, p, u in large
+                for spec, p, u in largest
             ]
 
-        for size, (group, params) in enumerate(zip(self.groups, drawn, strict=True)):
-            for v, (spec, p) in enumerate(zip(group, params, strict=True)):
-                if rests is None:
-                    render(pixels, spec, p, out[size][v, row])
-                else:
-                    out[size][v, row] = crop.crop(
-                        pixels, p.box, spec.size, spec.interpolation, spec.antialias
-                    )
-                    rests[size][v, row] = packed(p)
-
-        if masks is not None and mask is not None:
-            for v, (spec, p) in enumerate(zip(self.groups[0], drawn[0], strict=True)):
-                masks[v, row] = crop.crop_mask(mask, p.box, spec.size, p.flip)
-
-        return found.label
+        return drawn
 
 
 def render(pixels: Pixels, spec: View, p: Params, out: NDArray[np.uint8]) -> None:
-    """Execute one view's parameters into out, contiguous [size, size, 3]."""
+    """Write one view with the parameters `p` into out, contiguous [size, size, 3]."""
     color.apply(crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias), p, out)
 
 
-class Synthetic(BatchDataset):
-    """No files: each worker makes one batch of noise and hands it out again, so that only the
-    training is measured.
+class SyntheticImages(BatchDataset):
+    """Noise without any file: each worker makes one batch and returns it again and again, so that
+    only the training is measured.
     """
 
     def __init__(
         self, data: Data, plan: Batches, lo: int, hi: int, classes: int = SYNTHETIC_CLASSES
     ) -> None:
         self.data, self.plan, self.lo, self.hi, self.classes = data, plan, lo, hi, classes
-        self._made: Raw | None = None
+        self._made: RawBatch | None = None
 
-    def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
+    def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
         epoch, step = at
         if self._made is None:
             self._made = self.blank(at, torch.empty)
@@ -265,21 +272,22 @@ class Synthetic(BatchDataset):
             epoch=epoch, samples=samples, repeats=repeats, labels=samples % self.classes
         )
 
-    def blank(self, at: tuple[int, int], new: New) -> Raw:
-        return _empty(new, at[0], expand(self.data.views), self.hi - self.lo, self.data.masks)
+    def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
+        return _blank(new, at[0], expand(self.data.views), self.hi - self.lo, self.data.masks)
 
 
 def synthetic_counts(samples: int) -> NDArray[np.int64]:
+    """Samples of each shard of a synthetic data set."""
     full, rest = divmod(samples, SYNTHETIC_SHARD)
     return np.array([SYNTHETIC_SHARD] * full + [rest] * (rest > 0), np.int64)
 
 
-class Whole(BatchDataset):
-    """Samples [lo, hi) of a folder, or of its `rows` [N], in their own order, one deterministic
-    view each, for evaluation.
+class EvalImages(BatchDataset):
+    """One deterministic view of each sample for evaluation, in the order of the shards or of `rows`
+    [N]; an item is the range (lo, hi) of samples.
 
-    `skip`: a sample that cannot be used is left out of the batch and named in its `replaced`, with
-    -1 as what is used for it.
+    With `skip`, a sample that cannot be used is left out of its batch and named in the batch's
+    `replaced` with -1 as its substitute.
     """
 
     def __init__(
@@ -291,21 +299,15 @@ class Whole(BatchDataset):
         rows: Ints | None = None,
         skip: bool = False,
     ) -> None:
-        self.shards, self.size, self.protocol, self.max_pixels, self.rows = (
-            shards,
-            size,
-            protocol,
-            max_pixels,
-            rows,
-        )
-        self.skip = skip
-        self.course = Sweep(len(shards))
+        self.shards, self.size, self.protocol, self.max_pixels = shards, size, protocol, max_pixels
+        self.rows, self.skip = rows, skip
+        self.access_order = SequentialOrder(len(shards))
 
-    def __getitem__(self, at: tuple[int, int]) -> Raw | Failure:
+    def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
         index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
-        self.shards.expect(int(index[0]), self.course)
+        self.shards.expect(int(index[0]), self.access_order)
         raw = self.blank(at, self.new)
-        used, lost = 0, []
+        used, left_out = 0, []
 
         try:
             for sample in index.tolist():
@@ -315,43 +317,57 @@ class Whole(BatchDataset):
                 except ShardError as fault:
                     if not self.skip:
                         raise
-                    lost.append(Replaced(sample, -1, str(fault)))
+                    left_out.append(Replaced(sample, -1, str(fault)))
         except DataError as error:
             return Failure(error)
 
-        if not lost:
+        if not left_out:
             return raw
 
-        kept = raw._replace(
-            views=(raw.views[0][:, :used],), samples=raw.samples[:used], labels=raw.labels[:used]
+        return raw._replace(
+            views=(raw.views[0][:, :used],),
+            samples=raw.samples[:used],
+            labels=raw.labels[:used],
+            replaced=tuple(left_out),
         )
-        return kept._replace(replaced=tuple(lost))
 
-    def _fill(self, raw: Raw, row: int, sample: int) -> None:
+    def _fill(self, raw: RawBatch, row: int, sample: int) -> None:
         heartbeat.reading(sample)
-        found = self.shards.read(sample)
+        stored = self.shards.read(sample)
         try:
-            pixels = image.decode(found.image, self.max_pixels)
+            pixels = image.decode(stored.image, self.max_pixels)
         except ImageError as error:
             raise self.shards.fault(sample, error) from None
 
         raw.views[0].numpy()[0, row] = crop.evaluate(pixels, self.size, self.protocol)
-        raw.labels[row], raw.samples[row] = found.label, sample
+        raw.labels[row], raw.samples[row] = stored.label, sample
 
-    def blank(self, at: tuple[int, int], new: New) -> Raw:
-        return _empty(new, 0, [[View(size=self.size)]], at[1] - at[0], masks=False)
+    def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
+        return _blank(new, 0, [[View(size=self.size)]], at[1] - at[0], masks=False)
 
 
-def _empty(
-    new: New, epoch: int, groups: list[list[View]], rows: int, masks: bool, params: bool = False
-) -> Raw:
-    """Tensors to fill."""
-    views = tuple(new((len(g), rows, g[0].size, g[0].size, 3), dtype=torch.uint8) for g in groups)
-    size = groups[0][0].size
-    mask = new((len(groups[0]), rows, size, size), dtype=torch.uint8) if masks else None
-    rests = (
-        tuple(new((len(g), rows, COLUMNS), dtype=torch.float32) for g in groups) if params else None
+def _blank(
+    new: NewTensor,
+    epoch: int,
+    groups: list[list[View]],
+    rows: int,
+    masks: bool,
+    on_device: bool = False,
+) -> RawBatch:
+    """A batch of `rows` samples whose tensors are to be filled; `on_device`: with the parameters of
+    what the device executes.
+    """
+
+    def tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(new(shape, dtype=dtype) for shape in shapes)
+
+    sizes = [(len(group), rows, group[0].size) for group in groups]
+    views = tensors(*((v, b, size, size, 3) for v, b, size in sizes), dtype=torch.uint8)
+    v, b, size = sizes[0]
+    mask = new((v, b, size, size), dtype=torch.uint8) if masks else None
+    params = (
+        tensors(*((v, b, COLUMNS) for v, b, _ in sizes), dtype=torch.float32) if on_device else None
     )
-    samples, labels = new((rows,), dtype=torch.int64), new((rows,), dtype=torch.int64).fill_(-1)
+    samples, labels = tensors((rows,), (rows,), dtype=torch.int64)
 
-    return Raw(epoch, views, samples, labels, mask, rests)
+    return RawBatch(epoch, views, samples, labels.fill_(-1), mask, params)

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 
 # of a tensor: its first byte in the slot, and what it is
-Place = tuple[int, tuple[int, ...], torch.dtype]
+TensorLocation = tuple[int, tuple[int, ...], torch.dtype]
 
 # bytes: a cache line
 ALIGN = 64
@@ -30,7 +30,7 @@ ALIGN = 64
 _INDICES = 4
 
 
-def size_of(raw: Raw) -> int:
+def size_of(raw: RawBatch) -> int:
     """Bytes of a slot for such a batch: whole pages."""
     large = (*raw.views, *(raw.params or ()), *([] if raw.masks is None else [raw.masks]))
     return _up(
@@ -75,7 +75,7 @@ class Slot:
         """
         return _Unpickler(io.BytesIO(data), self).load()
 
-    def place(self, tensor: Tensor) -> Place:
+    def place(self, tensor: Tensor) -> TensorLocation:
         """Where it lies in the slot; it is copied there unless it was made by `new`."""
         if not (0 <= self._start(tensor) < len(self.memory) and tensor.is_contiguous()):
             tensor = self.new(tuple(tensor.shape), tensor.dtype).copy_(tensor)
@@ -94,7 +94,7 @@ class _Pickler(pickle.Pickler):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._slot = slot
 
-    def persistent_id(self, value: Any) -> Place | None:
+    def persistent_id(self, value: Any) -> TensorLocation | None:
         return self._slot.place(value) if isinstance(value, Tensor) else None
 
 
@@ -103,7 +103,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._slot = slot
 
-    def persistent_load(self, place: Place) -> Tensor:
+    def persistent_load(self, place: TensorLocation) -> Tensor:
         return self._slot.at(*place)
 
 

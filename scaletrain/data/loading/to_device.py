@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaletrain.core import Batch
-from scaletrain.data.loading.dataset import Raw, sample_keys
+from scaletrain.data.loading.dataset import RawBatch, sample_keys
 from scaletrain.data.transforms import on_device
-from scaletrain.data.transforms.color_kernels import normalise
+from scaletrain.data.transforms.color_operations import normalise
 
 # seconds for the GPU to copy what has been queued
 PATIENCE = 5.0
@@ -36,7 +36,7 @@ class ToDevice:
         self.shift = (-m / s).float().view(3, 1, 1).to(device)
         self.pixel_range = torch.stack((-m / s, (1 - m) / s)).float().to(device)  # [2, 3]
 
-    def __call__(self, raw: Raw) -> Batch:
+    def __call__(self, raw: RawBatch) -> Batch:
         index = self._copy(raw.samples)
         repeats = raw.repeats if isinstance(raw.repeats, int) else self._copy(raw.repeats)
         return Batch(
@@ -56,7 +56,7 @@ class ToDevice:
     def _copy(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True, copy=True)
 
-    def _views(self, raw: Raw) -> Iterator[Tensor]:
+    def _views(self, raw: RawBatch) -> Iterator[Tensor]:
         """[V, B, H, W, 3] uint8 -> [V, B, 3, H, W] float32 that is channels_last once V and B are
         flattened together.
         """

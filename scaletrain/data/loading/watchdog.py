@@ -22,7 +22,7 @@ STOPPED = 5.0
 NAMING = 5.0
 
 
-class Worker(Protocol):
+class WatchedProcess(Protocol):
     pid: int
 
     def ended(self) -> str | None:
@@ -30,7 +30,7 @@ class Worker(Protocol):
         ...
 
 
-class Watch:
+class Watchdog:
     """`signs` [workers, WIDTH], as in heartbeat.py; `name` says where a sample lies. All methods
     raise LoaderError.
 
@@ -39,7 +39,7 @@ class Watch:
 
     def __init__(
         self,
-        workers: Sequence[Worker],
+        workers: Sequence[WatchedProcess],
         signs: Signs,
         name: Callable[[int], str],
         *,

@@ -28,10 +28,10 @@ import torch
 
 from scaletrain.data.errors import DataError, LoaderError
 from scaletrain.data.loading import watchdog
-from scaletrain.data.loading.dataset import BatchDataset, Failure, Raw
+from scaletrain.data.loading.dataset import BatchDataset, Failure, RawBatch
 from scaletrain.data.loading.slot import Slot, Slots, size_of
 from scaletrain.data.loading.to_device import Pinned
-from scaletrain.data.loading.watchdog import Watch
+from scaletrain.data.loading.watchdog import Watchdog
 from scaletrain.runtime import heartbeat
 
 # seconds that killed workers are waited for: one that is in a call to dead storage does not end
@@ -62,7 +62,7 @@ class Defect(NamedTuple):
     text: str
 
 
-class Pool:
+class WorkerPool:
     """`workers` processes that make the batches of `dataset` at the places that `sampler` lists,
     handed out in its order.
 
@@ -83,7 +83,7 @@ class Pool:
         liveness: float,
     ) -> None:
         self._dataset, self._sampler, self._owner = dataset, sampler, os.getpid()
-        self._workers: list[Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._pinned = Pinned(device)
         ahead = min(workers * prefetch, len(sampler))
         # beyond those ahead one batch is in use, and on a GPU the one before may still be on its
@@ -95,7 +95,7 @@ class Pool:
         try:
             self._slots, self._signs = Slots(slots, size), heartbeat.shared(workers)
             for number in range(workers):
-                self._workers.append(Worker(partial(self._serve, number)))
+                self._workers.append(WorkerProcess(partial(self._serve, number)))
         except BaseException as error:
             self.close()
             if not isinstance(error, OSError | OverflowError):
@@ -108,7 +108,9 @@ class Pool:
                 "or batch"
             ) from None
 
-        self._watch = Watch(self._workers, self._signs, name, timeout=timeout, liveness=liveness)
+        self._watchdog = Watchdog(
+            self._workers, self._signs, name, timeout=timeout, liveness=liveness
+        )
 
         # numbers of slots: those not in use, with the end of the last copy from them; those of the
         # batches ahead, in order
@@ -121,11 +123,11 @@ class Pool:
         for _ in range(ahead):
             self._give()
 
-    def take(self) -> Raw | Failure:
+    def take(self) -> RawBatch | Failure:
         """The next batch; its tensors last until `release`. Raises LoaderError, or RuntimeError for
         a defect in the worker.
         """
-        self._watch.alive()
+        self._watchdog.alive()
         worker = self._workers[self._taken % len(self._workers)]
         message = worker.receive() or self._wait(worker)
         number = self._ahead.popleft()
@@ -175,8 +177,8 @@ class Pool:
         self._ahead.append(number)
         self._given += 1
 
-    def _wait(self, worker: Worker) -> bytes:
-        self._watch.begin()
+    def _wait(self, worker: WorkerProcess) -> bytes:
+        self._watchdog.begin()
         while True:
             begin = monotonic()
             wait([worker.messages], watchdog.CHECK)
@@ -184,7 +186,7 @@ class Pool:
                 return message
 
             # a main process that was stopped itself has looked at nothing meanwhile
-            self._watch.look(
+            self._watchdog.look(
                 self._taken % len(self._workers), min(monotonic() - begin, watchdog.CHECK)
             )
 
@@ -222,7 +224,7 @@ class Pool:
         return slot.pack(failure)
 
 
-class Worker:
+class WorkerProcess:
     """A forked process that runs serve(tasks, messages), two pipes, until it is killed. Raises
     OSError.
     """

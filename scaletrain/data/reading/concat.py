@@ -15,9 +15,9 @@ from scaletrain.config.schema import Cache
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
-from scaletrain.data.reading.reader import NODE, OPEN_SHARDS, Sample, Shards
+from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Sample, Shards
 from scaletrain.data.storage import remote
-from scaletrain.data.storage.prefetch import AccessOrder, Within
+from scaletrain.data.storage.prefetch import AccessOrder, FolderOrder
 from scaletrain.runtime import local_files
 
 CLASSES_BYTES = 16 << 20
@@ -35,7 +35,7 @@ class ConcatShards:
     """
 
     def __init__(
-        self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = NODE
+        self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = DEFAULT_CACHE
     ) -> None:
         # the limit of open files is the process's
         self.parts = [
@@ -64,10 +64,10 @@ class ConcatShards:
         for part in self.parts:
             part.fits(shards)
 
-    def expect(self, step: int, course: AccessOrder) -> None:
+    def expect(self, step: int, order: AccessOrder) -> None:
         for number, part in enumerate(self.parts):
             part.expect(
-                step, Within(course, int(self._first[number]), int(self._first[number + 1]))
+                step, FolderOrder(order, int(self._first[number]), int(self._first[number + 1]))
             )
 
     def read(self, sample: int, mask: bool = False) -> Sample:
@@ -110,10 +110,10 @@ class ConcatShards:
 
 
 def shards_of(
-    shards: selection.Paths, skip: bool = False, cache: Cache = NODE
+    shards: selection.Paths, skip: bool = False, cache: Cache = DEFAULT_CACHE
 ) -> Shards | ConcatShards:
     """The shards of one folder, or of all folders of a list. Raises DataError."""
-    places = selection.places(shards)
+    places = selection.by_folder(shards)
     if len(places) == 1:
         return Shards(shards, skip=skip, cache=cache)
     return ConcatShards([place.paths for place in places], skip, cache)
@@ -125,7 +125,7 @@ def classes(shards: selection.Paths) -> bytes | None:
 
     Raises DataError where it cannot be read, or may take many times its size in memory.
     """
-    folder = selection.place(shards).folder
+    folder = selection.one_folder(shards).folder
 
     try:
         if names.is_remote(folder):

@@ -25,7 +25,7 @@ from scaletrain.data.storage import prefetch
 from scaletrain.data.storage.remote import LostError
 from scaletrain.runtime import local_files
 
-NODE = Cache()
+DEFAULT_CACHE = Cache()
 # two file descriptors each; the usual limit of a process is 1024
 OPEN_SHARDS = 256
 
@@ -51,9 +51,9 @@ class Shards:
         notice: Callable[[str], None] = index.say,
         keep: int = OPEN_SHARDS,
         skip: bool = False,
-        cache: Cache = NODE,
+        cache: Cache = DEFAULT_CACHE,
     ) -> None:
-        self._open: OrderedDict[int, tuple[int, offsets.Rows]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[int, offsets.OffsetRows]] = OrderedDict()
         self._staged: prefetch.CachedShards | None = None
         # shards held open
         self._keep = keep
@@ -61,7 +61,7 @@ class Shards:
         self._lost: dict[int, ShardError] = {}
         # one bad sample does not condemn its shard
         self._skip = skip
-        place = selection.place(shards)
+        place = selection.one_folder(shards)
         self.folder = Path(place.folder)
         remote = is_remote(place.folder)
         listed = prefetch.manifest(place) if remote else index.load(shards, notice, skip)
@@ -114,12 +114,12 @@ class Shards:
         if self._staged is not None:
             self._staged.fits(shards)
 
-    def expect(self, step: int, course: prefetch.AccessOrder) -> None:
+    def expect(self, step: int, order: prefetch.AccessOrder) -> None:
         """Shards that are fetched into the cache: those of this step and the next are
         needed soon.
         """
         if self._staged is not None:
-            self._staged.expect(step, course)
+            self._staged.expect(step, order)
 
     def read(self, sample: int, mask: bool = False) -> Sample:
         """Members of a sample. Raises ShardError naming shard, offset and key when the bytes are
@@ -222,7 +222,7 @@ class Shards:
         """As in the offset tables."""
         return np.concatenate([self._rows(number)["label"] for number in range(len(self._names))])
 
-    def _rows(self, number: int) -> offsets.Rows:
+    def _rows(self, number: int) -> offsets.OffsetRows:
         return self._shard(number)[1] if self._staged is None else self._staged.rows(number)
 
     def _where(self, number: int) -> str | Path:
@@ -245,7 +245,7 @@ class Shards:
                 f"{text}; run shards/index.py --force {self.folder} if meant",
             )
 
-    def _shard(self, number: int) -> tuple[int, offsets.Rows]:
+    def _shard(self, number: int) -> tuple[int, offsets.OffsetRows]:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -276,7 +276,7 @@ class Shards:
         self._open[number] = (file, rows)
         return file, rows
 
-    def _fetched(self, held: prefetch.CachedShards, number: int) -> tuple[int, offsets.Rows]:
+    def _fetched(self, held: prefetch.CachedShards, number: int) -> tuple[int, offsets.OffsetRows]:
         # one at a time: what is open stays in the cache
         self._release()
         if number in self._lost:

@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelSubset:
     """The samples of a subset, in ascending order: `index` [n] into the shards, `labels` [n] of
     them.
     """
@@ -122,7 +122,7 @@ def by_name(shards: Shards, names: Sequence[str]) -> Ints:
     return np.sort(np.array(list(found.values()), np.int64))
 
 
-def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> Labels:
+def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> LabelSubset:
     """Write the file. Raises DataError if a chosen sample has no label."""
     labels = shards.labels()[chosen]
     if not len(chosen) or labels.min() < 0:
@@ -147,10 +147,10 @@ def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> Labels:
     }
 
     index.atomic(path, (json.dumps(content) + "\n").encode())
-    return Labels(chosen, labels, rule)
+    return LabelSubset(chosen, labels, rule)
 
 
-def load(path: Path, shards: Shards) -> Labels:
+def load(path: Path, shards: Shards) -> LabelSubset:
     """The subset of `path` for these shards. Raises DataError if it is damaged or was made for
     others.
     """
@@ -184,7 +184,7 @@ def load(path: Path, shards: Shards) -> Labels:
     if not np.array_equal(shards.labels()[chosen], labels):
         raise DataError(f"{path} was altered: its labels are not those of {shards.folder}")
 
-    return Labels(chosen, labels, str(raw["rule"]))
+    return LabelSubset(chosen, labels, str(raw["rule"]))
 
 
 def _by_class(labels: Ints) -> list[Ints]:

@@ -19,7 +19,7 @@ from scaletrain.data.sampling.plan import Batches, Draws, Ints, Order, divisor, 
 from scaletrain.runtime.tables import plural
 
 
-class Source(NamedTuple):
+class MixtureSource(NamedTuple):
     # for texts
     name: str
     counts: Ints  # [S] samples of each shard in canonical order
@@ -40,7 +40,7 @@ class Mixture(Batches):
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[MixtureSource],
         *,
         seed: int,
         batch: int,

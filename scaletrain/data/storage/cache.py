@@ -36,7 +36,7 @@ TOUCH = 1.0
 POLL = 0.02
 
 
-class Cache:
+class NodeCache:
     """`place`: a folder on this node's disk ("": the one for temporary files); `limit` in bytes.
     Raises DataError.
     """

@@ -29,11 +29,11 @@ from scaletrain import dist
 from scaletrain.config import schema
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import index, offsets
-from scaletrain.data.format.manifest import MOST_BYTES, OLD_NAME, Manifest, parse, version_in
-from scaletrain.data.format.selection import Place
+from scaletrain.data.format.manifest import MOST_BYTES, OLD_NAME, ShardManifest, parse, version_in
+from scaletrain.data.format.selection import ShardSelection
 from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.storage import remote
-from scaletrain.data.storage.cache import Cache, Fill
+from scaletrain.data.storage.cache import Fill, NodeCache
 
 # steps to look ahead at most: a small data set is known after a few
 HORIZON = 1000
@@ -54,7 +54,7 @@ class AccessOrder(Protocol):
 
 
 @dataclass
-class Epochs:
+class EpochOrder:
     """Positions [lo, hi) of a plan's batches, epoch after epoch."""
 
     plan: Batches
@@ -66,7 +66,7 @@ class Epochs:
 
 
 @dataclass
-class Sweep:
+class SequentialOrder:
     """The samples 0 .. stop - 1 in order, one a step."""
 
     stop: int
@@ -78,19 +78,19 @@ class Sweep:
 
 
 @dataclass
-class Within:
+class FolderOrder:
     """The samples [lo, hi) of a course, numbered from 0: those of one folder of several."""
 
-    course: AccessOrder
+    order: AccessOrder
     lo: int
     hi: int
 
     def samples(self, step: int) -> Ints:
-        found = self.course.samples(step)
+        found = self.order.samples(step)
         return found[(found >= self.lo) & (found < self.hi)] - self.lo
 
 
-def manifest(place: Place) -> Manifest:
+def manifest(place: ShardSelection) -> ShardManifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
     url, origin = place.folder, remote.origin(place.folder)
     fix = (
@@ -120,20 +120,20 @@ def manifest(place: Place) -> Manifest:
 class CachedShards:
     """`place`: an address, or a local folder to be copied from. Safe to fork and to pickle."""
 
-    def __init__(self, place: str, options: schema.Cache, shards: Manifest) -> None:
+    def __init__(self, place: str, options: schema.Cache, shards: ShardManifest) -> None:
         self.origin, self.options, self.shards = remote.origin(place), options, shards
         self._starts = np.cumsum(shards.samples) - shards.samples
-        self._mine: tuple[int, Cache] | None = None
-        self._rows: OrderedDict[int, offsets.Rows] = OrderedDict()
+        self._mine: tuple[int, NodeCache] | None = None
+        self._rows: OrderedDict[int, offsets.OffsetRows] = OrderedDict()
         self._ahead: tuple[int, Prefetcher] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mine": None, "_rows": OrderedDict(), "_ahead": None}
 
     @property
-    def cache(self) -> Cache:
+    def cache(self) -> NodeCache:
         if self._mine is None or self._mine[0] != os.getpid():
-            self._mine = os.getpid(), Cache(self.options.path, self.options.bytes)
+            self._mine = os.getpid(), NodeCache(self.options.path, self.options.bytes)
         return self._mine[1]
 
     def url(self, number: int) -> str:
@@ -145,7 +145,7 @@ class CachedShards:
         """
         return self.cache.open(*self.shard(number))
 
-    def rows(self, number: int) -> offsets.Rows:
+    def rows(self, number: int) -> offsets.OffsetRows:
         """The offset table of a shard. Raises DataError."""
         if number not in self._rows:
             if len(self._rows) >= TABLES:
@@ -155,9 +155,9 @@ class CachedShards:
         self._rows.move_to_end(number)
         return self._rows[number]
 
-    def _loaded(self, number: int) -> offsets.Rows:
+    def _loaded(self, number: int) -> offsets.OffsetRows:
         facts = int(self.shards.samples[number]), int(self.shards.bytes[number])
-        if isinstance(self.origin, remote.Folder):
+        if isinstance(self.origin, remote.LocalOrigin):
             return offsets.load(index.table_path(Path(self.url(number))), *facts)
 
         key, size, fill = self._table(number)
@@ -194,10 +194,10 @@ class CachedShards:
 
         self.cache.check(min(total, 2 * wanted))
 
-    def expect(self, step: int, course: AccessOrder) -> None:
+    def expect(self, step: int, order: AccessOrder) -> None:
         """Read ahead from this step on."""
         if self._ahead is None or self._ahead[0] != os.getpid():
-            self._ahead = os.getpid(), Prefetcher(self, copy.deepcopy(course), step)
+            self._ahead = os.getpid(), Prefetcher(self, copy.deepcopy(order), step)
             self._ahead[1].start()
         self._ahead[1].at(step)
 
@@ -213,7 +213,7 @@ class CachedShards:
 
     def fetch(self, number: int) -> None:
         """Have a shard and its table in the cache soon."""
-        if not isinstance(self.origin, remote.Folder):
+        if not isinstance(self.origin, remote.LocalOrigin):
             self.cache.ensure(*self._table(number))
         self.cache.ensure(*self.shard(number))
 
@@ -236,9 +236,9 @@ class CachedShards:
 
 
 class Prefetcher(Thread):
-    def __init__(self, staged: CachedShards, course: AccessOrder, step: int) -> None:
+    def __init__(self, staged: CachedShards, order: AccessOrder, step: int) -> None:
         super().__init__(name="scaletrain-read-ahead", daemon=True)
-        self.staged, self.course, self.now = staged, course, step
+        self.staged, self.order, self.now = staged, order, step
         self._moved = Condition()
         # shard -> the last step seen that reads it
         self._wanted: dict[int, int] = {}
@@ -291,7 +291,7 @@ class Prefetcher(Thread):
 
             step = max(step, self.now)
             try:
-                samples = self.course.samples(step)
+                samples = self.order.samples(step)
             except IndexError:
                 return
 

@@ -60,7 +60,7 @@ class Origin(Protocol):
 def origin(path: str) -> Origin:
     """Raises DataError for addresses that are not read."""
     if not is_remote(path):
-        return Folder(path)
+        return LocalOrigin(path)
 
     parts = urlsplit(path)
     if parts.scheme not in ("http", "https", "s3"):
@@ -73,7 +73,7 @@ def origin(path: str) -> Origin:
             "password"
         )
 
-    return S3(path.rstrip("/")) if parts.scheme == "s3" else Web(path.rstrip("/"))
+    return S3Origin(path.rstrip("/")) if parts.scheme == "s3" else WebOrigin(path.rstrip("/"))
 
 
 def read(source: Origin, name: str, limit: int) -> bytes:
@@ -109,7 +109,7 @@ def download(source: Origin, name: str, file: BinaryIO, size: int, sha256: str |
 def _tried(source: Origin, name: str, work: Callable[[], T]) -> T:
     # the network has limits of its own, within which an outage passes; a folder of a file system
     # that hangs has none
-    silence = nullcontext() if isinstance(source, Folder) else heartbeat.unwatched()
+    silence = nullcontext() if isinstance(source, LocalOrigin) else heartbeat.unwatched()
     try:
         with silence:
             return http.again(work, TRIES)
@@ -118,7 +118,7 @@ def _tried(source: Origin, name: str, work: Callable[[], T]) -> T:
         raise kind(f"{source.url}/{name}: {error}") from None
 
 
-class Web:
+class WebOrigin:
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -126,7 +126,7 @@ class Web:
         return http.parts(f"{self.url}/{quote(name)}", limit, TIMEOUT, TIMEOUT + limit / SLOWEST)
 
 
-class Folder:
+class LocalOrigin:
     """A local folder, for instance of a parallel file system that random reads would hurt."""
 
     def __init__(self, path: str) -> None:
@@ -146,7 +146,7 @@ class Folder:
             raise kind(f"reading failed: {error.strerror}") from None
 
 
-class S3:
+class S3Origin:
     """A bucket of S3 or what speaks like it. Keys, region and endpoint are boto's: AWS_PROFILE,
     AWS_ENDPOINT_URL and so on.
     """

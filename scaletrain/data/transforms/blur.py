@@ -1,6 +1,4 @@
-"""Gaussian blur of uint8 images in fixed point: faster than OpenCV's, which spends most of its time
-on other cases.
-"""
+"""Gaussian blur of uint8 images in fixed point, faster than OpenCV's more general one."""
 
 from __future__ import annotations
 
@@ -16,13 +14,12 @@ Array = Any
 
 
 @compiled
-def blur(image: Array, sigma: float, radius: int, solarize: bool) -> None:
-    """Rows [H, 3 W] uint8 in place, mirrored at the border; radius >= 1, below H and W; then
-    solarize.
+def blur(image: Array, sigma: float, radius: int) -> None:
+    """Blur rows [H, 3 W] uint8 in place, mirrored at the border; 1 <= radius < H and W.
 
-    Columns first, to 16 bits that hold 256ths; then rows, whose products are cut to their upper 16
-    bits, so that vectors of 16 bits do all. The halves that the cuts lose on average are added
-    before.
+    Columns are summed first, to 16 bits in units of 1/256; then rows, whose products are truncated
+    to their upper 16 bits, so that all arithmetic fits into vectors of 16 bits. What the
+    truncations lose on average is added beforehand.
     """
     height, n = image.shape
     kernel = _weights(sigma, radius)
@@ -52,7 +49,7 @@ def blur(image: Array, sigma: float, radius: int, solarize: bool) -> None:
                 total, padded[left : left + n], padded[right : right + n], uint32(2 * kernel[1, k])
             )
 
-        _finish(total, image[y], solarize)
+        _finish(total, image[y])
 
 
 @inlined
@@ -102,15 +99,13 @@ def _centre(total: Array, line: Array, weight: uint32, start: uint16) -> None:
 
 @inlined
 def _rows(total: Array, left: Array, right: Array, weight: uint32) -> None:
-    """Adds weight times the mean of both sides."""
+    """Add weight times the mean of both sides."""
     for x in range(len(total)):
         mean = uint16(uint32(uint32(left[x]) + uint32(right[x]) + uint32(1)) >> 1)
         total[x] = uint16(total[x] + uint16(uint32(uint32(mean) * weight) >> 16))
 
 
 @inlined
-def _finish(total: Array, out: Array, solarize: bool) -> None:
-    flip = uint8(255 if solarize else 0)
+def _finish(total: Array, out: Array) -> None:
     for x in range(len(out)):
-        value = uint8(total[x] >> 8)
-        out[x] = value ^ flip if value >= 128 else value
+        out[x] = uint8(total[x] >> 8)

@@ -1,5 +1,5 @@
-"""Photometric operations on the CPU, uint8 in, uint8 out, clipped after each as torchvision does on
-Pillow images.
+"""Executes the colour operations, blur and flip of one view on the CPU: uint8 in, uint8 out,
+clipped after each operation as torchvision does on Pillow images.
 """
 
 from __future__ import annotations
@@ -7,49 +7,44 @@ from __future__ import annotations
 import numpy as np
 
 from scaletrain.data.transforms import blur
-from scaletrain.data.transforms.color_kernels import photometric
+from scaletrain.data.transforms.color_operations import photometric
 from scaletrain.data.transforms.crop import rows
 from scaletrain.data.transforms.image import Pixels
-from scaletrain.data.transforms.params import Params, hue_shift, radius
+from scaletrain.data.transforms.params import Operations, Params, operations, radius
 
-# changes nothing
-PLAIN = Params((0, 0, 8, 8), False, False, (0, 1, 2, 3), 1.0, 1.0, 1.0, 0.0, False, 0.0, False)
+# parameters that change nothing
+PLAIN = Params((0, 0, 8, 8))
 
 
 def apply(image: Pixels, p: Params, out: Pixels) -> None:
-    """Jitter in its drawn order, then gray, blur, solarize (SimCLR, appendix A; BYOL, appendix B),
-    and the flip.
-
-    out: contiguous [H, W, 3] like `image`, which stays as it is. The flip goes with the jitter: it
-    commutes with everything.
+    """Execute the operations of `p` on `image`, which is not changed, and write the result to
+    `out`, contiguous [H, W, 3].
     """
-    factors = (p.brightness, p.contrast, p.saturation, float(hue_shift(p.hue)))
-    order = [k for k in p.order if factors[k] != _NOTHING[k]] if p.jitter else []
+    before, after = operations(p)
     reach = radius(p.sigma, min(image.shape[:2]))
+    if not reach:
+        before, after = before + after, []
 
-    at_once = p.solarize and not reach
-    if order or p.gray or at_once or p.flip:
-        photometric(
-            rows(image),
-            rows(out),
-            np.array(order, np.int64),
-            np.array(factors),
-            p.gray,
-            at_once,
-            p.flip,
-        )
+    # the flip commutes with everything, so it is done with the first operations
+    if before or p.flip:
+        _execute(image, out, before, p.flip)
     else:
         out[...] = image
 
     if reach:
-        blur.blur(rows(out), p.sigma, reach, p.solarize)
+        blur.blur(rows(out), p.sigma, reach)
+
+    if after:
+        _execute(out, out, after, flip=False)
+
+
+def _execute(image: Pixels, out: Pixels, chosen: Operations, flip: bool) -> None:
+    numbers = np.array([number for number, _ in chosen], np.int64)
+    amounts = np.array([amount for _, amount in chosen], np.float64)
+    photometric(rows(image), rows(out), numbers, amounts, flip)
 
 
 def prepare() -> None:
-    """Compile, so that the processes that are forked from this one need not."""
+    """Compile, so that processes forked from this one need not."""
     image = np.zeros((8, 8, 3), np.uint8)
     apply(image, PLAIN._replace(gray=True, sigma=0.5), np.empty_like(image))
-
-
-# the factors and the shift that change nothing
-_NOTHING = (1.0, 1.0, 1.0, 0.0)

@@ -18,10 +18,10 @@ from scaletrain.data.transforms.params import TRIES, Box, random_box
 CANDIDATES = 10
 # of one box
 NUMBERS = 2 * TRIES + 2
-Draws = list[list[list[float]]]  # [views, CANDIDATES, NUMBERS]
+CandidateDraws = list[list[list[float]]]  # [views, CANDIDATES, NUMBERS]
 
 
-def draws(keys: Tensor, views: int, share: float) -> list[Draws]:
+def draws(keys: Tensor, views: int, share: float) -> list[CandidateDraws]:
     """[B], numbers for the samples whose crops are to be good, nothing for the others; a function
     of core.Batch's keys.
     """

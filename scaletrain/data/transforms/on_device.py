@@ -1,8 +1,8 @@
-"""Colour operations and flips of whole batches, on any device: the parameters of views.py executed
-as colour.py does.
+"""Executes the colour operations, blurs and flips of a whole batch on any device, with the same
+parameters and the same result as `color.py` in a worker.
 
-Which samples an operation touches is decided on the CPU, where the parameters come from, so an
-accelerator is never waited for.
+Which samples an operation changes is decided on the CPU, where the parameters are, so the host
+never waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -13,32 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaletrain.data.transforms.color_kernels import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from scaletrain.data.transforms.params import ORDERS, TAIL, radius
-
-_ORDERS = torch.tensor(ORDERS)
+from scaletrain.data.transforms.color_operations import ON_DEVICE
+from scaletrain.data.transforms.params import AFTER_BLUR, BEFORE_BLUR, TAIL, radius
 
 
 def augment(x: Tensor, params: Tensor) -> None:
-    """In place on [N, 3, H, W] floats that are whole numbers 0 .. 255; params: [N, COLUMNS] float32
-    on the CPU (views.packed).
-
-    Jitter in each sample's drawn order, then gray, blur, solarize, flip.
+    """Augment x [N, 3, H, W], floats that are whole numbers 0 .. 255, in place; params: [N,
+    COLUMNS] float32 on the CPU, as `params.packed` makes them.
     """
-    order, brightness, contrast, saturation, hue, gray, sigma, solarize, flip = params.unbind(1)
-    steps = _ORDERS[order.long()]  # [N, 4]
-    jitter = (
-        (BRIGHTNESS, _brightness, brightness),
-        (CONTRAST, _contrast, contrast),
-        (SATURATION, _saturation, saturation),
-    )
+    *slots, sigma, flip = params.unbind(1)
+    operations, amounts = slots[0::2], slots[1::2]
 
-    for slot in range(4):
-        for operation, change, factor in jitter:
-            _where(x, (steps[:, slot] == operation) & (factor != 1), change, factor)
-        _where(x, (steps[:, slot] == HUE) & (hue != 0), _hue, hue)
+    for slot in range(BEFORE_BLUR):
+        _operate(x, operations[slot], amounts[slot])
 
-    _where(x, gray > 0, lambda part, _: _luma(part).expand_as(part), gray)
     side = min(x.shape[-2:])
     reach = torch.tensor([radius(s, side) for s in sigma.tolist()])
     longest = int(reach.max())
@@ -49,8 +37,16 @@ def augment(x: Tensor, params: Tensor) -> None:
         _kernels(sigma, reach, longest),
     )
 
-    _where(x, solarize > 0, lambda part, _: torch.where(part < 128, part, 255 - part), solarize)
+    for slot in range(BEFORE_BLUR, BEFORE_BLUR + AFTER_BLUR):
+        _operate(x, operations[slot], amounts[slot])
+
     _where(x, flip > 0, lambda part, _: part.flip(-1), flip)
+
+
+def _operate(x: Tensor, operations: Tensor, amounts: Tensor) -> None:
+    """Execute one operation of each image, operations and amounts [N]."""
+    for operation, change in ON_DEVICE.items():
+        _where(x, operations == operation, change, amounts)
 
 
 def _where(
@@ -65,51 +61,6 @@ def _where(
         chosen = values[at].view(len(at), -1, 1, 1).to(x.device, non_blocking=True)
         at = at.to(x.device, non_blocking=True)
         x.index_copy_(0, at, change(x.index_select(0, at), chosen))
-
-
-def _luma(x: Tensor) -> Tensor:
-    """Pillow's "L" [N, 1, H, W]. The products are whole numbers that float32 holds, so this is
-    exact.
-    """
-    red, green, blue = x.unbind(1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) / 0x10000).floor_().unsqueeze(1)
-
-
-def _blend(base: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
-    return (base + factor * (x - base)).trunc_().clamp_(0, 255)
-
-
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return _blend(0.0, x, factor)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    # float64: the sum over an image is beyond the whole numbers of float32
-    mean = _luma(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
-    return _blend((mean + 0.5).floor_().float(), x, factor)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return _blend(_luma(x), x, factor)
-
-
-def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """To Pillow's 8-bit HSV, shifted, and back; as pixelwise.py, whose sectors these are."""
-    red, green, blue = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    is_red, is_green = red == value, green == value
-    rise = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    angle = rise / chroma.clamp(min=1) + torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
-    hue = torch.remainder(
-        (torch.where(angle < 0, angle + 6, angle) * 42.5).floor_() + shift[:, 0], 256
-    ) * (6 / 255)
-
-    depth = value * ((chroma * 255 / value.clamp(min=1)).floor_() * (1 / 255))
-    ramps = torch.stack((2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1), 1).clamp_(
-        0, 1
-    )
-    return (value.unsqueeze(1) + 0.5 - depth.unsqueeze(1) * ramps).floor_()
 
 
 def _kernels(sigma: Tensor, reach: Tensor, longest: int) -> Tensor:

@@ -1,9 +1,13 @@
-"""What is random about a view, drawn as data: a pure function of (seed, epoch, sample, repeat,
-view), never of rank or worker.
+"""The random parameters of a view, drawn before anything is executed: a pure function of (seed,
+epoch, sample, repeat, view), never of rank or worker.
 
-Meanings follow torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale,
-GaussianBlur and RandomSolarize. The same parameters can be executed here (crop.py, colour.py) or on
-the device (batched.py).
+They mean what they mean in torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter,
+RandomGrayscale, GaussianBlur and RandomSolarize. The same parameters can be executed in a worker
+(crop.py, color.py) or on the device (on_device.py).
+
+A new colour operation is a field of config.schema.View, its two implementations in
+color_operations.py and, in this file, a field of Params, which `draw` draws from the next spare
+number, and a line in `operations`.
 """
 
 from __future__ import annotations
@@ -17,41 +21,54 @@ from torch import Tensor
 
 from scaletrain import rng
 from scaletrain.config.schema import View
+from scaletrain.data.transforms.color_operations import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    SATURATION,
+    SOLARIZE,
+)
 
-# of a crop box, as in torchvision
+# attempts to draw a crop that fits into the image, as in torchvision
 TRIES = 10
-# uniform numbers per view, some of them spare; another value would change every run
+# uniform numbers per view, the last six of them spare; another value would change every run
 DRAWS = 40
-# of brightness 0, contrast 1, saturation 2, hue 3
-ORDERS = tuple(permutations(range(4)))
-# of `packed`: order, brightness, contrast, saturation, hue, gray, sigma, solarize, flip
-COLUMNS = 9
-# standard deviations that the blur's kernel reaches
+# the orders in which the jitter's operations can be executed
+ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
+# at most so many operations of a view are executed before and after its blur
+BEFORE_BLUR, AFTER_BLUR = 5, 1
+# numbers that `packed` returns: each operation with its amount, sigma and flip
+COLUMNS = 2 * (BEFORE_BLUR + AFTER_BLUR) + 2
+# the blur's kernel ends at this many standard deviations
 TAIL = 4.0
-# pixels; View.sigma is given for this size of view
+# size of the view, in pixels, for which View.sigma is given
 SIGMA_SIZE = 224
 
 # top, left, height, width
 Box = tuple[int, int, int, int]
+# operations of color_operations.py, each with its amount
+Operations = list[tuple[int, float]]
 
 
 class Params(NamedTuple):
-    """One view of one image. Factors multiply; `hue` is a shift in turns; `sigma` is in pixels of
-    this view.
-    """
+    """The parameters of one view of one image; those not given change nothing."""
 
     box: Box
-    flip: bool
-    jitter: bool
-    order: tuple[int, ...]
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    gray: bool
-    # 0: no blur
-    sigma: float
-    solarize: bool
+    flip: bool = False
+    # whether the operations in `order` are executed
+    jitter: bool = False
+    order: tuple[int, ...] = ORDERS[0]
+    # factors
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    # shift in turns
+    hue: float = 0.0
+    gray: bool = False
+    # of the blur, in pixels of this view; 0: no blur
+    sigma: float = 0.0
+    solarize: bool = False
 
 
 def expand(specs: Sequence[View]) -> list[list[View]]:
@@ -65,15 +82,13 @@ def expand(specs: Sequence[View]) -> list[list[View]]:
 
 
 def uniforms(keys: Tensor, views: int) -> list[list[list[float]]]:
-    """[B, views, DRAWS] numbers in [0, 1) from core.Batch's keys [B], so that a device could draw
-    the same parameters.
-    """
+    """[B, views, DRAWS] numbers in [0, 1), a function of the keys [B] of core.Batch."""
     return rng.uniform(keys, "views", views * DRAWS).view(len(keys), views, DRAWS).tolist()
 
 
 def draw(spec: View, u: Sequence[float], height: int, width: int) -> Params:
-    """The parameters of one view of an image of height x width pixels from DRAWS uniform
-    numbers.
+    """The parameters of one view of an image of height x width pixels, from DRAWS uniform numbers
+    `u`.
     """
     tries, rest = u[: 2 * TRIES], u[2 * TRIES :]
     (
@@ -110,36 +125,49 @@ def draw(spec: View, u: Sequence[float], height: int, width: int) -> Params:
     )
 
 
-def hue_shift(turns: float) -> int:
-    """Of the 8-bit hue, in 1/255 of a turn, truncated as torchvision does."""
-    return int(turns * 255)
+def operations(p: Params) -> tuple[Operations, Operations]:
+    """The colour operations of a view in the order of their execution, before and after its blur:
+    the jitter in its drawn order, then gray; solarize (SimCLR, appendix A; BYOL, appendix B).
+    """
+    before: Operations = []
+    if p.jitter:
+        # the 8-bit hue is shifted in 1/255 of a turn, truncated as in torchvision
+        amounts = (p.brightness, p.contrast, p.saturation, float(int(p.hue * 255)))
+        unchanged = (1.0, 1.0, 1.0, 0.0)
+        before = [(k, amounts[k]) for k in p.order if amounts[k] != unchanged[k]]
+
+    if p.gray:
+        before.append((GRAY, 0.0))
+
+    return before, [(SOLARIZE, 0.0)] if p.solarize else []
 
 
 def radius(sigma: float, side: int) -> int:
-    """Pixels that the blur of a view of this short side reaches; 0 if none. Mirrored once, a kernel
-    cannot reach further.
+    """Pixels that the blur of a view with this short side reaches, 0 without a blur. The border is
+    mirrored once, so a kernel cannot reach beyond the image.
     """
     return min(int(TAIL * sigma + 0.5), side - 1)
 
 
 def packed(p: Params) -> tuple[float, ...]:
-    """What the device needs of one view, COLUMNS numbers: the crop is done, and no jitter is a
-    jitter that changes nothing.
+    """The parameters of one view that the device executes, COLUMNS numbers; its crop is done in the
+    worker.
     """
-    jitter = (
-        (p.brightness, p.contrast, p.saturation, hue_shift(p.hue))
-        if p.jitter
-        else (1.0, 1.0, 1.0, 0.0)
-    )
+    before, after = operations(p)
+    return (*_slots(before, BEFORE_BLUR), *_slots(after, AFTER_BLUR), p.sigma, p.flip)
 
-    return (ORDERS.index(p.order), *jitter, p.gray, p.sigma, p.solarize, p.flip)
+
+def _slots(chosen: Operations, count: int) -> list[float]:
+    """`count` pairs of operation and amount; -1 where there is no operation."""
+    padded = chosen + [(-1, 0.0)] * (count - len(chosen))
+    return [number for pair in padded for number in pair]
 
 
 def random_box(
     spec: View, tries: Sequence[float], y: float, x: float, height: int, width: int
 ) -> Box:
-    """torchvision RandomResizedCrop.get_params: ten tries at (area, log-uniform ratio), then the
-    largest allowed centre box.
+    """torchvision's RandomResizedCrop.get_params: ten tries with a uniform area and a log-uniform
+    ratio, then the largest centred box of an allowed ratio.
     """
     low, high = spec.ratio
     logs = math.log(low), math.log(high)

@@ -58,7 +58,7 @@ def result(step: int, embedding: Tensor | None = None, skipped: bool = False) ->
     part: Any = Unread(step + 0.5)
     norm: Any = Unread(2.0)
     trust: Any = {"min": Unread(0.1), "median": Unread(0.2), "max": Unread(0.3)}
-    return StepResult(float(step), {"invariance": part}, norm, trust, embedding, skipped)
+    return StepResult(float(step), {"invariance": part}, norm, trust, embedding, skipped, ema=0.99)
 
 
 def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> None:
@@ -72,7 +72,7 @@ def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> 
     for step in range(start, stop):
         clock = Clock(step, TOTAL, step // PER_EPOCH, PER_EPOCH)
         outcome = result(step, torch.eye(8), skipped=step == skip)
-        watch.step(clock, outcome, {"all": 0.1 * step, "bias": 0.5}, batch(), 0.0, ema=0.99)
+        watch.step(clock, outcome, {"all": 0.1 * step, "bias": 0.5}, batch(), 0.0)
     watch.close()
     watch.close()
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from scaletrain.config import load, schema
 from scaletrain.core import Batch
-from scaletrain.data.loading import support
-from scaletrain.data.loading.loader import Stream
-from scaletrain.train.loop import _whole, train
+from scaletrain.data.loading.loader import Stream, open_stream
+from scaletrain.train.loop import train
+from scaletrain.train.session import whole_images
 
 VIEWS = [
     {
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first(data: schema.Data) -> tuple[Stream, Batch]:
-    stream = support.stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
+    stream = open_stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
     batch = next(iter(stream.batches(0, 1)))
     stream.close()
     return stream, batch
@@ -56,13 +56,13 @@ def first(data: schema.Data) -> tuple[Stream, Batch]:
 
 def test_whole_images_are_the_same_samples_undistorted(folder: Path) -> None:
     data = recipe(folder, {"name": "byol"}).data
-    (training, drawn), (passing, whole) = first(data), first(_whole(data))
+    (training, drawn), (passing, whole) = first(data), first(whole_images(data))
     assert training.steps_per_epoch == passing.steps_per_epoch == 4
     assert torch.equal(drawn.index, whole.index)
     assert drawn.views[0].shape == (2, 12, 3, 16, 16)
     assert whole.views[0].shape == (1, 12, 3, 16, 16)
     again = first(
-        _whole(
+        whole_images(
             data.model_copy(
                 update={"views": (data.views[0].model_copy(update={"scale": (0.5, 1.0)}),)}
             )

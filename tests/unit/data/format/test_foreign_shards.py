@@ -19,7 +19,7 @@ from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import index, offsets
 from scaletrain.data.format.verify import verify
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import open_stream
 from scaletrain.data.reading.reader import Shards
 
 SUFFIXES = ("jpg", "webp", "png")
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 def train_on(folder: Path) -> list[int]:
     data = Data(path=str(folder), lanes=5, workers=2, views=(View(size=8),))
-    stream = Stream(data, seed=0, batch=5, rank=0, world=1, device=torch.device("cpu"))
+    stream = open_stream(data, seed=0, batch=5, rank=0, world=1, device=torch.device("cpu"))
     return sorted(int(i) for b in stream.batches(0, 3) for i in b.index)
 
 
@@ -292,7 +292,7 @@ def test_what_a_label_holds_keeps_no_image_from_label_free_training(tmp_path: Pa
     found = verify(folder, 10**6)
     assert (found.labelled, found.unreadable, found.faults) == (3, len(odd), [])
     data = Data(path=str(folder), lanes=3, workers=0, views=(View(size=8),))
-    stream = Stream(data, seed=0, batch=3, rank=0, world=1, device=torch.device("cpu"))
+    stream = open_stream(data, seed=0, batch=3, rank=0, world=1, device=torch.device("cpu"))
     assert sorted(int(i) for b in stream.batches(0, 7) for i in b.labels)[-3:] == [5, 6, 7]
     assert "with 'tench'" in stream.unlabelled()
 

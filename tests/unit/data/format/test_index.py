@@ -21,7 +21,7 @@ from scaletrain.config.schema import Cache, Data, View
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import index, manifest, offsets
 from scaletrain.data.format.verify import verify
-from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
 from scaletrain.data.reading import concat
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import ReplacementLog
@@ -180,7 +180,7 @@ def lossy(tmp_path: Path) -> Path:
 
 def stream(folder: Path, **options: object) -> Stream:
     data = Data(path=str(folder), lanes=4, window=2, workers=0, views=(View(size=8),), **options)  # type: ignore[arg-type]
-    return Stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
+    return open_stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
 
 
 def test_what_indexing_left_out_is_remembered_and_counts(
@@ -203,7 +203,7 @@ def test_what_indexing_left_out_is_remembered_and_counts(
     with pytest.raises(DataError, match=words):
         next(
             iter(
-                plain(
+                eval_batches(
                     str(lossy), size=8, device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3
                 )
             )

@@ -21,7 +21,7 @@ from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, LoaderError, ShardError, unreadable
 from scaletrain.data.format import index, offsets
 from scaletrain.data.format.verify import verify
-from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import ReplacementLog
 from scaletrain.data.sampling.substitutes import Replaced, substitutes
@@ -114,7 +114,7 @@ def stream(
         views=(View(size=12, count=2), View(size=8)),
         **options,
     )
-    return Stream(data, seed=3, batch=12, rank=rank, world=world, device=torch.device("cpu"))
+    return open_stream(data, seed=3, batch=12, rank=rank, world=world, device=torch.device("cpu"))
 
 
 def run(
@@ -275,7 +275,7 @@ def test_undecodable_images_are_replaced(tmp_path: Path) -> None:
         ShardError, match="sample 'k4'"
     ):  # an evaluation never judges by other images
         list(
-            plain(
+            eval_batches(
                 str(tmp_path / "d"),
                 size=8,
                 device=torch.device("cpu"),
@@ -315,7 +315,10 @@ def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: 
         "workers": 0,
     }
     data = Data(views=(View(size=8),), on_bad="skip", **mixed)
-    source, lost = Stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu")), []
+    source, lost = (
+        open_stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu")),
+        [],
+    )
     used = [b.index for b in source.batches(0, 10, lambda step, found: lost.extend(found))]
     planned = [torch.from_numpy(source.plan.batch(*divmod(step, 5))) for step in range(10)]
     assert {r.planned for r in lost} == {30 + WHERE}

@@ -20,7 +20,7 @@ SHARDS = [
 ]
 
 
-def parse(text: str) -> manifest.Manifest:
+def parse(text: str) -> manifest.ShardManifest:
     return manifest.parse(io.BytesIO(text.encode()), "WHERE", "FIX")
 
 
@@ -93,7 +93,7 @@ def test_tables_are_read_when_first_used_and_few_are_held(
     loaded: list[str] = []
     right = offsets.load
 
-    def counted(path: Path, *facts: int, **options: bool) -> offsets.Rows:
+    def counted(path: Path, *facts: int, **options: bool) -> offsets.OffsetRows:
         loaded.append(path.name)
         return right(path, *facts, **options)
 

@@ -19,7 +19,7 @@ from scaletrain.config import load, recipe, schema
 from scaletrain.config.schema import Cache, Data, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
-from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.loading.loader import eval_batches, open_stream
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.concat import ConcatShards, shards_of
 from scaletrain.data.reading.reader import Shards
@@ -92,7 +92,7 @@ def test_one_folder_with_several_splits_is_refused(both: Path, tmp_path: Path) -
     for use in (
         lambda: Shards(both),
         lambda: Shards(str(both)),
-        lambda: list(plain(str(both), size=8, **NORM)),
+        lambda: list(eval_batches(str(both), size=8, **NORM)),
     ):
         with pytest.raises(DataError, match=rf"both holds the shards of several splits, {words}"):
             use()
@@ -229,7 +229,7 @@ def test_paths_are_made_absolute_part_by_part(both: Path, monkeypatch: pytest.Mo
 def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
     def seen(path: object) -> list[torch.Tensor]:
         data = Data(path=path, lanes=2, window=2, workers=0, views=(View(size=8),))
-        s = Stream(data, seed=3, batch=4, rank=0, world=1, device=CPU)
+        s = open_stream(data, seed=3, batch=4, rank=0, world=1, device=CPU)
         return [x for b in s.batches(0, 6) for x in (b.index, b.labels, b.views[0])]
 
     alone = tmp_path / "alone"
@@ -240,7 +240,7 @@ def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
     other = write_shards(tmp_path / "other", (5, 4))
     indices = torch.cat(seen([f"{both}/train-*.tar", str(other)])[::3])
     assert indices.unique().tolist() == list(range(20))
-    several = Stream(
+    several = open_stream(
         Data(path=[f"{both}/train-*.tar", str(other)], lanes=2, workers=0),
         seed=3,
         batch=4,
@@ -259,7 +259,7 @@ def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
         workers=0,
         views=(View(size=8),),
     )
-    assert Stream(mixed, seed=3, batch=4, rank=0, world=1, device=CPU).samples == 5
+    assert open_stream(mixed, seed=3, batch=4, rank=0, world=1, device=CPU).samples == 5
 
 
 def test_the_commands_take_them_too(both: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from kit.data import joined, write_shards
 
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 
 CPU = torch.device("cpu")
 STEPS = 12  # three epochs of 4 steps, or of 3 for the mixture
@@ -42,7 +42,8 @@ def streams(folders: tuple[Path, Path], case: str, shape: Shape) -> list[Stream]
         lanes=4, window=2, workers=workers, views=(View(size=16, count=2), View(size=8)), **origin
     )
     return [
-        Stream(data, seed=5, batch=12, rank=rank, world=ranks, device=CPU) for rank in range(ranks)
+        open_stream(data, seed=5, batch=12, rank=rank, world=ranks, device=CPU)
+        for rank in range(ranks)
     ]
 
 

@@ -24,7 +24,7 @@ from kit.workers import acting, at_step, failure, signalled, stream
 from scaletrain.config.schema import Cache
 from scaletrain.core import Batch
 from scaletrain.data.format import index
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.data.storage import prefetch, remote
 from scaletrain.runtime import heartbeat
@@ -98,7 +98,7 @@ def test_a_worker_that_is_lost_after_a_batch_is_named(folder: Path, how: int) ->
     assert ENDS[how] in text
 
 
-def long_winded(step: int, raw: Raw) -> Raw:
+def long_winded(step: int, raw: RawBatch) -> RawBatch:
     """More than a pipe holds."""
     return raw._replace(replaced=(Replaced(1, 2, "x" * 300_000),))
 
@@ -177,7 +177,7 @@ def test_a_stuck_worker_is_named(folder: Path) -> None:
     )
 
 
-def slowly(step: int, raw: Raw) -> Raw:
+def slowly(step: int, raw: RawBatch) -> RawBatch:
     """Bytes arrive, then there is a wait that another process is to blame for."""
     for _ in range(8):
         time.sleep(0.1)
@@ -213,14 +213,14 @@ def test_bytes_of_a_slow_folder_are_signs_of_life(
 ) -> None:
     folder = write_shards(tmp_path / "d", (12,))
     monkeypatch.setattr(remote, "CHUNK", -(-(folder / "s-000.tar").stat().st_size // 5))
-    parts = remote.Folder.parts
+    parts = remote.LocalOrigin.parts
 
-    def slow(origin: remote.Folder, name: str, limit: int) -> Iterator[bytes]:
+    def slow(origin: remote.LocalOrigin, name: str, limit: int) -> Iterator[bytes]:
         for part in parts(origin, name, limit):
             time.sleep(0.2)
             yield part
 
-    monkeypatch.setattr(remote.Folder, "parts", slow)
+    monkeypatch.setattr(remote.LocalOrigin, "parts", slow)
     monkeypatch.setattr(prefetch.CachedShards, "expect", lambda *_: None)  # nobody else fetches
 
     def batches(place: str, liveness: float) -> Iterator[Batch]:

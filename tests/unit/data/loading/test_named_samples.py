@@ -12,7 +12,7 @@ from kit.data import add, encode, picture
 from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.core import Batch
-from scaletrain.data.loading.dataset import Raw
+from scaletrain.data.loading.dataset import RawBatch
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.engines.base import TrainingError
 from scaletrain.train.loop import train
@@ -81,7 +81,7 @@ def test_a_bad_sample_is_named(
 ) -> None:
     right = ToDevice.__call__
 
-    def poison(self: ToDevice, raw: Raw) -> Batch:
+    def poison(self: ToDevice, raw: RawBatch) -> Batch:
         batch = right(self, raw)
         batch.views[0][1, batch.index == victim] = float("nan")
         return batch

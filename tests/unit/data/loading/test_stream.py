@@ -21,7 +21,7 @@ from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.loading.dataset import Images
-from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
 
 CPU = torch.device("cpu")
 VIEWS = (View(size=16, count=2, solarize=0.2), View(size=8, scale=(0.05, 0.14)))
@@ -53,7 +53,7 @@ def stream(
             **options,
         },
     )
-    return Stream(data, seed=seed, batch=batch, rank=rank, world=world, device=CPU)
+    return open_stream(data, seed=seed, batch=batch, rank=rank, world=world, device=CPU)
 
 
 def same(a: Batch, b: Batch) -> None:
@@ -268,7 +268,7 @@ def test_an_undecodable_image_is_named(tmp_path: Path, workers: int) -> None:
         list(stream(folder, workers=workers).batches(0, 1))
     one_line(error)
     with pytest.raises(ShardError, match="sample 'k4'"):
-        list(plain(str(folder), size=8, device=CPU, mean=MEAN, std=STD))
+        list(eval_batches(str(folder), size=8, device=CPU, mean=MEAN, std=STD))
 
 
 def test_images_above_the_pixel_limit_are_named(folder: Path) -> None:
@@ -358,7 +358,7 @@ def test_plain_gives_every_sample_once_in_order(folder: Path, workers: int, resi
         found = [
             b
             for r in range(world)
-            for b in plain(str(folder), batch=batch, rank=r, world=world, **options)
+            for b in eval_batches(str(folder), batch=batch, rank=r, world=world, **options)
         ]
         assert all(b.views[0].shape == (1, len(b), 3, 16, 16) for b in found)
         return (
@@ -376,4 +376,4 @@ def test_plain_gives_every_sample_once_in_order(folder: Path, workers: int, resi
 
 def test_plain_refuses_unknown_protocols(folder: Path) -> None:
     with pytest.raises(DataError, match="'five'; known: tv, byol, none"):
-        plain(str(folder), size=16, resize="five", device=CPU, mean=MEAN, std=STD)
+        eval_batches(str(folder), size=16, resize="five", device=CPU, mean=MEAN, std=STD)

@@ -17,8 +17,7 @@ from kit.data import joined, write_shards
 from scaletrain.config.schema import Data, Support, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
-from scaletrain.data.loading.loader import Stream
-from scaletrain.data.loading.support import Supported, stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.balanced import Balanced
@@ -120,7 +119,8 @@ def read(made: Data, start: int, stop: int, ranks: int = 1, end: int = 12) -> li
     before.
     """
     streams = [
-        stream(made, seed=5, batch=12, rank=rank, world=ranks, device=CPU) for rank in range(ranks)
+        open_stream(made, seed=5, batch=12, rank=rank, world=ranks, device=CPU)
+        for rank in range(ranks)
     ]
     running = [s.batches(start, end) for s in streams]
     found = []
@@ -205,7 +205,7 @@ def test_a_substitute_has_no_label(tmp_path: Path) -> None:
     labels.save(file, Shards(folder), np.array([0, 1]), "two")
     made = data(folder, file, classes=2, epochs=8).model_copy(update={"on_bad": "skip"})
     seen: list[Replaced] = []
-    s = stream(made, seed=5, batch=12, rank=0, world=1, device=CPU)
+    s = open_stream(made, seed=5, batch=12, rank=0, world=1, device=CPU)
     (batch,) = s.batches(0, 1, lambda step, lost: seen.extend(lost))
     assert batch.support is not None
     assert batch.support.labels.tolist().count(-1) == 2
@@ -215,7 +215,7 @@ def test_a_substitute_has_no_label(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(folder: Path, subset: Path) -> None:
     def opened(made: Data) -> Stream:
-        return stream(made, seed=5, batch=12, rank=0, world=1, device=CPU)
+        return open_stream(made, seed=5, batch=12, rank=0, world=1, device=CPU)
 
     with pytest.raises(
         DataError, match=r"data\.support\.labels is empty: add data\.support\.labels=FILE"
@@ -239,10 +239,10 @@ def test_made_up_data_has_made_up_labels() -> None:
         workers=0,
         support=Support(classes=4, per_class=3),
     )
-    s = stream(made, seed=0, batch=12, rank=0, world=1, device=CPU)
-    assert isinstance(s, Supported)
+    s = open_stream(made, seed=0, batch=12, rank=0, world=1, device=CPU)
+    assert s.support is not None
     assert s.mixing().endswith(
-        "beside it 12 of 48 labelled samples, 4 of 4 classes in the first 400 steps"
+        "plus 12 of 48 labelled samples, 4 of 4 classes with each of the first 400 steps"
     )
     (batch,) = s.batches(0, 1)
     assert batch.support is not None

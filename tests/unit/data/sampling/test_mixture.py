@@ -18,16 +18,19 @@ from scaletrain.config.load import build
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Data, View
 from scaletrain.data.errors import DataError
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.concat import ConcatShards
-from scaletrain.data.sampling.mixture import Mixture, Source
+from scaletrain.data.sampling.mixture import Mixture, MixtureSource
 from scaletrain.data.sampling.plan import Order
 
 A, B = np.array([13, 1, 40, 7, 0, 22]), np.array([30, 31, 9])  # 83 and 70 samples
 
 
 def mixture(*weights: float, **options: int) -> Mixture:
-    sources = [Source("a", A, weights[0]), *(Source("b", B, weight) for weight in weights[1:])]
+    sources = [
+        MixtureSource("a", A, weights[0]),
+        *(MixtureSource("b", B, weight) for weight in weights[1:]),
+    ]
     return Mixture(sources, **{"seed": 1, "batch": 24, "lanes": 8, "window": 2, **options})
 
 
@@ -166,7 +169,9 @@ def stream(folders: list[Path], **options: object) -> Stream:
         "views": (View(size=16),),
         **options,
     }
-    return Stream(Data(**settings), seed=5, batch=12, rank=0, world=1, device=torch.device("cpu"))
+    return open_stream(
+        Data(**settings), seed=5, batch=12, rank=0, world=1, device=torch.device("cpu")
+    )
 
 
 def test_sample_numbers_run_through_the_folders(tmp_path: Path) -> None:

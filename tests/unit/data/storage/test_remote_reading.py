@@ -21,7 +21,7 @@ from scaletrain.config.schema import Cache, Data, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
-from scaletrain.data.loading.loader import Stream, plain
+from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.storage import http, prefetch, remote
 
@@ -58,7 +58,7 @@ def stream(
         cache=held,
         **{"lanes": 4, "window": 2, "workers": 0, "views": VIEWS, **options},
     )
-    return Stream(data, seed=5, batch=12, rank=rank, world=world, device=CPU)
+    return open_stream(data, seed=5, batch=12, rank=rank, world=world, device=CPU)
 
 
 def taken(source: Stream, start: int, stop: int) -> list[Batch]:
@@ -109,7 +109,9 @@ def test_resume_takes_only_what_it_needs(folder: Path, web: Server, tmp_path: Pa
 def test_everything_in_order_as_evaluations_read(folder: Path, web: Server, tmp_path: Path) -> None:
     options = {"size": 16, "batch": 10, "device": CPU, "mean": (0, 0, 0), "std": (1, 1, 1)}
     for a, b in zip(
-        plain(str(folder), **options), plain(web.url, cache=cache(tmp_path), **options), strict=True
+        eval_batches(str(folder), **options),
+        eval_batches(web.url, cache=cache(tmp_path), **options),
+        strict=True,
     ):
         assert torch.equal(a.views[0], b.views[0])
         assert torch.equal(a.labels, b.labels)
@@ -134,7 +136,7 @@ def test_the_next_shards_of_a_rank_come_before_they_are_read(
     with serving(folder) as web:
         small = {"lanes": 4, "window": 1, "views": (View(size=8),)}
         data = Data(path=web.url, cache=cache(tmp_path, int(2 * room)), workers=0, **small)
-        source = Stream(data, seed=5, batch=4, rank=rank, world=world, device=CPU)
+        source = open_stream(data, seed=5, batch=4, rank=rank, world=world, device=CPU)
         lo, hi = source.plan.part(rank, world)
         coming = [
             sample // 4

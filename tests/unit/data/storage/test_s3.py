@@ -14,7 +14,7 @@ from kit.data import write_shards
 
 from scaletrain.config.schema import Cache, Data, View
 from scaletrain.data.format import index
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.storage import http, remote
 
@@ -76,7 +76,7 @@ def stream(path: str | Path, place: Path, rank: int, world: int, workers: int) -
         workers=workers,
         views=(View(size=16),),
     )
-    return Stream(data, seed=5, batch=12, rank=rank, world=world, device=torch.device("cpu"))
+    return open_stream(data, seed=5, batch=12, rank=rank, world=world, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])

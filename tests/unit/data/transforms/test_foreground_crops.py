@@ -14,7 +14,7 @@ from kit.data import write_shards
 from scaletrain import rng
 from scaletrain.config.schema import Data, View
 from scaletrain.core import Batch
-from scaletrain.data.loading.loader import Stream
+from scaletrain.data.loading.loader import open_stream
 from scaletrain.data.transforms import foreground_crops, mask_ablations
 
 SPEC = View(size=16, scale=(0.05, 0.2))
@@ -71,7 +71,7 @@ def batch(folder: Path, share: float) -> Batch:
         good_crops=share,
         good_cover=0.15,
     )
-    stream = Stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu"))
+    stream = open_stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu"))
     return next(iter(stream.batches(0, 1)))
 
 
@@ -128,9 +128,9 @@ def test_the_stream_alters_masks_and_nothing_else(folder: Path) -> None:
     plain, other = (
         next(
             iter(
-                Stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu")).batches(
-                    0, 1
-                )
+                open_stream(
+                    data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu")
+                ).batches(0, 1)
             )
         )
         for data in (made, made.model_copy(update={"mask_study": "centred", "mask_share": 1.0}))

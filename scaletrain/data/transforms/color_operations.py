@@ -1,23 +1,30 @@
-"""Colour operations in one pass over the rows of an image, with Pillow's own arithmetic: its
-truncations and clips after each.
+"""Every colour operation in both of its implementations: compiled, for the rows of one image in a
+worker, and in torch, for a batch on a device. Both use Pillow's arithmetic.
 
-A row is split into planes that stay in the first-level cache; every loop below is one that the
-compiler turns into vector instructions. That needs 32-bit arithmetic throughout: numba widens
-integers to 64 bits unless told.
+In the worker, a row is split into planes that stay in the first-level cache, and the compiler turns
+every loop into vector instructions. That needs 32-bit arithmetic throughout: numba widens integers
+to 64 bits unless they are cast.
+
+A new operation gets a number, a branch in `_operate` and an entry in ON_DEVICE; `params.py` draws
+it and says when it is executed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy import float32, int32, uint64
+from torch import Tensor
 
 from scaletrain.runtime.jit import compiled, inlined
 
 # in compiled code the types are numba's
 Array = Any
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+# the first four are those of the jitter, numbered as in params.ORDERS
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SOLARIZE = range(6)
 
 
 @compiled
@@ -31,34 +38,27 @@ def normalise(src: Array, scale: Array, shift: Array, out: Array) -> None:
 
 
 @compiled
-def photometric(
-    src: Array, out: Array, order: Array, factors: Array, gray: bool, solarize: bool, flip: bool
-) -> None:
-    """Rows [H, 3 W] uint8 -> [H, 3 W]: the operations in `order`, then gray, solarize and flip.
+def photometric(src: Array, out: Array, operations: Array, amounts: Array, flip: bool) -> None:
+    """Rows [H, 3 W] uint8 -> [H, 3 W], which may be the same memory: `operations` [K] in their
+    order, then the flip.
 
-    factors [4] float64: of brightness, contrast, saturation; the shift of the 8-bit hue. Contrast
-    blends with the mean of the gray image that the operations before it leave, so those need a pass
-    of their own, which writes its result to `out`.
+    amounts [K] float64: the factor of a brightness, contrast or saturation; the shift of the 8-bit
+    hue. Contrast blends with the mean of the gray image that the operations before it produce, so
+    those need a pass of their own, which writes its result to `out`.
     """
     first, mean = 0, 0
 
-    for k in range(len(order)):
-        if order[k] == CONTRAST:
-            mean = int(_gray_sum(src, out, order[:k], factors) / (src.size // 3) + 0.5)
+    for k in range(len(operations)):
+        if operations[k] == CONTRAST:
+            mean = int(_gray_sum(src, out, operations[:k], amounts) / (src.size // 3) + 0.5)
             first, src = k, out if k else src
 
     width = src.shape[1] // 3
     rgb, mirrored = np.empty((3, width), np.int32), np.empty((3, width), np.int32)
     for y in range(src.shape[0]):
         _split(src[y], rgb)
-        for k in range(first, len(order)):
-            _operate(order[k], rgb, factors, mean)
-
-        if gray:
-            _gray(rgb)
-
-        if solarize:
-            _solarize(rgb)
+        for k in range(first, len(operations)):
+            _operate(operations[k], rgb, amounts[k], mean)
 
         if flip:
             _mirror(rgb, mirrored)
@@ -68,8 +68,8 @@ def photometric(
 
 
 @inlined
-def _gray_sum(src: Array, out: Array, order: Array, factors: Array) -> int:
-    """Sum of the gray image after `order`; if that is not empty, the colour image is written to
+def _gray_sum(src: Array, out: Array, operations: Array, amounts: Array) -> int:
+    """Sum of the gray image after `operations`; if there are any, the colour image is written to
     `out`.
     """
     width = src.shape[1] // 3
@@ -78,10 +78,10 @@ def _gray_sum(src: Array, out: Array, order: Array, factors: Array) -> int:
 
     for y in range(src.shape[0]):
         _split(src[y], rgb)
-        for k in range(len(order)):
-            _operate(order[k], rgb, factors, 0)
+        for k in range(len(operations)):
+            _operate(operations[k], rgb, amounts[k], 0)
 
-        if len(order):
+        if len(operations):
             _merge(rgb, out[y])
 
         row = int32(0)
@@ -94,16 +94,18 @@ def _gray_sum(src: Array, out: Array, order: Array, factors: Array) -> int:
 
 
 @inlined
-def _operate(operation: int, rgb: Array, factors: Array, mean: int) -> None:
+def _operate(operation: int, rgb: Array, amount: float, mean: int) -> None:
     if operation == HUE:
-        _hue(rgb[0], rgb[1], rgb[2], int32(factors[HUE]))
+        _hue(rgb[0], rgb[1], rgb[2], int32(amount))
     elif operation == SATURATION:
-        _saturate(rgb[0], rgb[1], rgb[2], float32(factors[SATURATION]))
+        _saturate(rgb[0], rgb[1], rgb[2], float32(amount))
+    elif operation == GRAY:
+        _gray(rgb)
+    elif operation == SOLARIZE:
+        _solarize(rgb)
     else:
         for c in range(3):
-            _blend(
-                rgb[c], float32(mean if operation == CONTRAST else 0), float32(factors[operation])
-            )
+            _blend(rgb[c], float32(mean if operation == CONTRAST else 0), float32(amount))
 
 
 @inlined
@@ -211,3 +213,70 @@ def _mirror(rgb: Array, out: Array) -> None:
         for x in range(last + 1):
             # unsigned: else numba looks whether to count from the end
             target[x] = source[uint64(last - x)]
+
+
+# The same operations for batches on a device: x [N, 3, H, W] are whole numbers 0 .. 255 in float32,
+# amounts [N, 1, 1, 1].
+
+
+def _batch_luma(x: Tensor) -> Tensor:
+    """Pillow's "L" [N, 1, H, W]. The products are whole numbers that float32 holds, so this is
+    exact.
+    """
+    red, green, blue = x.unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) / 0x10000).floor_().unsqueeze(1)
+
+
+def _batch_blend(base: Tensor | float, x: Tensor, factor: Tensor) -> Tensor:
+    return (base + factor * (x - base)).trunc_().clamp_(0, 255)
+
+
+def _batch_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return _batch_blend(0.0, x, factor)
+
+
+def _batch_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    # float64: the sum over an image is beyond the whole numbers of float32
+    mean = _batch_luma(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64)
+    return _batch_blend((mean + 0.5).floor_().float(), x, factor)
+
+
+def _batch_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return _batch_blend(_batch_luma(x), x, factor)
+
+
+def _batch_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """As `_hue`, with the same six sectors."""
+    red, green, blue = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    is_red, is_green = red == value, green == value
+    rise = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    angle = rise / chroma.clamp(min=1) + torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
+    hue = torch.remainder(
+        (torch.where(angle < 0, angle + 6, angle) * 42.5).floor_() + shift[:, 0], 256
+    ) * (6 / 255)
+
+    depth = value * ((chroma * 255 / value.clamp(min=1)).floor_() * (1 / 255))
+    ramps = torch.stack((2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1), 1).clamp_(
+        0, 1
+    )
+    return (value.unsqueeze(1) + 0.5 - depth.unsqueeze(1) * ramps).floor_()
+
+
+def _batch_gray(x: Tensor, _: Tensor) -> Tensor:
+    return _batch_luma(x).expand_as(x)
+
+
+def _batch_solarize(x: Tensor, _: Tensor) -> Tensor:
+    return torch.where(x < 128, x, 255 - x)
+
+
+ON_DEVICE: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
+    BRIGHTNESS: _batch_brightness,
+    CONTRAST: _batch_contrast,
+    SATURATION: _batch_saturation,
+    HUE: _batch_hue,
+    GRAY: _batch_gray,
+    SOLARIZE: _batch_solarize,
+}
