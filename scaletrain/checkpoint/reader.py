@@ -39,7 +39,7 @@ FileName = Annotated[
 Code = Literal["BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"]
 
 
-class Part(Frozen):
+class StoredRange(Frozen):
     """[start, stop) of a flattened tensor, stored in `file` under the tensor's name."""
 
     file: FileName
@@ -47,47 +47,47 @@ class Part(Frozen):
     stop: Natural
 
 
-class Entry(Frozen):
+class StoredTensor(Frozen):
     """One tensor: its type, whole shape, and where its ranges are."""
 
     dtype: Code
     shape: tuple[Natural, ...]
-    pieces: tuple[Part, ...]
+    pieces: tuple[StoredRange, ...]
 
     @property
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
 
 
-class File(Frozen):
+class StoredFile(Frozen):
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Manifest(Frozen):
+class StepManifest(Frozen):
     """What a step holds. A rank's done file is the manifest of what that rank wrote."""
 
     format: Literal[1] = 1
     step: Natural
     meta: dict[str, Any]
-    tensors: dict[str, Entry]
-    files: dict[FileName, File]
+    tensors: dict[str, StoredTensor]
+    files: dict[FileName, StoredFile]
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> StepManifest:
     try:
-        return Manifest.model_validate_json(files.unseal(path))
+        return StepManifest.model_validate_json(files.unseal(path))
     except ValidationError as error:
         raise CheckpointError(
             f"{path} cannot be used: {validation.first(error)}; was it written by another version?"
         ) from None
 
 
-def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifest:
+def merge(step: int, meta: dict[str, Any], parts: Iterable[StepManifest]) -> StepManifest:
     """The whole step from what each rank wrote."""
-    first: dict[str, Entry] = {}
-    pieces: dict[str, list[Part]] = {}
-    listed: dict[str, File] = {}
+    first: dict[str, StoredTensor] = {}
+    pieces: dict[str, list[StoredRange]] = {}
+    listed: dict[str, StoredFile] = {}
 
     for part in parts:
         listed |= part.files
@@ -104,10 +104,10 @@ def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifes
         (name, entry.model_copy(update={"pieces": tuple(pieces[name])}))
         for name, entry in first.items()
     )
-    return Manifest(step=step, meta=meta, tensors=dict(map(_tiled, whole)), files=listed)
+    return StepManifest(step=step, meta=meta, tensors=dict(map(_tiled, whole)), files=listed)
 
 
-def _tiled(item: tuple[str, Entry]) -> tuple[str, Entry]:
+def _tiled(item: tuple[str, StoredTensor]) -> tuple[str, StoredTensor]:
     """The entry with its pieces in order and empty ones gone; CheckpointError unless they cover the
     tensor exactly once.
     """
@@ -177,7 +177,7 @@ class SavedStep:
     its own affair.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: StepManifest) -> None:
         self.path, self._manifest = path, manifest
         self._open: dict[str, Any] = {}
 
@@ -220,7 +220,7 @@ class SavedStep:
 
         return out
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> StoredTensor:
         try:
             return self._manifest.tensors[name]
         except KeyError:
@@ -245,7 +245,7 @@ class SavedStep:
         return part
 
 
-def _verify(folder: Path) -> Manifest:
+def _verify(folder: Path) -> StepManifest:
     """The manifest of a step of which every byte is as written, else CheckpointError."""
     try:
         manifest = read_manifest(folder / MANIFEST)
@@ -271,7 +271,7 @@ def _verify(folder: Path) -> Manifest:
     return manifest
 
 
-def _patiently(folder: Path) -> Manifest:
+def _patiently(folder: Path) -> StepManifest:
     """As _verify. A failure of storage that may pass is not damage: going on from an older step
     would lose work.
     """
@@ -287,7 +287,7 @@ def _patiently(folder: Path) -> Manifest:
     return _verify(folder)
 
 
-def _newest(root: Path) -> tuple[Path, Manifest] | None:
+def _newest(root: Path) -> tuple[Path, StepManifest] | None:
     known, refused = steps(root), ""
     for step in reversed(known):
         folder = folder_of(root, step)

@@ -35,10 +35,10 @@ from scaletrain.checkpoint import files
 from scaletrain.checkpoint.files import CheckpointError
 from scaletrain.checkpoint.reader import (
     MANIFEST,
-    Entry,
-    File,
-    Manifest,
-    Part,
+    StepManifest,
+    StoredFile,
+    StoredRange,
+    StoredTensor,
     delete,
     folder_of,
     merge,
@@ -224,13 +224,16 @@ class Writer:
 
         for name, (start, shape) in job.ranges.items():
             tensor = job.tensors[name]
-            part = Part(file=data, start=start, stop=start + len(tensor))
-            entries[name] = Entry.model_validate(
+            part = StoredRange(file=data, start=start, stop=start + len(tensor))
+            entries[name] = StoredTensor.model_validate(
                 {"dtype": files.CODES[tensor.dtype], "shape": shape, "pieces": (part,)}
             )
 
-        done = Manifest(
-            step=job.step, meta={}, tensors=entries, files={data: File(bytes=size, sha256=sha256)}
+        done = StepManifest(
+            step=job.step,
+            meta={},
+            tensors=entries,
+            files={data: StoredFile(bytes=size, sha256=sha256)},
         )
         with durable.replacing(folder / f"{stem}.json", job.token) as file:
             file.write(files.seal(done.model_dump_json()))
@@ -251,7 +254,7 @@ class Writer:
         with durable.replacing(folder / MANIFEST, job.token) as file:
             file.write(files.seal(manifest.model_dump_json()))
 
-    def _await(self, path: Path, rank: int, limit: float) -> Manifest:
+    def _await(self, path: Path, rank: int, limit: float) -> StepManifest:
         pause = 0.005
         while True:
             try:

@@ -67,7 +67,7 @@ class View(Frozen):
         return self
 
 
-class Part(Frozen):
+class MixturePart(Frozen):
     """One of the data sets of a mixture."""
 
     path: Annotated[Place, Field(min_length=1)]
@@ -77,7 +77,7 @@ class Part(Frozen):
     """Share of the draws, relative to the other parts."""
 
 
-class Cache(Frozen):
+class CacheConfig(Frozen):
     """Whole shards on this node's disk, shared by its ranks: those of http://, https:// and s3://
     addresses.
     """
@@ -92,7 +92,7 @@ class Cache(Frozen):
     """Copy the shards of local folders too: for parallel file systems, which random reads hurt."""
 
 
-class Support(Frozen):
+class SupportConfig(Frozen):
     """Labelled samples beside every batch, as many of each class, for the auxiliaries that want
     them (suncet).
     """
@@ -115,14 +115,14 @@ class Support(Frozen):
     """From the start; the steps of later ones have none."""
 
 
-class Data(Frozen):
+class DataConfig(Frozen):
     path: Annotated[Place, BeforeValidator(shards, json_schema_input_type=str | list[str])] = ""
     """Folder of tar shards, local, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER; FOLDER/*.tar; a
     list of these; or `synthetic`.
     """
 
-    cache: Cache = Cache()
-    mixture: tuple[Part, ...] = ()
+    cache: CacheConfig = CacheConfig()
+    mixture: tuple[MixturePart, ...] = ()
     """In place of path: folders that every batch draws from."""
 
     epoch_samples: Natural = 0
@@ -183,7 +183,7 @@ class Data(Frozen):
     """Where colours, blur and flips are computed; crops always in the worker."""
 
     views: tuple[View, ...] = (View(count=2),)
-    support: Support | None = None
+    support: SupportConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -191,20 +191,20 @@ class Data(Frozen):
         return long("data", value)
 
     @model_validator(mode="after")
-    def _some_views(self) -> Data:
+    def _some_views(self) -> DataConfig:
         if not any(view.count for view in self.views):
             raise ValueError("views is empty; a method needs at least one view")
         return self
 
     @model_validator(mode="after")
-    def _foreground(self) -> Data:
+    def _foreground(self) -> DataConfig:
         for field in ("good_crops", "mask_study"):
             if getattr(self, field) and not self.masks:
                 raise ValueError(f"{field} needs the foreground; add data.masks=true")
         return self
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Data:
+    def _one_origin(self) -> DataConfig:
         if self.path and self.mixture:
             raise ValueError(
                 "path and mixture exclude each other; clear one with data.path='' or "

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from scaletrain.config.data import Cache as Cache
-from scaletrain.config.data import Data as Data
-from scaletrain.config.data import Support as Support
+from scaletrain.config.data import CacheConfig as CacheConfig
+from scaletrain.config.data import DataConfig as DataConfig
+from scaletrain.config.data import SupportConfig as SupportConfig
 from scaletrain.config.data import View as View
 from scaletrain.config.fields import Count as Count
 from scaletrain.config.fields import Frozen as Frozen
@@ -44,7 +44,7 @@ class ComponentConfig(Frozen):
 ComponentT = TypeVar("ComponentT", bound=ComponentConfig)
 
 
-class Model(Frozen):
+class ModelConfig(Frozen):
     name: str = "resnet50"
     """resnet18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library."""
 
@@ -67,7 +67,7 @@ class Model(Frozen):
     """Samples of the global batch that share batch-norm statistics; 0: all of it."""
 
 
-class Optim(Frozen):
+class OptimConfig(Frozen):
     name: Literal["lars", "sgd", "adamw"] = "lars"
     lr: Positive = 0.3
     """Per `lr_reference_batch` samples of the global batch."""
@@ -110,7 +110,7 @@ class Optim(Frozen):
     """From weight decay and adaptation."""
 
 
-class Checkpoint(Frozen):
+class CheckpointConfig(Frozen):
     every_steps: Natural = 0
     """0: at the end of each epoch."""
 
@@ -119,7 +119,7 @@ class Checkpoint(Frozen):
     """Steps; multiples of it are never pruned."""
 
 
-class Monitor(Frozen):
+class MonitorConfig(Frozen):
     every: Count = 20
     """Steps between scalars."""
 
@@ -139,8 +139,8 @@ class Config(Frozen):
     threads: Natural = 0
     """CPU threads per rank; 0: cores divided by local ranks."""
 
-    data: Data = Data()
-    model: Model = Model()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
     method: SerializeAsAny[
         Annotated[ComponentConfig, BeforeValidator(lambda v: _component("methods", v))]
     ] = cast(ComponentConfig, {"name": "relicv2"})
@@ -150,12 +150,12 @@ class Config(Frozen):
         ],
         ...,
     ] = ()
-    optim: Optim = Optim()
+    optim: OptimConfig = OptimConfig()
     engine: SerializeAsAny[
         Annotated[ComponentConfig, BeforeValidator(lambda v: _component("engines", v))]
     ] = cast(ComponentConfig, {"name": "ddp"})
-    checkpoint: Checkpoint = Checkpoint()
-    monitor: Monitor = Monitor()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @model_validator(mode="after")
     def _fitting(self) -> Config:

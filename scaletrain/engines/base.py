@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput, Piece, StepResult
 from scaletrain.engines import gradient_cache, non_finite
 from scaletrain.engines.config import EngineConfig
@@ -59,7 +59,7 @@ class Engine:
     copies = 1
 
     def __init__(
-        self, method: Method, config: EngineConfig, optim: Optim, device: torch.device
+        self, method: Method, config: EngineConfig, optim: OptimConfig, device: torch.device
     ) -> None:
         gradient_cache.check_built(method, config.grad_accum_steps, config.gradient_cache)
         self.config, self.device = config, device
@@ -217,7 +217,7 @@ class Engine:
         return replica(parameter)
 
     def build_optimizer(
-        self, declared: list[groups.ParamGroup], optim: Optim
+        self, declared: list[groups.ParamGroup], optim: OptimConfig
     ) -> torch.optim.Optimizer:
         """The optimizer over this rank's shards, with the groups and names of all ranks."""
         if self.sharded:

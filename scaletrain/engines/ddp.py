@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import dist
-from scaletrain.config.schema import Optim, Positive
+from scaletrain.config.schema import OptimConfig, Positive
 from scaletrain.core import Batch, Clock, Method, MethodOutput, StepResult
 from scaletrain.engines import base
 from scaletrain.engines.config import EngineConfig
@@ -23,7 +23,9 @@ class Config(EngineConfig):
 
 
 class Engine(base.Engine):
-    def __init__(self, method: Method, config: Config, optim: Optim, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, config: Config, optim: OptimConfig, device: torch.device
+    ) -> None:
         super().__init__(method, config, optim, device)
         self.wrapped: DistributedDataParallel | None = None
         if dist.world() > 1 and not method.separate_losses:

@@ -20,7 +20,7 @@ import torch.distributed as c10d
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Batch, Clock, Method, MethodOutput
 from scaletrain.engines import base
 from scaletrain.engines.deepspeed_config import Config as Config
@@ -37,7 +37,9 @@ T = TypeVar("T")
 class Engine(base.Engine):
     config: Config
 
-    def __init__(self, method: Method, config: Config, optim: Optim, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, config: Config, optim: OptimConfig, device: torch.device
+    ) -> None:
         need_one_backward(method)
         super().__init__(method, config, optim, device)
 
@@ -85,7 +87,7 @@ class Engine(base.Engine):
         return Shard(at.hp_fragment.detach(), at.lp_fragment_address.start, tuple(parameter.shape))
 
     def build_optimizer(
-        self, declared: list[groups.ParamGroup], optim: Optim
+        self, declared: list[groups.ParamGroup], optim: OptimConfig
     ) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(declared, optim)
         optimizer.register_step_post_hook(lambda *_: self.publish())

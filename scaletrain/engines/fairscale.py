@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Batch, Clock, MethodOutput
 from scaletrain.engines import base
 from scaletrain.engines.config import EngineConfig
@@ -47,7 +47,7 @@ class Engine(base.Engine):
         channels_last_inputs(self.method)
 
     def build_optimizer(
-        self, declared: list[groups.ParamGroup], optim: Optim
+        self, declared: list[groups.ParamGroup], optim: OptimConfig
     ) -> torch.optim.Optimizer:
         need("fairscale")
         if dist.world() == 1:

@@ -82,7 +82,7 @@ _FUNCTIONS = {
 }
 
 
-class Group(c10d.ProcessGroup):
+class RecordingGroup(c10d.ProcessGroup):
     """Notes every collective in `calls`, then leaves it to `inner`, or without one mirrors this
     rank to all others.
     """
@@ -169,7 +169,7 @@ for _name, _kind in {
     "barrier": "barrier",
 }.items():
     setattr(
-        Group,
+        RecordingGroup,
         _name,
         lambda self, *a, _name=_name, _kind=_kind, **o: self.collective(_name, _kind, a, o),
     )
@@ -203,8 +203,8 @@ def _reason(kind: str) -> str:
     return "gradients" if "reduce" in kind else "parameters"
 
 
-def _create(store: Any, rank: int, size: int, timeout: Any) -> Group:
-    return Group(
+def _create(store: Any, rank: int, size: int, timeout: Any) -> RecordingGroup:
+    return RecordingGroup(
         rank, size, None if _faked(store) else c10d.ProcessGroupGloo(store, rank, size, timeout)
     )
 
@@ -286,11 +286,11 @@ def count(config: Config) -> list[Call]:
     middle = Clock(50 * steps, 100 * steps, 50, steps)
 
     for _ in range(WARM + 1):
-        Group.calls.clear()
+        RecordingGroup.calls.clear()
         if engine.step(batch, middle, 1e-3, 1e-3).skipped:
             raise RuntimeError("the step was not finite: its collectives are not those of training")
 
-    return list(Group.calls)
+    return list(RecordingGroup.calls)
 
 
 def _tiny(config: Config) -> Config:
@@ -300,7 +300,7 @@ def _tiny(config: Config) -> Config:
     # some of those are built for one size
     if not config.model.name.startswith(TIMM):
         views = tuple(v.model_copy(update={"size": small[v.size]}) for v in views)
-        Group.pixels.update((tiny, size) for size, tiny in small.items())
+        RecordingGroup.pixels.update((tiny, size) for size, tiny in small.items())
 
     data = config.data.model_copy(update={"views": views})
     return config.model_copy(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.config.schema import Config, Optim
+from scaletrain.config.schema import Config, OptimConfig
 from scaletrain.core import Method
 from scaletrain.engines import deepspeed, fsdp2
 from scaletrain.engines.config import EngineConfig
@@ -47,7 +47,7 @@ class _Parameters:
     targets.
     """
 
-    def __init__(self, method: Method, optim: Optim) -> None:
+    def __init__(self, method: Method, optim: OptimConfig) -> None:
         declared = groups.parameter_groups(method, optim)
         self.trained: list[Tensor] = [p for group in declared for p in group["params"]]
         self.target: list[Tensor] = [p for p in method.parameters() if not p.requires_grad]

@@ -31,35 +31,35 @@ Name = Annotated[str, Field(pattern=r"^\w+$")]
 _BYTES = 64 << 20
 
 
-class LeftOut(BaseModel):
+class SkippedSample(BaseModel):
     """A sample that could not be read."""
 
     sample: NonNegativeInt
     fault: str
 
 
-class Data(BaseModel):
+class DatasetRecord(BaseModel):
     """A training or test set."""
 
     path: str
     samples: NonNegativeInt
     sha256: str
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[SkippedSample, ...] = ()
 
 
-class Subset(BaseModel):
+class SubsetRecord(BaseModel):
     """The label subset that was trained on."""
 
     file: str
 
 
-class Sets(BaseModel):
-    train: Data
-    test: Data
-    labels: Subset | None = None
+class DataRecord(BaseModel):
+    train: DatasetRecord
+    test: DatasetRecord
+    labels: SubsetRecord | None = None
 
     @property
-    def both(self) -> dict[str, Data]:
+    def both(self) -> dict[str, DatasetRecord]:
         return {"train": self.train, "test": self.test}
 
 
@@ -68,7 +68,7 @@ class Identity(BaseModel, extra="allow"):
     encoder: dict[str, Any]
 
 
-class Trained(BaseModel):
+class TrainingRecord(BaseModel):
     """What the encoder had seen; None where that is not known."""
 
     samples: NonNegativeInt | None = None
@@ -84,11 +84,11 @@ class Result(BaseModel):
     benchmark: Name
     encoder: Literal["trained", "untrained", "pixels"]
     step: NonNegativeInt
-    trained: Trained = Trained()
+    trained: TrainingRecord = TrainingRecord()
     # when, in UTC
     measured: str
     metrics: dict[Name, FiniteFloat]
-    data: Sets
+    data: DataRecord
     identity: Identity
 
     @property

@@ -41,14 +41,14 @@ class EncoderUnderTest:
     seed: int
     # pixels
     size: int
-    data: schema.Data
+    data: schema.DataConfig
     # checkpoint folder, exported file, or run folder of a baseline
     source: Path
     # where results go
     home: Path
     # the run folder, if there is one
     run: Path | None
-    model: schema.Model
+    model: schema.ModelConfig
     # sha256 of the loaded tensors: names, types, shapes, values
     weights: str = ""
     # drawn by its training, and how many epochs that was; None: not known
@@ -185,11 +185,11 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
 def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     tensors, meta = files.load_file(path)
     try:
-        model = schema.Model.model_validate_json(meta["model"])
+        model = schema.ModelConfig.model_validate_json(meta["model"])
         facts = json.loads(meta["data"])
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
-        data = schema.Data.model_validate(facts)
+        data = schema.DataConfig.model_validate(facts)
     except (
         KeyError,
         ValueError,
@@ -209,12 +209,12 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     )
 
 
-def _size(data: schema.Data) -> int:
+def _size(data: schema.DataConfig) -> int:
     """Of the largest view in use, in pixels: what the network saw of whole objects."""
     return max(view.size for view in data.views if view.count)
 
 
-def _fresh(model: schema.Model, seed: int) -> nn.Module:
+def _fresh(model: schema.ModelConfig, seed: int) -> nn.Module:
     """Weights that depend on the seed only, in eval mode; the caller's generator is left as
     it was.
     """

@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError, nearest
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
 
 TIMM = "timm/"
 
 
-def build(config: Model) -> nn.Module:
+def build(config: ModelConfig) -> nn.Module:
     """The network; its attribute `features` is the width of its output. Raises ConfigError."""
     return _timm(config) if config.name.startswith(TIMM) else resnet.ResNet(config)
 
@@ -39,9 +39,9 @@ def unpooled(net: nn.Module) -> nn.Module:
     return net
 
 
-def _timm(config: Model) -> nn.Module:
+def _timm(config: ModelConfig) -> nn.Module:
     for key in ("width", "stem", "sk", "sobel", "zero_init"):
-        value, plain = getattr(config, key), Model.model_fields[key].default
+        value, plain = getattr(config, key), ModelConfig.model_fields[key].default
         if value != plain:
             raise ConfigError(
                 f"model.{key}={value} is for our own ResNets; with model.name={config.name} leave "
@@ -75,7 +75,7 @@ def _timm(config: Model) -> nn.Module:
     return net  # type: ignore[no-any-return]
 
 
-def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: Model) -> BatchNorm:
+def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: ModelConfig) -> BatchNorm:
     """Our norm with the parameters of one of timm's, and with its activation where that is part of
     it.
     """

@@ -220,22 +220,22 @@ def memory() -> dict[str, float]:
     return peak
 
 
-class Steps(Protocol):
+class StepObserver(Protocol):
     def step(self) -> None: ...
 
 
-class Unwatched:
+class NullObserver:
     def step(self) -> None:
         """Nothing is recorded."""
 
 
 @contextmanager
-def profile(run: Path, enabled: bool) -> Iterator[Steps]:
+def profile(run: Path, enabled: bool) -> Iterator[StepObserver]:
     """Trace steps 5 to 10 (from 0) of this session into RUN/profile/rank<r>.json ; call `.step()`
     after each.
     """
     if not enabled:
-        yield Unwatched()
+        yield NullObserver()
         return
 
     path = run / "profile" / f"rank{dist.rank()}.json"

@@ -34,20 +34,20 @@ class BusyError(ConfigError):
     exit_code = exit_codes.RETRY
 
 
-class StorageError(ConfigError):
+class RunFolderError(ConfigError):
     """The run folder cannot be written."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
 
-    def __reduce__(self) -> tuple[type[StorageError], tuple[str, int]]:
-        return StorageError, (str(self), self.exit_code)
+    def __reduce__(self) -> tuple[type[RunFolderError], tuple[str, int]]:
+        return RunFolderError, (str(self), self.exit_code)
 
 
 def on_main(work: Callable[[], None]) -> None:
     """Run on rank 0; every rank raises what it raised. A run folder that cannot be written is a
-    StorageError.
+    RunFolderError.
     """
     problem: Exception | None = None
 
@@ -58,7 +58,7 @@ def on_main(work: Callable[[], None]) -> None:
             problem = error
         except OSError as error:
             text = f"cannot write the run folder: {error}; choose another with --run"
-            problem = StorageError(text, exit_codes.of(error))
+            problem = RunFolderError(text, exit_codes.of(error))
 
     if problem := dist.broadcast_object(problem):
         raise problem

@@ -16,7 +16,7 @@ from scaletrain import dist
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Config, Data
+from scaletrain.config.schema import Config, DataConfig
 from scaletrain.core import Batch, Clock
 from scaletrain.data.format import selection
 from scaletrain.data.loading.loader import Stream, open_stream
@@ -176,7 +176,7 @@ def open_session(
     )
 
 
-def whole_images(data: Data) -> Data:
+def whole_images(data: DataConfig) -> DataConfig:
     """The same samples, each as one view of its whole image."""
     first = next(view for view in data.views if view.count)
     plain = dict.fromkeys(("crop", "flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
@@ -186,7 +186,7 @@ def whole_images(data: Data) -> Data:
     return data.model_copy(update={"views": (whole,), **off})
 
 
-def _open(data: Data, config: Config, device: torch.device) -> Stream:
+def _open(data: DataConfig, config: Config, device: torch.device) -> Stream:
     return open_stream(
         data,
         seed=config.seed,

@@ -87,7 +87,7 @@ class Timer:
 @contextmanager
 def measuring(
     config: Config, run: Path, steps: int, device: torch.device
-) -> Iterator[monitor.Steps]:
+) -> Iterator[monitor.StepObserver]:
     """Time the coming `steps` of a run on synthetic data; call `.step()` after each. Other runs are
     not timed.
 
@@ -95,7 +95,7 @@ def measuring(
     for them.
     """
     if config.data.path != SYNTHETIC:
-        yield monitor.Unwatched()
+        yield monitor.NullObserver()
         return
 
     stamp, seconds = (

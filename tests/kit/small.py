@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from scaletrain import dist, rng
 from scaletrain.config import load, recipe
-from scaletrain.config.schema import Config, Data
+from scaletrain.config.schema import Config, DataConfig
 from scaletrain.core import Batch, Clock, Features
 from scaletrain.engines.base import Engine
 from scaletrain.train.build import build
@@ -157,7 +157,7 @@ def batch(cfg: Config, step: int) -> Batch:
     )
 
 
-def _support(data: Data, step: int, beside: Batch) -> Batch | None:
+def _support(data: DataConfig, step: int, beside: Batch) -> Batch | None:
     assert data.support is not None
     if step >= data.support.epochs * STEPS_PER_EPOCH:
         return None

@@ -120,7 +120,7 @@ def manifest(place: ShardSelection) -> ShardManifest:
 class CachedShards:
     """`place`: an address, or a local folder to be copied from. Safe to fork and to pickle."""
 
-    def __init__(self, place: str, options: schema.Cache, shards: ShardManifest) -> None:
+    def __init__(self, place: str, options: schema.CacheConfig, shards: ShardManifest) -> None:
         self.origin, self.options, self.shards = remote.origin(place), options, shards
         self._starts = np.cumsum(shards.samples) - shards.samples
         self._mine: tuple[int, NodeCache] | None = None

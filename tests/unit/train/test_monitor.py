@@ -40,7 +40,9 @@ class Unread:
 
 def settings(every: int = 4, images_every: int = 10) -> Any:
     """As much of a Config as the monitor uses, without a method to import."""
-    return SimpleNamespace(batch=32, monitor=schema.Monitor(every=every, images_every=images_every))
+    return SimpleNamespace(
+        batch=32, monitor=schema.MonitorConfig(every=every, images_every=images_every)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("passes") / "shards", (30, 18))
 
 
-def first(data: schema.Data) -> tuple[Stream, Batch]:
+def first(data: schema.DataConfig) -> tuple[Stream, Batch]:
     stream = open_stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
     batch = next(iter(stream.batches(0, 1)))
     stream.close()

@@ -17,7 +17,7 @@ from kit.data import add, encode, picture, write_shards
 from kit.importing import ROOT, run
 from kit.remote import serving
 
-from scaletrain.config.schema import Cache, Data, View
+from scaletrain.config.schema import CacheConfig, DataConfig, View
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import index, manifest, offsets
 from scaletrain.data.format.verify import verify
@@ -129,7 +129,7 @@ def test_an_older_index_at_an_address_says_what_to_do(
             DataError, match=r"HTTP 404 .*older version: run shards/index.py on .*upload it"
         ),
     ):
-        Shards(web.url, cache=Cache(path=str(tmp_path)))
+        Shards(web.url, cache=CacheConfig(path=str(tmp_path)))
 
 
 def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ def lossy(tmp_path: Path) -> Path:
 
 
 def stream(folder: Path, **options: object) -> Stream:
-    data = Data(path=str(folder), lanes=4, window=2, workers=0, views=(View(size=8),), **options)  # type: ignore[arg-type]
+    data = DataConfig(
+        path=str(folder), lanes=4, window=2, workers=0, views=(View(size=8),), **options
+    )  # type: ignore[arg-type]
     return open_stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
 
 
@@ -230,7 +232,7 @@ def test_what_indexing_left_out_is_remembered_and_counts(
 
 def test_left_out_and_replaced_samples_count_together(tmp_path: Path) -> None:
     account = ReplacementLog(
-        tmp_path, Data(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08
+        tmp_path, DataConfig(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08
     )
     for step in range(2):
         account.add(step, [Replaced(step, 9, "x")])

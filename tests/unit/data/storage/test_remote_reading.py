@@ -17,7 +17,7 @@ from kit import remote as kit
 from kit.data import picture, write_shards
 from kit.remote import Server, serving
 
-from scaletrain.config.schema import Cache, Data, View
+from scaletrain.config.schema import CacheConfig, DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
@@ -46,14 +46,14 @@ def web(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def cache(place: Path, size: int = 10_000_000, stage: bool = False) -> Cache:
-    return Cache(path=str(place), bytes=size, stage=stage)
+def cache(place: Path, size: int = 10_000_000, stage: bool = False) -> CacheConfig:
+    return CacheConfig(path=str(place), bytes=size, stage=stage)
 
 
 def stream(
-    path: str | Path, held: Cache, rank: int = 0, world: int = 1, **options: object
+    path: str | Path, held: CacheConfig, rank: int = 0, world: int = 1, **options: object
 ) -> Stream:
-    data = Data(
+    data = DataConfig(
         path=str(path),
         cache=held,
         **{"lanes": 4, "window": 2, "workers": 0, "views": VIEWS, **options},
@@ -82,7 +82,7 @@ def shards_of(url: str, place: Path, **options: int) -> Shards:
 def test_the_same_batches_as_from_the_folder(
     folder: Path, web: Server, tmp_path: Path, world: int, workers: int
 ) -> None:
-    local = taken(stream(folder, Cache()), 2, 9)  # 4 steps an epoch: over two ends
+    local = taken(stream(folder, CacheConfig()), 2, 9)  # 4 steps an epoch: over two ends
     parts = [
         taken(stream(web.url, cache(tmp_path), rank, world, workers=workers), 2, 9)
         for rank in range(world)
@@ -135,7 +135,7 @@ def test_the_next_shards_of_a_rank_come_before_they_are_read(
     room = 7.5 * max(shard["bytes"] for shard in shards)
     with serving(folder) as web:
         small = {"lanes": 4, "window": 1, "views": (View(size=8),)}
-        data = Data(path=web.url, cache=cache(tmp_path, int(2 * room)), workers=0, **small)
+        data = DataConfig(path=web.url, cache=cache(tmp_path, int(2 * room)), workers=0, **small)
         source = open_stream(data, seed=5, batch=4, rank=rank, world=world, device=CPU)
         lo, hi = source.plan.part(rank, world)
         coming = [
@@ -343,7 +343,7 @@ def test_s3_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_staging_a_local_folder(folder: Path, tmp_path: Path) -> None:
     held = cache(tmp_path, stage=True)
     for a, b in zip(
-        taken(stream(folder, Cache()), 0, 5),
+        taken(stream(folder, CacheConfig()), 0, 5),
         taken(stream(folder, held, workers=2), 0, 5),
         strict=True,
     ):
