@@ -24,23 +24,24 @@ from scaletrain.config.fields import Positive as Positive
 from scaletrain.config.fields import Share as Share
 from scaletrain.config.fields import absolute as absolute
 from scaletrain.config.recipe import ConfigError as ConfigError
-from scaletrain.config.recipe import brief, nearest
+from scaletrain.config.recipe import brief, closest
 
 # Modules in methods, auxiliaries and engines that define no component.
 _SHARED = ("base", "config", "deepspeed_config", "gradient_cache", "non_finite", "placement")
 
 
 class ComponentConfig(Frozen):
-    """Base of the `Config` that a method or engine file defines."""
+    """Base of the `Config` that a method, auxiliary or engine defines."""
 
     name: str
 
     def fits(self, run: Config) -> None:
-        """Raise ValueError where this leaf cannot go with the rest of the recipe, which is read by
-        then.
+        """Raise ValueError where this component does not fit the rest of the run, which has been
+        validated.
         """
 
 
+_SINGULAR = {"methods": "method", "auxiliaries": "auxiliary", "engines": "engine"}
 ComponentT = TypeVar("ComponentT", bound=ComponentConfig)
 
 
@@ -159,7 +160,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _fitting(self) -> Config:
-        names = [leaf.name for leaf in self.auxiliaries]
+        names = [auxiliary.name for auxiliary in self.auxiliaries]
         if len(set(names)) < len(names):
             raise ValueError(f"auxiliaries: each at most once, got {', '.join(names)}")
 
@@ -169,7 +170,7 @@ class Config(Frozen):
 
 
 def components(kind: str) -> tuple[str, ...]:
-    """Names of the leaf files in `scaletrain/<kind>/` that define a Config."""
+    """Names of the components of a kind: the modules of `scaletrain/<kind>/`."""
     package = importlib.import_module(f"scaletrain.{kind}")
     return tuple(
         sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _SHARED)
@@ -177,10 +178,11 @@ def components(kind: str) -> tuple[str, ...]:
 
 
 def component_config(kind: str, name: str) -> type[ComponentConfig]:
+    """The `Config` of a component; ValueError for an unknown name."""
     known = components(kind)
     if name not in known:
         raise ValueError(
-            f"there is no '{brief(name)}' in {kind}{nearest(name, known)}; known: "
+            f"unknown {_SINGULAR[kind]} '{brief(name)}'{closest(name, known)}; available: "
             f"{', '.join(known)}"
         )
 
@@ -193,6 +195,6 @@ def _component(kind: str, value: Any) -> ComponentConfig:
 
     raw = {"name": value} if isinstance(value, str) else value
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
-        raise ValueError(f"needs a `name`; known: {', '.join(components(kind))}")
+        raise ValueError(f"needs a `name`; available: {', '.join(components(kind))}")
 
     return component_config(kind, raw["name"]).model_validate(raw)

@@ -155,7 +155,7 @@ def test_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         name = Path(path).name
         return (
             name
-            if name.startswith(("manifest", "step-")) or path == str(tmp_path)
+            if name.startswith(("manifest", ".manifest", "step-")) or path == str(tmp_path)
             else kinds[name.rsplit(".", 1)[-1]]
         )
 
@@ -172,7 +172,7 @@ def test_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     save(tmp_path, 1)
     step, temporary = (
         "step-00000001",
-        next(name for _, name in calls if name.startswith("manifest.json.")),
+        next(name for _, name in calls if name.startswith(".manifest.json.")),
     )
     done = [("sync", "data"), ("sync", "tmp"), ("rename", "done"), ("sync", step)]
     commit = [

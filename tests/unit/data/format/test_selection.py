@@ -202,7 +202,7 @@ def test_recipes_take_patterns_and_lists(both: Path, tmp_path: Path) -> None:
         recipe.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"
     ):
         path("data.path=['a,b', c]")
-    field = load.schema()["$defs"]["Data"]["properties"]["path"]
+    field = load.schema()["$defs"]["DataConfig"]["properties"]["path"]
     assert [kind["type"] for kind in field["anyOf"]] == ["string", "array"]
     saved = tmp_path / "config.yaml"
     before = load.load(
