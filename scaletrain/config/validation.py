@@ -16,8 +16,8 @@ Location = tuple[int | str, ...]
 def explain(error: ValidationError, hint: Callable[[Location], str], prefix: str = "") -> str:
     """Every invalid key with what is wrong and the value given; at most `ERRORS` of them.
 
-    hint: what to say after an unknown key, such as the nearest valid one. prefix: stands before
-    every key.
+    hint: what to say after an unknown key, such as the nearest valid one. prefix: the section that
+    the keys belong to.
     """
     errors = error.errors(include_url=False)
     lines = [_line(item, hint, prefix) for item in errors[:ERRORS]]
@@ -32,7 +32,7 @@ def first(error: ValidationError) -> str:
 
 
 def _line(item: Mapping[str, Any], hint: Callable[[Location], str], prefix: str) -> str:
-    where = brief(prefix + ".".join(map(str, item["loc"])))
+    where = brief(".".join(map(str, ([prefix] if prefix else []) + list(item["loc"]))))
     if item["type"] == "extra_forbidden":
         return f"unknown key '{where}'{hint(item['loc'])}"
 

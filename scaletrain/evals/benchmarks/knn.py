@@ -36,7 +36,7 @@ class Config(Frozen):
 
 
 def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
-    """The benchmark: metrics in per cent, and what belongs on the protocol card."""
+    """Run the benchmark: metrics in per cent, and the protocol for the result."""
     bank, queries = context.bank(), context.queries()
     metrics = knn(bank.x, bank.labels, queries.x, queries.labels, config.ks, config.temperature)
     return metrics, {

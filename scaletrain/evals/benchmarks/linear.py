@@ -1,8 +1,8 @@
-"""Linear probe on a frozen trunk: the card of BYOL (appendix C.1) and ReLICv2 (its repository's
-configs/eval.py).
+"""Linear probe on a frozen backbone, with the protocol of BYOL (appendix C.1) and ReLICv2 (its
+repository's configs/eval.py).
 
-Nesterov SGD without weight decay, cosine without warm-up, a sweep of learning rates whose heads
-train side by side on the same features. The rate is chosen on held-out training images; the test
+Nesterov SGD without weight decay, cosine without warm-up, a sweep of learning rates whose heads are
+trained in parallel on the same features. The rate is chosen on held-out training images; the test
 set is scored once, by the chosen head at its last epoch. BYOL trains 80 epochs and sweeps; ReLICv2
 trains 100 at rate .3 on all images (`epochs=80`; `rates=[.3] refit=true`).
 """
@@ -25,14 +25,14 @@ from scaletrain.evals.features import mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
 from scaletrain.evals.targets import EvalError
 
-# samples scored at once
+# Samples per chunk of scoring.
 _ROWS = 4096
 
 
 class Config(Frozen):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 100
     batch: Count = 1024
-    """At most the training images that are left."""
+    """Samples per step; at most all training images."""
 
     rates: Annotated[
         tuple[Annotated[float, Field(ge=1e-12, le=1e6)], ...], AfterValidator(some)
@@ -41,7 +41,7 @@ class Config(Frozen):
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     augment: bool = True
-    """Random crops and flips, encoded anew each epoch; false: the test transform, encoded once."""
+    """Random crops and flips, encoded again each epoch; false: the test transform, encoded once."""
 
     refit: bool = False
     """Train again on all training images at the chosen rate before the test."""
@@ -126,7 +126,7 @@ def held_out(samples: int, labels: Tensor | None = None) -> Tensor:
             raise EvalError(
                 "the label subset has one image per class, which cannot be split into a training "
                 "and a held-out part; "
-                "take at least two per class, or judge by knn"
+                "take at least two per class, or evaluate with knn"
             )
 
     return order[: max(1, min(10_009, samples // 10))].sort().values
@@ -199,9 +199,9 @@ def fit(
 
 
 def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
-    """The benchmark: metrics in per cent, and what belongs on the protocol card."""
+    """Run the benchmark: metrics in per cent, and the protocol for the result."""
     out = held_out(context.samples, context.subset_labels)
-    judge, classes = context.part(out), context.classes
+    validation, classes = context.part(out), context.classes
     rows = (~mask(out, context.samples)).nonzero().flatten()
     batch = min(config.batch, len(rows))
 
@@ -217,7 +217,8 @@ def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dic
 
     heads = train(rows, config.rates)
     by_rate = [
-        accuracy(rank, judge.labels, classes)["top1"] for rank in heads.ranks(judge.x, judge.labels)
+        accuracy(rank, validation.labels, classes)["top1"]
+        for rank in heads.ranks(validation.x, validation.labels)
     ]
     # of equals the first listed
     best = by_rate.index(max(by_rate))

@@ -219,9 +219,13 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
 @pytest.mark.parametrize(
     ("benchmarks", "overrides", "text"),
     [
-        (("linnear",), (), "no benchmark 'linnear'; did you mean 'linear'.*known: knn, linear"),
-        ((), (), "no benchmark given; known: knn, linear"),
-        (BOTH, ("linear.epoch=3",), r"linear\.epoch: unknown key; did you mean 'epochs'"),
+        (
+            ("linnear",),
+            (),
+            "unknown benchmark 'linnear' .did you mean 'linear'.*available: knn, linear",
+        ),
+        ((), (), "no benchmark given; available: knn, linear"),
+        (BOTH, ("linear.epoch=3",), r"unknown key 'linear\.epoch'; did you mean 'epochs'"),
         (BOTH, ("linear.epochs=0",), r"linear\.epochs: .*greater than or equal to 1"),
         (BOTH, ("feature.size=32",), "override of 'feature'.*did you mean 'features'"),
         (("knn",), ("linear.epochs=3",), "override of 'linear', which is not evaluated"),
@@ -280,7 +284,7 @@ def test_no_test_set(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["", "synthetic"])
 def test_no_training_set(tmp_path: Path, path: str) -> None:
-    refused(run_folder(tmp_path, path), "no labels to judge by; give --train and --test")
+    refused(run_folder(tmp_path, path), "no labels to evaluate with; give --train and --test")
 
 
 def test_remote_shards_name_no_test_set_of_their_own(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which weights are judged, and that those of another model are refused by name."""
+"""Which weights are evaluated, and that those of another model are refused by name."""
 
 from __future__ import annotations
 

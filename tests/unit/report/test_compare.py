@@ -298,7 +298,7 @@ def test_files_in_another_form_are_passed_over(
         (fast / "evals" / name).write_text(text)
         assert compare([slow, fast]) == before
         assert (
-            f"skipped: {fast / 'evals' / name} is no result of this version"
+            f"skipped: {fast / 'evals' / name} is not a result of this version"
             in capsys.readouterr().err
         )
 
