@@ -197,7 +197,8 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     ) as error:  # pydantic's and json's errors are ValueErrors
         raise EvalError(
             f"{path}: its metadata does not describe the model and the images "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); make the file with `scaletrain export RUN FILE`"
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); make the file with "
+            "`scaletrain export RUN FILE`"
         ) from None
 
     subject = EncoderUnderTest(

@@ -86,7 +86,7 @@ def test_the_size_is_that_of_the_largest_view_in_use(
             tmp_path / "odd.safetensors",
             old | {"data": json.dumps(facts | {"size": size})},
         )
-        with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not tell"):
+        with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not describe"):
             find(tmp_path / "odd.safetensors")
 
 
