@@ -1,5 +1,5 @@
-"""What a run on synthetic data is for: its speed by part, its memory, and the loader speed that
-would feed it.
+"""The throughput check, a run on synthetic data: time by part of a step, memory, and the loader
+speed that the run needs.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from scaletrain.train import monitor
 from scaletrain.train.progress import number
 
 FILE = "throughput_check.json"
-# agreement of the ranks, gradient norm, monitor, checkpoints
+# Agreement of the ranks, gradient norm, monitor, checkpoints.
 REST = "the rest"
 PARTS = (WAIT, COPY, FORWARD, BACKWARD, UPDATE, REST)
-# steps at the start that are not counted, or half of them if there are fewer than twice as many
+# Steps at the start that are not measured; at most half of all.
 WARM_UP = 10
-# steps; bounds the memory of a long run
+# Latest steps that are kept, which bounds the memory of a long run.
 KEPT = 1000
 
 
 class Timer:
-    """Cuts steps into named parts that add up to them exactly: each moment belongs to the innermost
-    open mark.
+    """Divides steps into named parts that add up to the step: each moment belongs to the innermost
+    open span.
 
-    `stamp()` notes a moment, which may lie ahead as a CUDA event's does; `seconds(b, a)`, from a to
-    b, is left to read().
+    `stamp()` records a moment, which may lie in the future as with CUDA events; `seconds(b, a)`,
+    the time from a to b, is called by read() only.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Timer:
             self._cuts.append((self._stamp(), self._open[-1]))
 
     def step(self) -> None:
-        """A step ends here and the next begins."""
+        """End a step and begin the next."""
         self._cuts.append((self._stamp(), self._open[-1]))
         if self._skip:
             self._skip -= 1
@@ -73,7 +73,7 @@ class Timer:
         self._cuts = [self._cuts[-1]]
 
     def read(self) -> list[dict[str, float]]:
-        """Seconds by part of every step that counts."""
+        """Seconds by part, for every measured step."""
         result = []
         for cuts in self._steps:
             parts: dict[str, float] = defaultdict(float)
@@ -88,11 +88,10 @@ class Timer:
 def measuring(
     config: Config, run: Path, steps: int, device: torch.device
 ) -> Iterator[monitor.StepObserver]:
-    """Time the coming `steps` of a run on synthetic data; call `.step()` after each. Other runs are
-    not timed.
+    """Time the next `steps` of a run on synthetic data, and report them; other runs are not timed.
 
-    On CUDA the parts are cut by events on the device's own time line, where the host never waits
-    for them.
+    On CUDA the parts are divided by events on the device's time line, for which the host never
+    waits.
     """
     if config.data.path != SYNTHETIC:
         yield monitor.NullObserver()
@@ -121,11 +120,10 @@ def measuring(
 
 
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """One rank's milliseconds: median and 95th percentile of the steps, and the mean of each part
+    """Milliseconds of one rank: median and 95th percentile of the steps, and the mean of each part
     over the middle half of them.
 
-    The middle half by duration leaves out steps that write a checkpoint or record scalars; its
-    parts add up to its step.
+    The middle half by duration excludes steps that write a checkpoint or record scalars.
     """
     ordered = sorted(steps, key=lambda parts: sum(parts.values()))
     totals = [1000 * sum(parts.values()) for parts in ordered]
@@ -142,9 +140,9 @@ def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """What is written to RUN/throughput_check.json, from the summary of every rank."""
+    """The content of RUN/throughput_check.json, from the summaries of all ranks."""
     world, local = len(ranks), dist.local_world()
-    # ms; the ranks step together
+    # Milliseconds; ranks step together.
     step = statistics.fmean(r["median"] for r in ranks)
     parts = {name: statistics.fmean(r["parts"][name] for r in ranks) for name in PARTS}
     busy = sum(parts.values()) - parts[WAIT]

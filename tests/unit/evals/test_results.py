@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,7 +200,7 @@ def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.Monke
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scaletrain.runtime.durable.replacing", full)
+    monkeypatch.setattr(results, "durable", SimpleNamespace(write=full))
     with pytest.raises(
         EvalError,
         match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": ',

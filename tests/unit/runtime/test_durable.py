@@ -34,7 +34,7 @@ def test_records_wait_until_they_can_be_written(
         for step in (1, 2):
             records.add({"step": step})
     assert [r.getMessage() for r in caplog.records] == [
-        f"{path} cannot be written (Is a directory); the run goes on and tries again later"
+        f"{path} cannot be written (Is a directory); the run continues and will try again"
     ]
     path.rmdir()
     kept.rename(path)
@@ -86,7 +86,7 @@ def test_tensorboard_goes_on_after_a_failure(
             board.scalar("x", 1.0, step)
             board.text("note", "y", step)
             board.flush()
-    assert len([r for r in caplog.records if "the run goes on" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "the run continues" in r.getMessage()]) == 1
     folder.unlink()
     board.flush()
     board.scalar("x", 4.0, 4)
