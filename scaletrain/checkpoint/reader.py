@@ -1,5 +1,5 @@
-"""Steps on disk, and reading them: the manifest, its checks, and tensors by ranges from any number
-of files.
+"""Reading checkpoints: the folders of steps, the manifest and its checks, and ranges of tensors
+from any number of files.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from scaletrain.runtime import durable
 
 log = logging.getLogger("scaletrain")
 MANIFEST = "manifest.json"
-# seconds before each further attempt to read where storage fails
+# Seconds before each further attempt where storage fails.
 PAUSES = (1.0, 5.0)
 T = TypeVar("T")
 
-# a plain name: it never leads out of the folder
+# A plain name, which cannot lead out of the folder.
 FileName = Annotated[
     str, Field(pattern=r"^rank-[0-9]{5,}-of-[0-9]{5,}\.[0-9a-f]{16}\.safetensors$")
 ]
@@ -40,7 +40,7 @@ Code = Literal["BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F
 
 
 class StoredRange(Frozen):
-    """[start, stop) of a flattened tensor, stored in `file` under the tensor's name."""
+    """Elements [start, stop) of a flattened tensor, stored in `file` under the tensor's name."""
 
     file: FileName
     start: Natural
@@ -48,7 +48,7 @@ class StoredRange(Frozen):
 
 
 class StoredTensor(Frozen):
-    """One tensor: its type, whole shape, and where its ranges are."""
+    """A tensor: its type, its shape, and the files with its ranges."""
 
     dtype: Code
     shape: tuple[Natural, ...]
@@ -60,12 +60,14 @@ class StoredTensor(Frozen):
 
 
 class StoredFile(Frozen):
+    """Size and checksum of a file."""
+
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class StepManifest(Frozen):
-    """What a step holds. A rank's done file is the manifest of what that rank wrote."""
+    """The content of a step. A rank's done file is the manifest of what that rank wrote."""
 
     format: Literal[1] = 1
     step: Natural
@@ -84,7 +86,7 @@ def read_manifest(path: Path) -> StepManifest:
 
 
 def merge(step: int, meta: dict[str, Any], parts: Iterable[StepManifest]) -> StepManifest:
-    """The whole step from what each rank wrote."""
+    """The manifest of a step from those of all ranks."""
     first: dict[str, StoredTensor] = {}
     pieces: dict[str, list[StoredRange]] = {}
     listed: dict[str, StoredFile] = {}
@@ -108,8 +110,8 @@ def merge(step: int, meta: dict[str, Any], parts: Iterable[StepManifest]) -> Ste
 
 
 def _tiled(item: tuple[str, StoredTensor]) -> tuple[str, StoredTensor]:
-    """The entry with its pieces in order and empty ones gone; CheckpointError unless they cover the
-    tensor exactly once.
+    """Sort the pieces of a tensor and drop empty ones; CheckpointError unless they cover it exactly
+    once.
     """
     name, entry = item
     pieces = sorted(
@@ -120,10 +122,9 @@ def _tiled(item: tuple[str, StoredTensor]) -> tuple[str, StoredTensor]:
 
     for piece in pieces:
         if piece.start != end or piece.stop < piece.start:
-            fault = "lie over each other" if piece.start < end else "leave a gap"
+            fault = "overlap" if piece.start < end else "leave a gap"
             raise CheckpointError(
-                f"pieces of {name} {fault} at {end}: {piece.file} holds [{piece.start}, "
-                f"{piece.stop})"
+                f"pieces of {name} {fault} at {end}: {piece.file} has [{piece.start}, {piece.stop})"
             )
 
         end = piece.stop
@@ -144,9 +145,7 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def steps(root: Path) -> dict[int, bool]:
-    """Step numbers with a folder, ascending -> whether the step is committed, that is, has a
-    manifest.
-    """
+    """The steps with a folder, ascending, and whether each is committed (has a manifest)."""
     try:
         matches = [
             (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,})", path.name), path)
@@ -155,7 +154,8 @@ def steps(root: Path) -> dict[int, bool]:
         found = {int(match[1]): (path / MANIFEST).is_file() for match, path in matches if match}
     except FileNotFoundError:
         return {}
-    except OSError as error:  # never taken for "nothing there", which would start a run anew
+    except OSError as error:
+        # Not the same as "no checkpoints", which would start the run from the beginning.
         text = f"cannot list checkpoints: {error}. Check the path and its permissions"
         raise CheckpointError(text, exit_codes.of(error)) from None
 
@@ -163,7 +163,7 @@ def steps(root: Path) -> dict[int, bool]:
 
 
 def delete(folder: Path) -> None:
-    """The manifest goes first, so that a half-deleted step does not exist."""
+    """Delete a step, its manifest first, so that a half-deleted step does not count."""
     (folder / MANIFEST).unlink(missing_ok=True)
     durable.sync(folder)
     shutil.rmtree(folder)
@@ -173,8 +173,8 @@ def delete(folder: Path) -> None:
 
 
 class SavedStep:
-    """A verified step, read by ranges of flattened tensors: the reader's world size and engine are
-    its own affair.
+    """A verified checkpoint, read by ranges of flattened tensors, at any world size and with any
+    engine.
     """
 
     def __init__(self, path: Path, manifest: StepManifest) -> None:
@@ -199,15 +199,15 @@ class SavedStep:
         return files.DTYPES[self._entry(name).dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] CPU tensor of its own memory: a range of the flattened tensor, from as
-        many files as hold it.
+        """A range of a flattened tensor: [stop - start] on the CPU, read from all files that have
+        parts of it.
         """
         entry = self._entry(name)
         stop = entry.numel if stop is None else stop
         if not 0 <= start <= stop <= entry.numel:
             raise CheckpointError(
-                f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is no range of "
-                "it"
+                f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is not "
+                "a range of it"
             )
 
         out = torch.empty(stop - start, dtype=self.dtype(name))
@@ -225,7 +225,7 @@ class SavedStep:
             return self._manifest.tensors[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path} holds no tensor {name}; it is of another model or method"
+                f"{self.path} has no tensor {name}; it belongs to another model or method"
             ) from None
 
     def _slice(self, file: str, name: str, start: int, stop: int) -> Tensor:
@@ -246,7 +246,7 @@ class SavedStep:
 
 
 def _verify(folder: Path) -> StepManifest:
-    """The manifest of a step of which every byte is as written, else CheckpointError."""
+    """The manifest of a step, once every byte is known to be as written; else CheckpointError."""
     try:
         manifest = read_manifest(folder / MANIFEST)
     except OSError as error:
@@ -272,8 +272,8 @@ def _verify(folder: Path) -> StepManifest:
 
 
 def _patiently(folder: Path) -> StepManifest:
-    """As _verify. A failure of storage that may pass is not damage: going on from an older step
-    would lose work.
+    """As _verify, with further attempts: a transient failure of storage is not damage, and resuming
+    from an older step would lose work.
     """
     for pause in PAUSES:
         try:
@@ -299,7 +299,7 @@ def _newest(root: Path) -> tuple[Path, StepManifest] | None:
             manifest = _patiently(folder)
             if manifest.step != step:
                 raise CheckpointError(
-                    f"{folder} holds step {manifest.step}: the folder was renamed"
+                    f"{folder} contains step {manifest.step}: the folder was renamed"
                 )
 
             return folder, manifest
@@ -317,7 +317,7 @@ def _newest(root: Path) -> tuple[Path, StepManifest] | None:
 
 
 def _agreed(decide: Callable[[], T]) -> T:
-    """Rank 0's result or CheckpointError, on every rank: no two ranks go on from different steps,
+    """Rank 0's result or CheckpointError on every rank, so that all ranks resume from the same step
     and files are hashed once.
     """
     answer: tuple[T | None, CheckpointError | None] = (None, None)
@@ -336,10 +336,9 @@ def _agreed(decide: Callable[[], T]) -> T:
 
 
 def latest(root: Path) -> SavedStep | None:
-    """The newest committed step of which every byte is as written; None if nothing was ever
-    committed. Call on every rank.
+    """The newest intact step; None if no step was ever committed. Every rank calls it.
 
-    A damaged step is named in the log and the one before it is taken; CheckpointError if all are
+    A damaged step is named in the log and the one before it is used; CheckpointError if all are
     damaged.
     """
     found = _agreed(lambda: _newest(root))
@@ -348,7 +347,5 @@ def latest(root: Path) -> SavedStep | None:
 
 
 def open_step(path: Path) -> SavedStep:
-    """One step's folder, verified; CheckpointError says what is wrong with it. Call on
-    every rank.
-    """
+    """Open and verify the folder of a step. Raises CheckpointError. Every rank calls it."""
     return SavedStep(path, _agreed(lambda: _verify(path)))

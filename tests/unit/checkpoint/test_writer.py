@@ -38,7 +38,7 @@ def test_round_trip_and_ranges(tmp_path: Path) -> None:
     for start, stop in [(-1, 3), (0, 78), (4, 3)]:
         with pytest.raises(CheckpointError, match=r"net\.weight has 77 elements"):
             saved.read("net.weight", start, stop)
-    with pytest.raises(CheckpointError, match=r"holds no tensor net\.bias"):
+    with pytest.raises(CheckpointError, match=r"has no tensor net\.bias"):
         saved.read("net.bias")
 
 

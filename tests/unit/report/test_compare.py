@@ -257,7 +257,7 @@ def test_of_several_protocols_none_is_chosen_in_silence(slow: Path, fast: Path) 
         }.get(described, [4])
     with pytest.raises(
         ConfigError,
-        match=r"--protocol xyz is none, or more than one, of those with results of 'linear' of all "
+        match=r"--protocol xyz matches none, or more than one, of the protocols with results of 'linear' for all "
         r"runs;",
     ):
         compare([slow, fast], protocol="xyz")
@@ -350,7 +350,7 @@ def test_a_damaged_record_is_named(slow: Path, fast: Path, line: str) -> None:
     """In the middle; what is cut short at the end is no damage."""
     first, rest = (slow / "metrics.jsonl").read_text().split("\n", 1)
     (slow / "metrics.jsonl").write_text(f"{first}\n{line}\n{rest}")
-    with pytest.raises(ConfigError, match=r"slow/metrics\.jsonl, line 2, is no record of a run"):
+    with pytest.raises(ConfigError, match=r"slow/metrics\.jsonl, line 2, is not a record of a run"):
         compare([slow, fast])
 
 
