@@ -51,11 +51,11 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Replicated parameters; subclasses override what their library does otherwise."""
+    """An engine with replicated parameters; subclasses override what their library does instead."""
 
-    # ranks hold different parts of a parameter: sums over elements need all of them
+    # Whether ranks have different parts of a parameter, so that sums over elements need all ranks.
     sharded = False
-    # ranks that hold each such part
+    # Number of ranks with the same part.
     copies = 1
 
     def __init__(
@@ -79,7 +79,7 @@ class Engine:
                 if not isinstance(child, (nn.ModuleList, DeferredState)):
                     child.compile(dynamic=False)
 
-        # of whole parameters: a library may leave stubs of them
+        # Declared before wrapping, since a library may leave stubs of the parameters.
         declared = groups.parameter_groups(method, optim)
         self.wrap()
         self.shards = {
@@ -120,7 +120,7 @@ class Engine:
 
         self.optimizer.zero_grad(set_to_none=True)
         trust = self._trust() if finite else {}
-        shown = [
+        reported = [
             {
                 **({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}),
                 **o.scalars,
@@ -128,7 +128,7 @@ class Engine:
             for o in outs
         ]
 
-        scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
+        scalars = {name: torch.stack([s[name] for s in reported]).mean() for name in reported[0]}
         return StepResult(loss, scalars, norm, trust, outs[-1].embedding, not finite, self.ema)
 
     def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> list[MethodOutput]:
@@ -144,9 +144,7 @@ class Engine:
         return outs
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """The parts that gradients are accumulated over. Raises ConfigError where that would change
-        the normalisation.
-        """
+        """The micro-batches of a batch. Raises ConfigError if they would change the batch norm."""
         batch = batch.double() if self.config.precision == "fp64" else batch
         parts = (
             batch.split(self.config.grad_accum_steps)
@@ -194,8 +192,8 @@ class Engine:
             )
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, bool]:
-        """The global loss and whether all is finite everywhere: one small collective and the step's
-        only device sync.
+        """The global loss, and whether it and the gradient are finite on all ranks: one small
+        collective and the step's only device sync.
         """
         finite = (loss.isfinite() & norm.isfinite()).double()
         total, good = (
@@ -213,7 +211,7 @@ class Engine:
         """Hand `self.method` to the library, once its parameter groups are declared."""
 
     def shard(self, name: str, parameter: nn.Parameter) -> Shard:
-        """Where a parameter of the wrapped method (targets included) lies on this rank."""
+        """This rank's part of a parameter of the wrapped method, targets included."""
         return replica(parameter)
 
     def build_optimizer(
@@ -232,22 +230,20 @@ class Engine:
         return optimizer
 
     def total(self, x: Tensor) -> Tensor:
-        """Sums over the elements of shards -> over whole parameters, in one all-reduce."""
+        """Turn sums over the elements of shards into sums over parameters, in one all-reduce."""
         return dist.sum_nograd(x) / self.copies if self.sharded else x
 
     def collect(self) -> None:
-        """After the last backward: give every tensor of the optimizer, empty ones too, its part of
-        the mean gradient as .grad.
-
-        None on every rank where the parameter has no gradient.
+        """After the last backward pass, set .grad of every tensor of the optimizer, empty ones too,
+        to its part of the mean gradient; None on every rank if the parameter has no gradient.
         """
 
     def inside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call what uses the method's parameters, whole."""
+        """Call a function that uses the method's parameters, which are gathered for it."""
         return function(*args, **kwargs)
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are summed over ranks only inside the last micro-batch."""
+        """Context of a micro-batch; gradients are reduced over ranks in the last one only."""
         return nullcontext()
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
@@ -289,8 +285,8 @@ class Engine:
             torch._foreach_lerp_(self.averaged(target), self.averaged(online), 1 - self.ema)
 
     def averaged(self, module: str) -> list[Tensor]:
-        """What the moving average reads and writes of a submodule's parameters: alike for a target
-        and its online module.
+        """The tensors of a submodule that the moving average reads and writes, in the same order
+        for a target and its online module.
         """
         return [
             self.shards[f"{module}.{name}"].tensor
@@ -299,30 +295,24 @@ class Engine:
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Change a parameter, masters and replicas included, or a buffer to `value`, which is
-        whole.
-        """
+        """Set a parameter (masters and replicas too) or a buffer to the full tensor `value`."""
         shard = self.shards.get(name) or replica(self.method.get_buffer(name))
         shard.fill(value.reshape(-1)[shard.start : shard.stop])
 
     def state(self) -> dict[str, Piece]:
-        """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor
-        exactly.
-        """
+        """This rank's pieces of a checkpoint; those of all ranks tile every tensor exactly."""
         return pieces(self.placed())
 
     @torch.no_grad()
     def restore(self, saved: SavedTensors) -> None:
-        """Restore all state from a checkpoint of the same method, written by any engine at any
-        world size.
-        """
+        """Restore all state from a checkpoint of the same method, of any engine and world size."""
         # Optimizers create their state in their first step, which has not happened yet.
         create_optimizer_state(self.optimizer, saved)
         fill(self.placed(), saved)
 
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
-        """The whole backbone on every rank. All ranks call it together."""
+        """The full backbone on every rank. All ranks call it together."""
         state = self.method.backbone.state_dict(keep_vars=True)
         here = {
             name: self.shards.get(f"backbone.{name}") or replica(tensor)
@@ -358,7 +348,7 @@ class Engine:
     def features(
         self, batches: Iterator[Batch], embed: Callable[[Batch], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(index, embed(batch)) over the batches, without gradient and without a trace in running
+        """Yield (index, embed(batch)) for each batch, without gradient and without changing running
         statistics.
         """
         for batch in batches:

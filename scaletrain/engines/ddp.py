@@ -18,8 +18,8 @@ from scaletrain.engines.config import EngineConfig
 
 
 class Config(EngineConfig):
-    # gradients are sent in buckets of this size while backward goes on
     bucket_mb: Positive = 25.0
+    """Size of the buckets in which gradients are reduced during the backward pass."""
 
 
 class Engine(base.Engine):
@@ -49,11 +49,11 @@ class Engine(base.Engine):
         return super().step(batch, clock, lr, base_lr)
 
     def warm_up(self, batch: Batch, clock: Clock) -> None:
-        """One backward pass without a trace, before the first step of this process.
+        """Run a backward pass that changes no state, before the first step of this process.
 
-        DDP lays out its buckets anew after its first backward pass, and the layout decides in which
-        order three or more ranks are added up: without this, the first step after a resume would
-        round differently.
+        DDP rearranges its buckets after its first backward pass, and their layout determines the
+        order in which three or more ranks are summed: without this, the first step after a resume
+        would round differently.
         """
         with self.autocast():
             out = self.forward(self.micro_batches(batch)[0], clock)

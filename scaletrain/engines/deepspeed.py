@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO: 0 replicates, 1 shards optimizer state and fp32 masters, 2 gradients too, 3
 parameters and targets too.
 
-DeepSpeed moves gradients and parameters and updates none: it is given an optimizer that does
-nothing. Ours runs over what of each parameter lies in this rank's partition; then DeepSpeed sends
-the changed partitions to where they are used. Gradients are means over ranks, as everywhere. A
+DeepSpeed communicates gradients and parameters and updates none: its optimizer does nothing. Our
+optimizer updates the part of each parameter in this rank's partition; then DeepSpeed sends the
+changed partitions to where they are used. Gradients are means over ranks, as in all engines. A
 parameter outside the graph of a step has a zero gradient here, not none.
 """
 
@@ -94,8 +94,8 @@ class Engine(base.Engine):
         return optimizer
 
     def publish(self) -> None:
-        """DeepSpeed's step: it sends what our optimizer changed in the partitions, and drops the
-        gradients.
+        """Run DeepSpeed's step, which sends the partitions that our optimizer changed and drops
+        the gradients.
         """
         self.library.step()
 
@@ -154,8 +154,8 @@ class Engine(base.Engine):
 
     @contextmanager
     def _gathering(self) -> Iterator[None]:
-        """ZeRO 3 gathers what a module owns when it is called; in here also what is read without a
-        call.
+        """Context in which ZeRO 3 gathers parameters when they are read; otherwise it gathers those
+        of a module when that is called.
         """
         modules = list(self.method.modules()) if self.config.stage == 3 else []
 
@@ -207,29 +207,29 @@ class Engine(base.Engine):
             self.zero.update_lp_params()
 
     def _copy_master(self, name: str, parameter: Any) -> None:
-        """From the master to what ZeRO 3 gathers."""
+        """Copy a master to the partition that ZeRO 3 gathers."""
         master = self.shards[name].tensor
         parameter.ds_tensor[: len(master)].copy_(master)
 
 
 class _Idle(torch.optim.Optimizer):
-    """What DeepSpeed takes for the optimizer."""
+    """The optimizer that DeepSpeed is given, which does nothing."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing: ours has had its step."""
+        """Do nothing: our optimizer has made its step."""
 
 
 def _library(device: torch.device, *, talk: bool) -> Any:
-    """DeepSpeed over the process group that is there: it looks for no MPI and compiles nothing."""
+    """Import DeepSpeed for the present process group, without MPI and without compilation."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # it insists, also in a single process
+    # Required even for a single process.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.utils.logging import set_log_level_from_string
 
     set_log_level_from_string("info" if talk else "error")
-    # else a minute of C++ compilation on a CPU
+    # Avoids a minute of C++ compilation on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not c10d.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -243,7 +243,7 @@ def _library(device: torch.device, *, talk: bool) -> Any:
 
 
 def _renew(parameters: Iterable[Any]) -> None:
-    """ZeRO 3 keeps small parameters gathered: gather them once more."""
+    """Gather again the small parameters that ZeRO 3 keeps gathered."""
     small = [p for p in parameters if p.ds_persist]
     for p in small:
         p.partition()
@@ -257,7 +257,7 @@ def _gathered(parameter: nn.Parameter) -> bool:
 
 
 def _with_losses(module: nn.Module, args: Any, out: MethodOutput) -> list[Any]:
-    """DeepSpeed finds what leads to a backward pass in lists and dicts; it changes them in place,
-    so also within `out`.
+    """Expose the losses to DeepSpeed, which looks for the roots of backward in lists and dicts and
+    changes them in place, so also within `out`.
     """
     return [out.losses, out]

@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from scaletrain.config.recipe import ConfigError, nearest
+from scaletrain.config.recipe import ConfigError, closest
 from scaletrain.config.schema import Config as Run
 from scaletrain.config.schema import Positive
 from scaletrain.core import Method
 from scaletrain.engines.config import EngineConfig
 
 ZERO = "zero_optimization"
-# what a DeepSpeed JSON says that a recipe says elsewhere
-OURS = {
+# Options of DeepSpeed that belong to the recipe, and the key that sets them.
+RECIPE_KEYS = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
     "gradient_accumulation_steps": "engine.grad_accum_steps",
@@ -34,23 +34,21 @@ OURS = {
     f"{ZERO}.offload_optimizer": "engine.name=fsdp2 with engine.offload",
     f"{ZERO}.offload_param": "engine.name=fsdp2 with engine.offload",
 }
-# What is left to DeepSpeed: not what would change numbers or the order within a partition.
-_HOW_IT_SENDS = """
+# Options that a DeepSpeed JSON may set: none changes results or the order within a partition.
+_COMMUNICATION = """
 allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks
 log_trace_cache_warnings overlap_comm reduce_scatter stage3_max_live_parameters
 stage3_max_reuse_distance stage3_param_persistence_threshold stage3_prefetch_bucket_size
 use_multi_rank_bucket_allreduce
 """
-_WHAT_IT_MEASURES = (
+_PROFILING = (
     "comms_logger dump_state flops_profiler memory_breakdown steps_per_print wall_clock_breakdown"
 )
-THEIRS = (*_WHAT_IT_MEASURES.split(), *(f"{ZERO}.{key}" for key in _HOW_IT_SENDS.split()))
+DEEPSPEED_KEYS = (*_PROFILING.split(), *(f"{ZERO}.{key}" for key in _COMMUNICATION.split()))
 
 
 def _read(value: Any) -> Any:
-    """The contents of a DeepSpeed JSON, so that the saved configuration reruns the run whatever
-    becomes of the file.
-    """
+    """The content of a DeepSpeed JSON, which is saved with the run in place of the file's path."""
     if not isinstance(value, str):
         return value
 
@@ -64,10 +62,13 @@ def _read(value: Any) -> Any:
 
 class Config(EngineConfig):
     stage: Literal[0, 1, 2, 3] = 2
-    # gradients are sent in buckets of this size while backward goes on
+    """Stage of ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too; 0: nothing."""
+
     bucket_mb: Positive = 100.0
-    # a DeepSpeed JSON or its path
+    """Size of the buckets in which gradients are reduced during the backward pass."""
+
     deepspeed: Annotated[dict[str, Any], BeforeValidator(_read)] = Field(default_factory=dict)
+    """A DeepSpeed JSON or its path: options of communication and profiling only."""
 
     def fits(self, run: Run) -> None:
         super().fits(run)
@@ -89,9 +90,7 @@ class Config(EngineConfig):
         return self
 
     def _agree(self) -> None:
-        """Refuse what contradicts the recipe, and what is known neither to be exact nor to be
-        misspelt.
-        """
+        """Refuse options that contradict the recipe and those that are unknown or not exact."""
         same = {
             "gradient_accumulation_steps": self.grad_accum_steps,
             "gradient_clipping": self.max_grad_norm,
@@ -101,63 +100,61 @@ class Config(EngineConfig):
         for key, value in _flat(self.deepspeed):
             if key in same and value == same[key]:
                 continue
-            if key in OURS:
+            if key in RECIPE_KEYS:
                 raise ValueError(
-                    f"deepspeed.{key}={value!r} is for the recipe to say: remove it and set "
-                    f"{OURS[key]}"
+                    f"deepspeed.{key}={value!r} belongs to the recipe: remove it and set "
+                    f"{RECIPE_KEYS[key]}"
                 )
-            if key not in THEIRS:
+            if key not in DEEPSPEED_KEYS:
                 raise ValueError(
-                    f"deepspeed.{key} is not supported{nearest(key, THEIRS)}; known: "
-                    f"{', '.join(THEIRS)}"
+                    f"deepspeed.{key} is not supported{closest(key, DEEPSPEED_KEYS)}; available: "
+                    f"{', '.join(DEEPSPEED_KEYS)}"
                 )
 
     @property
     def talk(self) -> bool:
-        """Whether something is asked of DeepSpeed that it answers in its log."""
+        """Whether an option asks DeepSpeed for output in its log."""
         return any(
             value
             for key, value in _flat(self.deepspeed)
-            if key in THEIRS and not key.startswith(f"{ZERO}.")
+            if key in DEEPSPEED_KEYS and not key.startswith(f"{ZERO}.")
         )
 
     def settings(self) -> dict[str, Any]:
-        """All that DeepSpeed is told."""
-        theirs = {key: value for key, value in _flat(self.deepspeed) if key in THEIRS}
+        """The complete configuration of DeepSpeed."""
+        options = {key: value for key, value in _flat(self.deepspeed) if key in DEEPSPEED_KEYS}
         return {
-            **{key: value for key, value in theirs.items() if not key.startswith(f"{ZERO}.")},
-            # only its own messages use it
+            **{key: value for key, value in options.items() if not key.startswith(f"{ZERO}.")},
+            # Used in its own messages only.
             "train_micro_batch_size_per_gpu": 1,
-            # Engine.synchronised says where a step ends
+            # Engine.synchronised marks the end of a step.
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "torch_autocast": {
                 "enabled": self.precision == "bf16",
                 "dtype": "bfloat16",
-                # of which DeepSpeed would send the gradients in bfloat16
+                # DeepSpeed would reduce the gradients of these modules in bfloat16.
                 "lower_precision_safe_modules": [],
             },
             ZERO: {
                 **{
                     key.removeprefix(f"{ZERO}."): value
-                    for key, value in theirs.items()
+                    for key, value in options.items()
                     if key.startswith(f"{ZERO}.")
                 },
                 "stage": self.stage,
                 "reduce_bucket_size": max(1, int(self.bucket_mb * 2**20 / 4)),
-                # base.Engine does; the others cannot be told
+                # base.Engine computes it; stages 0 and 3 have no such option.
                 "compute_grad_norm": self.stage not in (1, 2),
-                # one: parts of the gradient would else come one after the other
+                # A single group: parts of the gradient would else arrive one after the other.
                 "sub_group_size": 10**15,
             },
         }
 
 
 def _flat(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Sections and, within zero_optimization, keys, without those that are switched off or left to
-    the trainer ("auto").
-    """
+    """The options by dotted key, without those that are disabled or "auto"."""
     zero = raw.get(ZERO)
     nested = (
         {f"{ZERO}.{key}": value for key, value in zero.items()} if isinstance(zero, Mapping) else {}
@@ -178,6 +175,5 @@ def need_one_backward(method: Method | type[Method]) -> None:
     if method.separate_losses:
         raise ConfigError(
             "engine.name=deepspeed takes one backward pass per step, but the losses of this method "
-            "drive separate groups of "
-            "parameters; use engine.name=ddp or fsdp2"
+            "train separate groups of parameters; use engine.name=ddp or fsdp2"
         )

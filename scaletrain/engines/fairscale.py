@@ -1,11 +1,11 @@
 """fairscale's OSS and ShardedDataParallel: each rank keeps the optimizer state, and gets the
 gradients, of whole parameters.
 
-Parameters, targets and buffers are replicas, as under ddp. Our optimizer has every parameter on
-every rank, one of another rank as an empty stub, so groups, names and the trust ratios of the
-monitor are the same everywhere. After its step OSS sends each parameter from its owner to the
-others. fairscale ended with 0.4.13. What is used of it works under torch 2.14 without a warning,
-float64 included; two of its habits are kept away:
+Parameters, targets and buffers are replicas, as with ddp. Our optimizer has every parameter on
+every rank, those of other ranks as empty stubs, so groups, names and trust ratios are the same on
+all ranks. After a step OSS sends each parameter from its owner to the others. The last release of
+fairscale is 0.4.13; what is used of it works with torch 2.14 without a warning, also in float64.
+Two of its features are avoided:
 - ShardedDataParallel's reduction buckets break when a gradient is set to None (frozen groups): they
   are off;
 - OSS.step() and clip_grad_norm() copy our group keys each step and take norms in float32: the
@@ -113,7 +113,7 @@ class Engine(base.Engine):
         return self.total(super().gradient_norm().double().square()).sqrt()
 
     def placed(self) -> dict[str, Shard]:
-        """As everywhere, but a parameter's optimizer state is its owner's alone; AdamW's step
+        """As in other engines, but a parameter's optimizer state is on its owner only; AdamW's step
         counter is on all ranks.
         """
         return {

@@ -1,9 +1,9 @@
-"""What a rank holds in memory under each engine, from the libraries' own rules of who keeps what.
-Nothing is allocated.
+"""Memory of a rank with each engine, predicted from how the libraries shard state. Nothing is
+allocated.
 
-Taken between forward and backward, when activations are largest, as if the gradients were there
-already. Beyond it come temporaries: the unit that is being gathered, a convolution's workspace, the
-activations of one stage that is run again. With unequal shares it is the rank that holds most.
+The estimate is for the moment between forward and backward, when activations are largest, with
+gradients allocated. Temporaries come on top: a unit that is being gathered, workspace of
+convolutions, activations of a recomputed stage. Where shares differ, it is for the largest one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from scaletrain.optim import groups
 from scaletrain.runtime import tables
 
 KINDS = {
-    "parameters": "trained, with what is kept for good beside them: masters, whole copies of small "
-    "ones",
-    "gathered": "whole parameters that wait for backward",
+    "parameters": "trained parameters, their masters, and full copies of small ones",
+    "gathered": "full parameters that are kept for backward",
     "gradients": "at the end of backward",
     "optimizer": "momentum and the like",
     "target": "moving averages",
@@ -43,9 +42,7 @@ Elements = dict[str, int]
 
 
 class _Parameters:
-    """The parameters of a method: trained ones in the order of the optimizer, and those of
-    targets.
-    """
+    """The parameters of a method: trained ones in the optimizer's order, and those of targets."""
 
     def __init__(self, method: Method, optim: OptimConfig) -> None:
         declared = groups.parameter_groups(method, optim)

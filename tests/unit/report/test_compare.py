@@ -257,8 +257,8 @@ def test_of_several_protocols_none_is_chosen_in_silence(slow: Path, fast: Path) 
         }.get(described, [4])
     with pytest.raises(
         ConfigError,
-        match=r"--protocol xyz matches none, or more than one, of the protocols with results of 'linear' for all "
-        r"runs;",
+        match=r"--protocol xyz matches none, or more than one, of the protocols with "
+        r"results of 'linear' for all runs;",
     ):
         compare([slow, fast], protocol="xyz")
 
