@@ -311,7 +311,7 @@ def test_odd_numbers_of_threads_are_no_error(
     begun = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1")
     torch.set_num_threads(1)
     assert begun.exit_code == 0, begun.stderr
-    assert (f"warning: OMP_NUM_THREADS={threads} is no number of threads" in begun.stderr) == (
+    assert (f"warning: OMP_NUM_THREADS={threads} is not a number of threads" in begun.stderr) == (
         threads != "4,2"
     )
 

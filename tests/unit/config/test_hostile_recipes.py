@@ -120,7 +120,7 @@ def test_what_is_no_file_is_no_recipe(tmp_path: Path) -> None:
     for path, text in {
         "/dev/zero": "a device",
         tmp_path / "pipe": "a pipe",
-        tmp_path / "image": "no text file",
+        tmp_path / "image": "not a UTF-8 text file",
     }.items():
         assert f"error: {path}: this is {text}" in refused(str(path))
     for number in range(recipe.BASES + 3):
