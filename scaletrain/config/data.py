@@ -19,20 +19,20 @@ class View(Frozen):
     """Pixels of the square view."""
 
     count: Natural = 1
-    """0 leaves it out, for studies of views."""
+    """Views of this kind per sample; 0 disables it, for studies of views."""
 
     scale: Range = (0.08, 1.0)
-    """Share of the image that a crop covers."""
+    """Range of the share of the image that a crop covers."""
 
     ratio: Range = (3 / 4, 4 / 3)
     crop: Share = 1.0
     """Probability of cropping at all; otherwise the whole image is resized."""
 
     interpolation: Literal["bilinear", "bicubic", "keys"] = "bicubic"
-    """Keys: TensorFlow's bicubic, never antialiased."""
+    """keys: TensorFlow's bicubic, which is never antialiased."""
 
     antialias: bool = True
-    """Widen the filter with the reduction, as Pillow does."""
+    """Widen the filter when reducing an image, as Pillow does."""
 
     flip: Share = 0.5
     jitter: Share = 0.8
@@ -43,7 +43,7 @@ class View(Frozen):
     grayscale: Share = 0.2
     blur: Share = 0.5
     sigma: Range = (0.1, 2.0)
-    """Of the blur, in pixels at size 224; scaled with the view's size."""
+    """Range of the blur's standard deviation in pixels at size 224; scaled with the view's size."""
 
     solarize: Share = 0.0
 
@@ -74,45 +74,45 @@ class MixturePart(Frozen):
     """Folder of tar shards."""
 
     weight: Positive
-    """Share of the draws, relative to the other parts."""
+    """Share of the samples drawn, relative to the other parts."""
 
 
 class CacheConfig(Frozen):
-    """Whole shards on this node's disk, shared by its ranks: those of http://, https:// and s3://
-    addresses.
+    """Cache of whole remote shards (http://, https://, s3://) on the node's disk, shared by its
+    ranks.
     """
 
     path: Place = ""
-    """Folder of this node; "": the one for temporary files."""
+    """Folder on this node; "": the folder for temporary files."""
 
     bytes: Count = 100_000_000_000
-    """Oldest shards are deleted beyond; want twice the shards in use, which the run prints."""
+    """Size of the cache; the oldest shards are deleted. A run prints how much it needs."""
 
     stage: bool = False
-    """Copy the shards of local folders too: for parallel file systems, which random reads hurt."""
+    """Copy shards of local folders too: for parallel file systems, where random reads are slow."""
 
 
 class SupportConfig(Frozen):
-    """Labelled samples beside every batch, as many of each class, for the auxiliaries that want
-    them (suncet).
+    """Labelled samples that come with every batch, equally many per class, for auxiliaries that
+    need them (suncet).
     """
 
     path: Place = ""
     """Folder of shards; "": data.path."""
 
     labels: Place = ""
-    """File of shards/subset.py, the samples whose labels may be used; "": all of a `path` of
-    their own.
+    """File written by shards/subset.py: the samples whose labels may be used; "": all samples of
+    `path`, which must be set.
     """
 
     classes: Count = 10
-    """Of a step; the classes take turns."""
+    """Classes per step; they alternate."""
 
     per_class: Annotated[int, Field(ge=2)] = 2
-    """Samples of each of them."""
+    """Samples per class and step."""
 
     epochs: Positive = 100.0
-    """From the start; the steps of later ones have none."""
+    """Epochs from the start in which steps have labelled samples."""
 
 
 class DataConfig(Frozen):
@@ -123,64 +123,64 @@ class DataConfig(Frozen):
 
     cache: CacheConfig = CacheConfig()
     mixture: tuple[MixturePart, ...] = ()
-    """In place of path: folders that every batch draws from."""
+    """Instead of path: several folders that every batch draws from."""
 
     epoch_samples: Natural = 0
-    """Samples that count as an epoch; 0: as many as the data has."""
+    """Samples per epoch; 0: as many as the data has."""
 
     lanes: Count = 64
-    """Equal parts of the epoch's line of samples that feed every batch."""
+    """Shuffle lanes: equal parts of an epoch's samples, each of which feeds every batch."""
 
     window: Count = 16
-    """Shards among which a lane shuffles."""
+    """Shuffle window: number of shards within which a lane shuffles."""
 
     workers: Natural = 4
     """Loader processes per rank; 0 loads in the training process."""
 
     prefetch: Annotated[int, Field(ge=1, le=100)] = 2
-    """Batches held ready by each worker."""
+    """Batches that each worker prepares ahead."""
 
     timeout: Positive = 300.0
     """Seconds without a batch before the run ends, with exit code 75."""
 
     liveness: Positive = 60.0
-    """Likewise, seconds in which a worker that owes a batch begins no image and receives no
-    bytes.
+    """Seconds without progress (a new image, received bytes) of a worker before the run ends, with
+    exit code 75.
     """
 
     masks: bool = False
     """Read `key.mask.png` members and crop them with the large views."""
 
     good_crops: Share = 0.0
-    """Of the samples: large crops are drawn again until they hold foreground, a study that needs
+    """Share of samples whose large crops are drawn again until they contain foreground; needs
     masks.
     """
 
     good_cover: Share = 0.25
-    """Of the foreground that such a crop holds."""
+    """Share of the foreground that such a crop contains."""
 
     mask_study: Literal["", "points", "rectangle", "centred", "add", "remove", "box"] = ""
-    """Worse masks, as altered.py says."""
+    """Degrade the masks, see mask_ablations.py."""
 
     mask_share: Share = 0.5
-    """Size of what mask_study puts in, takes out or adds."""
+    """Size of the change that mask_study makes."""
 
     on_bad: Literal["raise", "skip"] = "raise"
-    """A sample that cannot be used: stop, or replace it by another and count it."""
+    """What to do with a sample that cannot be read: stop, or replace it by another and count it."""
 
     max_bad: Share = 0.001
     """Share of the samples that may be replaced before the run stops."""
 
     max_pixels: Count = 50_000_000
-    """Images above this are refused before decoding."""
+    """Larger images are refused before decoding."""
 
     synthetic_samples: Count = 1_281_167
     mean: tuple[Share, Share, Share] = (0.485, 0.456, 0.406)
-    """Of pixels in [0, 1]; 0 and std 1 leave them so."""
+    """Mean of pixels in [0, 1]; mean 0 and std 1 leave them unchanged."""
 
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     augment: Literal["worker", "device"] = "worker"
-    """Where colours, blur and flips are computed; crops always in the worker."""
+    """Where color, blur and flips are computed; crops are always computed in the worker."""
 
     views: tuple[View, ...] = (View(count=2),)
     support: SupportConfig | None = None

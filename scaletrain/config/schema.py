@@ -50,7 +50,7 @@ class ModelConfig(Frozen):
     """resnet18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library."""
 
     width: Positive = 1.0
-    """Multiplies every stage and the stem."""
+    """Factor for the width of the stem and all stages."""
 
     sk: bool = False
     """SimCLRv2's selective kernels, with ResNet-D's stem and shortcuts."""
@@ -59,10 +59,10 @@ class ModelConfig(Frozen):
     """7x7 stride 2 and max-pool, or 3x3 stride 1."""
 
     sobel: bool = False
-    """The network sees the image's two gradients in place of its colours (DeepCluster)."""
+    """The input is the two image gradients instead of colors (DeepCluster)."""
 
     zero_init: bool = False
-    """Gamma of each residual branch's last norm starts at zero."""
+    """Initialise gamma of each residual branch's last norm with zero."""
 
     norm_group: Natural = 0
     """Samples of the global batch that share batch-norm statistics; 0: all of it."""
@@ -90,10 +90,10 @@ class OptimConfig(Frozen):
     weight_decay: Annotated[float, Field(ge=0.0)] = 1.5e-6
     momentum: Share = 0.9
     nesterov: bool = False
-    """Sgd only."""
+    """SGD only."""
 
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Adamw only."""
+    """AdamW only."""
 
     trust_coefficient: Positive = 1e-3
     """LARS eta."""
@@ -108,7 +108,7 @@ class OptimConfig(Frozen):
     """|g + wd p| (BYOL, SimCLR) or |g| + wd |p| (LARC)."""
 
     exclude: Literal["norm_bias", "ndim1", "none"] = "norm_bias"
-    """From weight decay and adaptation."""
+    """Parameters excluded from weight decay and adaptation."""
 
 
 class CheckpointConfig(Frozen):
@@ -117,7 +117,7 @@ class CheckpointConfig(Frozen):
 
     keep_last: Count = 2
     keep_every: Natural = 0
-    """Steps; multiples of it are never pruned."""
+    """Steps that are multiples of it are never deleted; 0: none."""
 
 
 class MonitorConfig(Frozen):
@@ -135,7 +135,7 @@ class Config(Frozen):
     batch: Count = 4096
     epochs: Positive = 100.0
     steps: Natural = 0
-    """Stop (and decay) after so many steps instead of `epochs`; 0: by epochs."""
+    """Length of the run and its schedule in steps, instead of `epochs`; 0: use `epochs`."""
 
     threads: Natural = 0
     """CPU threads per rank; 0: cores divided by local ranks."""

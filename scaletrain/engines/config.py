@@ -32,10 +32,10 @@ class EngineConfig(ComponentConfig):
     """
 
     max_skipped: Count = 3
-    """Stop after so many non-finite steps in a row."""
+    """Stop after this many non-finite steps in a row."""
 
     activation_checkpointing: bool | tuple[Count, ...] = False
-    """Stages of the backbones (1 is the first) run again in backward: less memory."""
+    """Stages of the backbones (1 is the first) that are recomputed in backward to save memory."""
 
     def fits(self, run: Config) -> None:
         gradient_cache.check(run, self.grad_accum_steps, self.gradient_cache)

@@ -58,11 +58,11 @@ class Engine(base.Engine):
 
         def local(own: list[groups.ParamGroup]) -> torch.optim.Optimizer:
             mine = {id(p) for group in own for p in group["params"]}
-            held = [
+            own_part = [
                 g | {"params": [p if id(p) in mine else p.new_empty(0) for p in g["params"]]}
                 for g in declared
             ]
-            optimizer = super(Engine, self).build_optimizer(held, optim)
+            optimizer = super(Engine, self).build_optimizer(own_part, optim)
 
             if isinstance(optimizer, LARS):
                 optimizer.total = self.total
@@ -98,16 +98,16 @@ class Engine(base.Engine):
         if dist.world() == 1:
             return
 
-        for name, held in named_parameters(self.optimizer):
+        for name, own_part in named_parameters(self.optimizer):
             parameter = self.method.get_parameter(name)
             if self.wrapped is None and parameter.grad is not None:
                 parameter.grad = dist.sum_nograd(parameter.grad) / dist.world()
 
-            if held is not parameter:
+            if own_part is not parameter:
                 parameter.grad = None
 
-            if held.grad is None:
-                held.grad = torch.zeros_like(held)
+            if own_part.grad is None:
+                own_part.grad = torch.zeros_like(own_part)
 
     def gradient_norm(self) -> Tensor:
         return self.total(super().gradient_norm().double().square()).sqrt()

@@ -65,18 +65,18 @@ def row_shards(p: _Parameters, shards: int, reshard: bool) -> Elements:
     With engine.offload, parameters, gradients and optimizer state are in host memory.
     """
 
-    def held(x: Tensor) -> int:
+    def elements(x: Tensor) -> int:
         return -(-len(x) // shards) * (x.numel() // len(x))
 
-    n = _total(p.trained, held)
+    n = _total(p.trained, elements)
     kept = [*p.root, *(x for x in p.trained if id(x) in p.units and not reshard)]
     # padded to equal rows
-    whole = shards * _total(kept, held) if shards > 1 else 0
+    whole = shards * _total(kept, elements) if shards > 1 else 0
     return {
         "parameters": n,
         "gradients": n,
         "optimizer": n,
-        "target": _total(p.target, held),
+        "target": _total(p.target, elements),
         "gathered": whole,
     }
 
@@ -146,8 +146,8 @@ def whole_parameters(p: _Parameters, ranks: int) -> Elements:
     }
 
 
-def _total(parameters: Iterable[Tensor], held: Callable[[Tensor], int] = Tensor.numel) -> int:
-    return sum(map(held, parameters))
+def _total(parameters: Iterable[Tensor], elements: Callable[[Tensor], int] = Tensor.numel) -> int:
+    return sum(map(elements, parameters))
 
 
 def measure(config: Config, ranks: int) -> dict[str, Any]:
@@ -169,7 +169,8 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
         buffers = sum(b.nbytes for b in method.buffers())
         p = _Parameters(method, config.optim)
         found = {
-            name: _bytes(held, config, len(p.trained)) for name, held in _engines(p, config, ranks)
+            name: _bytes(elements, config, len(p.trained))
+            for name, elements in _engines(p, config, ranks)
         }
 
     common = dict(zip(COMMON, (buffers, activations), strict=True))
@@ -181,8 +182,8 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
         "batch": config.batch,
         "samples_per_rank": rows,
         "engines": {
-            name: {kind: (held | common).get(kind, 0) for kind in KINDS}
-            for name, held in found.items()
+            name: {kind: (elements | common).get(kind, 0) for kind in KINDS}
+            for name, elements in found.items()
         },
     }
 
@@ -214,10 +215,12 @@ def _engines(p: _Parameters, config: Config, ranks: int) -> Iterator[tuple[str, 
     yield "fairscale", whole_parameters(p, ranks)
 
 
-def _bytes(held: Elements, config: Config, parameters: int) -> dict[str, int]:
+def _bytes(elements: Elements, config: Config, parameters: int) -> dict[str, int]:
     size, adamw = torch.get_default_dtype().itemsize, config.optim.name == "adamw"
     states = 2 if adamw else int(config.optim.momentum > 0)
-    found = {kind: n * size * (states if kind == "optimizer" else 1) for kind, n in held.items()}
+    found = {
+        kind: n * size * (states if kind == "optimizer" else 1) for kind, n in elements.items()
+    }
     # a step counter for each, on every rank
     return found | {"optimizer": found["optimizer"] + 4 * parameters * adamw}
 
@@ -229,8 +232,12 @@ def show(found: dict[str, Any]) -> None:
     common = next(iter(found["engines"].values()))
     own = [kind for kind in KINDS if kind not in COMMON]
     rows = [
-        (name, *(f"{held[kind] / 1e9:,.3f}" for kind in own), f"{sum(held.values()) / 1e9:,.3f}")
-        for name, held in found["engines"].items()
+        (
+            name,
+            *(f"{elements[kind] / 1e9:,.3f}" for kind in own),
+            f"{sum(elements.values()) / 1e9:,.3f}",
+        )
+        for name, elements in found["engines"].items()
     ]
 
     tables.show(

@@ -111,5 +111,5 @@ def _check(taken: Mapping[str, Tensor], mine: Mapping[str, Shape], path: Path) -
 
 
 def _some(names: Collection[str]) -> str:
-    shown = list(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+    first = list(names)[:3]
+    return ", ".join(first) + (", ..." if len(names) > len(first) else "")

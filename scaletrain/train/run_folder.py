@@ -128,9 +128,9 @@ def claim(run: Path, config: Config, change: bool, until: contextlib.ExitStack) 
     _hold(run, until)
 
     if (found := differences(run, config)) and not change:
-        shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in found)
+        listed = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in found)
         raise ConfigError(
-            f"{run} was started with a different configuration:\n{shown}\n"
+            f"{run} was started with a different configuration:\n{listed}\n"
             "Use another --run, or --change to resume with this configuration"
         )
 

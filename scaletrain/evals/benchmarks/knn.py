@@ -20,7 +20,7 @@ from scaletrain.evals.context import EvalContext
 from scaletrain.evals.features import some
 from scaletrain.evals.scores import accuracy
 
-# similarities held at once: 128 MB of float32
+# Similarities in memory at once: 128 MB of float32.
 _ELEMENTS = 1 << 25
 
 

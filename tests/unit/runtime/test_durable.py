@@ -14,12 +14,31 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from scaletrain.runtime.durable import Records, drop_records
+from scaletrain.runtime.durable import Records, drop_records, replacing, write
 from scaletrain.train.tensorboard_writer import Board
 
 
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_file_is_replaced_in_full_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, "old", mode=0o604)
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("old", 0o604)
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            assert path.read_text() == "old"
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    assert path.read_text() == "old"
+    write(path, b"new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_records_wait_until_they_can_be_written(
