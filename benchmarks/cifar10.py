@@ -23,8 +23,8 @@ import typer
 from scaletrain.config import load
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals.benchmarks.knn import knn
-from scaletrain.evals.features import Config as Features
-from scaletrain.evals.features import EvalContext
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.targets import Encoder, find
 
 HERE = Path(__file__).parent
@@ -119,8 +119,8 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
 
 
 def score(target: Path, shards: Path, encoder: Encoder) -> list[float]:
-    scene = EvalContext(find(target, encoder), Features(), shards / "train", shards / "test")
-    bank, queries = scene.bank(), scene.queries()
+    context = EvalContext(find(target, encoder), FeatureConfig(), shards / "train", shards / "test")
+    bank, queries = context.bank(), context.queries()
     found = [
         knn(bank.x, bank.labels, queries.x, queries.labels, (k,), t)[f"knn_{k}"]
         for k, t in SETTINGS

@@ -18,7 +18,7 @@ import cv2
 import torch
 
 from benchmarks.rows import HEAD, Row, spread
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.format.tar import header_fault
 from scaletrain.data.loading.dataset import Failure, Images
 from scaletrain.data.reading.reader import Shards
@@ -46,7 +46,7 @@ def rows(folder: str) -> Iterator[Row]:
     views = (View(size=224, count=4), View(size=96, count=2, scale=(0.05, 0.14)))
     shards = Shards(folder)
     plan = Plan(shards.counts, seed=0, batch=ROWS, lanes=ROWS, window=16)
-    dataset = Images(Data(path=folder, views=views), shards, plan, 0, ROWS)
+    dataset = Images(DataConfig(path=folder, views=views), shards, plan, 0, ROWS)
 
     def seconds() -> float:
         begin = process_time()

@@ -28,7 +28,7 @@ import torch
 from benchmarks.rows import Row, spread
 from scaletrain import dist
 from scaletrain.config import load
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.loading.dataset import sample_keys
 from scaletrain.data.loading.loader import open_stream
 from scaletrain.data.reading.reader import Shards
@@ -107,7 +107,7 @@ def rows(
         )
 
 
-def views(antialias: bool) -> Data:
+def views(antialias: bool) -> DataConfig:
     recipe = load.load(HERE.parent / "configs" / "relicv2_r50_in1k.yaml").data
     match = {"interpolation": "bilinear", "antialias": antialias}
     return recipe.model_copy(

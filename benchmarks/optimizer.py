@@ -20,7 +20,7 @@ from lightly.utils.lars import LARS as Lightly
 from timm.optim.lars import Lars as Timm
 from torch import Tensor
 
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.nn.resnet import ResNet
 from scaletrain.optim.lars import LARS
 
@@ -43,7 +43,7 @@ class EncoderUnderTest:
             process_time if torch.get_num_threads() == 1 else perf_counter
         )  # other work on the machine counts less
         torch.manual_seed(0)
-        network = ResNet(Model()).to(dtype).to(memory_format=torch.channels_last)
+        network = ResNet(ModelConfig()).to(dtype).to(memory_format=torch.channels_last)
         self.params = list(network.parameters())
         plain, exempt = ([p for p in self.params if (p.ndim > 1) is kind] for kind in (True, False))
         groups: Groups = [

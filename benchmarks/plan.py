@@ -27,7 +27,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 
 from benchmarks.rows import HEAD, Row
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.format import index
 from scaletrain.data.loading.loader import open_stream
 from scaletrain.data.sampling.mixture import Mixture, MixtureSource
@@ -143,7 +143,7 @@ def resumes(folder: Path) -> tuple[float, float, float, float]:
     """Median CPU milliseconds to the first batch of a new stream; slope over the position and its
     95 % interval, in ms per 1,000 samples (Theil and Sen).
     """
-    data = Data(path=str(folder), lanes=16, window=2, workers=0, views=(View(size=32),))
+    data = DataConfig(path=str(folder), lanes=16, window=2, workers=0, views=(View(size=32),))
     steps = np.random.default_rng(1).integers(0, 10 * 64, POSITIONS)  # of ten epochs
     taken = []
 

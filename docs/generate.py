@@ -90,7 +90,7 @@ def config_page() -> str:
             parts += tables(f"{section}.", model, definitions, level=3, skip=("name",))
 
     parts.append(EVALUATION)
-    models: dict[str, type[Frozen]] = {"features": features.Config}
+    models: dict[str, type[Frozen]] = {"features": features.FeatureConfig}
     models |= {name: type(run._settings([name], ())[name]) for name in run.names()}
     for name, config in models.items():
         found = {**config.model_json_schema(), "title": name}

@@ -9,7 +9,6 @@ it was. All files are below demo/; delete that folder to begin again.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ import typer
 from rich.console import Console
 
 from scaletrain.data.reading.reader import Shards
-from scaletrain.runtime import tables
+from scaletrain.runtime import locks, tables
 
 if TYPE_CHECKING:
     from scaletrain.evals.targets import Encoder
@@ -369,13 +368,11 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    with (HOME / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locks.locked(HOME / ".lock", wait=False) as lock:
+        if lock is None:
             raise DemoError(
                 f"another demonstration is at work in {HOME.absolute()}; wait for it or stop it"
-            ) from None
+            )
 
         yield
 

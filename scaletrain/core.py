@@ -132,6 +132,8 @@ class StepResult:
     embedding: Tensor | None = None  # [B, D]
     # the loss or the gradient was not finite and nothing was written
     skipped: bool = False
+    # rate of the targets' moving average; None without targets
+    ema: float | None = None
 
 
 @dataclass(frozen=True)

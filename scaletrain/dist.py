@@ -1,5 +1,4 @@
-"""Ranks, collectives that carry gradients (and forms that do not, named so), and stateless
-randomness keyed by sample.
+"""The process group: ranks, and collectives with and without gradient.
 
 With the loss convention of core.py, the backward of a gather is a sum over ranks and needs no
 factor of the world size.
@@ -22,9 +21,10 @@ import torch.distributed as c10d
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
+from scaletrain import environment, exit_codes
 from scaletrain.peers import Peers
 
-# the variable by which a launcher gives rank 0 the socket on which the ranks meet
+# Variable of the launcher: descriptor of the socket on which rank 0 accepts the other ranks.
 LISTEN_FD = "SCALETRAIN_LISTEN_FD"
 _peers: Peers | None = None
 
@@ -34,17 +34,16 @@ _reduce_scatter = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_sc
 
 
 class LaunchError(ValueError):
-    """The process group could not be made; the text says why."""
+    """The process group could not be formed; the text says why."""
 
-    # EX_TEMPFAIL of sysexits.h
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 def init(timeout_seconds: float = 1800.0) -> torch.device:
-    """Join the process group that torchrun's variables describe (none: a single process) and return
-    this rank's device.
+    """Join the process group that torchrun's variables describe, if any, and return this rank's
+    device.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = environment.local_rank()
     # A scheduler may show each process a single device only, whatever its local rank.
     device = (
         torch.device("cuda", local % torch.cuda.device_count())
@@ -55,7 +54,7 @@ def init(timeout_seconds: float = 1800.0) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not c10d.is_initialized():
+    if environment.world() > 1 and not c10d.is_initialized():
         _join(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             timedelta(seconds=timeout_seconds),
@@ -73,8 +72,8 @@ def _join(backend: str, timeout: timedelta) -> None:
             c10d.init_process_group(
                 backend,
                 store=place,
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
+                rank=environment.rank(),
+                world_size=environment.world(),
                 timeout=timeout,
             )
         else:
@@ -86,7 +85,7 @@ def _join(backend: str, timeout: timedelta) -> None:
         ) from None
 
     _peers = Peers(rank(), world(), host, broadcast_object)
-    # not reached by a process that fails: cli.main ends those at once
+    # Not reached by a process that fails: cli.main ends those at once.
     atexit.register(_peers.leave)
 
 
@@ -146,8 +145,8 @@ def leave() -> None:
 
 
 def lost_contact(error: BaseException) -> str:
-    """A text for an error which means that another process of the run died or cannot be reached;
-    empty for any other.
+    """A text for an error that is due to another process which died or cannot be reached; empty for
+    other errors.
     """
     if world() == 1 or not (isinstance(error, c10d.DistError) or "gloo/transport" in str(error)):
         return ""
@@ -167,7 +166,7 @@ def world() -> int:
 
 
 def port_problem(host: str, port: int) -> str | None:
-    """Why a port of this machine cannot be listened on; None if it can."""
+    """Why this machine cannot listen on a port; None if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -179,8 +178,8 @@ def port_problem(host: str, port: int) -> str | None:
 
 
 def local_world() -> int:
-    """Processes of this node, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Number of processes on this node."""
+    return environment.local_world()
 
 
 def main() -> bool:
@@ -206,9 +205,7 @@ def max_nograd(x: Tensor) -> Tensor:
 
 
 def max_later(value: int) -> Callable[[], int]:
-    """Begin to exchange a number; the function that is returned waits for it and gives the largest
-    of all ranks.
-    """
+    """Start to exchange a number; the returned function waits for the largest of all ranks."""
     box = torch.tensor(value)
     work = c10d.all_reduce(box, op=c10d.ReduceOp.MAX, async_op=True) if world() > 1 else None
 
@@ -239,10 +236,10 @@ def gather_nograd(x: Tensor) -> Tensor:
 
 
 def permute_nograd(x: Tensor, order: Tensor) -> Tensor:
-    """This rank's slice [b, ...] of a global-batch tensor X -> its slice of X[order]. Every row is
-    sent once.
+    """Permute a global-batch tensor X: this rank's slice [b, ...] of X -> its slice of X[order].
 
-    order: [W * b] int64 on the host, a permutation that every rank knows. Equal b on every rank.
+    order: [W * b] int64 on the host, the same permutation on every rank. Equal b on every rank;
+    each row is sent once.
     """
     x = x.detach()
 
@@ -306,9 +303,7 @@ class _Sum(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """As gather_nograd, but gradients of every rank's use of these rows flow back to their
-    owner.
-    """
+    """As gather_nograd, with gradients: the owner of a row receives the sum over ranks."""
     return _Gather.apply(x) if world() > 1 else x
 
 

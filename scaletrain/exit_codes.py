@@ -1,9 +1,11 @@
-"""What a process tells its launcher by how it ends; docs/reference/run-folder.md has this table.
+"""Exit codes, by which a process tells its launcher how it ended. The README has the same table.
 
-0    done 1    a defect of this program, with its traceback 2    invalid input: the same command
-would be refused again 75   a failure that may pass (EX_TEMPFAIL of sysexits.h): storage, network,
-memory, a process that died; start again 128+n  ended by signal n, after saving where that signal
-asks for it
+- 0: success
+- 1: a defect of this program, with a traceback
+- 2: invalid input; the same command would be refused again
+- 75 (EX_TEMPFAIL of sysexits.h): a transient failure of storage, network, memory or another
+  process; start again
+- 128 + n: ended by signal n, after saving where that signal asks for it
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from pathlib import Path
 
 DEFECT, INVALID, RETRY = 1, 2, 75
 
-# the variable by which a launcher says where the first rank that fails leaves its code
+# Variable of the launcher: the file in which the first rank that fails leaves its exit code.
 ERROR_FILE = "SCALETRAIN_ERROR_FILE"
 
-# Storage, network and memory come back, so these say nothing about the command. A full disk is one
-# of them: it is usually another job's doing, and the launchers bound how often they start again.
+# Transient failures of storage, network and memory. A full disk is one of them: it is often due to
+# another job, and launchers limit how often they restart.
 _PASSING = frozenset(
     {
         errno.EIO,
@@ -52,7 +54,7 @@ _PASSING = frozenset(
 
 
 def passing(error: BaseException | None) -> bool:
-    """Whether another start may succeed: the error, or what it was raised from, is of storage,
+    """Whether another start may succeed: the error, or one of its causes, is a failure of storage,
     network or memory.
     """
     while error is not None:
@@ -70,13 +72,13 @@ def passing(error: BaseException | None) -> bool:
 
 
 def of(error: BaseException) -> int:
-    """The exit code of an expected error."""
+    """The exit code for an expected error."""
     return RETRY if passing(error) else int(getattr(error, "exit_code", INVALID))
 
 
 def claim(code: int) -> int | None:
-    """None for the first rank of a start that fails: it reports. The others, mostly its victims,
-    get its exit code.
+    """None for the first rank that fails, which then reports; the first rank's exit code for the
+    others, which mostly fail because of it.
     """
     place = os.environ.get(ERROR_FILE)
     if not place:
@@ -88,5 +90,6 @@ def claim(code: int) -> int | None:
         return None
     except FileExistsError:
         return int(Path(place).read_text() or code)
-    except OSError:  # the launch folder is gone or full: better two reports than none
+    except OSError:
+        # The launch folder is gone or full: two reports are better than none.
         return None

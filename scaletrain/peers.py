@@ -1,10 +1,9 @@
-"""Notices within seconds that another process of the run has died, whatever this one is waiting
-for.
+"""Detects within seconds that another process of the run has died, whatever this one waits for.
 
-A collective over gloo fails by itself when a process dies. A process that waits elsewhere does not
-notice: for another rank's part of a checkpoint, for data, in NCCL. So rank 0 keeps a TCP connection
-to every other rank. The kernel closes it when a process ends, however that happens, and rank 0
-tells the rest. A process that ends in order says so first.
+A gloo collective fails by itself when a process dies. A process that waits for something else, such
+as another rank's part of a checkpoint, data, or NCCL, does not notice. So rank 0 keeps a TCP
+connection to every other rank. The kernel closes it when a process ends, for whatever reason, and
+rank 0 informs the others. A process that exits normally announces it first.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from scaletrain import exit_codes
 
 log = logging.getLogger("scaletrain")
 
-# seconds in which a process whose peer has died may still end with an error of its own
+# Seconds in which a process whose peer has died may still end with its own error.
 GRACE = 5.0
-# seconds for all processes to connect
+# Seconds for all processes to connect.
 _CONNECT = 60.0
 # bytes
 _TOKEN = 16
@@ -37,12 +36,12 @@ _TOKEN = 16
 _HELLO = struct.Struct(f"!{_TOKEN}sIQ64s")
 # of rank 0: token, port, its hello
 _Offer = tuple[bytes, int, bytes]
-# the last word of a process that ends in order; of a dead one, rank 0 sends on its hello
+# Message of a process that exits normally. For a dead one, rank 0 forwards its hello.
 _LEAVING = bytes(_HELLO.size)
 
 
 class Peers:
-    """Watches the other processes of a run. `share(value)` gives every rank the value of rank 0."""
+    """Watches the other processes of a run. share: returns the value of rank 0 on every rank."""
 
     def __init__(self, rank: int, world: int, host: str, share: Callable[[_Offer], _Offer]) -> None:
         self._rank, self._world = rank, world
@@ -74,18 +73,18 @@ class Peers:
 
             return
 
-        # loader workers would keep the connections open after this process has died
+        # Otherwise loader workers would keep the connections open after this process has died.
         os.register_at_fork(after_in_child=self._close)
         threading.Thread(target=watch, name="peers", daemon=True).start()
 
     def leave(self) -> None:
-        """This process ends in order: the others need not end with it."""
+        """Announce that this process exits normally, so that the others do not end with it."""
         if self._open:
             self._tell(_LEAVING)
             self._close()
 
     def name_lost(self, patience: float) -> str:
-        """Which process ended unexpectedly; empty where none is known of after so many seconds."""
+        """The process that ended unexpectedly, waiting `patience` seconds; empty if none did."""
         self._known.wait(patience)
         return self.lost
 
@@ -107,7 +106,7 @@ class Peers:
                     if secrets.compare_digest(hello[:_TOKEN], token):
                         watched[link] = hello
                     else:
-                        # a stranger
+                        # Not a process of this run.
                         link.close()
         except OSError:
             self._links = list(watched)
@@ -128,7 +127,7 @@ class Peers:
             while self._open and selector.get_map():
                 for key, _ in selector.select(timeout=1.0):
                     link: socket.socket = key.data
-                    # whatever it says is its last word
+                    # A peer sends one message at most.
                     selector.unregister(link)
                     if not _receive(link, len(_LEAVING)) and self._open:
                         self._tell(watched[link])
@@ -156,7 +155,7 @@ class Peers:
     # --- all --------------------------------------------------------------------------------------
 
     def _end(self, hello: bytes) -> None:
-        """End with the process that introduced itself so."""
+        """End this process because the peer with this hello has died."""
         _, rank, pid, host = _HELLO.unpack(hello)
         where = host.rstrip(bytes(1)).decode(errors="replace")
         self.lost = f"rank {rank} of {self._world} (process {pid} on {where}) ended unexpectedly"
@@ -188,10 +187,10 @@ def _hello(token: bytes, rank: int) -> bytes:
 def _listen(host: str) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        # that address only: nobody else need reach it
+        # On that address only, since nobody else needs to connect.
         listener.bind((host, 0))
     except OSError:
-        # rank 0 may be known to the others under an address that it does not have itself
+        # Others may reach rank 0 under an address that it does not have itself.
         listener.bind(("", 0))
 
     listener.listen(4096)
@@ -199,7 +198,7 @@ def _listen(host: str) -> socket.socket:
 
 
 def _keep_alive(link: socket.socket) -> None:
-    """Blocking from now on; a node that lost its power or its network is noticed after half a
+    """Make a connection blocking, and detect a node that lost power or network within half a
     minute.
     """
     link.settimeout(None)
@@ -211,7 +210,7 @@ def _keep_alive(link: socket.socket) -> None:
 
 
 def _receive(link: socket.socket, size: int) -> bytes:
-    """`size` bytes; empty where the connection ended before."""
+    """Read `size` bytes; empty if the connection ends before."""
     data = b""
     with contextlib.suppress(OSError):
         while len(data) < size and (more := link.recv(size - len(data))):

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    ("core", "config", "dist", "rng", "peers", "exit_codes"),
+    ("core", "config", "dist", "environment", "exit_codes", "peers", "rng"),
     ("runtime",),
     ("ops",),
     ("nn", "optim", "data", "checkpoint"),
@@ -39,7 +39,6 @@ COLLECTIVES = {"dist", "engines", "estimate"}  # the only packages that know tor
 PLUGINS = {  # packages whose files do not know each other, but for what they share
     "methods": ("base",),
     "auxiliaries": ("base",),
-    "engines": ("base", "gradient_cache", "placement"),
     "importers": (
         "command",
         "dedup",
@@ -50,6 +49,14 @@ PLUGINS = {  # packages whose files do not know each other, but for what they sh
         "sources",
         "tar_source",
         "write",
+    ),
+    "engines": (
+        "base",
+        "config",
+        "deepspeed_config",
+        "gradient_cache",
+        "non_finite",
+        "placement",
     ),
     "evals.benchmarks": (),
 }

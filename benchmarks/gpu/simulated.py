@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu.report import ROOT
-from scaletrain.nn import norm
+from scaletrain.nn import batch_norm, norm
 
 DEVICE = torch.device("meta")
 # tensors of one launch of a multi-tensor kernel
@@ -211,13 +211,13 @@ def simulated() -> Iterator[torch.device]:
         stack.enter_context(patch(torch.Tensor, "is_cuda", property(on_gpu)))
         stack.enter_context(patch(torch, "autocast", autocast_of_host))
         # as Python functions: of a custom operator, only the outside would be seen
-        backward = norm._batch_norm_backward._init_fn
-        stack.enter_context(patch(norm, "_batch_norm", _batch_norm))
-        stack.enter_context(patch(norm, "_batch_norm_backward", backward))
+        backward = batch_norm._batch_norm_backward._init_fn
+        stack.enter_context(patch(norm, "batch_norm", _batch_norm))
+        stack.enter_context(patch(batch_norm, "_batch_norm_backward", backward))
         yield DEVICE
 
 
-_FORWARD = norm._batch_norm._init_fn
+_FORWARD = batch_norm.batch_norm._init_fn
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -226,11 +226,11 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         out = _FORWARD(*inputs)
-        norm._save(ctx, inputs, out)
+        batch_norm._save(ctx, inputs, out)
         ctx.mark_non_differentiable(*out[1:])
         return out
 
-    backward = staticmethod(norm._backward)
+    backward = staticmethod(batch_norm._backward)
 
 
 def _batch_norm(

@@ -1,7 +1,7 @@
-"""Files that show damage: sealed JSON, summed safetensors. Nothing loaded can run code.
+"""Checkpoint files with checksums: sealed JSON and safetensors. Loading them cannot run code.
 
-The safetensors container is written here and read by the official library. Its own writer holds the
-whole file in memory twice, hides errno (disk full) and cannot hash while the disk works.
+Safetensors are written here and read by the official library, whose writer needs twice the memory
+of the file, hides errno (disk full) and cannot hash while the disk works.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ DTYPES = {
     "F64": torch.float64,
 }  # the container's names
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# the one tensor name that the container keeps for itself
+# The tensor name that the format reserves.
 RESERVED = "__metadata__"
-# of a safetensors file: some 100,000 tensors
+# Largest header of a safetensors file: some 100,000 tensors.
 HEADER_BYTES = 16 << 20
-# of a sealed JSON file: a step of 1,000 ranks that hold parts of 700 tensors each
+# Largest sealed JSON file: a step of 1,000 ranks with parts of 700 tensors each.
 SEALED_BYTES = 128 << 20
 _SUM = "scaletrain.sha256"
 _HEAD, _JOINT = b'{"sha256":"', b'","body":'
@@ -61,14 +61,14 @@ class CheckpointError(ValueError):
 
 
 def seal(body: str) -> bytes:
-    """JSON text -> a JSON object that carries the sha256 of the body's bytes in front of it."""
+    """Wrap JSON text in a JSON object with the sha256 of its bytes."""
     raw = body.encode()
     return _HEAD + hashlib.sha256(raw).hexdigest().encode() + _JOINT + raw + b"}\n"
 
 
 def unseal(path: Path) -> bytes:
-    """The body of a sealed file. FileNotFoundError if there is none, CheckpointError if a byte of
-    it changed.
+    """The body of a sealed file. Raises FileNotFoundError, or CheckpointError if a byte has
+    changed.
     """
     with path.open("rb") as file:
         raw = file.read(SEALED_BYTES + 1)
@@ -96,11 +96,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], meta: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Write a safetensors container of CPU tensors; (bytes, sha256) of what was *meant* to be
+    """Write CPU tensors as safetensors; returns the size and the sha256 of what was meant to be
     written.
 
-    The sum is taken from memory by a second thread while this one waits for the disk. Wide types
-    come first, so every tensor is aligned.
+    A second thread hashes the memory while this one waits for the disk. Wide types come first, so
+    that every tensor is aligned.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {RESERVED: dict(meta)}
@@ -134,15 +134,13 @@ def write_tensors(
 
 
 def write_new(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """As write_tensors, to a new file that is on disk afterwards."""
+    """As write_tensors, to a new file, which must not exist."""
     with path.open("xb") as file:
         return write_tensors(file, tensors, {"format": "pt"})
 
 
 def compare(path: Path, size: int, sha256: str) -> None:
-    """Raise CheckpointError, naming the file and what differs, unless it holds exactly
-    these bytes.
-    """
+    """Raise CheckpointError, naming the file and the difference, unless its content is the same."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno()).st_size
@@ -176,9 +174,7 @@ def fingerprint(tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
 
 
 def export(tensors: Mapping[str, Tensor], path: Path, meta: Mapping[str, str]) -> None:
-    """Write tensors of any device to one safetensors file, whole or not at all; replaces an older
-    one. For one rank.
-    """
+    """Write tensors of any device to one safetensors file, atomically. For one rank."""
     unknown = [
         name for name, tensor in tensors.items() if tensor.dtype not in CODES or name == RESERVED
     ]
@@ -192,7 +188,7 @@ def export(tensors: Mapping[str, Tensor], path: Path, meta: Mapping[str, str]) -
     head = {"format": "pt", **meta}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, str(os.getpid())) as file:
+        with replacing(path) as file:
             write_tensors(file, host, head | {_SUM: fingerprint(host, head)})
     except OSError as error:
         text = f"cannot write {path}: {error.strerror}. Choose another file name or free the disk"
@@ -203,8 +199,8 @@ def _fix(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(4)
 
-    # a sound container may begin with the same bytes (its header's length), so this is asked only
-    # of broken ones
+    # An intact file may begin with the same bytes (the length of its header), so this is for broken
+    # ones only.
     if start == b"PK\x03\x04" or (
         start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     ):
@@ -219,10 +215,9 @@ def _fix(path: Path) -> str:
 
 
 def load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(CPU tensors, metadata) of a safetensors file, ours or another's; the checksum of ours is
-    verified.
+    """CPU tensors and metadata of any safetensors file; a checksum of scaletrain's is verified.
 
-    A pickle (.pt, .pth) is refused: loading one can run code.
+    A pickle (.pt, .pth) is refused, since loading one can run code.
     """
     if path.is_dir():
         raise CheckpointError(
@@ -262,13 +257,13 @@ def load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a header that would take minutes and gigabytes to read; real networks have a few
-    thousand tensors.
+    """Refuse a header that would take minutes and gigabytes to read; networks have a few thousand
+    tensors.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
 
-    # a larger size is no header at all: the library says so
+    # A larger size is not a header at all; the library reports that.
     if HEADER_BYTES < size < path.stat().st_size:
         raise CheckpointError(
             f"{path}: its header has {size:,} bytes, more than the {HEADER_BYTES:,} that are read"

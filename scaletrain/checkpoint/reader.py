@@ -1,5 +1,5 @@
-"""Steps on disk, and reading them: the manifest, its checks, and tensors by ranges from any number
-of files.
+"""Reading checkpoints: the folders of steps, the manifest and its checks, and ranges of tensors
+from any number of files.
 """
 
 from __future__ import annotations
@@ -22,73 +22,74 @@ from torch import Tensor
 from scaletrain import dist, exit_codes
 from scaletrain.checkpoint import files
 from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.config import validation
 from scaletrain.config.schema import Frozen, Natural
 from scaletrain.runtime import durable
 
 log = logging.getLogger("scaletrain")
 MANIFEST = "manifest.json"
-# seconds before each further attempt to read where storage fails
+# Seconds before each further attempt where storage fails.
 PAUSES = (1.0, 5.0)
 T = TypeVar("T")
 
-# a plain name: it never leads out of the folder
+# A plain name, which cannot lead out of the folder.
 FileName = Annotated[
     str, Field(pattern=r"^rank-[0-9]{5,}-of-[0-9]{5,}\.[0-9a-f]{16}\.safetensors$")
 ]
 Code = Literal["BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"]
 
 
-class Part(Frozen):
-    """[start, stop) of a flattened tensor, stored in `file` under the tensor's name."""
+class StoredRange(Frozen):
+    """Elements [start, stop) of a flattened tensor, stored in `file` under the tensor's name."""
 
     file: FileName
     start: Natural
     stop: Natural
 
 
-class Entry(Frozen):
-    """One tensor: its type, whole shape, and where its ranges are."""
+class StoredTensor(Frozen):
+    """A tensor: its type, its shape, and the files with its ranges."""
 
     dtype: Code
     shape: tuple[Natural, ...]
-    pieces: tuple[Part, ...]
+    pieces: tuple[StoredRange, ...]
 
     @property
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
 
 
-class File(Frozen):
+class StoredFile(Frozen):
+    """Size and checksum of a file."""
+
     bytes: Natural
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Manifest(Frozen):
-    """What a step holds. A rank's done file is the manifest of what that rank wrote."""
+class StepManifest(Frozen):
+    """The content of a step. A rank's done file is the manifest of what that rank wrote."""
 
     format: Literal[1] = 1
     step: Natural
     meta: dict[str, Any]
-    tensors: dict[str, Entry]
-    files: dict[FileName, File]
+    tensors: dict[str, StoredTensor]
+    files: dict[FileName, StoredFile]
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> StepManifest:
     try:
-        return Manifest.model_validate_json(files.unseal(path))
+        return StepManifest.model_validate_json(files.unseal(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"])
         raise CheckpointError(
-            f"{path} cannot be used: {where}: {first['msg']}; was it written by another version?"
+            f"{path} cannot be used: {validation.first(error)}; was it written by another version?"
         ) from None
 
 
-def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifest:
-    """The whole step from what each rank wrote."""
-    first: dict[str, Entry] = {}
-    pieces: dict[str, list[Part]] = {}
-    listed: dict[str, File] = {}
+def merge(step: int, meta: dict[str, Any], parts: Iterable[StepManifest]) -> StepManifest:
+    """The manifest of a step from those of all ranks."""
+    first: dict[str, StoredTensor] = {}
+    pieces: dict[str, list[StoredRange]] = {}
+    listed: dict[str, StoredFile] = {}
 
     for part in parts:
         listed |= part.files
@@ -105,12 +106,12 @@ def merge(step: int, meta: dict[str, Any], parts: Iterable[Manifest]) -> Manifes
         (name, entry.model_copy(update={"pieces": tuple(pieces[name])}))
         for name, entry in first.items()
     )
-    return Manifest(step=step, meta=meta, tensors=dict(map(_tiled, whole)), files=listed)
+    return StepManifest(step=step, meta=meta, tensors=dict(map(_tiled, whole)), files=listed)
 
 
-def _tiled(item: tuple[str, Entry]) -> tuple[str, Entry]:
-    """The entry with its pieces in order and empty ones gone; CheckpointError unless they cover the
-    tensor exactly once.
+def _tiled(item: tuple[str, StoredTensor]) -> tuple[str, StoredTensor]:
+    """Sort the pieces of a tensor and drop empty ones; CheckpointError unless they cover it exactly
+    once.
     """
     name, entry = item
     pieces = sorted(
@@ -121,10 +122,9 @@ def _tiled(item: tuple[str, Entry]) -> tuple[str, Entry]:
 
     for piece in pieces:
         if piece.start != end or piece.stop < piece.start:
-            fault = "lie over each other" if piece.start < end else "leave a gap"
+            fault = "overlap" if piece.start < end else "leave a gap"
             raise CheckpointError(
-                f"pieces of {name} {fault} at {end}: {piece.file} holds [{piece.start}, "
-                f"{piece.stop})"
+                f"pieces of {name} {fault} at {end}: {piece.file} has [{piece.start}, {piece.stop})"
             )
 
         end = piece.stop
@@ -145,9 +145,7 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def steps(root: Path) -> dict[int, bool]:
-    """Step numbers with a folder, ascending -> whether the step is committed, that is, has a
-    manifest.
-    """
+    """The steps with a folder, ascending, and whether each is committed (has a manifest)."""
     try:
         matches = [
             (re.fullmatch(r"step-([0-9]{8}|[1-9][0-9]{8,})", path.name), path)
@@ -156,7 +154,8 @@ def steps(root: Path) -> dict[int, bool]:
         found = {int(match[1]): (path / MANIFEST).is_file() for match, path in matches if match}
     except FileNotFoundError:
         return {}
-    except OSError as error:  # never taken for "nothing there", which would start a run anew
+    except OSError as error:
+        # Not the same as "no checkpoints", which would start the run from the beginning.
         text = f"cannot list checkpoints: {error}. Check the path and its permissions"
         raise CheckpointError(text, exit_codes.of(error)) from None
 
@@ -164,7 +163,7 @@ def steps(root: Path) -> dict[int, bool]:
 
 
 def delete(folder: Path) -> None:
-    """The manifest goes first, so that a half-deleted step does not exist."""
+    """Delete a step, its manifest first, so that a half-deleted step does not count."""
     (folder / MANIFEST).unlink(missing_ok=True)
     durable.sync(folder)
     shutil.rmtree(folder)
@@ -173,12 +172,12 @@ def delete(folder: Path) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-class Saved:
-    """A verified step, read by ranges of flattened tensors: the reader's world size and engine are
-    its own affair.
+class SavedStep:
+    """A verified checkpoint, read by ranges of flattened tensors, at any world size and with any
+    engine.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: StepManifest) -> None:
         self.path, self._manifest = path, manifest
         self._open: dict[str, Any] = {}
 
@@ -200,15 +199,15 @@ class Saved:
         return files.DTYPES[self._entry(name).dtype]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """[stop - start] CPU tensor of its own memory: a range of the flattened tensor, from as
-        many files as hold it.
+        """A range of a flattened tensor: [stop - start] on the CPU, read from all files that have
+        parts of it.
         """
         entry = self._entry(name)
         stop = entry.numel if stop is None else stop
         if not 0 <= start <= stop <= entry.numel:
             raise CheckpointError(
-                f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is no range of "
-                "it"
+                f"{self.path}: {name} has {entry.numel} elements; [{start}, {stop}) is not "
+                "a range of it"
             )
 
         out = torch.empty(stop - start, dtype=self.dtype(name))
@@ -221,12 +220,12 @@ class Saved:
 
         return out
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> StoredTensor:
         try:
             return self._manifest.tensors[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path} holds no tensor {name}; it is of another model or method"
+                f"{self.path} has no tensor {name}; it belongs to another model or method"
             ) from None
 
     def _slice(self, file: str, name: str, start: int, stop: int) -> Tensor:
@@ -246,8 +245,8 @@ class Saved:
         return part
 
 
-def _verify(folder: Path) -> Manifest:
-    """The manifest of a step of which every byte is as written, else CheckpointError."""
+def _verify(folder: Path) -> StepManifest:
+    """The manifest of a step, once every byte is known to be as written; else CheckpointError."""
     try:
         manifest = read_manifest(folder / MANIFEST)
     except OSError as error:
@@ -272,9 +271,9 @@ def _verify(folder: Path) -> Manifest:
     return manifest
 
 
-def _patiently(folder: Path) -> Manifest:
-    """As _verify. A failure of storage that may pass is not damage: going on from an older step
-    would lose work.
+def _patiently(folder: Path) -> StepManifest:
+    """As _verify, with further attempts: a transient failure of storage is not damage, and resuming
+    from an older step would lose work.
     """
     for pause in PAUSES:
         try:
@@ -288,7 +287,7 @@ def _patiently(folder: Path) -> Manifest:
     return _verify(folder)
 
 
-def _newest(root: Path) -> tuple[Path, Manifest] | None:
+def _newest(root: Path) -> tuple[Path, StepManifest] | None:
     known, refused = steps(root), ""
     for step in reversed(known):
         folder = folder_of(root, step)
@@ -300,7 +299,7 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
             manifest = _patiently(folder)
             if manifest.step != step:
                 raise CheckpointError(
-                    f"{folder} holds step {manifest.step}: the folder was renamed"
+                    f"{folder} contains step {manifest.step}: the folder was renamed"
                 )
 
             return folder, manifest
@@ -318,7 +317,7 @@ def _newest(root: Path) -> tuple[Path, Manifest] | None:
 
 
 def _agreed(decide: Callable[[], T]) -> T:
-    """Rank 0's result or CheckpointError, on every rank: no two ranks go on from different steps,
+    """Rank 0's result or CheckpointError on every rank, so that all ranks resume from the same step
     and files are hashed once.
     """
     answer: tuple[T | None, CheckpointError | None] = (None, None)
@@ -336,20 +335,17 @@ def _agreed(decide: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def latest(root: Path) -> Saved | None:
-    """The newest committed step of which every byte is as written; None if nothing was ever
-    committed. Call on every rank.
+def latest(root: Path) -> SavedStep | None:
+    """The newest intact step; None if no step was ever committed. Every rank calls it.
 
-    A damaged step is named in the log and the one before it is taken; CheckpointError if all are
+    A damaged step is named in the log and the one before it is used; CheckpointError if all are
     damaged.
     """
     found = _agreed(lambda: _newest(root))
 
-    return None if found is None else Saved(*found)
+    return None if found is None else SavedStep(*found)
 
 
-def open_step(path: Path) -> Saved:
-    """One step's folder, verified; CheckpointError says what is wrong with it. Call on
-    every rank.
-    """
-    return Saved(path, _agreed(lambda: _verify(path)))
+def open_step(path: Path) -> SavedStep:
+    """Open and verify the folder of a step. Raises CheckpointError. Every rank calls it."""
+    return SavedStep(path, _agreed(lambda: _verify(path)))

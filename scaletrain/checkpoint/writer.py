@@ -1,15 +1,15 @@
-"""Checkpoints: each rank writes the flat ranges it holds, a manifest written last makes the step
-exist, sums are verified.
+"""Writing checkpoints: each rank writes its flat ranges of the tensors; a manifest, written last,
+commits the step.
 
     ROOT/step-00000123/
         rank-00000-of-00002.TOKEN.safetensors  one rank's ranges, each under its tensor's name
         rank-00000-of-00002.TOKEN.json         the same rank's done file; gone after the commit
         manifest.json                          which range of which tensor is where, sizes, sha256
 
-TOKEN names one save of one process start, so what a killed attempt left behind is never mistaken
-for ours. A reader needs only ranges of the flattened tensors: it restores any world size and engine
-from any other. Taken from torch's distributed checkpoints: the plan of name -> chunks and the
-commit by rename; not taken: pickled metadata, file names that a re-save overwrites in place.
+TOKEN identifies one save of one process start, so files of a killed attempt are never mistaken for
+those of another. Readers use ranges of the flattened tensors only, so a checkpoint can be restored
+at any world size and with any engine. As in torch's distributed checkpoints, chunks are planned by
+name and a rename commits; unlike there, no metadata is pickled and no file is overwritten in place.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from scaletrain.checkpoint import files
 from scaletrain.checkpoint.files import CheckpointError
 from scaletrain.checkpoint.reader import (
     MANIFEST,
-    Entry,
-    File,
-    Manifest,
-    Part,
+    StepManifest,
+    StoredFile,
+    StoredRange,
+    StoredTensor,
     delete,
     folder_of,
     merge,
@@ -50,13 +50,13 @@ from scaletrain.runtime import durable
 from scaletrain.runtime.signals import note_progress
 
 log = logging.getLogger("scaletrain")
-# seconds before each further attempt to write files where storage fails
+# Seconds before each further attempt where storage fails.
 PAUSES = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One save, detached from everything that training goes on to change."""
+    """The content of one save, in memory that training does not change."""
 
     step: int
     token: str
@@ -67,13 +67,13 @@ class _Job:
 
 
 class Writer:
-    """Saves in the background. Construct it on every rank at the same point; then every rank calls
-    `save` for the same steps.
+    """Saves checkpoints in the background. Every rank makes one, and calls `save` for the same
+    steps.
 
-    `keep_last` newest steps stay, and every multiple of `keep_every` (0: none). Rank 0 waits
-    `timeout` seconds for the other ranks' files. A failure in the background is raised as
-    CheckpointError by the next check(), save(), wait() or close(). Errors of storage that may pass
-    are tried again first; the CheckpointError then has the exit code for "start again".
+    The `keep_last` newest steps are kept, and every multiple of `keep_every` (0: none). Rank 0
+    waits up to `timeout` seconds for the files of other ranks. A failure in the background is
+    raised as CheckpointError by the next check(), save(), wait() or close(). Transient errors of
+    storage are retried first; the CheckpointError then has the exit code for "start again".
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Writer:
             ) from None
 
     def save(self, step: int, state: Mapping[str, Piece], meta: Mapping[str, Any]) -> None:
-        """Copy `state` to host memory and return; the files are written in the background, after an
-        earlier save is through.
+        """Copy `state` to host memory and return; files are written in the background, once an
+        earlier save has finished.
 
-        `meta` is plain JSON (tuples come back as lists); rank 0's is kept.
+        meta: plain JSON (tuples come back as lists); that of rank 0 is stored.
         """
         self.wait()
 
@@ -135,8 +135,8 @@ class Writer:
         self.check()
 
     def check(self) -> None:
-        """Raise the CheckpointError of a save that has failed meanwhile: the steps after it would
-        not be saved either.
+        """Raise the CheckpointError of a save that has failed: later steps would not be saved
+        either.
         """
         if self._error is not None:
             error, self._error = self._error, None
@@ -150,8 +150,8 @@ class Writer:
         self._host.clear()
 
     def _copy(self, state: Mapping[str, Piece]) -> dict[str, Tensor]:
-        """Into host memory that is kept for the next save: fresh pages and pinning cost more than
-        the copy itself.
+        """Copy to host memory, which is reused by the next save: new pages and pinning cost more
+        than the copy.
         """
         old, self._host = self._host, {}
 
@@ -190,9 +190,7 @@ class Writer:
                 )
 
     def _patiently(self, work: Callable[[], None]) -> None:
-        """Do what writes files again where storage fails in a way that may pass; each attempt
-        writes them anew.
-        """
+        """Retry `work`, which writes files from the start, after transient failures of storage."""
         for pause in PAUSES:
             try:
                 work()
@@ -224,13 +222,16 @@ class Writer:
 
         for name, (start, shape) in job.ranges.items():
             tensor = job.tensors[name]
-            part = Part(file=data, start=start, stop=start + len(tensor))
-            entries[name] = Entry.model_validate(
+            part = StoredRange(file=data, start=start, stop=start + len(tensor))
+            entries[name] = StoredTensor.model_validate(
                 {"dtype": files.CODES[tensor.dtype], "shape": shape, "pieces": (part,)}
             )
 
-        done = Manifest(
-            step=job.step, meta={}, tensors=entries, files={data: File(bytes=size, sha256=sha256)}
+        done = StepManifest(
+            step=job.step,
+            meta={},
+            tensors=entries,
+            files={data: StoredFile(bytes=size, sha256=sha256)},
         )
         with durable.replacing(folder / f"{stem}.json", job.token) as file:
             file.write(files.seal(done.model_dump_json()))
@@ -245,17 +246,17 @@ class Writer:
 
         for name, listed in manifest.files.items():
             if (folder / name).stat().st_size != listed.bytes:
-                raise CheckpointError(f"{folder / name} has not the size it was written with")
+                raise CheckpointError(f"{folder / name} does not have the size that was written")
 
         durable.sync(self._root)
         with durable.replacing(folder / MANIFEST, job.token) as file:
             file.write(files.seal(manifest.model_dump_json()))
 
-    def _await(self, path: Path, rank: int, limit: float) -> Manifest:
+    def _await(self, path: Path, rank: int, limit: float) -> StepManifest:
         pause = 0.005
         while True:
             try:
-                # opening by name sees through the name caches of network file systems
+                # Opening by name bypasses the name caches of network file systems.
                 return read_manifest(path)
             except FileNotFoundError:
                 if time.monotonic() > limit:
@@ -269,9 +270,9 @@ class Writer:
             pause = min(0.5, pause * 1.5)
 
     def _tidy(self, job: _Job, folder: Path) -> None:
-        """Drop done files, debris of killed attempts, and steps beyond retention.
+        """Delete done files, files of killed attempts, and steps that are no longer kept.
 
-        Only up to this step: another rank may have begun the next save already.
+        Only up to this step, since another rank may have begun the next save.
         """
         listed = read_manifest(folder / MANIFEST).files
 
@@ -290,14 +291,13 @@ class Writer:
             delete(folder_of(self._root, step))
 
     def _discard(self, job: _Job, folder: Path) -> None:
-        """Remove what a failed save wrote: this rank's files, and on rank 0 those of ranks that are
-        done with theirs.
+        """Delete the files of a failed save: this rank's, and on rank 0 those of finished ranks.
 
-        The disk may be full or gone, so this promises nothing.
+        The disk may be full or gone, so errors are ignored.
         """
         with contextlib.suppress(OSError):
             if job.token in (folder / MANIFEST).read_text():
-                # the failure came after the commit
+                # The failure came after the commit.
                 return
 
         with contextlib.suppress(OSError):
@@ -314,9 +314,7 @@ class Writer:
             folder.rmdir()
 
     def _newer(self, name: str, token: str) -> bool:
-        """Whether a file belongs to a later save of this same process start: the same step saved
-        again.
-        """
+        """Whether a file belongs to a later save of the same step by this process start."""
         match = re.search(rf"\.({self._session}[0-9a-f]{{6}})\.", name)
         return match is not None and match[1] > token
 

@@ -1,71 +1,48 @@
-"""Recipes to configurations and back: errors that name the nearest key, exact save and reload, the
-JSON schema.
+"""Recipes to validated configurations and back, with errors that name the nearest key; the JSON
+schema for editors.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from scaletrain.config import renamed
-from scaletrain.config.recipe import ERRORS, apply, brief, flat, long, nearest, read, yaml
 from scaletrain.config.recipe import ConfigError as ConfigError
+from scaletrain.config.recipe import apply, flat, long, nearest, read, yaml
 from scaletrain.config.schema import Config, component_config, components
-
-
-def _explain(error: ValidationError, raw: Mapping[str, Any], source: str) -> ConfigError:
-    found, lines = error.errors(include_url=False), []
-    for item in found[:ERRORS]:
-        where = brief(".".join(str(part) for part in item["loc"]))
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{where}'{_nearest_key(item['loc'], raw)}")
-        else:
-            text = brief(item["msg"].removeprefix("Value error, "), 1000)
-            shown = (
-                "" if isinstance(item["input"], Mapping) else f" (got {brief(repr(item['input']))})"
-            )
-            choices = re.findall(r"'([^']+)'", text) if item["type"] == "literal_error" else []
-            lines.append(
-                f"{where}{': ' if where else ''}{text}{shown}{nearest(str(item['input']), choices)}"
-            )
-
-    more = f"; and {len(found) - ERRORS:,} more" if len(found) > ERRORS else ""
-    return ConfigError(f"{source}: {'; '.join(lines)}{more}")
+from scaletrain.config.validation import explain
 
 
 def _nearest_key(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> str:
-    """The same name in another section, else the nearest valid name beside an unknown key; as a
-    dotted key.
+    """A hint for an unknown key: its present name, the same name in another section, or the nearest
+    name in its own.
     """
     if now := renamed.present_name(loc):
-        return f", which is named '{now}' now"
-    beside, name = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+        return f"; it was renamed to '{now}'"
+    prefix, name = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
 
     for section, field in Config.model_fields.items():
         inner = _inner(field.annotation)
-        if inner and section != beside and name in inner.model_fields and name != "name":
+        if inner and section != prefix and name in inner.model_fields and name != "name":
             return f"; did you mean '{section}.{name}'?"
 
-    return nearest(name, _siblings(loc, raw)).replace("'", f"'{beside}." if beside else "'", 1)
+    return nearest(name, _siblings(loc, raw)).replace("'", f"'{prefix}." if prefix else "'", 1)
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The first model within an annotation: `View` in `tuple[View, ...]`."""
+    """The first model in an annotation: `View` in `tuple[View, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for part in get_args(annotation) if (model := _inner(part))), None)
 
 
 def _siblings(loc: tuple[int | str, ...], raw: Mapping[str, Any]) -> list[str]:
-    """The valid names beside an unknown key."""
+    """The valid names in the section of an unknown key."""
     model: type[BaseModel] = Config
     for depth, part in enumerate(loc[:-1]):
         if part in ("method", "engine") and depth == 0:
@@ -90,7 +67,8 @@ def build(raw: Mapping[str, Any], source: str = "configuration") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise _explain(error, raw, source) from None
+        text = explain(error, lambda loc: _nearest_key(loc, raw))
+        raise ConfigError(f"{source}: {text}") from None
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -100,9 +78,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     raw, changes = read(Path(path)), tuple(overrides)
     if Path(path).name == renamed.SAVED:
         raw = renamed.translated(raw)
-    # what cannot be read is refused before methods are imported, which takes time and memory
+    # Overrides that cannot be parsed are refused before methods are imported, which takes time.
     apply({}, changes)
-    # validated alone: its errors are not blamed on the command line
+    # Validated alone, so that its errors are not blamed on the command line.
     recipe = build(raw, str(path))
 
     return (
@@ -128,20 +106,20 @@ def diff(before: Config, after: Config) -> list[tuple[str, Any, Any]]:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of a recipe for editors: every leaf's own keys included."""
+    """JSON schema of a recipe for editors, with the keys of every method, auxiliary and engine."""
     result = Config.model_json_schema()
     definitions = result["$defs"]
-    for section, room in (
+    for section, kind in (
         ("method", "methods"),
         ("engine", "engines"),
         ("auxiliaries", "auxiliaries"),
     ):
-        names = components(room)
+        names = components(kind)
         for name in names:
-            # Two leaves may each have a model named Head, so their definitions live under the
-            # leaf's own name.
+            # Two components may each have a model named Head, so definitions are filed under the
+            # component's name.
             place = f"#/$defs/{section}.{name}"
-            option = component_config(room, name).model_json_schema(ref_template=place + ".{model}")
+            option = component_config(kind, name).model_json_schema(ref_template=place + ".{model}")
             definitions.update(
                 {f"{section}.{name}.{key}": value for key, value in option.pop("$defs", {}).items()}
             )
@@ -151,7 +129,7 @@ def schema() -> dict[str, Any]:
         options = [{"$ref": f"#/$defs/{section}.{name}"} for name in names]
         choice = {"anyOf": [*options, {"enum": list(names)}]}
         result["properties"][section] = (
-            choice if section != room else {"type": "array", "items": choice}
+            choice if section != kind else {"type": "array", "items": choice}
         )
 
     result["properties"]["data"] = {"anyOf": [result["properties"]["data"], {"type": "string"}]}

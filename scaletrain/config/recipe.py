@@ -1,7 +1,7 @@
-"""Recipes as text: YAML files with `base:`, dotted overrides, and how they merge. Plain mappings in
-and out.
+"""Recipes before validation: YAML files, their bases (`base:`), dotted overrides, and how they are
+merged into one mapping.
 
-YAML 1.2 rules hold: `1e-6` is a number and `on` is a word.
+YAML 1.2 rules apply: `1e-6` is a number and `on` is a word.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import ScalarNode
 
-# Far above any recipe. Within them, whatever a file holds is refused or read in a moment.
-# of a file
+# Limits far above any recipe: whatever a file contains is read or refused quickly.
+# Bytes of a file.
 BYTES = 1_000_000
-# of mappings and lists in each other
+# Nested mappings and lists.
 DEPTH = 32
-# values, where what an alias repeats counts again
+# Values; those that an alias repeats count again.
 SIZE = 10_000
-# characters of a value, a path for example
+# Characters of a value, such as a path.
 TEXT = 5_000
-# recipes under a recipe
+# Bases of a recipe.
 BASES = 16
-# characters of a user's text in a message
+# Characters of a user's text that a message quotes.
 SHOWN = 200
-# that one message tells
+# Errors that one message lists.
 ERRORS = 10
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -50,14 +50,14 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class ConfigError(ValueError):
-    """A recipe or an override that cannot be used; the text says which key of which file, and the
+    """A recipe or an override that cannot be used; the text names the file, the key and the
     fix.
     """
 
 
-# outside of braces
+# Commas outside of braces.
 _COMMA = re.compile(r",(?![^{]*\})")
-# sections that a plain word may stand for
+# Sections that may be written as a single word, and the key which that sets.
 _SHORT = {"data": "path", "method": "name", "engine": "name"}
 
 
@@ -69,7 +69,7 @@ def long(key: str, value: Any) -> Any:
 
 
 def shards(value: Any) -> Any:
-    """A list of folders and patterns as one text, `[A, B]`."""
+    """A list of folders and patterns as one string, `[A, B]`."""
     if not isinstance(value, list | tuple) or not all(isinstance(path, str) for path in value):
         return value
     if wrong := next((path for path in value if _COMMA.search(path)), None):
@@ -79,32 +79,37 @@ def shards(value: Any) -> Any:
 
 
 def listed(shards: str) -> list[str]:
-    """The folders and patterns of `[A, B]`; any other text is one of them."""
+    """The folders and patterns in the string `[A, B]`; any other string is a single one."""
     if not (shards.startswith("[") and shards.endswith("]")) or Path(shards).exists():
         return [shards]
     return [path.strip().strip("'\"") for path in _COMMA.split(shards[1:-1])]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to a misspelt one, or nothing."""
     close = difflib.get_close_matches(name[:SHOWN], list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """As nearest, in parentheses."""
+    text = nearest(name, known).removeprefix("; ")
+    return f" ({text})" if text else ""
+
+
 def brief(text: str, limit: int = SHOWN) -> str:
-    """A user's text in a message: on one line, and only its beginning if it is long."""
+    """A user's text for a message: on one line, and cut off if it is long."""
     line = "".join(character if character.isprintable() else " " for character in text[:limit])
     return line if len(text) <= limit else f"{line}... ({len(text):,} characters)"
 
 
 class _Composer(Composer):
-    """Counts what it reads, so that a few lines of aliases or brackets do not become more than
-    there is memory for.
-    """
+    """Limits size and depth, so that a few lines of aliases or brackets cannot fill the memory."""
 
     def __init__(self, loader: Any = None) -> None:
         super().__init__(loader)
         self._depth = self._size = 0
-        # of each whole node, by its identity: itself and what is in it
+        # Values in each complete node, by the node's identity.
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -115,7 +120,7 @@ class _Composer(Composer):
 
         node = super().compose_node(parent, index)
         if repeats and id(node) not in self._sizes:
-            raise ConfigError("an alias stands inside of what it repeats")
+            raise ConfigError("an alias lies within what it repeats")
         if isinstance(node, ScalarNode) and len(node.value) > TEXT:
             raise ConfigError(
                 f"a value of {len(node.value):,} characters is too long: {brief(node.value)}"
@@ -131,7 +136,7 @@ class _Composer(Composer):
 
 
 class _Constructor(SafeConstructor):
-    """Refuses whole numbers that nothing else could hold or print."""
+    """Refuses integers of more than 64 bits."""
 
     def construct_yaml_int(self, node: Any) -> int:
         if (
@@ -159,8 +164,8 @@ def yaml() -> Any:
 
 
 def parse(text: str) -> Any:
-    """What a YAML text says. Raises ConfigError with what is wrong with it, for the caller to say
-    where.
+    """The value of a YAML text. Raises ConfigError without naming the file, which the caller
+    knows.
     """
     try:
         return yaml().load(text)
@@ -179,12 +184,12 @@ def parse(text: str) -> Any:
         Exception
     ) as error:  # Python's own come through, e.g. that of a day that is in no calendar
         raise ConfigError(
-            f"not valid YAML, a value is not what its form or tag says: {brief(str(error))}"
+            f"not valid YAML, a value does not match its form or tag: {brief(str(error))}"
         ) from None
 
 
 def document(path: Path) -> Any:
-    """What a YAML file says. Raises ConfigError."""
+    """The value of a YAML file. Raises ConfigError."""
     try:
         return parse(_text(path))
     except ConfigError as error:
@@ -192,9 +197,7 @@ def document(path: Path) -> Any:
 
 
 def _text(path: Path) -> str:
-    """Of a file that is small enough to be a user's own words; anything else could block, or fill
-    the memory.
-    """
+    """The text of a regular, small file; anything else could block or fill the memory."""
     try:
         if kind := KINDS.get(stat.S_IFMT(path.stat().st_mode)):
             raise ConfigError(f"this is {kind}, not a file")
@@ -207,7 +210,7 @@ def _text(path: Path) -> str:
 
         return found.decode()
     except UnicodeDecodeError:
-        raise ConfigError("this is no text file in UTF-8") from None
+        raise ConfigError("this is not a UTF-8 text file") from None
     except OSError as error:
         raise ConfigError(error.strerror or str(error)) from None
 
@@ -259,7 +262,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise ConfigError(f"{path}: `base:` leads back to itself")
     if len(seen) > BASES:
-        raise ConfigError(f"{path}: more than {BASES} recipes lie on each other by `base:`")
+        raise ConfigError(f"{path}: more than {BASES} recipes extend each other by `base:`")
 
     if not there:
         near = nearest(
@@ -286,8 +289,8 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins, deeply; a leaf with another `name` replaces the whole leaf, since the keys
-    belong to the name.
+    """`over` merged into `under`, recursively. A method or engine with another `name` replaces the
+    whole section, since the other keys belong to the name.
     """
     result = dict(under)
 

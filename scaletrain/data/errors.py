@@ -8,6 +8,9 @@ import errno
 from pathlib import Path
 
 # errors of missing files, of paths that are no files and of bad disk blocks: a retry does not help
+from scaletrain import exit_codes
+
+# of missing files, what is no file, and bad disk blocks: waiting does not help
 PERMANENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
 
 
@@ -39,15 +42,13 @@ class ShardStorageError(ShardError):
     permanently bad.
     """
 
-    # EX_TEMPFAIL of sysexits.h
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 class LoaderError(DataError):
     """Loader processes that died or hang; a restart may succeed."""
 
-    # EX_TEMPFAIL of sysexits.h
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 def unreadable(shard: str | Path, offset: int, error: OSError) -> DataError:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from scaletrain import dist
+from scaletrain import dist, environment
 from scaletrain.doctor.page import Finding, limit, measured, spread
 
 MIB = 2**20
@@ -48,7 +48,7 @@ def run_folder(folder: Path) -> list[Finding]:
     """
     place = existing(folder)
     fix = "choose a folder that can be written with --run"
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = environment.local_rank() == 0
     values, findings = measured("run folder", lambda: _write_and_read(place) if first else {}, fix)
 
     if not values:

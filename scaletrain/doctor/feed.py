@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from scaletrain.config import load
-from scaletrain.config.schema import Data
+from scaletrain.config.schema import DataConfig
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
 from scaletrain.data.loading.dataset import Failure, Images
@@ -81,7 +81,7 @@ def _measure(folder: Path, run: Path) -> dict[str, float]:
         raise DataError(f"{folder} has no index, and making it is not the doctor's work")
 
     recipe = run / "config.yaml"
-    data = load.load(recipe).data if recipe.exists() else Data()
+    data = load.load(recipe).data if recipe.exists() else DataConfig()
     shards = Shards(folder)
     lanes = min(data.lanes, len(shards))
     plan = Plan(shards.counts, seed=0, batch=lanes, lanes=lanes, window=data.window)

@@ -1,4 +1,4 @@
-"""Findings, and how those of all ranks become one page that can be pasted into a bug report."""
+"""Findings, and how those of all ranks are merged into a report for a bug tracker."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ REPORT = "see the message; where it gives no clue, report it with this page"
 
 
 class Finding(NamedTuple):
-    """One line of the page. `text` holds no number that differs from rank to rank without meaning;
-    see `measured`.
+    """A line of the report. `text` has no numbers that differ from rank to rank, so that equal
+    findings can be merged; see `measured`.
     """
 
     status: Literal["ok", "warn", "fail", "skip"]
@@ -28,13 +28,13 @@ class Finding(NamedTuple):
 
 
 def limit(bad: bool, name: str, text: str, fix: str) -> Finding:
-    """A finding that is worth a warning, with its fix, only if `bad`."""
+    """A warning with its fix if `bad`, else a finding that all is well."""
     return Finding("warn", name, text, fix) if bad else Finding("ok", name, text)
 
 
 def guarded(name: str, check: Callable[[], Sequence[Finding]]) -> list[Finding]:
-    """What a check finds; its own failure is a finding too, so that one broken thing does not hide
-    the others.
+    """The findings of a check; an exception becomes a finding too, so that it does not hide the
+    others.
     """
     try:
         return list(check())
@@ -51,10 +51,10 @@ def _failure(name: str, error: Exception, fix: str) -> Finding:
 def measured(
     name: str, measure: Callable[[], Mapping[str, float]], fix: str = REPORT
 ) -> tuple[dict[str, list[float]], list[Finding]]:
-    """Numbers of all ranks, on every rank: {what: values of the ranks that have it}. Every rank
-    calls it together.
+    """Measurements of all ranks, on every rank: {name: values of the ranks that have it}. All ranks
+    call it together.
 
-    A rank whose measurement raises has a finding instead, and holds nobody up.
+    A rank whose measurement raises contributes a finding instead.
     """
     own: dict[str, float] = {}
     failed: list[Finding] = []
@@ -73,7 +73,7 @@ def measured(
 
 
 def spread(values: Sequence[float], unit: str) -> str:
-    """One number as it is, several as their range and median."""
+    """One number, or the range and median of several."""
     if len(values) == 1:
         return f"{number(values[0])} {unit}"
 

@@ -1,33 +1,32 @@
-"""`scaletrain doctor`: one page on this installation, machine, disk and network, with a fix beside
-everything that is wrong.
+"""`scaletrain doctor`: a report on this installation, machine, disk and network, with a fix for
+every problem.
 
 Checks are functions that return findings. Local ones run on every rank and are merged; the others
-talk to the other ranks themselves, so every rank calls them in the same order. Nothing needs the
-internet, and all is removed that was written.
+communicate with other ranks, so every rank calls them in the same order. No check needs the
+internet, and all files are removed again.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from scaletrain import dist
+from scaletrain import dist, environment
 from scaletrain.doctor import disk, feed, machine, network, parity, software
 from scaletrain.doctor.page import Finding, guarded, lines, merged
 from scaletrain.runtime.tables import plural
 
-# seconds for another rank
+# Seconds to wait for another rank.
 PATIENCE = 60.0
 
 
 def examine(run: Path, data: Path | None, *, require_gpu: bool = False) -> int:
-    """Print the page on rank 0, section by section as it is known -> how many findings are
-    failures. Every rank calls it.
+    """Print the report on rank 0, section by section; returns the number of failures. Every rank
+    calls it.
     """
     found: list[Finding] = []
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = environment.rank() == 0
 
     def tell(findings: Sequence[Finding]) -> None:
         found.extend(findings)

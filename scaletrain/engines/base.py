@@ -1,41 +1,41 @@
-"""The engine contract and the one algorithm of a step; engines differ in how gradients and state
-are spread over ranks.
+"""The base class of all engines and the one algorithm of a training step.
 
 A step is: forward and backward (of each micro-batch), agreement on finiteness, clipping, optimizer,
-moving average of the targets, commit of what was staged. A step whose loss or gradient is not
-finite leaves no trace in any state.
+moving average of the targets, commit of the deferred state. A step whose loss or gradient is not
+finite changes no state.
 
-The optimizer, the moving averages and the checkpoints know `Engine.shards` only: where each
-parameter lies on this rank. An engine that shards sets `sharded`, hands the method to its library
-in `wrap`, says in `shard` what that left here, and puts the gradients there in `collect`. All ranks
-keep all names in one order, so that norms of shards add up in a single all-reduce.
+Engines differ in how gradients and state are spread over ranks. The optimizer, the moving averages
+and the checkpoints use `Engine.shards` only: the part of each parameter on this rank. An engine
+that shards sets `sharded`, hands the method to its library in `wrap`, returns this rank's part of a
+parameter from `shard`, and puts the gradients there in `collect`. All ranks keep all names in the
+same order, so that norms of shards add up in a single all-reduce.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from scaletrain import dist
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import ComponentConfig, Config, Count, Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput, Piece, StepResult
-from scaletrain.engines import gradient_cache
+from scaletrain.engines import gradient_cache, non_finite
+from scaletrain.engines.config import EngineConfig
+from scaletrain.engines.non_finite import total_loss
 from scaletrain.engines.placement import (
-    Saved,
+    SavedTensors,
     Shard,
     TrainingError,
+    create_optimizer_state,
     fill,
     pieces,
     replica,
-    rows_of,
+    state_shards,
     whole,
 )
 from scaletrain.nn import stages
@@ -44,66 +44,22 @@ from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 from scaletrain.runtime.timing import BACKWARD, FORWARD, UPDATE, span
 
-__all__ = ["Engine", "EngineConfig", "TrainingError"]
+__all__ = ["Engine", "TrainingError"]
 
-log = logging.getLogger("scaletrain")
-# samples of a rank and a bad step
-NAMED = 16
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class EngineConfig(ComponentConfig):
-    """What every engine understands."""
-
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16: autocast over fp32 parameters; fp64: for exactness checks."""
-
-    channels_last: bool = True
-    compile: bool = False
-    """torch.compile of the backbones and heads, never of Method.forward."""
-
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 0.0
-    """Largest norm of the whole gradient; 0: no clipping."""
-
-    grad_accum_steps: Count = 1
-    """Micro-batches per step."""
-
-    gradient_cache: bool = False
-    """Embed the micro-batches twice, so that a loss which couples samples stays exact (gradient
-    caching).
-    """
-
-    max_skipped: Count = 3
-    """Stop after so many non-finite steps in a row."""
-
-    activation_checkpointing: bool | tuple[Count, ...] = False
-    """Stages of the backbones (1 is the first) run again in backward: less memory."""
-
-    def fits(self, run: Config) -> None:
-        gradient_cache.check(run, self.grad_accum_steps, self.gradient_cache)
-
-    @model_validator(mode="after")
-    def _recompute_is_eager(self) -> EngineConfig:
-        if self.activation_checkpointing and self.compile:
-            raise ValueError(
-                "activation_checkpointing and compile exclude each other; set compile=false or "
-                "activation_checkpointing=false"
-            )
-
-        return self
-
-
 class Engine:
-    """Replicated parameters; subclasses override what their library does otherwise."""
+    """An engine with replicated parameters; subclasses override what their library does instead."""
 
-    # ranks hold different parts of a parameter: sums over elements need all of them
+    # Whether ranks have different parts of a parameter, so that sums over elements need all ranks.
     sharded = False
-    # ranks that hold each such part
+    # Number of ranks with the same part.
     copies = 1
 
     def __init__(
-        self, method: Method, config: EngineConfig, optim: Optim, device: torch.device
+        self, method: Method, config: EngineConfig, optim: OptimConfig, device: torch.device
     ) -> None:
         gradient_cache.check_built(method, config.grad_accum_steps, config.gradient_cache)
         self.config, self.device = config, device
@@ -123,7 +79,7 @@ class Engine:
                 if not isinstance(child, (nn.ModuleList, DeferredState)):
                     child.compile(dynamic=False)
 
-        # of whole parameters: a library may leave stubs of them
+        # Declared before wrapping, since a library may leave stubs of the parameters.
         declared = groups.parameter_groups(method, optim)
         self.wrap()
         self.shards = {
@@ -132,7 +88,9 @@ class Engine:
         self.optimizer = self.build_optimizer(declared, optim)
         self.staged = [m for m in method.modules() if isinstance(m, DeferredState)]
         self.skipped = 0
-        # what the data calls the sample of a number, to name the bad ones
+        # Rate of the targets' moving average in this step; None without targets.
+        self.ema: float | None = None
+        # What the data calls a sample, to name bad ones.
         self.sample_name: Callable[[int], str] = str
 
     # --- one step ---------------------------------------------------------------------------------
@@ -142,6 +100,7 @@ class Engine:
         together.
         """
         parts = self.micro_batches(batch)
+        self.ema = self.method.ema(clock) if self.method.targets else None
 
         if self.config.gradient_cache:
             outs = [_detached(gradient_cache.step(self, batch, parts, clock))]
@@ -151,7 +110,7 @@ class Engine:
         self.collect()
         groups.drop_frozen(self.optimizer.param_groups, clock.step)
         norm = self.gradient_norm()
-        loss, finite = self._agree(torch.stack([_total(o) for o in outs]).mean(), norm)
+        loss, finite = self._agree(torch.stack([total_loss(o) for o in outs]).mean(), norm)
 
         if finite:
             with span(UPDATE):
@@ -161,7 +120,7 @@ class Engine:
 
         self.optimizer.zero_grad(set_to_none=True)
         trust = self._trust() if finite else {}
-        shown = [
+        reported = [
             {
                 **({f"loss_{k}": v for k, v in o.losses.items()} if len(o.losses) > 1 else {}),
                 **o.scalars,
@@ -169,8 +128,8 @@ class Engine:
             for o in outs
         ]
 
-        scalars = {name: torch.stack([s[name] for s in shown]).mean() for name in shown[0]}
-        return StepResult(loss, scalars, norm, trust, outs[-1].embedding, skipped=not finite)
+        scalars = {name: torch.stack([s[name] for s in reported]).mean() for name in reported[0]}
+        return StepResult(loss, scalars, norm, trust, outs[-1].embedding, not finite, self.ema)
 
     def accumulate(self, parts: Sequence[Batch], clock: Clock, scale: float) -> list[MethodOutput]:
         """Forward and backward of each micro-batch, its losses times `scale`."""
@@ -185,9 +144,7 @@ class Engine:
         return outs
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """The parts that gradients are accumulated over. Raises ConfigError where that would change
-        the normalisation.
-        """
+        """The micro-batches of a batch. Raises ConfigError if they would change the batch norm."""
         batch = batch.double() if self.config.precision == "fp64" else batch
         parts = (
             batch.split(self.config.grad_accum_steps)
@@ -212,7 +169,7 @@ class Engine:
 
         groups.set_rates(self.optimizer.param_groups, lr, base_lr)
         self.optimizer.step()
-        self.move_targets(clock)
+        self.move_targets()
         for module in self.staged:
             module.commit(self.config.grad_accum_steps)
 
@@ -224,60 +181,19 @@ class Engine:
             module.discard()
 
         self.skipped += 1
-        bad = ~torch.stack([_total(o) for o in outs]).isfinite().all()
-        found = dist.gather_objects((bool(bad), self._suspects(batch, outs)))
-        # Where every loss is finite the gradient is not, and averaging has spread it: any rank may
-        # be its origin.
-        what = "loss" if any(is_bad for is_bad, _ in found) else "gradient"
-
-        for rank, (is_bad, samples) in enumerate(found):
-            if dist.main() and (is_bad or what == "gradient"):
-                log.warning(
-                    "step %d skipped: the %s of rank %d is not finite; samples %s",
-                    clock.step,
-                    what,
-                    rank,
-                    samples,
-                )
+        non_finite.report(batch, clock, outs, self.sample_name)
 
         if self.skipped >= self.config.max_skipped:
             raise TrainingError(
                 f"{self.skipped} steps in a row up to step {clock.step} had a loss or gradient "
-                "that is not finite "
-                f"(engine.max_skipped={self.config.max_skipped}). Lower optim.lr, use "
-                "engine.precision=fp32, or look at the "
-                "samples named above; the last checkpoint is unharmed"
+                f"that is not finite (engine.max_skipped={self.config.max_skipped}). Lower "
+                "optim.lr, use engine.precision=fp32, or look at the samples named above; the last "
+                "checkpoint is intact"
             )
 
-    def _suspects(self, batch: Batch, outs: Sequence[MethodOutput]) -> str:
-        """The samples whose pixels, or else whose embeddings, are not finite; all of them if that
-        tells none apart.
-
-        A bad sample spreads through batch norm to the embeddings of all, so pixels are asked first.
-        """
-        evidence = [
-            torch.stack([v.flatten(2).isfinite().all(2).all(0) for v in batch.views]).all(0)
-        ]
-        rows = [o.embedding for o in outs if o.embedding is not None]
-
-        if rows:
-            evidence.append(torch.cat(rows).flatten(1).isfinite().all(1))
-
-        chosen = next(
-            (
-                batch.index[~fine]
-                for fine in evidence
-                if len(fine) == len(batch) and fine.any() and not fine.all()
-            ),
-            batch.index,
-        )
-        rest = f" and {len(chosen) - NAMED} more" if len(chosen) > NAMED else ""
-
-        return ", ".join(map(self.sample_name, chosen[:NAMED].tolist())) + rest
-
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, bool]:
-        """The global loss and whether all is finite everywhere: one small collective and the step's
-        only device sync.
+        """The global loss, and whether it and the gradient are finite on all ranks: one small
+        collective and the step's only device sync.
         """
         finite = (loss.isfinite() & norm.isfinite()).double()
         total, good = (
@@ -295,11 +211,11 @@ class Engine:
         """Hand `self.method` to the library, once its parameter groups are declared."""
 
     def shard(self, name: str, parameter: nn.Parameter) -> Shard:
-        """Where a parameter of the wrapped method (targets included) lies on this rank."""
+        """This rank's part of a parameter of the wrapped method, targets included."""
         return replica(parameter)
 
     def build_optimizer(
-        self, declared: list[groups.ParamGroup], optim: Optim
+        self, declared: list[groups.ParamGroup], optim: OptimConfig
     ) -> torch.optim.Optimizer:
         """The optimizer over this rank's shards, with the groups and names of all ranks."""
         if self.sharded:
@@ -314,22 +230,20 @@ class Engine:
         return optimizer
 
     def total(self, x: Tensor) -> Tensor:
-        """Sums over the elements of shards -> over whole parameters, in one all-reduce."""
+        """Turn sums over the elements of shards into sums over parameters, in one all-reduce."""
         return dist.sum_nograd(x) / self.copies if self.sharded else x
 
     def collect(self) -> None:
-        """After the last backward: give every tensor of the optimizer, empty ones too, its part of
-        the mean gradient as .grad.
-
-        None on every rank where the parameter has no gradient.
+        """After the last backward pass, set .grad of every tensor of the optimizer, empty ones too,
+        to its part of the mean gradient; None on every rank if the parameter has no gradient.
         """
 
     def inside(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call what uses the method's parameters, whole."""
+        """Call a function that uses the method's parameters, which are gathered for it."""
         return function(*args, **kwargs)
 
     def synchronised(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are summed over ranks only inside the last micro-batch."""
+        """Context of a micro-batch; gradients are reduced over ranks in the last one only."""
         return nullcontext()
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
@@ -337,7 +251,7 @@ class Engine:
 
     def backward(self, out: MethodOutput, scale: float) -> None:
         if not self.method.separate_losses:
-            (_total(out) * scale).backward()
+            (total_loss(out) * scale).backward()
             return
 
         for name, loss in out.losses.items():
@@ -360,18 +274,19 @@ class Engine:
         return self.total(norm.double().square()).sqrt() if self.sharded else norm
 
     @torch.no_grad()
-    def move_targets(self, clock: Clock) -> None:
-        """target <- tau * target + (1 - tau) * online over parameters, with the online parameters
-        of after the step.
+    def move_targets(self) -> None:
+        """target <- ema * target + (1 - ema) * online over parameters; online parameters are those
+        after the step.
         """
+        if self.ema is None:
+            return
+
         for target, online in self.method.targets.items():
-            torch._foreach_lerp_(
-                self.averaged(target), self.averaged(online), 1 - self.method.ema(clock)
-            )
+            torch._foreach_lerp_(self.averaged(target), self.averaged(online), 1 - self.ema)
 
     def averaged(self, module: str) -> list[Tensor]:
-        """What the moving average reads and writes of a submodule's parameters: alike for a target
-        and its online module.
+        """The tensors of a submodule that the moving average reads and writes, in the same order
+        for a target and its online module.
         """
         return [
             self.shards[f"{module}.{name}"].tensor
@@ -380,57 +295,24 @@ class Engine:
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Change a parameter, masters and replicas included, or a buffer to `value`, which is
-        whole.
-        """
+        """Set a parameter (masters and replicas too) or a buffer to the full tensor `value`."""
         shard = self.shards.get(name) or replica(self.method.get_buffer(name))
         shard.fill(value.reshape(-1)[shard.start : shard.stop])
 
     def state(self) -> dict[str, Piece]:
-        """What this rank writes to a checkpoint; over all ranks the pieces tile every tensor
-        exactly.
-        """
+        """This rank's pieces of a checkpoint; those of all ranks tile every tensor exactly."""
         return pieces(self.placed())
 
     @torch.no_grad()
-    def restore(self, saved: Saved) -> None:
-        """Take everything from a checkpoint of the same method, written by any engine at any world
-        size.
-        """
-        # only now is it known what the optimizer keeps
-        self._create_optimizer_state(saved)
+    def restore(self, saved: SavedTensors) -> None:
+        """Restore all state from a checkpoint of the same method, of any engine and world size."""
+        # Optimizers create their state in their first step, which has not happened yet.
+        create_optimizer_state(self.optimizer, saved)
         fill(self.placed(), saved)
-
-    def _create_optimizer_state(self, saved: Saved) -> None:
-        kept = (
-            {"step", "exp_avg", "exp_avg_sq"}
-            if isinstance(self.optimizer, torch.optim.AdamW)
-            else {"momentum_buffer"}
-        )
-        if other := {n.rpartition(".")[2] for n in saved.names() if n.startswith("optim.")} - kept:
-            raise TrainingError(
-                f"this checkpoint holds another optimizer's state ({', '.join(sorted(other))}): "
-                "keep optim.name, or export the "
-                "encoder and start a new run with --init"
-            )
-
-        for name, parameter in self._named():
-            prefix = f"optim.{name}."
-            self.optimizer.state[parameter].update(
-                {
-                    n.removeprefix(prefix): torch.empty_like(parameter)
-                    if not n.endswith(".step")
-                    else torch.empty(
-                        (), dtype=torch.float32
-                    )  # AdamW's step counter lives on the CPU
-                    for n in saved.names()
-                    if n.startswith(prefix)
-                }
-            )
 
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
-        """The whole backbone on every rank. All ranks call it together."""
+        """The full backbone on every rank. All ranks call it together."""
         state = self.method.backbone.state_dict(keep_vars=True)
         here = {
             name: self.shards.get(f"backbone.{name}") or replica(tensor)
@@ -466,7 +348,7 @@ class Engine:
     def features(
         self, batches: Iterator[Batch], embed: Callable[[Batch], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(index, embed(batch)) over the batches, without gradient and without a trace in running
+        """Yield (index, embed(batch)) for each batch, without gradient and without changing running
         statistics.
         """
         for batch in batches:
@@ -480,38 +362,11 @@ class Engine:
 
             yield batch.index, out
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self.optimizer.param_groups:
-            yield from zip(group["names"], group["params"], strict=True)
-
     def placed(self) -> dict[str, Shard]:
-        """Where everything lies that is saved, by its name in a checkpoint; every rank knows every
-        name.
+        """This rank's part of every tensor that is saved, by its name in a checkpoint; every rank
+        has every name.
         """
-        modules = ((n, m) for n, m in self.method.named_modules() if isinstance(m, DeferredState))
-        rows = {f"{n}.{buffer}": where for n, m in modules for buffer, where in m.sharded().items()}
-        placed = {}
-
-        for name, tensor in self.method.state_dict(keep_vars=True).items():
-            plain = rows_of(tensor, *rows[name]) if name in rows else replica(tensor)
-            placed[f"method.{name}"] = self.shards.get(name, plain)
-
-        for name, parameter in self._named():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                # AdamW's step counter is one number, whatever the parameter
-                if isinstance(value, Tensor):
-                    at = (
-                        replica(value)
-                        if key == "step"
-                        else replace(self.shards[name], tensor=value)
-                    )
-                    placed[f"optim.{name}.{key}"] = at
-
-        return placed
-
-
-def _total(out: MethodOutput) -> Tensor:
-    return torch.stack(list(out.losses.values())).sum()
+        return state_shards(self.method, self.optimizer, self.shards)
 
 
 def _detached(out: MethodOutput) -> MethodOutput:

@@ -11,18 +11,21 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain import dist
-from scaletrain.config.schema import Optim, Positive
+from scaletrain.config.schema import OptimConfig, Positive
 from scaletrain.core import Batch, Clock, Method, MethodOutput, StepResult
 from scaletrain.engines import base
+from scaletrain.engines.config import EngineConfig
 
 
-class Config(base.EngineConfig):
-    # gradients are sent in buckets of this size while backward goes on
+class Config(EngineConfig):
     bucket_mb: Positive = 25.0
+    """Size of the buckets in which gradients are reduced during the backward pass."""
 
 
 class Engine(base.Engine):
-    def __init__(self, method: Method, config: Config, optim: Optim, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, config: Config, optim: OptimConfig, device: torch.device
+    ) -> None:
         super().__init__(method, config, optim, device)
         self.wrapped: DistributedDataParallel | None = None
         if dist.world() > 1 and not method.separate_losses:
@@ -46,11 +49,11 @@ class Engine(base.Engine):
         return super().step(batch, clock, lr, base_lr)
 
     def warm_up(self, batch: Batch, clock: Clock) -> None:
-        """One backward pass without a trace, before the first step of this process.
+        """Run a backward pass that changes no state, before the first step of this process.
 
-        DDP lays out its buckets anew after its first backward pass, and the layout decides in which
-        order three or more ranks are added up: without this, the first step after a resume would
-        round differently.
+        DDP rearranges its buckets after its first backward pass, and their layout determines the
+        order in which three or more ranks are summed: without this, the first step after a resume
+        would round differently.
         """
         with self.autocast():
             out = self.forward(self.micro_batches(batch)[0], clock)

@@ -1,35 +1,31 @@
 """DeepSpeed's ZeRO: 0 replicates, 1 shards optimizer state and fp32 masters, 2 gradients too, 3
 parameters and targets too.
 
-DeepSpeed moves gradients and parameters and updates none: it is given an optimizer that does
-nothing. Ours runs over what of each parameter lies in this rank's partition; then DeepSpeed sends
-the changed partitions to where they are used. Gradients are means over ranks, as everywhere. A
+DeepSpeed communicates gradients and parameters and updates none: its optimizer does nothing. Our
+optimizer updates the part of each parameter in this rank's partition; then DeepSpeed sends the
+changed partitions to where they are used. Gradients are means over ranks, as in all engines. A
 parameter outside the graph of a step has a zero gradient here, not none.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as c10d
-from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.recipe import ConfigError, nearest
-from scaletrain.config.schema import Config as Run
-from scaletrain.config.schema import Optim, Positive
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Batch, Clock, Method, MethodOutput
 from scaletrain.engines import base
-from scaletrain.engines.placement import Saved, Shard, replica
+from scaletrain.engines.deepspeed_config import Config as Config
+from scaletrain.engines.deepspeed_config import need_one_backward
+from scaletrain.engines.placement import SavedTensors, Shard, replica
 from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
 from scaletrain.runtime.versions import need
@@ -37,169 +33,14 @@ from scaletrain.runtime.versions import need
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ZERO = "zero_optimization"
-# what a DeepSpeed JSON says that a recipe says elsewhere
-OURS = {
-    "train_batch_size": "batch",
-    "train_micro_batch_size_per_gpu": "batch",
-    "gradient_accumulation_steps": "engine.grad_accum_steps",
-    "gradient_clipping": "engine.max_grad_norm",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
-    "amp": "engine.precision",
-    "torch_autocast": "engine.precision",
-    f"{ZERO}.stage": "engine.stage",
-    f"{ZERO}.reduce_bucket_size": "engine.bucket_mb",
-    f"{ZERO}.offload_optimizer": "engine.name=fsdp2 with engine.offload",
-    f"{ZERO}.offload_param": "engine.name=fsdp2 with engine.offload",
-}
-# What is left to DeepSpeed: not what would change numbers or the order within a partition.
-_HOW_IT_SENDS = """
-allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks
-log_trace_cache_warnings overlap_comm reduce_scatter stage3_max_live_parameters
-stage3_max_reuse_distance stage3_param_persistence_threshold stage3_prefetch_bucket_size
-use_multi_rank_bucket_allreduce
-"""
-_WHAT_IT_MEASURES = (
-    "comms_logger dump_state flops_profiler memory_breakdown steps_per_print wall_clock_breakdown"
-)
-THEIRS = (*_WHAT_IT_MEASURES.split(), *(f"{ZERO}.{key}" for key in _HOW_IT_SENDS.split()))
-
-
-def _read(value: Any) -> Any:
-    """The contents of a DeepSpeed JSON, so that the saved configuration reruns the run whatever
-    becomes of the file.
-    """
-    if not isinstance(value, str):
-        return value
-
-    try:
-        return json.loads(Path(value).read_text()) if value else {}
-    except OSError as error:
-        raise ValueError(f"cannot read {value}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{value} is not JSON: {error}") from None
-
-
-class Config(base.EngineConfig):
-    stage: Literal[0, 1, 2, 3] = 2
-    # gradients are sent in buckets of this size while backward goes on
-    bucket_mb: Positive = 100.0
-    # a DeepSpeed JSON or its path
-    deepspeed: Annotated[dict[str, Any], BeforeValidator(_read)] = Field(default_factory=dict)
-
-    def fits(self, run: Run) -> None:
-        super().fits(run)
-        _need_one_backward(importlib.import_module(f"scaletrain.methods.{run.method.name}").Model)
-
-    @model_validator(mode="after")
-    def _possible(self) -> Config:
-        if self.precision == "fp64":
-            raise ValueError(
-                "ZeRO keeps fp32 masters: set precision=fp32, or engine.name=ddp or fsdp2 for fp64"
-            )
-        if self.compile and self.stage == 3:
-            raise ValueError(
-                "ZeRO 3 gathers parameters by hooks that compiled modules skip: set compile=false "
-                "or stage=2"
-            )
-
-        self._agree()
-        return self
-
-    def _agree(self) -> None:
-        """Refuse what contradicts the recipe, and what is known neither to be exact nor to be
-        misspelt.
-        """
-        same = {
-            "gradient_accumulation_steps": self.grad_accum_steps,
-            "gradient_clipping": self.max_grad_norm,
-            f"{ZERO}.stage": self.stage,
-        }
-
-        for key, value in _flat(self.deepspeed):
-            if key in same and value == same[key]:
-                continue
-            if key in OURS:
-                raise ValueError(
-                    f"deepspeed.{key}={value!r} is for the recipe to say: remove it and set "
-                    f"{OURS[key]}"
-                )
-            if key not in THEIRS:
-                raise ValueError(
-                    f"deepspeed.{key} is not supported{nearest(key, THEIRS)}; known: "
-                    f"{', '.join(THEIRS)}"
-                )
-
-    @property
-    def talk(self) -> bool:
-        """Whether something is asked of DeepSpeed that it answers in its log."""
-        return any(
-            value
-            for key, value in _flat(self.deepspeed)
-            if key in THEIRS and not key.startswith(f"{ZERO}.")
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """All that DeepSpeed is told."""
-        theirs = {key: value for key, value in _flat(self.deepspeed) if key in THEIRS}
-        return {
-            **{key: value for key, value in theirs.items() if not key.startswith(f"{ZERO}.")},
-            # only its own messages use it
-            "train_micro_batch_size_per_gpu": 1,
-            # Engine.synchronised says where a step ends
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "torch_autocast": {
-                "enabled": self.precision == "bf16",
-                "dtype": "bfloat16",
-                # of which DeepSpeed would send the gradients in bfloat16
-                "lower_precision_safe_modules": [],
-            },
-            ZERO: {
-                **{
-                    key.removeprefix(f"{ZERO}."): value
-                    for key, value in theirs.items()
-                    if key.startswith(f"{ZERO}.")
-                },
-                "stage": self.stage,
-                "reduce_bucket_size": max(1, int(self.bucket_mb * 2**20 / 4)),
-                # base.Engine does; the others cannot be told
-                "compute_grad_norm": self.stage not in (1, 2),
-                # one: parts of the gradient would else come one after the other
-                "sub_group_size": 10**15,
-            },
-        }
-
-
-def _flat(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Sections and, within zero_optimization, keys, without those that are switched off or left to
-    the trainer ("auto").
-    """
-    zero = raw.get(ZERO)
-    nested = (
-        {f"{ZERO}.{key}": value for key, value in zero.items()} if isinstance(zero, Mapping) else {}
-    )
-
-    for key, value in {
-        **{k: v for k, v in raw.items() if k != ZERO or not isinstance(v, Mapping)},
-        **nested,
-    }.items():
-        off = isinstance(value, Mapping) and (
-            value.get("enabled") is False or value.get("device") == "none"
-        )
-        if not off and value not in ("auto", None):
-            yield key, value
-
 
 class Engine(base.Engine):
     config: Config
 
-    def __init__(self, method: Method, config: Config, optim: Optim, device: torch.device) -> None:
-        _need_one_backward(method)
+    def __init__(
+        self, method: Method, config: Config, optim: OptimConfig, device: torch.device
+    ) -> None:
+        need_one_backward(method)
         super().__init__(method, config, optim, device)
 
     def use_channels_last(self) -> None:
@@ -246,15 +87,15 @@ class Engine(base.Engine):
         return Shard(at.hp_fragment.detach(), at.lp_fragment_address.start, tuple(parameter.shape))
 
     def build_optimizer(
-        self, declared: list[groups.ParamGroup], optim: Optim
+        self, declared: list[groups.ParamGroup], optim: OptimConfig
     ) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(declared, optim)
         optimizer.register_step_post_hook(lambda *_: self.publish())
         return optimizer
 
     def publish(self) -> None:
-        """DeepSpeed's step: it sends what our optimizer changed in the partitions, and drops the
-        gradients.
+        """Run DeepSpeed's step, which sends the partitions that our optimizer changed and drops
+        the gradients.
         """
         self.library.step()
 
@@ -313,8 +154,8 @@ class Engine(base.Engine):
 
     @contextmanager
     def _gathering(self) -> Iterator[None]:
-        """ZeRO 3 gathers what a module owns when it is called; in here also what is read without a
-        call.
+        """Context in which ZeRO 3 gathers parameters when they are read; otherwise it gathers those
+        of a module when that is called.
         """
         modules = list(self.method.modules()) if self.config.stage == 3 else []
 
@@ -330,8 +171,8 @@ class Engine(base.Engine):
                 if _gathered(p) and not p.ds_persist:  # type: ignore[attr-defined]
                     p.partition()  # type: ignore[attr-defined]
 
-    def move_targets(self, clock: Clock) -> None:
-        super().move_targets(clock)
+    def move_targets(self) -> None:
+        super().move_targets()
         if self.config.stage == 3:
             _renew(
                 p
@@ -356,7 +197,7 @@ class Engine(base.Engine):
                 parameter.copy_(value)
 
     @torch.no_grad()
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: SavedTensors) -> None:
         super().restore(saved)
         if self.config.stage == 3:
             for name, parameter in self.method.named_parameters():
@@ -366,38 +207,29 @@ class Engine(base.Engine):
             self.zero.update_lp_params()
 
     def _copy_master(self, name: str, parameter: Any) -> None:
-        """From the master to what ZeRO 3 gathers."""
+        """Copy a master to the partition that ZeRO 3 gathers."""
         master = self.shards[name].tensor
         parameter.ds_tensor[: len(master)].copy_(master)
 
 
-def _need_one_backward(method: Method | type[Method]) -> None:
-    if method.separate_losses:
-        raise ConfigError(
-            "engine.name=deepspeed takes one backward pass per step, but the losses of this method "
-            "drive separate groups of "
-            "parameters; use engine.name=ddp or fsdp2"
-        )
-
-
 class _Idle(torch.optim.Optimizer):
-    """What DeepSpeed takes for the optimizer."""
+    """The optimizer that DeepSpeed is given, which does nothing."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Nothing: ours has had its step."""
+        """Do nothing: our optimizer has made its step."""
 
 
 def _library(device: torch.device, *, talk: bool) -> Any:
-    """DeepSpeed over the process group that is there: it looks for no MPI and compiles nothing."""
+    """Import DeepSpeed for the present process group, without MPI and without compilation."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # it insists, also in a single process
+    # Required even for a single process.
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.utils.logging import set_log_level_from_string
 
     set_log_level_from_string("info" if talk else "error")
-    # else a minute of C++ compilation on a CPU
+    # Avoids a minute of C++ compilation on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not c10d.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -411,7 +243,7 @@ def _library(device: torch.device, *, talk: bool) -> Any:
 
 
 def _renew(parameters: Iterable[Any]) -> None:
-    """ZeRO 3 keeps small parameters gathered: gather them once more."""
+    """Gather again the small parameters that ZeRO 3 keeps gathered."""
     small = [p for p in parameters if p.ds_persist]
     for p in small:
         p.partition()
@@ -425,7 +257,7 @@ def _gathered(parameter: nn.Parameter) -> bool:
 
 
 def _with_losses(module: nn.Module, args: Any, out: MethodOutput) -> list[Any]:
-    """DeepSpeed finds what leads to a backward pass in lists and dicts; it changes them in place,
-    so also within `out`.
+    """Expose the losses to DeepSpeed, which looks for the roots of backward in lists and dicts and
+    changes them in place, so also within `out`.
     """
     return [out.losses, out]

@@ -1,11 +1,11 @@
 """fairscale's OSS and ShardedDataParallel: each rank keeps the optimizer state, and gets the
 gradients, of whole parameters.
 
-Parameters, targets and buffers are replicas, as under ddp. Our optimizer has every parameter on
-every rank, one of another rank as an empty stub, so groups, names and the trust ratios of the
-monitor are the same everywhere. After its step OSS sends each parameter from its owner to the
-others. fairscale ended with 0.4.13. What is used of it works under torch 2.14 without a warning,
-float64 included; two of its habits are kept away:
+Parameters, targets and buffers are replicas, as with ddp. Our optimizer has every parameter on
+every rank, those of other ranks as empty stubs, so groups, names and trust ratios are the same on
+all ranks. After a step OSS sends each parameter from its owner to the others. The last release of
+fairscale is 0.4.13; what is used of it works with torch 2.14 without a warning, also in float64.
+Two of its features are avoided:
 - ShardedDataParallel's reduction buckets break when a gradient is set to None (frozen groups): they
   are off;
 - OSS.step() and clip_grad_norm() copy our group keys each step and take norms in float32: the
@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Batch, Clock, MethodOutput
 from scaletrain.engines import base
-from scaletrain.engines.placement import Shard
+from scaletrain.engines.config import EngineConfig
+from scaletrain.engines.placement import Shard, named_parameters
 from scaletrain.nn.stages import channels_last_inputs
 from scaletrain.optim import groups
 from scaletrain.optim.lars import LARS
 from scaletrain.runtime.versions import need
 
 
-class Config(base.EngineConfig):
+class Config(EngineConfig):
     pass
 
 
@@ -46,7 +47,7 @@ class Engine(base.Engine):
         channels_last_inputs(self.method)
 
     def build_optimizer(
-        self, declared: list[groups.ParamGroup], optim: Optim
+        self, declared: list[groups.ParamGroup], optim: OptimConfig
     ) -> torch.optim.Optimizer:
         need("fairscale")
         if dist.world() == 1:
@@ -57,11 +58,11 @@ class Engine(base.Engine):
 
         def local(own: list[groups.ParamGroup]) -> torch.optim.Optimizer:
             mine = {id(p) for group in own for p in group["params"]}
-            held = [
+            own_part = [
                 g | {"params": [p if id(p) in mine else p.new_empty(0) for p in g["params"]]}
                 for g in declared
             ]
-            optimizer = super(Engine, self).build_optimizer(held, optim)
+            optimizer = super(Engine, self).build_optimizer(own_part, optim)
 
             if isinstance(optimizer, LARS):
                 optimizer.total = self.total
@@ -97,22 +98,22 @@ class Engine(base.Engine):
         if dist.world() == 1:
             return
 
-        for name, held in self._named():
+        for name, own_part in named_parameters(self.optimizer):
             parameter = self.method.get_parameter(name)
             if self.wrapped is None and parameter.grad is not None:
                 parameter.grad = dist.sum_nograd(parameter.grad) / dist.world()
 
-            if held is not parameter:
+            if own_part is not parameter:
                 parameter.grad = None
 
-            if held.grad is None:
-                held.grad = torch.zeros_like(held)
+            if own_part.grad is None:
+                own_part.grad = torch.zeros_like(own_part)
 
     def gradient_norm(self) -> Tensor:
         return self.total(super().gradient_norm().double().square()).sqrt()
 
     def placed(self) -> dict[str, Shard]:
-        """As everywhere, but a parameter's optimizer state is its owner's alone; AdamW's step
+        """As in other engines, but a parameter's optimizer state is on its owner only; AdamW's step
         counter is on all ranks.
         """
         return {

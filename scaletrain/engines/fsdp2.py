@@ -31,6 +31,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Natural
 from scaletrain.core import MethodOutput
 from scaletrain.engines import base
+from scaletrain.engines.config import EngineConfig
 from scaletrain.engines.placement import Shard
 from scaletrain.nn.stages import channels_last_inputs, networks
 
@@ -38,13 +39,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Config(base.EngineConfig):
-    # free a unit's gathered parameters after its forward; False: keep them for backward
+class Config(EngineConfig):
     reshard: bool = True
-    # copies of the sharded state; 0: one per node, where a node has several ranks
+    """Free a unit's gathered parameters after its forward pass; false: keep them for backward."""
+
     replicate: Natural = 0
-    # keep parameters, gradients and optimizer state in host memory; the step runs there
+    """Copies of the sharded state; 0: one per node, where a node has several ranks."""
+
     offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, where the step runs."""
 
     @model_validator(mode="after")
     def _eager(self) -> Config:
@@ -58,8 +61,8 @@ class Config(base.EngineConfig):
 
 
 class Root(nn.Module):
-    """What FSDP takes for the model: any of the method's functions, run while the root's parameters
-    are whole.
+    """The module that FSDP wraps: its forward runs any function of the method while the root's
+    parameters are gathered.
     """
 
     def __init__(self, method: nn.Module) -> None:
@@ -69,8 +72,8 @@ class Root(nn.Module):
     def forward(
         self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[T, list[Tensor]]:
-        """The result, and in plain sight what backward starts from: not every torch looks for it in
-        dataclasses.
+        """The result, and again the tensors that backward starts from, since not every torch looks
+        for them in dataclasses.
         """
         result = function(*args, **kwargs)
         return result, list(result.losses.values()) if isinstance(result, MethodOutput) else []
@@ -78,11 +81,11 @@ class Root(nn.Module):
 
 class Engine(base.Engine):
     config: Config
-    # None: a single process has nothing to shard
+    # None for a single process, which has nothing to shard.
     root: Root | None = None
 
     def use_channels_last(self) -> None:
-        # fully_shard takes row-major parameters
+        # fully_shard needs row-major parameters.
         channels_last_inputs(self.method)
 
     def wrap(self) -> None:
@@ -110,7 +113,7 @@ class Engine(base.Engine):
         reshard = self.config.reshard and not self.method.separate_losses
 
         for unit in units(self.method):
-            # no backward comes that would free it
+            # A target has no backward pass that would free it.
             target = not any(p.requires_grad for p in unit.parameters())
             fully_shard(
                 unit, mesh=mesh, reshard_after_forward=reshard or target, offload_policy=offload

@@ -3,10 +3,10 @@ whole batch in the memory of a micro-batch.
 
 1. Every micro-batch is embedded without gradient.
 2. The loss of all embeddings, over all ranks, gives the gradient of each embedding.
-3. Every micro-batch is embedded once more, and these gradients go on to the parameters.
+3. Every micro-batch is embedded again, and these gradients are propagated to the parameters.
 
-It costs a second forward. Exact where a micro-batch is normalised by itself, as `model.norm_group`
-must see to.
+It costs a second forward pass. It is exact where a micro-batch is normalised by itself, which
+`model.norm_group` must ensure.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from scaletrain.core import Batch, Clock, DeferredState, Method, MethodOutput
 from scaletrain.runtime.timing import BACKWARD, FORWARD, span
 
 
-class Engine(Protocol):
-    """What gradient caching needs of an engine."""
+class MicroBatchEngine(Protocol):
+    """The part of an engine that gradient caching uses."""
 
     method: Method
     staged: list[DeferredState]
@@ -84,8 +84,8 @@ def check(run: Config, parts: int, cache: bool) -> None:
 
 
 def check_built(method: Method, parts: int, cache: bool) -> None:
-    """As check() for what couples samples only as it is configured: a shuffled batch norm, an
-    auxiliary.
+    """As check(), for modules that couple samples in some configurations only: a shuffled batch
+    norm, an auxiliary.
     """
     if parts > 1 and method.global_loss and not cache:
         raise _coupled(type(method).__module__.rpartition(".")[2], parts, "")
@@ -100,9 +100,9 @@ def _coupled(name: str, parts: int, hint: str) -> ConfigError:
     )
 
 
-def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> MethodOutput:
-    """Forward and backward of `batch`, this rank's, by its micro-batches -> its losses. Running
-    statistics are staged once.
+def step(engine: MicroBatchEngine, batch: Batch, parts: list[Batch], clock: Clock) -> MethodOutput:
+    """Forward and backward of this rank's `batch` by its micro-batches; returns its losses. Running
+    statistics are updated once.
     """
     method, first = engine.method, list[tuple[Tensor, ...]]()
 
@@ -148,14 +148,14 @@ def step(engine: Engine, batch: Batch, parts: list[Batch], clock: Clock) -> Meth
 
 
 def _cut(gradient: Tensor | None, parts: int) -> tuple[Tensor | None, ...]:
-    """Along the samples; None for what the loss does not pull at."""
+    """Split a gradient by samples; None for what the loss does not depend on."""
     return (None,) * parts if gradient is None else gradient.chunk(parts, 1)
 
 
 @contextmanager
 def _as_forward(method: Method, function: Any) -> Iterator[None]:
-    """Inside, `function` is the method's forward, so that whatever library wraps the method runs it
-    as a forward pass.
+    """Context in which `function` is the method's forward, so that libraries that wrap the method
+    run it as a forward pass.
     """
     method.forward = function  # type: ignore[method-assign]
 

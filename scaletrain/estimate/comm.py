@@ -1,15 +1,13 @@
-"""What the ranks send each other in a step: every collective with its kind, its bytes and what
-asked for it.
+"""Communication of a training step: every collective with its kind, its bytes and its purpose.
 
-A process group notes each call and hands it on to gloo. The prediction for any number of ranks runs
-the same engine on one of them, and the group answers as if the others held what this one holds.
-Samples, views, channels and parameters decide what is sent, so the images are tiny and all else is
-the recipe's; images that are sent themselves (ShuffleBN) count in their full size.
+A process group records each call and passes it on to gloo. To predict any number of ranks, the same
+engine runs in one process whose group answers as if all ranks had the same data. Communication
+depends on samples, views, channels and parameters, so images are tiny and all else is as in the
+recipe; images that are communicated themselves (ShuffleBN) count with their full size.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FakeStore, _create_work_from_future
 from torch.futures import Future
 
-from scaletrain import dist, rng
+from scaletrain import dist, environment, rng
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, RunInfo
@@ -38,17 +36,17 @@ class Call:
 
     # all_reduce, all_gather, all_to_all, reduce_scatter, broadcast, reduce, barrier
     kind: str
-    # what asked for it, see _WHO
+    # Its purpose, see _WHO.
     reason: str
-    # of the whole tensor that is reduced, scattered, gathered or spread; for all_to_all of a rank's
-    # part
+    # Size of the full tensor that is reduced, scattered, gathered or broadcast; for all_to_all, of
+    # a rank's part.
     bytes: int
-    # of its group
+    # Size of its group.
     ranks: int
 
     @property
     def sent(self) -> float:
-        """Bytes that leave this rank if the group passes them on in a ring."""
+        """Bytes that this rank sends with a ring algorithm."""
         rounds = {"all_reduce": 2, "barrier": 0}.get(self.kind, 1)
         return rounds * self.bytes * (self.ranks - 1) / self.ranks
 
@@ -83,9 +81,9 @@ _FUNCTIONS = {
 }
 
 
-class Group(c10d.ProcessGroup):
-    """Notes every collective in `calls`, then leaves it to `inner`, or without one mirrors this
-    rank to all others.
+class RecordingGroup(c10d.ProcessGroup):
+    """A process group that records every collective in `calls`, then passes it on to `inner` or,
+    without one, imitates ranks with the same data.
     """
 
     # of all groups of this process, in their order
@@ -126,17 +124,17 @@ class Group(c10d.ProcessGroup):
         return _create_work_from_future(done)
 
     def bytes(self, x: Tensor) -> int:
-        """Of images those of the recipe's."""
+        """Size of a tensor; images count with the recipe's resolution."""
         if x.dim() < 5:  # [B, V, 3, H, W]
             return x.nbytes
         tiny = x.shape[-1]
         return x.nbytes * self.pixels.get(tiny, tiny) ** 2 // tiny**2
 
     def mirror(self, kind: str, tensors: list[list[Tensor]], times: int) -> None:
-        """Write what the collective would give if every rank held the same: a sum is `times` as
+        """Write the result of a collective as if every rank had the same data: a sum is `times` as
         large.
 
-        Whole numbers stay: they are of samples that other ranks do not own.
+        Integers are not summed: they belong to samples that other ranks do not have.
         """
         if kind in ("all_reduce", "reduce"):
             for tensor in tensors[0]:
@@ -170,7 +168,7 @@ for _name, _kind in {
     "barrier": "barrier",
 }.items():
     setattr(
-        Group,
+        RecordingGroup,
         _name,
         lambda self, *a, _name=_name, _kind=_kind, **o: self.collective(_name, _kind, a, o),
     )
@@ -204,8 +202,8 @@ def _reason(kind: str) -> str:
     return "gradients" if "reduce" in kind else "parameters"
 
 
-def _create(store: Any, rank: int, size: int, timeout: Any) -> Group:
-    return Group(
+def _create(store: Any, rank: int, size: int, timeout: Any) -> RecordingGroup:
+    return RecordingGroup(
         rank, size, None if _faked(store) else c10d.ProcessGroupGloo(store, rank, size, timeout)
     )
 
@@ -220,7 +218,7 @@ c10d.Backend.register_backend("noted", _create, devices=["cpu"])
 
 
 def divided(config: Config, ranks: int) -> int:
-    """Samples of each rank."""
+    """Samples per rank."""
     if config.batch % ranks:
         raise ConfigError(
             f"batch={config.batch} does not divide over {ranks} ranks: choose another --ranks or "
@@ -232,7 +230,7 @@ def divided(config: Config, ranks: int) -> int:
 
 @contextmanager
 def mirrored(ranks: int, rank: int = 0) -> Iterator[None]:
-    """Inside, this process is one of `ranks` that all hold what it holds. Nothing is sent."""
+    """Context in which this process is one of `ranks` with the same data. Nothing is sent."""
     c10d.init_process_group("noted", rank=rank, world_size=ranks, store=FakeStore())
     try:
         yield
@@ -242,7 +240,7 @@ def mirrored(ranks: int, rank: int = 0) -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group, whose messages are noted."""
+    """Context in which the processes that torchrun started are a group that records its calls."""
     c10d.init_process_group("noted")
     try:
         yield
@@ -254,13 +252,12 @@ def joined() -> Iterator[None]:
 
 
 def measure(config: Config, ranks: int) -> dict[str, Any]:
-    """The messages of one optimizer step in the middle of a run, as plain numbers. Raises
+    """The collectives of one optimizer step in the middle of a run, as plain numbers. Raises
     ConfigError.
 
-    Predicted for `ranks`; on several processes of torchrun, whose number then counts, they are
-    those of a real step.
+    A prediction for `ranks`; under torchrun with several processes, a real step of these.
     """
-    real = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    real = environment.world() > 1
 
     with joined() if real else mirrored(ranks):
         ranks, found = dist.world(), summary(count(config))
@@ -275,9 +272,7 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def count(config: Config) -> list[Call]:
-    """The collectives of one step in their order, as this rank sees them inside joined() or
-    mirrored().
-    """
+    """The collectives of one step in their order, inside joined() or mirrored()."""
     config = _tiny(config)
     run_info = model.run_info(config)
     steps = run_info.steps_per_epoch
@@ -287,11 +282,11 @@ def count(config: Config) -> list[Call]:
     middle = Clock(50 * steps, 100 * steps, 50, steps)
 
     for _ in range(WARM + 1):
-        Group.calls.clear()
+        RecordingGroup.calls.clear()
         if engine.step(batch, middle, 1e-3, 1e-3).skipped:
             raise RuntimeError("the step was not finite: its collectives are not those of training")
 
-    return list(Group.calls)
+    return list(RecordingGroup.calls)
 
 
 def _tiny(config: Config) -> Config:
@@ -301,7 +296,7 @@ def _tiny(config: Config) -> Config:
     # some of those are built for one size
     if not config.model.name.startswith(TIMM):
         views = tuple(v.model_copy(update={"size": small[v.size]}) for v in views)
-        Group.pixels.update((tiny, size) for size, tiny in small.items())
+        RecordingGroup.pixels.update((tiny, size) for size, tiny in small.items())
 
     data = config.data.model_copy(update={"views": views})
     return config.model_copy(
@@ -333,7 +328,7 @@ def _batch(config: Config, run_info: RunInfo) -> Batch:
 
 
 def summary(calls: list[Call]) -> list[dict[str, Any]]:
-    """Collectives alike in kind, reason and group, the most bytes first."""
+    """Collectives by reason, kind and group size, those with the most bytes first."""
     alike: dict[tuple[str, str, int], list[Call]] = {}
     for call in calls:
         alike.setdefault((call.reason, call.kind, call.ranks), []).append(call)

@@ -1,9 +1,9 @@
-"""What a rank holds in memory under each engine, from the libraries' own rules of who keeps what.
-Nothing is allocated.
+"""Memory of a rank with each engine, predicted from how the libraries shard state. Nothing is
+allocated.
 
-Taken between forward and backward, when activations are largest, as if the gradients were there
-already. Beyond it come temporaries: the unit that is being gathered, a convolution's workspace, the
-activations of one stage that is run again. With unequal shares it is the rank that holds most.
+The estimate is for the moment between forward and backward, when activations are largest, with
+gradients allocated. Temporaries come on top: a unit that is being gathered, workspace of
+convolutions, activations of a recomputed stage. Where shares differ, it is for the largest one.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.config.schema import Config, Optim
+from scaletrain.config.schema import Config, OptimConfig
 from scaletrain.core import Method
 from scaletrain.engines import deepspeed, fsdp2
-from scaletrain.engines.base import EngineConfig
+from scaletrain.engines.config import EngineConfig
 from scaletrain.estimate import comm, model
 from scaletrain.optim import groups
 from scaletrain.runtime import tables
 
 KINDS = {
-    "parameters": "trained, with what is kept for good beside them: masters, whole copies of small "
-    "ones",
-    "gathered": "whole parameters that wait for backward",
+    "parameters": "trained parameters, their masters, and full copies of small ones",
+    "gathered": "full parameters that are kept for backward",
     "gradients": "at the end of backward",
     "optimizer": "momentum and the like",
     "target": "moving averages",
@@ -43,11 +42,9 @@ Elements = dict[str, int]
 
 
 class _Parameters:
-    """The parameters of a method: trained ones in the order of the optimizer, and those of
-    targets.
-    """
+    """The parameters of a method: trained ones in the optimizer's order, and those of targets."""
 
-    def __init__(self, method: Method, optim: Optim) -> None:
+    def __init__(self, method: Method, optim: OptimConfig) -> None:
         declared = groups.parameter_groups(method, optim)
         self.trained: list[Tensor] = [p for group in declared for p in group["params"]]
         self.target: list[Tensor] = [p for p in method.parameters() if not p.requires_grad]
@@ -68,18 +65,18 @@ def row_shards(p: _Parameters, shards: int, reshard: bool) -> Elements:
     With engine.offload, parameters, gradients and optimizer state are in host memory.
     """
 
-    def held(x: Tensor) -> int:
+    def elements(x: Tensor) -> int:
         return -(-len(x) // shards) * (x.numel() // len(x))
 
-    n = _total(p.trained, held)
+    n = _total(p.trained, elements)
     kept = [*p.root, *(x for x in p.trained if id(x) in p.units and not reshard)]
     # padded to equal rows
-    whole = shards * _total(kept, held) if shards > 1 else 0
+    whole = shards * _total(kept, elements) if shards > 1 else 0
     return {
         "parameters": n,
         "gradients": n,
         "optimizer": n,
-        "target": _total(p.target, held),
+        "target": _total(p.target, elements),
         "gathered": whole,
     }
 
@@ -149,8 +146,8 @@ def whole_parameters(p: _Parameters, ranks: int) -> Elements:
     }
 
 
-def _total(parameters: Iterable[Tensor], held: Callable[[Tensor], int] = Tensor.numel) -> int:
-    return sum(map(held, parameters))
+def _total(parameters: Iterable[Tensor], elements: Callable[[Tensor], int] = Tensor.numel) -> int:
+    return sum(map(elements, parameters))
 
 
 def measure(config: Config, ranks: int) -> dict[str, Any]:
@@ -172,7 +169,8 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
         buffers = sum(b.nbytes for b in method.buffers())
         p = _Parameters(method, config.optim)
         found = {
-            name: _bytes(held, config, len(p.trained)) for name, held in _engines(p, config, ranks)
+            name: _bytes(elements, config, len(p.trained))
+            for name, elements in _engines(p, config, ranks)
         }
 
     common = dict(zip(COMMON, (buffers, activations), strict=True))
@@ -184,8 +182,8 @@ def measure(config: Config, ranks: int) -> dict[str, Any]:
         "batch": config.batch,
         "samples_per_rank": rows,
         "engines": {
-            name: {kind: (held | common).get(kind, 0) for kind in KINDS}
-            for name, held in found.items()
+            name: {kind: (elements | common).get(kind, 0) for kind in KINDS}
+            for name, elements in found.items()
         },
     }
 
@@ -217,10 +215,12 @@ def _engines(p: _Parameters, config: Config, ranks: int) -> Iterator[tuple[str, 
     yield "fairscale", whole_parameters(p, ranks)
 
 
-def _bytes(held: Elements, config: Config, parameters: int) -> dict[str, int]:
+def _bytes(elements: Elements, config: Config, parameters: int) -> dict[str, int]:
     size, adamw = torch.get_default_dtype().itemsize, config.optim.name == "adamw"
     states = 2 if adamw else int(config.optim.momentum > 0)
-    found = {kind: n * size * (states if kind == "optimizer" else 1) for kind, n in held.items()}
+    found = {
+        kind: n * size * (states if kind == "optimizer" else 1) for kind, n in elements.items()
+    }
     # a step counter for each, on every rank
     return found | {"optimizer": found["optimizer"] + 4 * parameters * adamw}
 
@@ -232,8 +232,12 @@ def show(found: dict[str, Any]) -> None:
     common = next(iter(found["engines"].values()))
     own = [kind for kind in KINDS if kind not in COMMON]
     rows = [
-        (name, *(f"{held[kind] / 1e9:,.3f}" for kind in own), f"{sum(held.values()) / 1e9:,.3f}")
-        for name, held in found["engines"].items()
+        (
+            name,
+            *(f"{elements[kind] / 1e9:,.3f}" for kind in own),
+            f"{sum(elements.values()) / 1e9:,.3f}",
+        )
+        for name, elements in found["engines"].items()
     ]
 
     tables.show(

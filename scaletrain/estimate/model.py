@@ -1,9 +1,8 @@
-"""How large a recipe is: parameters, arithmetic and activation memory of one training step. Nothing
-is computed or allocated.
+"""Statistics of a recipe's model: parameters, FLOPs and activation memory of one training step.
 
-The step runs on fake tensors, which know their shape, type and device only. FLOPs are those of
-convolutions and matrix products, two for each multiply-add (torch.utils.flop_counter); norms,
-activations and pooling are not counted.
+The step runs on fake tensors, which have a shape, type and device only, so nothing is computed or
+allocated. FLOPs are those of convolutions and matrix products, two for each multiply-add
+(torch.utils.flop_counter); norms, activations and pooling are not counted.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, Method, RunInfo
-from scaletrain.engines.base import EngineConfig
+from scaletrain.engines.config import EngineConfig
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
 from scaletrain.train.build import build_method, run_info_of
 
 
 class _Decide(TorchDispatchMode):
-    """Answers what fake tensors cannot, having no values: a number is zero (a queue is not yet
-    full), a mask keeps all rows.
+    """Replaces values that fake tensors do not have: a number is zero (a queue is not yet full), a
+    mask selects all rows.
     """
 
     def __torch_dispatch__(
@@ -39,7 +38,7 @@ class _Decide(TorchDispatchMode):
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
             return 0
-        # what is sent to each rank
+        # The rows that are sent to each rank.
         if func is aten.bincount.default:
             return torch.zeros(args[2] if len(args) > 2 else kwargs["minlength"], dtype=torch.int64)
         if func is aten.nonzero.default:
@@ -52,18 +51,18 @@ class _Decide(TorchDispatchMode):
 
     @staticmethod
     def _rows(index: Tensor | None) -> list[Tensor | None]:
-        """A mask is one index per dimension, as long as it has elements."""
+        """Replace a mask by one index per dimension, with as many rows as the mask has elements."""
         if index is None or index.dtype is not torch.bool:
             return [index]
         return [torch.empty(index.numel(), dtype=torch.int64)] * index.dim()
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """The sizes of a recipe, as plain numbers; those of the step are per sample and count all its
+    """Statistics of a recipe's model, as plain numbers; those of the step are per sample, over all
     views and networks.
 
-    `activations` is what autograd keeps between forward and backward in the recipe's precision, the
-    views included and parameters not: bytes of a whole step at the recipe's batch, divided by it.
+    `activations`: bytes that autograd keeps between forward and backward in the recipe's precision,
+    including views but not parameters; those of a step divided by the batch.
     """
     engine = config.engine
 
@@ -102,9 +101,7 @@ def run_info(config: Config) -> RunInfo:
 
 @contextmanager
 def fake(config: Config) -> Iterator[Method]:
-    """The method of a recipe as its engine prepares it. Inside, tensors know their shape, type and
-    device only.
-    """
+    """Context with the method of a recipe, as its engine prepares it, on fake tensors."""
     engine = config.engine
     assert isinstance(engine, EngineConfig)
     before = torch.get_default_dtype()
@@ -125,7 +122,7 @@ def fake(config: Config) -> Iterator[Method]:
 
 
 def fake_batch(config: Config, rows: int) -> Batch:
-    """A batch of so many samples, and as large a share of the labelled ones; call it inside
+    """A batch of `rows` samples, with their share of the labelled samples; for use inside
     fake().
     """
     about = run_info(config)
@@ -139,19 +136,19 @@ def fake_batch(config: Config, rows: int) -> Batch:
     if not about.support:
         return batch
 
-    size, beside = (
+    size, labelled = (
         config.data.views[0].size,
         torch.empty(about.support * rows // config.batch, dtype=torch.int64),
     )
-    views = (torch.empty(1, len(beside), 3, size, size),)
+    views = (torch.empty(1, len(labelled), 3, size, size),)
 
-    return replace(batch, support=Batch(views, beside, beside, batch.pixel_range, labels=beside))
+    return replace(
+        batch, support=Batch(views, labelled, labelled, batch.pixel_range, labels=labelled)
+    )
 
 
 def forward(method: Method, batch: Batch, engine: EngineConfig) -> tuple[Tensor, int]:
-    """The loss, and the bytes that autograd keeps for its backward besides the parameters and
-    buffers.
-    """
+    """The loss, and the bytes that autograd keeps for backward, without parameters and buffers."""
     kept: dict[int, Any] = {}
 
     with _keeping(kept), torch.autocast("cpu", torch.bfloat16, enabled=engine.precision == "bf16"):
@@ -164,7 +161,7 @@ def forward(method: Method, batch: Batch, engine: EngineConfig) -> tuple[Tensor,
 
 
 def _encode(method: Method, size: int) -> None:
-    """One image of one size through the encoder."""
+    """Encode one image of a size."""
     method.backbone.eval()
     with torch.no_grad():
         method.backbone(torch.empty(1, 3, size, size))
@@ -179,7 +176,7 @@ def _flops(work: Callable[[], object]) -> int:
 
 @contextmanager
 def _keeping(kept: dict[int, Any]) -> Iterator[None]:
-    """Collects the storages that autograd keeps, each once however many tensors share it."""
+    """Context that collects the storages that autograd keeps, each once."""
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -199,26 +196,26 @@ def _parameters(method: Method) -> dict[str, int]:
     return {"backbone": encoder, "heads": count(method) - encoder - targets, "targets": targets}
 
 
-def show(sizes: dict[str, Any]) -> None:
+def show(stats: dict[str, Any]) -> None:
     """Print what measure() found as a table."""
     title = (
-        f"{sizes['method']}, {sizes['model']}, {sizes['precision']}, batch {sizes['batch']}; "
+        f"{stats['method']}, {stats['model']}, {stats['precision']}, batch {stats['batch']}; "
         "the step is per sample"
     )
-    step = sizes["step"]
+    step = stats["step"]
     views = [
         (
             f"encoder, {view['size']} px view",
             f"{view['flops'] / 1e9:,.2f} GFLOPs",
             f"{view['flops'] / 2e9:,.2f} G multiply-adds; x {view['count']}",
         )
-        for view in sizes["views"]
+        for view in stats["views"]
     ]
 
     rows = [
         *(
             (f"parameters, {name}", f"{number / 1e6:,.2f} M", "")
-            for name, number in sizes["parameters"].items()
+            for name, number in stats["parameters"].items()
         ),
         (),
         *views,

@@ -1,8 +1,7 @@
-"""What labels mean: training and test set are brought to one numbering of the classes, by name
-where they have names.
+"""One numbering of the classes for training and test set, matched by name where classes have names.
 
-The numbering is that of first appearance in the training set. So it is dense whatever the labels
-are, and how a data set numbers its classes cannot show in any figure.
+Classes are numbered by first appearance in the training set. So numbers are dense whatever the
+labels are, and no metric depends on how a data set numbers its classes.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from scaletrain.data.reading.concat import classes as read_names
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.targets import EvalError
 
-# classes that an error names
+# Classes that an error lists.
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Part:
-    """A training or test set: its folder, the file or folder that its labels [N] come from, the
-    identity of its shards.
+class LabelledSet:
+    """A labelled training or test set.
 
-    `unlabelled` says how many samples have no label, and what one of them has.
+    path: its folder or address. source: the file or folder that the labels [N] come from. sha256:
+    of its shards. unlabelled: a sentence on samples without a label, if any.
     """
 
     path: str
@@ -48,18 +47,18 @@ class Classes:
     train: Tensor
     test: Tensor
     count: int
-    # how the two sets were brought together, for people
+    # How the two sets were matched, for people.
     matched: str
-    # of the names that it was done by
+    # Of the names that were matched.
     sha256: str | None
 
 
-def match(train: Part, test: Part, same_numbers: bool = False) -> Classes:
-    """One numbering for both sets; `same_numbers` is the user's word that their labels have one
-    already.
+def match(train: LabelledSet, test: LabelledSet, same_numbers: bool = False) -> Classes:
+    """Number the classes of both sets alike. same_numbers: the user asserts that their labels are
+    so already.
 
-    Raises EvalError, naming folder and classes, where samples have no label, where it cannot be
-    known what the labels mean, and where the test set has a class that the training set lacks.
+    Raises EvalError, naming folder and classes, where samples have no label, where the meaning of
+    labels is unknown, and where the test set has a class that the training set lacks.
     """
     for part in (train, test):
         _labelled(part)
@@ -103,8 +102,8 @@ def match(train: Part, test: Part, same_numbers: bool = False) -> Classes:
 
 
 def names(folder: str) -> list[str] | None:
-    """The names of its classes by label; None where it has no classes.json. Raises EvalError or
-    DataError.
+    """The class names of a data set in order of label; None without classes.json. Raises EvalError
+    or DataError.
     """
     raw = read_names(folder)
     if raw is None:
@@ -125,7 +124,7 @@ def names(folder: str) -> list[str] | None:
     return found
 
 
-def _labelled(part: Part) -> None:
+def _labelled(part: LabelledSet) -> None:
     if bare := int((part.labels < 0).sum()):
         text = (
             part.unlabelled or f"{bare:,} of {len(part.labels):,} samples have no label, or several"
@@ -137,8 +136,8 @@ def _labelled(part: Part) -> None:
         )
 
 
-def _renamed(train: Part, test: Part, ours: list[str], theirs: list[str]) -> Ints:
-    """The labels of the test set, numbered by the names of the training set."""
+def _renamed(train: LabelledSet, test: LabelledSet, ours: list[str], theirs: list[str]) -> Ints:
+    """The labels of the test set in the numbering of the training set, matched by name."""
     for part, listed in ((train, ours), (test, theirs)):
         if (top := int(part.labels.max())) >= len(listed):
             raise EvalError(

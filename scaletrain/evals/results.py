@@ -1,10 +1,10 @@
-"""Files of results: one for each encoder, protocol and data, named by a digest of all that defines
-it, and never changed.
+"""Result files: one for each encoder, protocol and data, named by a digest of all that defines it,
+and never changed.
 
 The identity of a result is known before anything is measured: `protocol` (benchmark, settings,
-transform, the content of the data, how classes were matched) and `encoder` (kind, step, weights),
-and the version that measured. Results may stand in one table, or on one curve, where they have one
-protocol; samples that could not be read are a part of it.
+transform, content of the data, how classes were matched), `encoder` (kind, step, weights) and the
+version of scaletrain. Results are comparable, in a table or on a curve, if they have the same
+protocol, which includes the samples that could not be read.
 """
 
 from __future__ import annotations
@@ -19,46 +19,47 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
+from scaletrain.config import validation
 from scaletrain.config.recipe import flat
 from scaletrain.evals.targets import EvalError
 from scaletrain.runtime import durable
 
 FORMAT = 1
-# it becomes a folder, a tag and a column
+# Names become folders, tags and columns.
 Name = Annotated[str, Field(pattern=r"^\w+$")]
-# larger files are no results
+# Larger files are not results.
 _BYTES = 64 << 20
 
 
-class LeftOut(BaseModel):
+class SkippedSample(BaseModel):
     """A sample that could not be read."""
 
     sample: NonNegativeInt
     fault: str
 
 
-class Data(BaseModel):
+class DatasetRecord(BaseModel):
     """A training or test set."""
 
     path: str
     samples: NonNegativeInt
     sha256: str
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[SkippedSample, ...] = ()
 
 
-class Subset(BaseModel):
+class SubsetRecord(BaseModel):
     """The label subset that was trained on."""
 
     file: str
 
 
-class Sets(BaseModel):
-    train: Data
-    test: Data
-    labels: Subset | None = None
+class DataRecord(BaseModel):
+    train: DatasetRecord
+    test: DatasetRecord
+    labels: SubsetRecord | None = None
 
     @property
-    def both(self) -> dict[str, Data]:
+    def both(self) -> dict[str, DatasetRecord]:
         return {"train": self.train, "test": self.test}
 
 
@@ -67,15 +68,15 @@ class Identity(BaseModel, extra="allow"):
     encoder: dict[str, Any]
 
 
-class Trained(BaseModel):
-    """What the encoder had seen; None where that is not known."""
+class TrainingRecord(BaseModel):
+    """How long the encoder was trained; None where that is not known."""
 
     samples: NonNegativeInt | None = None
     epochs: FiniteFloat | None = None
 
 
 class Result(BaseModel):
-    """What is read of a file of results."""
+    """The content of a result file that tables and curves use."""
 
     format: Literal[1]
     # of `identity`; the file's name ends with it
@@ -83,25 +84,23 @@ class Result(BaseModel):
     benchmark: Name
     encoder: Literal["trained", "untrained", "pixels"]
     step: NonNegativeInt
-    trained: Trained = Trained()
+    trained: TrainingRecord = TrainingRecord()
     # when, in UTC
     measured: str
     metrics: dict[Name, FiniteFloat]
-    data: Sets
+    data: DataRecord
     identity: Identity
 
     @property
     def protocol(self) -> str:
-        """Digest of what the results of one table or curve have in common: all but the encoder and
-        its step.
-        """
+        """Digest of all but the encoder and its step: comparable results have the same."""
         lost = [[one.sample for one in part.left_out] for part in self.data.both.values()]
         return digest([self.identity.protocol, lost])
 
     @property
     def described(self) -> dict[str, str]:
-        """The protocol under dotted keys, settings as `--set` names them, data by name and the
-        first digits of its sha256.
+        """The protocol by dotted keys: settings as in `--set`, data by name and the first digits of
+        its sha256.
         """
         sets: dict[str, Any] = {
             name: f"{Path(part.path).name} ({part.sha256[:6]})"
@@ -120,35 +119,34 @@ def digest(content: Any) -> str:
 
 
 def parse(path: Path) -> tuple[Result, dict[str, Any]]:
-    """A file of results and its whole content. Raises EvalError, naming the file, where it is none
-    or was changed.
+    """Read a result file; also returns its full content. Raises EvalError, naming the file, if it
+    is invalid or was changed.
     """
     try:
         if not path.is_file() or path.stat().st_size > _BYTES:
-            raise ValueError("no regular file of usual size")
+            raise ValueError("not a regular file of usual size")
 
         content = json.loads(path.read_bytes())
         found = Result.model_validate(content)
         if found.digest != digest(content["identity"]):
             raise ValueError("its `digest` is not that of its `identity`")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        reason = f"{'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']}"
+        reason = validation.first(error)
     except (ValueError, RecursionError) as error:
         reason = str(error)
     else:
         return found, content
 
-    # what a foreign file holds must not steer a terminal
+    # Text from a foreign file must not control the terminal.
     plain = reason.encode("unicode_escape").decode()
-    raise EvalError(f"{path} is no result of this version of `scaletrain eval` ({plain})")
+    raise EvalError(f"{path} is not a result of this version of `scaletrain eval` ({plain})")
 
 
 def read(folder: Path) -> list[Result]:
-    """The results in RUN/evals, ascending by step; of one encoder, step and protocol the newest,
-    should there be several.
+    """The results in RUN/evals, ascending by step; of several with the same encoder, step and
+    protocol the newest.
 
-    What is passed over, a file in another form too, is named on stderr.
+    Files that are skipped are named on stderr.
     """
     found: dict[tuple[str, int, str], tuple[Result, Path]] = {}
 
@@ -166,8 +164,8 @@ def read(folder: Path) -> list[Result]:
 
         if older[1] != newer[1]:
             print(
-                f"skipped: {older[1]}: {newer[1].name} is of the same step and protocol, and not "
-                "older",
+                f"skipped: {older[1]}: {newer[1].name} has the same step and protocol, and is "
+                "not older",
                 file=sys.stderr,
             )
 
@@ -177,7 +175,9 @@ def read(folder: Path) -> list[Result]:
 
 
 def prepare(path: Path) -> None:
-    """Raises EvalError if a result could not be written there: it is asked before the work."""
+    """Make the folder of a result. Raises EvalError if it cannot be written, before time is spent
+    on measuring.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -188,16 +188,15 @@ def prepare(path: Path) -> None:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of the file from now on, which is that of another process where it was quicker.
-    Raises EvalError.
+    """Write a result and return the content of its file, which another process may have written
+    first. Raises EvalError.
     """
     if not path.exists():
-        # for people: tables and curves say it
+        # For people: tables and curves name it.
         named = {"digest": Result.model_validate(content).protocol}
         content = {**content, "protocol": named | content["protocol"]}
         try:
-            with durable.replacing(path, str(os.getpid())) as file:
-                file.write(json.dumps(content, indent=1).encode() + b"\n")
+            durable.write(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             raise EvalError(
                 f"cannot write {path}: {error.strerror}; measured were "
@@ -208,11 +207,11 @@ def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot(run: Path, path: Path) -> None:
-    """The metrics of a result as scalars of the run's TensorBoard: a folder, and so a curve, for
+    """Add the metrics of a result to the run's TensorBoard, with one folder, and so one curve, for
     each protocol.
 
-    The event file carries the digest of the result, so that it is written once. One that cannot be
-    written costs a notice.
+    The name of the event file contains the digest of the result, so that it is written once. A
+    failure to write is reported on stderr only.
     """
     found = parse(path)[0]
     baseline = "" if found.encoder == "trained" else f"-{found.encoder}"

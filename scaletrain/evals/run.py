@@ -1,10 +1,9 @@
-"""Evaluation of frozen encoders: `run` measures one target by any of the files in benchmarks/ and
-writes results.
+"""Evaluation of frozen encoders: `run` evaluates one encoder on benchmarks and writes results.
 
-A benchmark is a file there with a frozen `Config` and `measure(config, scene) -> (metrics,
-protocol)`, named by its file name. Metrics are per cent. The protocol says how was measured, alike
-for every encoder; what came out besides is under its key `found`, which the result has beside the
-protocol.
+A benchmark is a file in benchmarks/, named by its file name, with a frozen `Config` and
+`measure(config, context) -> (metrics, protocol)`. Metrics are in per cent. The protocol describes
+how they were measured, in the same way for every encoder. Further findings, such as a chosen
+learning rate, are under its key `found`, which a result lists separately.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from scaletrain import dist
-from scaletrain.config import recipe, schema
+from scaletrain.config import recipe, schema, validation
 from scaletrain.data.errors import ShardError
 from scaletrain.data.format import selection
 from scaletrain.data.format.names import is_remote
 from scaletrain.evals import benchmarks as package
 from scaletrain.evals import results, targets
-from scaletrain.evals.features import Config as FeaturesConfig
-from scaletrain.evals.features import EvalContext
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.targets import Encoder, EncoderUnderTest, EvalError
 from scaletrain.runtime.versions import installed
 from scaletrain.train import run_folder
 
 
 def names() -> tuple[str, ...]:
-    """All benchmarks."""
+    """Names of all benchmarks."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
 
 
@@ -54,22 +53,22 @@ def run(
     """Evaluate RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one
     result per benchmark.
 
-    `train` and `test` are folders or addresses of shards with labels; by default the run's own data
-    and the folder `test` or `val` beside it. `overrides` such as `linear.epochs=20` or
-    `features.size=224` name a benchmark's or the features' settings. `encoder` puts a baseline in
-    the place of the trained one. `labels` is a label subset of the training shards: no other sample
-    of them is used. `same_numbers`: both sets number their classes alike, whatever their
-    classes.json say. Results go to RUN/evals or beside FILE, scalars to RUN/tensorboard/evals. A
-    result that is there already is read and not measured again. Each result is the content of its
-    file, with the path as `file`. Raises EvalError and other ValueErrors whose text says what to
-    do.
+    `train` and `test` are folders or addresses of labelled shards; by default the run's own data
+    and a folder `test` or `val` next to it. `overrides` such as `linear.epochs=20` or
+    `features.size=224` change settings of a benchmark or of the features. `encoder` selects the
+    trained encoder or a baseline. `labels` is a label subset of the training shards: only its
+    samples are used. `same_numbers` asserts that both sets number their classes alike, whatever
+    their classes.json say. Results go to RUN/evals or the folder of FILE, scalars to
+    RUN/tensorboard/evals. A result that exists is read, not measured again. Each result is the
+    content of its file, with the path as `file`. Raises EvalError and other ValueErrors whose text
+    says what to do.
     """
     dist.keep_freed_memory()
 
     settings = _settings(benchmarks, overrides)
     subject = targets.find(target, encoder)
     features = settings.pop("features")
-    assert isinstance(features, FeaturesConfig)
+    assert isinstance(features, FeatureConfig)
     folders = _folders(subject, train, test)
 
     for place in (
@@ -78,29 +77,29 @@ def run(
     ):
         run_folder.warn_if_open(place)
 
-    scene = EvalContext(subject, features, *folders, labels, same_numbers)
-    return [_result(name, chosen, scene, notice) for name, chosen in settings.items()]
+    context = EvalContext(subject, features, *folders, labels, same_numbers)
+    return [_result(name, chosen, context, notice) for name, chosen in settings.items()]
 
 
-def _leaf(name: str) -> Any:
+def _benchmark(name: str) -> Any:
     return importlib.import_module(f"{package.__name__}.{name}")
 
 
 def _settings(benchmarks: Sequence[str], overrides: Iterable[str]) -> dict[str, schema.Frozen]:
-    """Validated settings of "features" and of each benchmark, in the order asked."""
+    """Validated settings of "features" and of each benchmark, in the given order."""
     if not benchmarks:
-        raise EvalError(f"no benchmark given; known: {', '.join(names())}")
+        raise EvalError(f"no benchmark given; available: {', '.join(names())}")
 
     for name in benchmarks:
         if name not in names():
             raise EvalError(
-                f"there is no benchmark '{name}'{recipe.nearest(name, names())}; known: "
+                f"unknown benchmark '{name}'{recipe.closest(name, names())}; available: "
                 f"{', '.join(names())}"
             )
 
     models: dict[str, type[schema.Frozen]] = {
-        "features": FeaturesConfig,
-        **{name: _leaf(name).Config for name in benchmarks},
+        "features": FeatureConfig,
+        **{name: _benchmark(name).Config for name in benchmarks},
     }
     raw = recipe.apply({}, overrides)
 
@@ -116,34 +115,24 @@ def _validate(model: type[schema.Frozen], raw: Any, name: str) -> schema.Frozen:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False):
-            key = ".".join(map(str, item["loc"]))
-            known = (
-                recipe.nearest(key, model.model_fields)
-                or f"; known: {', '.join(model.model_fields)}"
-            )
-            problem = item["msg"].removeprefix("Value error, ")
-            text = (
-                f"unknown key{known}"
-                if item["type"] == "extra_forbidden"
-                else f"{problem} (got {item['input']!r})"
-            )
+        text = validation.explain(error, lambda loc: _hint(str(loc[-1]), model), name)
+        raise EvalError(text) from None
 
-            lines.append(f"{name}.{key}: {text}")
 
-        raise EvalError("; ".join(lines)) from None
+def _hint(key: str, model: type[schema.Frozen]) -> str:
+    fields = model.model_fields
+    return recipe.nearest(key, fields) or f"; available: {', '.join(fields)}"
 
 
 def _folders(
     subject: EncoderUnderTest, train: str | Path | None, test: str | Path | None
 ) -> tuple[str, str]:
-    """Training and test set: as given, else the run's own data and the folder beside it."""
+    """Training and test set: as given, else the run's own data and the folder next to it."""
     source = schema.absolute(str(train or subject.data.path))
     if source in ("", "synthetic"):
         raise EvalError(
-            f"{subject.source}: its data.path '{source}' has no labels to judge by; give --train "
-            "and --test"
+            f"{subject.source}: its data.path '{source}' has no labels to evaluate with; give "
+            "--train and --test"
         )
     if test is not None:
         return source, schema.absolute(str(test))
@@ -152,34 +141,36 @@ def _folders(
             f"no test set: {source} is remote; give its labelled test shards with --test"
         )
 
-    beside = [Path(selection.by_folder(source)[0].folder).parent / name for name in ("test", "val")]
-    for folder in beside:
+    siblings = [
+        Path(selection.by_folder(source)[0].folder).parent / name for name in ("test", "val")
+    ]
+    for folder in siblings:
         if folder.is_dir():
             return source, str(folder)
 
     raise EvalError(
-        f"no test set: neither {beside[0]} nor {beside[1]} is a folder; give one with --test"
+        f"no test set: neither {siblings[0]} nor {siblings[1]} is a folder; give one with --test"
     )
 
 
 def _result(
-    name: str, chosen: schema.Frozen, scene: EvalContext, notice: Callable[[str], None]
+    name: str, chosen: schema.Frozen, context: EvalContext, notice: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The result of one benchmark, read where it is there already, else measured and written; also
-    in TensorBoard.
+    """The result of one benchmark: read if it exists, else measured and written; also plotted in
+    TensorBoard.
     """
-    subject, data = scene.subject, scene.subject.data
+    subject, data = context.subject, context.subject.data
     defined = {
         "format": results.FORMAT,
         "scaletrain": installed("scaletrain"),
-        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **scene.identity},
+        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **context.identity},
         "encoder": subject.identity,
-        # of the augmented images
+        # Order of the augmented images.
         "order": {"lanes": data.lanes, "window": data.window},
-        "max_bad": scene.max_bad if scene.skip else None,
+        "max_bad": context.max_bad if context.skip else None,
     }
 
-    # several exported files may share a folder
+    # Several exported files may share a folder.
     prefix = "" if subject.run else f"{subject.source.stem}-"
     baseline = "" if subject.encoder == "trained" else f"-{subject.encoder}"
     digest = results.digest(defined)
@@ -189,15 +180,15 @@ def _result(
         content = results.parse(path)[1]
         if content["digest"] != digest:
             raise EvalError(
-                f"{path} holds another result than its name says; move it away, or delete it to "
-                "measure again"
+                f"{path} contains another result than its name says; move it away, or delete it "
+                "to measure again"
             )
 
-        notice(f"{name}: measured before and read from {path}; delete this file to measure again")
+        notice(f"{name}: read from {path}, measured before; delete this file to measure again")
     else:
         results.prepare(path)
         content = results.write(
-            path, {**_measure(name, chosen, scene), "digest": digest, "identity": defined}
+            path, {**_measure(name, chosen, context), "digest": digest, "identity": defined}
         )
 
     if subject.run is not None:
@@ -206,10 +197,10 @@ def _result(
     return {**content, "file": str(path)}
 
 
-def _measure(name: str, chosen: schema.Frozen, scene: EvalContext) -> dict[str, Any]:
-    subject, begun = scene.subject, time.monotonic()
+def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str, Any]:
+    subject, begun = context.subject, time.monotonic()
     try:
-        metrics, protocol = _leaf(name).measure(chosen, scene)
+        metrics, protocol = _benchmark(name).measure(chosen, context)
     except ShardError as fault:
         text = f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
         raise ShardError(fault.shard, fault.offset, text) from None
@@ -226,9 +217,9 @@ def _measure(name: str, chosen: schema.Frozen, scene: EvalContext) -> dict[str, 
         "measured": datetime.now(UTC).isoformat(),
         "metrics": metrics,
         "unit": "per cent",
-        "protocol": {"test_transform": scene.transform, **protocol},
+        "protocol": {"test_transform": context.transform, **protocol},
         "found": found,
-        "data": scene.provenance(),
+        "data": context.provenance(),
         "versions": _versions(),
         "seconds": round(time.monotonic() - begun, 2),
     }

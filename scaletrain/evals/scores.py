@@ -1,6 +1,6 @@
-"""Accuracies, in per cent, from the rank of the true class. Used by every classification benchmark.
+"""Accuracies in per cent from the rank of the true class, for all classification benchmarks.
 
-No figure depends on how the classes are numbered.
+No metric depends on how the classes are numbered.
 """
 
 from __future__ import annotations

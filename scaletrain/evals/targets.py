@@ -1,5 +1,5 @@
-"""What is judged: the trained encoder of a run or of an exported file, the same network untrained,
-or the raw pixels.
+"""The encoder under evaluation: the trained encoder of a run or of an exported file, the same
+network untrained, or raw pixels.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from scaletrain.config import load, schema
 from scaletrain.nn import backbone
 
 Encoder = Literal["trained", "untrained", "pixels"]
-# how a checkpoint names the trunk's tensors
+# Prefix of the backbone's tensors in a checkpoint.
 BACKBONE = "method.backbone."
-# side of the image whose values are the raw-pixel features, or the run's size if that is smaller
+# Image size of the raw-pixel baseline, unless the run's is smaller.
 PIXELS = 32
 
 
 class EvalError(ValueError):
-    """An evaluation that cannot be done; the text names the file or field and the fix."""
+    """An evaluation that is not possible; the text names the file or field and the fix."""
 
 
 @dataclass(frozen=True)
 class EncoderUnderTest:
-    """An encoder and what its images must look like."""
+    """An encoder, where it comes from, and how its images must be prepared."""
 
     encoder: Encoder
     module: nn.Module  # [N, 3, H, W] normalised -> [N, D], in eval mode
@@ -41,14 +41,14 @@ class EncoderUnderTest:
     seed: int
     # pixels
     size: int
-    data: schema.Data
+    data: schema.DataConfig
     # checkpoint folder, exported file, or run folder of a baseline
     source: Path
     # where results go
     home: Path
     # the run folder, if there is one
     run: Path | None
-    model: schema.Model
+    model: schema.ModelConfig
     # sha256 of the loaded tensors: names, types, shapes, values
     weights: str = ""
     # drawn by its training, and how many epochs that was; None: not known
@@ -57,8 +57,8 @@ class EncoderUnderTest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the encoder in results. How images are normalised belongs to it, as it was
-        trained so.
+        """The identity of the encoder in results. The normalisation of images belongs to it, since
+        the encoder was trained with it.
         """
         network = None if self.encoder == "pixels" else self.model.model_dump(mode="json")
         normalised = {"mean": self.data.mean, "std": self.data.std}
@@ -73,9 +73,9 @@ class EncoderUnderTest:
 
     @property
     def about(self) -> str:
-        """One sentence for the protocol card."""
+        """A description for results."""
         return {
-            "trained": "trunk in eval mode, running batch-norm statistics",
+            "trained": "backbone in eval mode, running batch-norm statistics",
             "untrained": f"the same network with fresh weights of seed {self.seed}, batch-norm "
             "statistics as initialised "
             "(mean 0, variance 1), eval mode",
@@ -94,7 +94,7 @@ class Pixels(nn.Module):
 
 
 def describe(settings: schema.Config, step: int) -> dict[str, str]:
-    """Metadata with which `checkpoint.export` makes a file that `find` can judge."""
+    """Metadata of an exported file, which `find` needs to evaluate it."""
     data = settings.data
     kept = data.model_dump(
         mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"}
@@ -109,7 +109,7 @@ def describe(settings: schema.Config, step: int) -> dict[str, str]:
     }
 
 
-# shapes by name, and a reader
+# Shapes by name, and a function that reads a tensor.
 Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 
 
@@ -157,8 +157,8 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
     saved = reader.latest(run / "checkpoints") if run == target else reader.open_step(target)
     if saved is None:
         raise EvalError(
-            f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or judge the "
-            "untrained encoder"
+            f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or evaluate "
+            "the untrained encoder"
         )
 
     names = {
@@ -185,19 +185,20 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
 def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     tensors, meta = files.load_file(path)
     try:
-        model = schema.Model.model_validate_json(meta["model"])
+        model = schema.ModelConfig.model_validate_json(meta["model"])
         facts = json.loads(meta["data"])
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
-        data = schema.Data.model_validate(facts)
+        data = schema.DataConfig.model_validate(facts)
     except (
         KeyError,
         ValueError,
         AttributeError,
     ) as error:  # pydantic's and json's errors are ValueErrors
         raise EvalError(
-            f"{path}: its metadata does not tell the model and the images ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); make the file with `scaletrain export RUN FILE`"
+            f"{path}: its metadata does not describe the model and the images "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); make the file with "
+            "`scaletrain export RUN FILE`"
         ) from None
 
     subject = EncoderUnderTest(
@@ -209,14 +210,14 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     )
 
 
-def _size(data: schema.Data) -> int:
-    """Of the largest view in use, in pixels: what the network saw of whole objects."""
+def _size(data: schema.DataConfig) -> int:
+    """Size of the largest view in use, in pixels."""
     return max(view.size for view in data.views if view.count)
 
 
-def _fresh(model: schema.Model, seed: int) -> nn.Module:
-    """Weights that depend on the seed only, in eval mode; the caller's generator is left as
-    it was.
+def _fresh(model: schema.ModelConfig, seed: int) -> nn.Module:
+    """An untrained network in eval mode, initialised from the seed; the caller's random generator
+    is not touched.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -224,8 +225,8 @@ def _fresh(model: schema.Model, seed: int) -> nn.Module:
 
 
 def _load(model: nn.Module, weights: Weights, source: str) -> None:
-    """Copy all tensors in. The first, in network order, that is missing, misshapen or unknown ends
-    it before any is read.
+    """Load all tensors. Raises EvalError, before any is read, for the first that is missing, of
+    another shape or unknown.
     """
     shapes, read = weights
     wanted = model.state_dict()
@@ -233,17 +234,17 @@ def _load(model: nn.Module, weights: Weights, source: str) -> None:
     for name, tensor in wanted.items():
         if name not in shapes:
             raise EvalError(
-                f"{source}: of another model: it has no tensor '{name}' {list(tensor.shape)}"
+                f"{source}: does not fit the model: it has no tensor '{name}' {list(tensor.shape)}"
             )
         if shapes[name] != tuple(tensor.shape):
             raise EvalError(
-                f"{source}: of another model: '{name}' is {list(shapes[name])}, the model has "
-                f"{list(tensor.shape)}"
+                f"{source}: does not fit the model: '{name}' is {list(shapes[name])}, the model "
+                f"has {list(tensor.shape)}"
             )
 
     if extra := [name for name in shapes if name not in wanted]:
         raise EvalError(
-            f"{source}: of another model: the model has no tensor '{extra[0]}' "
+            f"{source}: does not fit the model, which has no tensor '{extra[0]}' "
             f"{list(shapes[extra[0]])}"
         )
 

@@ -8,7 +8,6 @@ not in the journal is written again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, manifest, offsets
 from scaletrain.data.format.names import CLASSES
+from scaletrain.runtime import locks
 
 QUARANTINE = "quarantine.jsonl"
 COPIES = "copies.jsonl"
@@ -230,11 +230,12 @@ class replacing:
     def _claim(self) -> None:
         """Alone in the folder, where the file system has locks."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another import is writing {self.partial} at this moment") from None
+            free = locks.acquire(self._lock, wait=False)
         except OSError:
-            pass
+            return
+
+        if not free:
+            raise DataError(f"another import is writing {self.partial} at this moment")
 
     def _begin(self) -> None:
         path = self.partial / HEAD

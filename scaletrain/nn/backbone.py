@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError, nearest
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.core import Backbone
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
@@ -21,7 +21,7 @@ from scaletrain.nn.norm import BatchNorm
 TIMM = "timm/"
 
 
-def build(config: Model) -> Backbone:
+def build(config: ModelConfig) -> Backbone:
     """Build the network with newly drawn weights. Raises ConfigError."""
     return _timm(config) if config.name.startswith(TIMM) else resnet.ResNet(config)
 
@@ -39,9 +39,9 @@ def unpooled(net: Backbone) -> Backbone:
     return net
 
 
-def _timm(config: Model) -> Backbone:
+def _timm(config: ModelConfig) -> Backbone:
     for key in ("width", "stem", "sk", "sobel", "zero_init"):
-        value, plain = getattr(config, key), Model.model_fields[key].default
+        value, plain = getattr(config, key), ModelConfig.model_fields[key].default
         if value != plain:
             raise ConfigError(
                 f"model.{key}={value} is for our own ResNets; with model.name={config.name} leave "
@@ -76,7 +76,7 @@ def _timm(config: Model) -> Backbone:
     return cast(Backbone, net)
 
 
-def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: Model) -> BatchNorm:
+def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: ModelConfig) -> BatchNorm:
     """Our norm with the parameters of one of timm's, and with its activation where that is part of
     it.
     """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.core import Backbone
 from scaletrain.nn.blocks import Basic, Bottleneck, conv, deep_stem
 from scaletrain.nn.norm import BatchNorm
@@ -44,7 +44,7 @@ class ResNet(Backbone):
     layer3: nn.Sequential
     layer4: nn.Sequential
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.name not in LAYERS:
             raise ConfigError(

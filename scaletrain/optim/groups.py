@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Method, ParameterGroup
 from scaletrain.optim.lars import LARS
 
 ParamGroup = dict[str, Any]
 
 
-def parameter_groups(method: Method, optim: Optim) -> list[ParamGroup]:
+def parameter_groups(method: Method, optim: OptimConfig) -> list[ParamGroup]:
     """Parameter groups for a torch optimizer, in the order of method.groups(), then "all".
 
     The first group that matches a trainable parameter takes it. Each is cut in two halves of the
@@ -82,7 +82,7 @@ def _excluded(method: nn.Module, rule: str) -> set[int]:
 
 
 def _param_group(
-    group: ParameterGroup, optim: Optim, members: list[tuple[str, Tensor]], *, exempt: bool
+    group: ParameterGroup, optim: OptimConfig, members: list[tuple[str, Tensor]], *, exempt: bool
 ) -> ParamGroup:
     decay = optim.weight_decay if group.weight_decay is None else group.weight_decay
     momentum = optim.betas[0] if optim.name == "adamw" else optim.momentum
@@ -117,7 +117,7 @@ def drop_frozen(groups: Iterable[ParamGroup], step: int) -> None:
                 p.grad = None
 
 
-def build(groups: list[ParamGroup], optim: Optim) -> torch.optim.Optimizer:
+def build(groups: list[ParamGroup], optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of a recipe over parameter_groups(), or over these groups of what a rank holds
     of the parameters.
 

@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 
 
-def base_lr(optim: Optim, batch: int) -> float:
+def base_lr(optim: OptimConfig, batch: int) -> float:
     """The rate for a global batch: lr * b (linear), lr * sqrt(b) (sqrt) or lr (none), with b =
     batch / lr_batch.
 
@@ -35,7 +35,7 @@ def base_lr(optim: Optim, batch: int) -> float:
     return optim.lr * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[optim.lr_scaling]
 
 
-def lr(optim: Optim, batch: int, step: int, steps_per_epoch: int, total: int) -> float:
+def lr(optim: OptimConfig, batch: int, step: int, steps_per_epoch: int, total: int) -> float:
     """The rate of optimizer step `step` (from 0) of `total`; from `total` on it stays at its final
     value.
 

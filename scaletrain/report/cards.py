@@ -1,4 +1,4 @@
-"""Evaluation results as lines for a terminal."""
+"""Evaluation results as text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from scaletrain.runtime.tables import plural
 
 
 def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for people on the results of one run(): the accuracies, on what they were measured, and
-    the files.
-    """
+    """Describe the results of one evaluation: accuracies, data and result files."""
     first = found[0]
     metrics = {name: value for result in found for name, value in result["metrics"].items()}
     # every accuracy comes with its mean over classes; the bare name is the top-1

@@ -1,11 +1,11 @@
-"""Runs side by side: accuracy against epochs, images and time, and when each reaches the other's
+"""Comparison of runs: accuracy against epochs, images and time, and when each reaches another's
 final accuracy.
 
-Accuracies are those of the results in RUN/evals, all of one protocol and the same data, at the
-steps that were evaluated and nowhere in between. Hours are of training alone, every step once: the
-steps between two records of RUN/metrics.jsonl take the seconds per step of the latter. So waiting
-in a queue, start-up and what a resume repeats are free; the first step of a start, with compilation
-and whatever the method does before it, counts as an ordinary one.
+Accuracies are those of the results in RUN/evals, all with one protocol and the same data, at the
+evaluated steps only. Hours are those of training, with every step counted once: the steps between
+two records of RUN/metrics.jsonl take the seconds per step of the latter. So queueing, start-up and
+steps that a resume repeats do not count; the first step of a start, with compilation, counts as an
+ordinary one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from scaletrain.config import load
+from scaletrain.config import load, validation
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.evals import results
 from scaletrain.evals.results import Result
@@ -28,7 +28,7 @@ from scaletrain.train.progress import number
 
 
 class _Record(BaseModel):
-    """What is read of a line of metrics.jsonl."""
+    """The fields of a line of metrics.jsonl that are used."""
 
     step: NonNegativeInt
     # None: written before records had it
@@ -57,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Reach:
-    """The first evaluated checkpoint of `run` that is as good as the last of `other`."""
+    """The first evaluated checkpoint of `run` that is at least as good as the last of `other`."""
 
     run: str
     other: str
@@ -177,8 +177,8 @@ def _one(found: Found, metric: str, wanted: str | None) -> str:
 
     if wanted:
         text = (
-            f"--protocol {wanted} is none, or more than one, of those with results of "
-            f"'{metric}' of all runs"
+            f"--protocol {wanted} matches none, or more than one, of the protocols with results of "
+            f"'{metric}' for all runs"
         )
     else:
         text = f"all runs have results of '{metric}' of " + (
@@ -230,24 +230,27 @@ def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
     return dict(sorted(found.items()))
 
 
-def _points(run: Path, cards: Sequence[Result], metric: str) -> list[Point]:
+def _points(run: Path, evaluated: Sequence[Result], metric: str) -> list[Point]:
     settings, records = load.load(run / "config.yaml"), _records(run / "metrics.jsonl")
     per_epoch = records[-1].steps_per_epoch if records else None
     points = []
-    for c, spent in zip(
-        cards, _hours(records, [card.step for card in cards], settings.monitor.every), strict=True
-    ):
+    hours = _hours(records, [result.step for result in evaluated], settings.monitor.every)
+    for result, spent in zip(evaluated, hours, strict=True):
         # a checkpoint of before they were kept is of a run whose batch never changed
-        images = c.step * settings.batch if c.trained.samples is None else c.trained.samples
+        images = (
+            result.step * settings.batch
+            if result.trained.samples is None
+            else result.trained.samples
+        )
         epochs = (
-            c.trained.epochs
-            if c.trained.epochs is not None
-            else c.step / per_epoch
+            result.trained.epochs
+            if result.trained.epochs is not None
+            else result.step / per_epoch
             if per_epoch
             else None
         )
 
-        points.append(Point(c.step, epochs, images, spent, c.metrics[metric]))
+        points.append(Point(result.step, epochs, images, spent, result.metrics[metric]))
 
     return points
 
@@ -275,7 +278,7 @@ def _records(path: Path) -> list[_Record]:
 
     # what follows the last end of a line was cut short by a crash
     return [
-        _parse(_Record, line, f"{path}, line {n}, is no record of a run")
+        _parse(_Record, line, f"{path}, line {n}, is not a record of a run")
         for n, line in enumerate(lines[:-1], 1)
     ]
 
@@ -284,14 +287,11 @@ def _parse(model: type[M], text: bytes, problem: str) -> M:
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(
-            f"{problem} ({'.'.join(map(str, first['loc'])) or 'whole'}: {first['msg']})"
-        ) from None
+        raise ConfigError(f"{problem} ({validation.first(error)})") from None
 
 
 def show(found: dict[str, Any], width: int | None = None) -> list[str]:
-    """Lines for people on what compare() found: all points, then who reaches whom."""
+    """The result of compare() as text: all points, then which run reaches which."""
     sets = ", ".join(f"{name} {found['described'][name]}" for name in ("train", "test"))
     text = [
         f"{found['metric']}, top-1 accuracy in per cent",

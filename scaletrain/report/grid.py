@@ -1,5 +1,5 @@
-"""Grids: overrides with several values each, one run folder for every combination, one table of
-what came of them.
+"""Grids of runs: overrides with several values each, a run folder for every combination, and a
+table of their results.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from scaletrain.config.recipe import ConfigError, brief, document, parse, shipped
-from scaletrain.runtime.durable import replacing
+from scaletrain.runtime import durable
 
 if TYPE_CHECKING:
     from scaletrain.evals.results import Result
 
-# in the folder that holds the runs
+# Files in the folder of the runs.
 SPEC, TABLE = "grid.json", "grid.csv"
-# runs of a grid
+# Most runs of a grid.
 MOST = 10_000
 
 
@@ -70,28 +70,24 @@ def folder(run: Path, overrides: Sequence[str]) -> Path:
 
 
 def save(run: Path, grid: Sequence[Sequence[str]]) -> None:
-    """Add the elements to those that earlier launches have left in `run`."""
+    """Record the runs of a grid in `run`, together with those of earlier launches."""
     run.mkdir(parents=True, exist_ok=True)
     known = elements(run) if (run / SPEC).exists() else []
-    with replacing(run / SPEC, "draft") as file:
-        file.write(
-            json.dumps(
-                known + [list(new) for new in grid if list(new) not in known], indent=1
-            ).encode()
-        )
+    added = [list(new) for new in grid if list(new) not in known]
+    durable.write(run / SPEC, json.dumps(known + added, indent=1))
 
 
 def elements(run: Path) -> list[list[str]]:
-    """What `save` has left in `run`. Raises ConfigError."""
+    """The runs that `save` recorded in `run`. Raises ConfigError."""
     path = run / SPEC
     if not path.exists():
-        raise ConfigError(f"{run} holds no grid: launch one with --grid or --seeds")
+        raise ConfigError(f"{run} contains no grid: launch one with --grid or --seeds")
 
     try:
         return TypeAdapter(list[list[str]]).validate_json(path.read_bytes())
     except ValidationError:
         raise ConfigError(
-            f"{path} is no list of a grid's runs: delete it, and launch the grid again"
+            f"{path} is not a list of a grid's runs: delete it, and launch the grid again"
         ) from None
 
 
@@ -129,8 +125,7 @@ def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str,
     writer.writeheader()
     writer.writerows(rows)
 
-    with replacing(run / TABLE, "draft") as file:
-        file.write(text.getvalue().encode())
+    durable.write(run / TABLE, text.getvalue())
 
     return [{column: row.get(column, "") for column in columns} for row in rows]
 
@@ -180,11 +175,11 @@ def _values(axis: str) -> list[tuple[str, ...]]:
 
 
 def _reached(run: Path) -> dict[str, Any]:
-    """Of the last recorded step."""
+    """Scalars of the last recorded step."""
     path = run / "metrics.jsonl"
     last: dict[str, Any] = {}
     for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
-        # cut short by a crash, or damaged
+        # The line may be cut short by a crash, or damaged.
         with contextlib.suppress(ValueError, TypeError):
             last = dict(json.loads(line))
             break

@@ -1,4 +1,4 @@
-"""Writes that survive a crash: a file appears complete and on disk, or not at all."""
+"""Writes that survive a crash: a file is complete and on disk, or it is as it was before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,17 +29,30 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def replacing(path: Path, tag: str) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` complete and on disk, or not at all. `tag` keeps
-    temporary names apart.
+def write(path: Path, content: bytes | str, mode: int | None = None) -> None:
+    """Replace what a file holds; readers see the old content or all of the new. mode: the file's
+    permissions; None: those of any new file.
     """
-    temporary = path.with_name(f"{path.name}.{tag}.tmp")
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
+    """A new binary file, which replaces `path` once it is complete and on disk.
+
+    Until then it is a hidden file of the same folder; `tag` tells such files apart, and is random
+    by default. After an error nothing has changed.
+    """
+    temporary = path.with_name(f".{path.name}.{tag or secrets.token_hex(4)}.tmp")
 
     try:
         with temporary.open("wb") as file:
             yield file
             flush(file)
+
         temporary.replace(path)
         sync(path.parent)
     except BaseException:
@@ -47,9 +61,7 @@ def replacing(path: Path, tag: str) -> Iterator[BinaryIO]:
 
 
 def drop_records(path: Path, start_step: int) -> None:
-    """Remove from a file of JSON lines those whose `step` is at or after `start_step`, and what is
-    damaged. All or nothing.
-    """
+    """Remove the records at or after `start_step`, and damaged ones, from a file of JSON lines."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -64,18 +76,17 @@ def drop_records(path: Path, start_step: int) -> None:
             continue
 
     if kept != lines:
-        with replacing(path, str(os.getpid())) as file:
-            file.writelines(kept)
+        write(path, b"".join(kept))
 
 
 class Records:
-    """A file of JSON lines that is a by-product: what cannot be written is said once, waits, and
-    never raises.
+    """A file of JSON lines whose loss must not end a run: lines that cannot be written are kept and
+    written later, with one warning.
 
-    Each line is there whole or not at all, unless the process is killed in between.
+    A line is written in full or not at all, unless the process is killed in between.
     """
 
-    # lines that wait at most
+    # Most lines that are kept for later; the oldest are dropped beyond.
     KEPT = 10_000
 
     def __init__(self, path: Path) -> None:
@@ -84,14 +95,14 @@ class Records:
         self._failed = False
 
     def add(self, record: Mapping[str, object]) -> None:
-        """Append it, and what has been waiting."""
+        """Append a record, after those that could not be written before."""
         self._waiting.append(json.dumps(record).encode() + b"\n")
         try:
             self._write()
         except OSError as error:
             if not self._failed:
                 log.warning(
-                    "%s cannot be written (%s); the run goes on and tries again later",
+                    "%s cannot be written (%s); the run continues and will try again",
                     self._path,
                     error.strerror,
                 )
@@ -103,7 +114,7 @@ class Records:
         self._failed = False
 
     def _write(self) -> None:
-        # opened each time: the folder may have been moved or mounted anew meanwhile
+        # Opened each time: the folder may have been moved or remounted since.
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab", buffering=0) as file:
             size = file.tell()

@@ -1,5 +1,5 @@
-"""Signs of life of a process that loads data. Those of a loader worker lie in memory that the main
-process watches.
+"""Heartbeats of a process that loads data. Those of a loader worker are in memory shared with the
+main process, which watches them.
 """
 
 from __future__ import annotations
@@ -14,53 +14,55 @@ from numpy.typing import NDArray
 
 Signs = NDArray[np.int64]
 
-# the sample being read, or -1; signs of life so far; 1 while silence means trouble
+# Columns: the sample being read, or -1; number of heartbeats; 1 while heartbeats are expected.
 SAMPLE, BEATS, WATCHED = range(3)
-# numbers per worker: 64 bytes, so that no two workers write to one cache line
+# Numbers per worker: 64 bytes, so that no two workers write to the same cache line.
 WIDTH = 8
 
 _signs: Signs = np.zeros(WIDTH, np.int64)
 
 
 def shared(workers: int) -> Signs:
-    """[workers, WIDTH] in memory that is inherited by fork."""
+    """[workers, WIDTH] int64 in memory that forked processes share."""
     signs = np.frombuffer(mmap.mmap(-1, workers * WIDTH * 8), np.int64).reshape(workers, WIDTH)
     signs[:, SAMPLE] = -1
     return signs
 
 
 def share(signs: Signs) -> None:
-    """From now on, write into these [WIDTH]."""
+    """Write this process's heartbeats to `signs` [WIDTH] from now on."""
     global _signs
     _signs = signs
 
 
 def reading(sample: int) -> None:
-    """To be called before each sample."""
+    """Record that a sample is about to be read."""
     _signs[SAMPLE] = sample
     _signs[BEATS] += 1
 
 
 def beat() -> None:
-    """To be called while a sample takes long for a good reason, as when bytes arrive."""
+    """Record a heartbeat while a sample takes long for a good reason, e.g. bytes are arriving."""
     if _reads():
         _signs[BEATS] += 1
 
 
 def watched() -> AbstractContextManager[None]:
-    """Inside, silence means that this process is stuck."""
+    """Context in which this process is stuck if there are no heartbeats."""
     return _set(1)
 
 
 def unwatched() -> AbstractContextManager[None]:
-    """Inside, silence is no trouble: in waits that have time limits of their own, or depend on
-    other processes.
+    """Context in which no heartbeats are expected: waits that have their own time limit, or depend
+    on other processes.
     """
     return _set(0) if _reads() else nullcontext()
 
 
 def _reads() -> bool:
-    """False in threads that fetch ahead: they may be well while the one that reads is stuck."""
+    """Whether this is the thread that reads samples; prefetching threads may run while it is
+    stuck.
+    """
     return current_thread() is main_thread()
 
 

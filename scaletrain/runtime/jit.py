@@ -1,6 +1,4 @@
-"""Compilation of numeric loops by numba: once per machine, kept in a cache, without threads, so
-safe to fork.
-"""
+"""Compilation of numeric loops by numba: cached on disk, and without threads, so safe to fork."""
 
 from __future__ import annotations
 
@@ -13,9 +11,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """Compiled, with numba's options, at its first call. The cache lies beside the file or, if that
-    is read-only, where NUMBA_CACHE_DIR or the user's cache folder is; processes may share it.
-    Without any such folder every run compiles anew.
+    """Compile a function at its first call, with numba's options.
+
+    The cache is in the folder of the source file or, if that is read-only, in NUMBA_CACHE_DIR or
+    the user's cache folder; processes may share it. Without any of these every run compiles.
     """
     try:
         return cast(Function, njit(cache=True, **options)(function))
@@ -24,12 +23,12 @@ def compiled(function: Function, **options: Any) -> Function:
 
 
 def inlined(function: Function) -> Function:
-    """A part of compiled functions in the same file, cached with them."""
+    """Compile a helper of compiled functions in the same file, with which it is cached."""
     return cast(Function, njit(function))
 
 
 def summed(function: Function) -> Function:
-    """Compiled; sums over elements may be taken in any order, one and the same at every call, which
-    is several times faster.
+    """Compile a function whose sums may be reordered, which is several times faster; the order is
+    the same at every call.
     """
     return compiled(function, fastmath={"reassoc", "nsz"})

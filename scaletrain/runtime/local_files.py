@@ -1,7 +1,6 @@
-"""Local files of any origin: opened without waiting for a pipe or touching a device, and read up to
-a limit.
+"""Safe reading of untrusted local files: never a pipe or a device, and up to a size limit.
 
-What is wrong is an OSError, whose `strerror` says it.
+All errors are OSErrors, with the reason in `strerror`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _KINDS = {
 def open_file(path: str | Path) -> int:
     """A descriptor of a regular file, for reading."""
     _check_regular(path, Path(path).stat().st_mode)
-    # the name may stand for something else by now: opening a pipe must not block
+    # The file may have been replaced meanwhile; opening a pipe must not block.
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         _check_regular(path, os.fstat(file).st_mode)

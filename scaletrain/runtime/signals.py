@@ -1,5 +1,5 @@
-"""Requests to stop. A signal only sets a flag; all ranks agree on it at a step boundary, save
-together and end together.
+"""Requests to stop a run. A signal only sets a flag; all ranks agree on it at the end of a step,
+save and exit together.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain import dist
-from scaletrain.runtime.durable import replacing
+from scaletrain.runtime import durable
 
-# SLURM's warning before time-out and preemption, a plain request to end, a closed terminal, its
-# Ctrl-C
+# SLURM's warning before a time limit or preemption, kill's default, a closed terminal, Ctrl-C.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-# the variable by which a launcher says where to note that a run stopped on request
+# Variables of the launcher: the file in which a run notes that it stopped on request, ...
 STOPPED_FILE = "SCALETRAIN_STOPPED_FILE"
-# ... and where to note what was saved last, one line such as `step 123`
+# ... and the file for what was saved last, a line such as `step 123`.
 PROGRESS_FILE = "SCALETRAIN_PROGRESS_FILE"
 
 
 class Stopped(Exception):
-    """The run was asked to stop and can go on."""
+    """The run stopped on request and can be resumed."""
 
     def __init__(self, number: int, step: int, saved: bool) -> None:
         where = (
@@ -39,8 +38,8 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """Context that catches the signals. Enter it on every rank, in the main thread, before loader
-    workers start.
+    """Context that catches the signals. Enter it on every rank, in the main thread, before any
+    loader worker starts.
     """
 
     def __init__(self) -> None:
@@ -48,10 +47,10 @@ class Interrupt:
         self._asked: Callable[[], int] = lambda: 0
 
     def __enter__(self) -> Interrupt:
-        # what is ignored stays so: nohup asks for it
+        # Ignored signals stay ignored, as nohup wants.
         caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, self._note) for number in caught}
-        # a launcher may have blocked them, so that none is lost or deadly while Python starts
+        # A launcher may have blocked them, so that none is lost or fatal while Python starts.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
@@ -61,12 +60,12 @@ class Interrupt:
 
     def _note(self, number: int, _: Any) -> None:
         self._interrupts += number == signal.SIGINT
-        # Ctrl-C reaches a rank from the terminal and, as another signal, from its launcher
+        # Ctrl-C reaches a rank from the terminal and again from its launcher.
         insisted = number == signal.SIGINT and (
             self._interrupts > 1 or time.monotonic() > self._since + 1
         )
 
-        # before training there is nothing to save
+        # Before training there is nothing to save.
         if self._received and (insisted or not self._training):
             os._exit(128 + number)
 
@@ -74,10 +73,10 @@ class Interrupt:
             self._received, self._since = number, time.monotonic()
 
     def agreed(self) -> int:
-        """0, or the signal on which all ranks stop now. Called by every rank after every step.
+        """The signal on which all ranks stop now, or 0. Every rank calls it after every step.
 
-        With several ranks the answer is that of one step ago: the ranks' exchange runs beside the
-        step and costs no waiting.
+        With several ranks the answer is one step late: the exchange runs during the step and costs
+        no time.
         """
         self._training = True
 
@@ -89,14 +88,12 @@ class Interrupt:
 
 
 def announce(stop: Stopped) -> None:
-    """Once this rank has nothing more to save: no rank returns before that holds for all and the
-    launcher has been told.
-    """
-    # a scheduler ends every rank as soon as one has left
+    """Wait until no rank has anything more to save, and note the stop for the launcher."""
+    # A scheduler ends every rank as soon as one has left.
     dist.barrier()
 
     if dist.main() and (place := os.environ.get(STOPPED_FILE)):
-        Path(place).write_text(signal.Signals(stop.number).name)
+        durable.write(Path(place), signal.Signals(stop.number).name)
 
     dist.barrier()
     dist.leave()
@@ -104,8 +101,8 @@ def announce(stop: Stopped) -> None:
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """For commands that have nothing to save: a signal ends them with the exit code 128 + its
-    number, through their cleanup.
+    """Context for commands that have nothing to save: a signal ends them, after their cleanup, with
+    the exit code 128 + its number.
     """
 
     def end(number: int, _: Any) -> None:
@@ -116,18 +113,17 @@ def ending_at_once() -> Iterator[None]:
             if signal.getsignal(number) != signal.SIG_IGN:
                 restored.callback(signal.signal, number, signal.signal(number, end))
 
-        # a launcher may have blocked them
+        # A launcher may have blocked them.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         yield
 
 
 def note_progress(text: str) -> None:
-    """Tell the launcher what this process has just saved for good, e.g. `step 123`; for one rank.
+    """Note for the launcher what was saved last, e.g. `step 123`; for one rank.
 
-    By it the launcher knows a crash at one and the same place, at which it gives up after some,
-    from one that came further.
+    The launcher gives up after several crashes without progress.
     """
     if place := os.environ.get(PROGRESS_FILE):
-        # a crash too many is then counted, no more
-        with contextlib.suppress(OSError), replacing(Path(place), "draft") as file:
-            file.write(f"{text}\n".encode())
+        # Without the note, one crash too many is counted.
+        with contextlib.suppress(OSError):
+            durable.write(Path(place), f"{text}\n")

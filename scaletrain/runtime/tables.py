@@ -1,4 +1,4 @@
-"""Tables and counts as plain text, for terminals of any width, pipes and log files."""
+"""Plain-text tables for terminals of any width, pipes and log files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-# between columns
+# Between columns.
 GAP = "  "
-# perhaps with its unit
+# A number, perhaps with a unit.
 NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?%?( \S+)?")
 
 
@@ -22,13 +22,13 @@ def show(
     title: str = "",
     notes: Sequence[str] = (),
 ) -> None:
-    """Print a table; see render."""
+    """Print a table; arguments as for render."""
     print(render(columns, rows, title=title, notes=notes, width=width()))
 
 
 def width() -> int | None:
-    """Characters of a line, by COLUMNS or the terminal; None for a pipe or a file, where lines may
-    have any length.
+    """Width of a line by COLUMNS or the terminal; None for pipes and files, whose lines may have
+    any length.
     """
     if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
         return shutil.get_terminal_size().columns
@@ -44,11 +44,11 @@ def render(
     notes: Sequence[str] = (),
     width: int | None = None,
 ) -> str:
-    """A line per row under a line of headings, with `title` above and `notes` below; an empty row
-    is an empty line.
+    """A table as text: headings, a line per row, `title` above and `notes` below; an empty row is
+    an empty line.
 
-    Columns of numbers are flush right. Where the lines are longer than `width`, each row becomes a
-    block instead: its first cell, and under it a line per column. Nothing is cut off.
+    Columns of numbers are right-aligned. If lines would be longer than `width`, each row becomes a
+    block: its first cell, then a line per column. Nothing is cut off.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     lines = _lines([list(columns), *cells])
@@ -62,8 +62,8 @@ def render(
 
 
 def wrap(text: str, width: int | None, indent: int = 0) -> str:
-    """Text over several lines of at most `width` characters, the later ones indented; words stay
-    whole.
+    """Wrap text into lines of at most `width` characters, the later ones indented; words are not
+    broken.
     """
     if width is None or len(text) <= width:
         return text
@@ -75,15 +75,13 @@ def wrap(text: str, width: int | None, indent: int = 0) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 shard`, `2 shards`, `1,000 processes`: a count with the noun in the form that goes with
-    it.
-    """
+    """A count with its noun in singular or plural: `1 shard`, `1,000 processes`."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
 
 
 def _lines(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Cells in columns. The first row has the headings, all of which may be empty."""
+    """Align cells in columns. The first row has the headings, all of which may be empty."""
     head, *rows = cells
     columns = list(zip(*(row for row in cells if row), strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -102,7 +100,7 @@ def _lines(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Each row as its first cell, and the others under it by name."""
+    """Write each row as a block: its first cell, and below it the others by name."""
     wide = max(len(name) for name in columns[1:]) if len(columns) > 1 else 0
     lines: list[str] = []
     for first, *others in filter(None, rows):

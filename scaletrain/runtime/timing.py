@@ -1,9 +1,9 @@
-"""Named parts of a training step, for whoever times them.
+"""Named spans of a training step, for timers and profilers.
 
     with span("forward"):
         ...
 
-While nobody listens, a mark does nothing.
+A span does nothing unless there is a listener.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _listener: Listener | None = None
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A part of the step, from enter to exit; marks may be nested."""
+    """Context of a named part of the step; spans may be nested."""
     return _SILENT if _listener is None else _listener(name)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, `listener(name)` makes the context of every mark."""
+    """Context in which `listener(name)` makes the context of every span."""
     global _listener
     before, _listener = _listener, listener
     try:

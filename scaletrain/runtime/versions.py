@@ -1,4 +1,4 @@
-"""Which software this is, and what is installed."""
+"""Versions of scaletrain and of installed packages."""
 
 from __future__ import annotations
 

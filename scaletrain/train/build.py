@@ -1,4 +1,4 @@
-"""From a configuration to a method and the engine that trains it."""
+"""Builds the method and the engine of a configuration."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from scaletrain.optim import schedule
 
 
 def run_info_of(config: Config, samples: int, steps_per_epoch: int) -> RunInfo:
-    """What the method is told of a run."""
-    sizes: dict[int, int] = {}
+    """The part of a configuration and its data that methods may depend on."""
+    counts: dict[int, int] = {}
     for view in config.data.views:
-        sizes[view.size] = sizes.get(view.size, 0) + view.count
+        counts[view.size] = counts.get(view.size, 0) + view.count
 
-    views = tuple((size, count) for size, count in sorted(sizes.items(), reverse=True) if count)
-    beside = config.data.support
-    rows = 0 if beside is None else beside.classes * beside.per_class
+    views = tuple((size, count) for size, count in sorted(counts.items(), reverse=True) if count)
+    support = config.data.support
+    rows = 0 if support is None else support.classes * support.per_class
     return RunInfo(
         samples, config.batch, steps_per_epoch, views, config.model.norm_group, config.seed, rows
     )
 
 
 def build_method(config: Config, run_info: RunInfo) -> Method:
-    """The method of a configuration with its auxiliaries, drawn from its seed alone."""
+    """The method of a configuration with its auxiliaries; drawn from its seed."""
     torch.manual_seed(config.seed)
-    leaf = importlib.import_module(f"scaletrain.methods.{config.method.name}")
+    module = importlib.import_module(f"scaletrain.methods.{config.method.name}")
     return auxiliaries.attach(
-        leaf.Model(config.method, lambda: backbone.build(config.model), run_info),
+        module.Model(config.method, lambda: backbone.build(config.model), run_info),
         config.auxiliaries,
         run_info,
     )
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run. Raises ConfigError for what does not fit them."""
+    """Optimizer steps of the whole run. Raises ConfigError where the schedule does not fit them."""
     total = config.steps or round(config.epochs * steps_per_epoch)
     if total < 1:
         raise ConfigError(
             f"epochs={config.epochs:g} is less than one step of the {steps_per_epoch} per epoch"
         )
 
-    # raises when the warm-up is longer
+    # Raises ConfigError where the warm-up is longer.
     schedule.lr(config.optim, config.batch, 0, steps_per_epoch, total)
     return total
 

@@ -1,5 +1,5 @@
-"""Weights of a file as the start of a run's backbone: exported here, torchvision's, timm's, or
-those of another trainer.
+"""Initial weights of a backbone from a file: exported by scaletrain, or from torchvision, timm or
+another trainer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from scaletrain.checkpoint import files
 from scaletrain.engines.base import Engine
 from scaletrain.engines.placement import TrainingError
 
-# classifiers of others, which a backbone leaves out
+# Classifiers, which a backbone does not have.
 HEADS = ("fc.", "head.", "classifier.")
-# not in old files, and without effect on what the network computes
+# Missing in old files, and without effect on the output of the network.
 COUNTER = "num_batches_tracked"
 OURS = "method.backbone."
 
@@ -23,11 +23,10 @@ Shape = tuple[int, ...]
 
 
 def start_from(engine: Engine, path: Path) -> str:
-    """Load the backbone of a safetensors file; targets start from it too. Returns what was not
-    taken as it is, for the log.
+    """Load the backbone and target backbones from a safetensors file. Returns remarks for the log.
 
-    The names may stand behind one prefix, such as `module.` or `backbone.`, and batch norms may
-    lack their counters. Raises TrainingError for a file of another network.
+    Names may have a prefix such as `module.` or `backbone.`, and batch norms may lack their
+    counters. Raises TrainingError for a file of another network.
     """
     tensors, _ = files.load_file(path)
     mine = {
@@ -75,9 +74,7 @@ def start_from(engine: Engine, path: Path) -> str:
 
 
 def _prefix(tensors: Collection[str], mine: Collection[str], path: Path) -> str:
-    """What stands before the backbone's names in the file: the one prefix behind which most of them
-    are.
-    """
+    """The prefix of the backbone's names in the file: the one with which most of them occur."""
     wanted = [name for name in mine if not name.endswith(COUNTER)]
     before = {
         name[: -len(wanted[0])]
@@ -114,5 +111,5 @@ def _check(taken: Mapping[str, Tensor], mine: Mapping[str, Shape], path: Path) -
 
 
 def _some(names: Collection[str]) -> str:
-    shown = list(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+    first = list(names)[:3]
+    return ", ".join(first) + (", ..." if len(names) > len(first) else "")

@@ -1,9 +1,8 @@
-"""What a run shows of itself: TensorBoard, metrics.jsonl, console progress, speed, and signs of
-collapse.
+"""Monitoring of a run: TensorBoard, metrics.jsonl, console progress, speed and collapse indicators.
 
-Every rank makes a Monitor and calls it; only rank 0 writes. `train/loss` is of the global batch;
-every other number that comes from samples (parts of the loss, embedding statistics, images) is of
-rank 0's slice, so that watching costs no collective.
+Every rank makes a Monitor and calls it; only rank 0 writes. `train/loss` is that of the global
+batch; all other values computed from samples (parts of the loss, embedding statistics, images) are
+of rank 0's slice, so that monitoring needs no collective.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from scaletrain.train.resume import BEGINNING, Start
 from scaletrain.train.tensorboard_writer import Board
 
 GRID_SAMPLES = 8
-# rows of the embedding whose singular values are taken: bounds the cost at any batch size
+# Rows of the embedding whose singular values are computed, which bounds the cost.
 RANK_SAMPLES = 1024
 
 
@@ -40,9 +39,9 @@ class Monitor:
     """Records a run under `run`: `tensorboard/`, `metrics.jsonl` (one JSON object per recorded
     step) and the console.
 
-    Which steps are recorded depends on the step alone, so that a resumed run continues the very
-    curves of the first one. What was recorded at or after the step it starts from is dropped, for
-    it will be computed again. A file that cannot be written is said and never ends the run.
+    Which steps are recorded depends on the step only, so that a resumed run continues the same
+    curves. Records at or after the step it resumes from are dropped, since they will be computed
+    again. A file that cannot be written causes a warning and never ends the run.
     """
 
     def __init__(
@@ -80,13 +79,12 @@ class Monitor:
         rates: Mapping[str, float],
         batch: Batch,
         waited: float,
-        ema: float | None = None,
         more: Mapping[str, float] | None = None,
     ) -> None:
-        """Note the step that began at `clock`.
+        """Record the step that began at `clock`.
 
-        rates: learning rate by group; waited: seconds without data; ema: tau; more: scalars that
-        are known elsewhere.
+        rates: learning rate by group. waited: seconds spent waiting for data. more: further
+        scalars.
         """
         if not self._active:
             return
@@ -103,19 +101,17 @@ class Monitor:
                 )
 
         if clock.every(self._every) or clock.step == self._total - 1:
-            # Tensors are read only here: reading one makes the host wait for the device.
-            self._record(clock, self._scalars(result, rates, ema) | dict(more or {}), rates)
+            # Tensors are read here only, since that makes the host wait for the device.
+            self._record(clock, self._scalars(result, rates) | dict(more or {}), rates)
 
     def note(self, text: str) -> None:
-        """One line for the reader, on the console and in TensorBoard."""
+        """Print a line on the console and add it to TensorBoard."""
         if self._active:
             self._screen.say(text)
             self._board.text("notes", text, self._updates)
 
     def finish(self, run: Path, checkpoint: Path) -> None:
-        """The last line of a run that has reached its end: what it did, where that is, and what to
-        do with it.
-        """
+        """Print the last line of a finished run: result, checkpoint and next command."""
         if not self._active or self._updates == self._start.updates:
             return
 
@@ -135,14 +131,12 @@ class Monitor:
             self._screen.close()
             self._board.close()
 
-    def _scalars(
-        self, result: StepResult, rates: Mapping[str, float], ema: float | None
-    ) -> dict[str, float]:
+    def _scalars(self, result: StepResult, rates: Mapping[str, float]) -> dict[str, float]:
         scalars = {f"train/{name}": float(value) for name, value in result.scalars.items()}
         scalars["train/loss"] = result.loss
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
-        if ema is not None:
-            scalars["ema"] = ema
+        if result.ema is not None:
+            scalars["ema"] = result.ema
 
         scalars["grad_norm"] = float(result.grad_norm)
         scalars |= {f"trust/{name}": float(value) for name, value in result.trust.items()}
@@ -177,7 +171,7 @@ class Monitor:
 
 
 def collapse(embedding: Tensor) -> dict[str, float]:
-    """Signs of collapse in an embedding [B, D], rows L2-normalised first.
+    """Collapse indicators of an embedding [B, D], rows L2-normalised first.
 
     std: mean over channels of the standard deviation over the batch (SimSiam, section 4.1); 0 when
     all rows agree. std_ratio: the same divided by 1 / sqrt(D), its value for isotropic directions;
@@ -200,21 +194,21 @@ def collapse(embedding: Tensor) -> dict[str, float]:
 
 
 def grid(views: Tensor, pixel_range: Tensor) -> Tensor:
-    """[V, B, 3, H, W] as the network sees them -> one picture [3, h, w] uint8: a row per sample, a
-    column per view.
+    """Normalised views [V, B, 3, H, W] -> one image [3, h, w] uint8: a row per sample, a column per
+    view.
     """
-    shown = (
+    first = (
         views[:, :GRID_SAMPLES].detach().float().transpose(0, 1).flatten(0, 1)
     )  # [b * V, 3, H, W]
-    black, white = pixel_range.to(shown).view(2, 1, 3, 1, 1)
-    pixels = ((shown - black) / (white - black)).clamp(0, 1).mul(255).round().byte().cpu()
+    black, white = pixel_range.to(first).view(2, 1, 3, 1, 1)
+    pixels = ((first - black) / (white - black)).clamp(0, 1).mul(255).round().byte().cpu()
     picture: Tensor = make_grid(pixels, nrow=views.shape[0], padding=2)
 
     return picture
 
 
 def memory() -> dict[str, float]:
-    """Peak megabytes of this process, and of its accelerator."""
+    """Peak memory of this process and of its accelerator, in MB."""
     peak = {"memory/rss_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if torch.cuda.is_available():
         peak["memory/cuda_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -223,22 +217,24 @@ def memory() -> dict[str, float]:
     return peak
 
 
-class Steps(Protocol):
+class StepObserver(Protocol):
+    """Whatever is called after each step: a profiler or a timer."""
+
     def step(self) -> None: ...
 
 
-class Unwatched:
+class NullObserver:
+    """Observes nothing."""
+
     def step(self) -> None:
-        """Nothing is recorded."""
+        """Do nothing."""
 
 
 @contextmanager
-def profile(run: Path, enabled: bool) -> Iterator[Steps]:
-    """Trace steps 5 to 10 (from 0) of this session into RUN/profile/rank<r>.json ; call `.step()`
-    after each.
-    """
+def profile(run: Path, enabled: bool) -> Iterator[StepObserver]:
+    """Trace steps 5 to 10 (from 0) of this session into RUN/profile/rank<r>.json."""
     if not enabled:
-        yield Unwatched()
+        yield NullObserver()
         return
 
     path = run / "profile" / f"rank{dist.rank()}.json"

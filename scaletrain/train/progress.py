@@ -13,18 +13,18 @@ from scaletrain.core import Clock
 
 
 def number(value: float) -> str:
-    """Three digits, and all of them before the point."""
+    """A number with three significant digits, and no fewer than it has before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """As hours, minutes and seconds."""
+    """Seconds as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
 
 
 class Pace:
-    """Throughput clock of this session (a resumed run starts a new one); seconds are wall clock."""
+    """Throughput of this session by wall-clock time; a resumed run starts from zero."""
 
     def __init__(self, batch: int) -> None:
         # global
@@ -45,14 +45,12 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Of this session so far."""
+        """Duration of this session so far."""
         return self._now - self._begin
 
     @property
     def seconds_per_step(self) -> float:
-        """Of this session, without its first step where there are more: that one also starts
-        workers and compiles.
-        """
+        """Mean of this session without its first step, which also starts workers and compiles."""
         return (
             self._now - self._begin
             if self._steps < 2
@@ -60,10 +58,9 @@ class Pace:
         )
 
     def read(self) -> dict[str, float]:
-        """Scalars of the interval since the last reading, which this ends.
+        """Scalars of the interval since the last call.
 
-        Its seconds per step are absent when its only step was the session's first, which
-        seconds_per_step leaves out too.
+        Without seconds per step if the interval's only step was the session's first.
         """
         elapsed = max(self._now - self._last, 1e-9)
         scalars = {
@@ -80,9 +77,7 @@ class Pace:
 
 
 class Screen:
-    """A live bar on a terminal, else a plain line per record. A terminal that is gone is no
-    error.
-    """
+    """A live progress bar on a terminal, else a line per record. A closed terminal is no error."""
 
     def __init__(self, total: int, epochs: int, start: int) -> None:
         self._console = Console(highlight=False, markup=False, soft_wrap=True)

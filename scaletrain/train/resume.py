@@ -1,6 +1,4 @@
-"""Where a run resumes: its place in the schedule, and whether its data is still what it was trained
-on.
-"""
+"""Where a run resumes: its place in the schedule, and whether its data is still the same."""
 
 from __future__ import annotations
 
@@ -11,32 +9,32 @@ from typing import Any
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 
-# digits of a sha256
+# Digits of a sha256 in messages.
 SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Start:
-    """The state of a run beside its tensors."""
+    """The progress of a run."""
 
-    # place in the schedule and in the data: the next step there
+    # Next step of the schedule and of the data.
     step: int = 0
-    # optimizer steps made so far; differs from `step` once the batch or the data has changed
+    # Optimizer steps so far; differs from `step` once the batch or the data has changed.
     updates: int = 0
-    # training samples drawn so far
+    # Training samples drawn so far.
     samples: int = 0
 
     @property
     def offset(self) -> int:
-        """What to add to a place in the schedule for the number of optimizer steps."""
+        """Optimizer steps minus the step of the schedule."""
         return self.updates - self.step
 
     def after(self, step: int, batch: int) -> int:
-        """Samples drawn by the end of the step at this place in the schedule."""
+        """Samples drawn by the end of a step of the schedule."""
         return self.samples + (step + 1 - self.step) * batch
 
     def meta(self, step: int, total: int, steps_per_epoch: int, batch: int) -> dict[str, Any]:
-        """What a checkpoint after the step at this place says of it, as `start_of` reads it."""
+        """Metadata of a checkpoint after a step of the schedule, which `start_of` reads."""
         clock = {"step": step + 1, "total": total, "steps_per_epoch": steps_per_epoch}
         return {"clock": clock, "samples": self.after(step, batch)}
 
@@ -47,12 +45,12 @@ BEGINNING = Start()
 def start_of(
     updates: int, meta: Mapping[str, Any], config: Config, epoch: int, changed: bool
 ) -> tuple[Start, str]:
-    """Where a checkpoint after so many `updates` goes on under `config`, and a sentence if its
-    place was converted.
+    """Where training resumes from a checkpoint under `config`, and a sentence if its place in the
+    schedule was converted.
 
-    epoch: samples that count as one. changed: an epoch is not what it was for the checkpoint. The
-    place is kept in samples: of the epoch that was begun, or, where epochs differ, of all since the
-    start.
+    updates: optimizer steps of the checkpoint. epoch: samples per epoch. changed: epochs differ
+    from those of the checkpoint. Conversion keeps the number of samples: those of the current epoch
+    or, where epochs differ, all since the start.
     """
     clock, batch = meta["clock"], meta["config"]["batch"]
     step, steps_per_epoch = clock["step"], clock.get("steps_per_epoch") or epoch // batch
@@ -80,9 +78,7 @@ def start_of(
 
 
 def check_end(start: Start, total: int) -> None:
-    """Raises ConfigError where a changed schedule ends before the place that the run has
-    reached.
-    """
+    """Raise ConfigError where a changed schedule ends before the step that the run has reached."""
     if start.step > total:
         raise ConfigError(
             f"this run has made {start.step:,} steps already, and the changed schedule ends after "
@@ -95,8 +91,8 @@ def check_end(start: Start, total: int) -> None:
 
 
 def other_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """What differs between the data of a checkpoint and that of this start, a line each; none known
-    of `before` is none.
+    """The differences between the data of a checkpoint and the present data, a line each; none
+    where the checkpoint does not record its data.
     """
     if before is None:
         return []

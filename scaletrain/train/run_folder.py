@@ -1,10 +1,8 @@
-"""The run folder: who may train in it, one process at a time, under which configuration."""
+"""The run folder: its access rights, its lock, and the configuration that is saved in it."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -20,13 +18,13 @@ from typing import TextIO
 
 from scaletrain import dist, exit_codes
 from scaletrain.config import load, recipe
-from scaletrain.config import schema as configuration
+from scaletrain.config.fields import PATHS
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
-from scaletrain.runtime import durable
+from scaletrain.runtime import durable, locks
 
 CONFIG, LOCK, LEASE, CHANGES = "config.yaml", ".lock", ".lease", "changes.jsonl"
-# seconds between signs of life of a lease
+# Seconds between heartbeats of a lease.
 BEAT = 5.0
 
 
@@ -36,21 +34,19 @@ class BusyError(ConfigError):
     exit_code = exit_codes.RETRY
 
 
-class StorageError(ConfigError):
+class RunFolderError(ConfigError):
     """The run folder cannot be written."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
 
-    def __reduce__(self) -> tuple[type[StorageError], tuple[str, int]]:
-        return StorageError, (str(self), self.exit_code)
+    def __reduce__(self) -> tuple[type[RunFolderError], tuple[str, int]]:
+        return RunFolderError, (str(self), self.exit_code)
 
 
 def on_main(work: Callable[[], None]) -> None:
-    """Run on rank 0; every rank raises what it raised. A run folder that cannot be written is a
-    StorageError.
-    """
+    """Call `work` on rank 0; every rank raises its error. An OSError becomes a RunFolderError."""
     problem: Exception | None = None
 
     if dist.main():
@@ -60,7 +56,7 @@ def on_main(work: Callable[[], None]) -> None:
             problem = error
         except OSError as error:
             text = f"cannot write the run folder: {error}; choose another with --run"
-            problem = StorageError(text, exit_codes.of(error))
+            problem = RunFolderError(text, exit_codes.of(error))
 
     if problem := dist.broadcast_object(problem):
         raise problem
@@ -70,10 +66,9 @@ def on_main(work: Callable[[], None]) -> None:
 
 
 def restrict(run: Path, umask: str | None, until: contextlib.ExitStack) -> None:
-    """Close to other users what this process writes, unless `umask` (octal, e.g. 027) or the
-    folder's own access says else.
+    """Set the umask of this process until the stack is closed: files are private by default.
 
-    A run folder that exists keeps the access that it has: --umask is for its first start.
+    umask: octal, e.g. 027. By default an existing run folder keeps its access rights.
     """
     if umask is None:
         mask = 0o777 & ~stat.S_IMODE(run.stat().st_mode) if run.is_dir() else 0o077
@@ -95,7 +90,7 @@ def restrict(run: Path, umask: str | None, until: contextlib.ExitStack) -> None:
 
 
 def check_owner(run: Path) -> None:
-    """Refuse another user's run folder, and warn of one that everybody can change."""
+    """Refuse another user's run folder, and warn if every user can change it."""
     state = run.stat()
     if state.st_uid != os.getuid():
         raise ConfigError(
@@ -108,7 +103,7 @@ def check_owner(run: Path) -> None:
 
 
 def warn_if_open(path: Path) -> None:
-    """Warn of a file or folder that every user of the machine can change."""
+    """Warn if every user of the machine can change a file or folder."""
     with contextlib.suppress(OSError):
         state = path.stat()
         if state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX:
@@ -125,17 +120,17 @@ def _user(number: int) -> str:
 
 
 def claim(run: Path, config: Config, change: bool, until: contextlib.ExitStack) -> None:
-    """Make the run folder and hold it; refuse that of a run with another configuration, or one that
-    another process holds.
+    """Make and lock the run folder; refuse one of another configuration or that another process
+    trains in.
     """
     run.mkdir(parents=True, exist_ok=True)
     check_owner(run)
     _hold(run, until)
 
     if (found := differences(run, config)) and not change:
-        shown = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in found)
+        listed = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in found)
         raise ConfigError(
-            f"{run} was started with a different configuration:\n{shown}\n"
+            f"{run} was started with a different configuration:\n{listed}\n"
             "Use another --run, or --change to resume with this configuration"
         )
 
@@ -143,8 +138,8 @@ def claim(run: Path, config: Config, change: bool, until: contextlib.ExitStack) 
 def differences(run: Path, config: Config) -> list[tuple[str, object, object]]:
     """The keys in which a configuration differs from that of the run folder, with both values."""
     path = run / CONFIG
-    # without a checkpoint there is nothing to protect: a start that was refused leaves only its
-    # configuration
+    # Without a checkpoint there is nothing to protect: a refused start leaves only its
+    # configuration.
     if not path.exists() or not any((run / "checkpoints").glob("step-*")):
         return []
 
@@ -152,24 +147,19 @@ def differences(run: Path, config: Config) -> list[tuple[str, object, object]]:
 
 
 def _one_place(key: str, old: object, new: object) -> bool:
-    """Whether two values of a key are spellings of one file or folder."""
-    place = (
-        key.rpartition(".")[2] in configuration.PATHS
-        and isinstance(old, str)
-        and isinstance(new, str)
-    )
+    """Whether two values of a key are the same file or folder."""
+    place = key.rpartition(".")[2] in PATHS and isinstance(old, str) and isinstance(new, str)
     real = [list(map(os.path.realpath, recipe.listed(str(value)))) for value in (old, new)]
 
     return place and bool(old) and real[0] == real[1]
 
 
 def write_config(run: Path, config: Config) -> None:
-    with durable.replacing(run / CONFIG, str(os.getpid())) as file:
-        file.write(load.dump(config).encode())
+    durable.write(run / CONFIG, load.dump(config))
 
 
 def log_change(run: Path, step: int, what: list[str]) -> None:
-    """Add to RUN/changes.jsonl what --change has accepted."""
+    """Append what --change has accepted to RUN/changes.jsonl."""
     with (run / CHANGES).open("a") as file:
         file.write(json.dumps({"time": time.time(), "step": step, "changes": what}) + "\n")
 
@@ -178,27 +168,25 @@ def log_change(run: Path, step: int, what: list[str]) -> None:
 
 
 def _hold(run: Path, until: contextlib.ExitStack) -> None:
-    """Keep other processes out until the stack is closed, at the latest by the end of this
-    process.
-    """
+    """Lock the run folder until the stack is closed or this process ends. Raises BusyError."""
     lock = until.enter_context((run / LOCK).open("a+"))
 
-    # a predecessor that is being killed may take a moment, one on a lost node until the file system
-    # gives up its lock
+    # A predecessor that is being killed may take a moment; one on a lost node, until the file
+    # system releases its lock.
     for patience in range(240 if "SLURM_RESTART_COUNT" in os.environ else 20, -1, -1):
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                # a file system without locks
-                Lease(run).hold(until)
-                return
+            # Of the process: a loader worker that outlives it must not keep the lock.
+            if locks.acquire(lock.fileno(), wait=False, of_process=True):
+                break
+        except OSError:
+            # The file system has no locks.
+            Lease(run).hold(until)
+            return
 
-            if not patience:
-                raise BusyError(f"{run} is being trained by {_holder(lock)}") from None
+        if not patience:
+            raise BusyError(f"{run} is being trained by {_holder(lock)}")
 
-            time.sleep(0.25)
+        time.sleep(0.25)
 
     lock.truncate(0)
     lock.write(f"{_myself()}\n")
@@ -217,11 +205,11 @@ def _myself() -> str:
 
 
 class Lease:
-    """Holds a run folder where the file system has no locks: a file that its holder rewrites every
+    """A replacement for locks on file systems without them: a file that its owner rewrites every
     few seconds.
 
-    A file that has not changed for three beats is that of a dead process. Clocks of machines are
-    never compared.
+    The owner of a file that has not changed for three heartbeats is dead. Clocks of different
+    machines are never compared.
     """
 
     def __init__(self, run: Path) -> None:
@@ -230,7 +218,7 @@ class Lease:
         self._ended = threading.Event()
 
     def hold(self, until: contextlib.ExitStack) -> None:
-        """Raises BusyError while another process holds it."""
+        """Take the lease until the stack is closed. Raises BusyError if another process has it."""
         before = self._read()
         if before:
             what = "waiting to see whether another process trains there"
@@ -244,7 +232,7 @@ class Lease:
                 self._refuse_if(self._read() not in (before, ""))
 
         self._beat()
-        # of two that take it at once, the later one stays
+        # Of two processes that take it at once, the later one keeps it.
         time.sleep(BEAT)
         self._refuse_if(not self._mine())
         threading.Thread(target=self._go_on, name="lease", daemon=True).start()
@@ -272,11 +260,11 @@ class Lease:
 
     def _go_on(self) -> None:
         while not self._ended.wait(BEAT):
-            # storage that is away for a moment
+            # Storage may fail for a moment.
             with contextlib.suppress(OSError):
                 if not self._mine():
                     print(
-                        f"error: another process has taken over {self._run}: this one ends",
+                        f"error: another process has taken over {self._run}; this one exits",
                         file=sys.stderr,
                         flush=True,
                     )

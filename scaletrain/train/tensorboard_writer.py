@@ -1,6 +1,4 @@
-"""TensorBoard's files as a by-product of a run: what cannot be written is said once and never ends
-it.
-"""
+"""A TensorBoard writer that never ends a run: files that cannot be written cause one warning."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ log = logging.getLogger("scaletrain")
 
 
 class Board:
-    """Events below `folder`; those of an earlier start at or after the step `purge` disappear.
+    """Writes events below `folder`, and hides those of an earlier start at or after step `purge`.
 
     After a failure nothing is written until the next flush(), which begins a new file.
     """
@@ -54,7 +52,7 @@ class Board:
     def _open(self) -> None:
         def begin() -> None:
             self._writer = SummaryWriter(self._folder, purge_step=self._purge)
-            # only what is older than this start disappears
+            # Only events of earlier starts are hidden.
             self._purge = None
 
         self._guard(begin)
@@ -72,7 +70,7 @@ class Board:
         ) as error:  # ValueError: its file was closed by an earlier failure
             if not self._failed:
                 log.warning(
-                    "%s cannot be written (%s); the run goes on and tries again later",
+                    "%s cannot be written (%s); the run continues and will try again",
                     self._folder,
                     error,
                 )
@@ -81,8 +79,8 @@ class Board:
 
 
 def _quietly(before: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """TensorBoard's thread hands its error to the next call; it need not print its traceback as
-    well.
+    """A thread hook that prints no traceback of TensorBoard's thread: the next call raises its
+    errors.
     """
 
     def hook(what: threading.ExceptHookArgs) -> None:

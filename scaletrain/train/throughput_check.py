@@ -1,5 +1,5 @@
-"""What a run on synthetic data is for: its speed by part, its memory, and the loader speed that
-would feed it.
+"""The throughput check, a run on synthetic data: time by part of a step, memory, and the loader
+speed that the run needs.
 """
 
 from __future__ import annotations
@@ -16,35 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from scaletrain import dist
 from scaletrain.config.schema import Config
 from scaletrain.data.loading.sources import SYNTHETIC
-from scaletrain.runtime import timing
+from scaletrain.runtime import durable, tables, timing
 from scaletrain.runtime.tables import plural
 from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT
 from scaletrain.train import monitor
 from scaletrain.train.progress import number
 
 FILE = "throughput_check.json"
-# agreement of the ranks, gradient norm, monitor, checkpoints
+# Agreement of the ranks, gradient norm, monitor, checkpoints.
 REST = "the rest"
 PARTS = (WAIT, COPY, FORWARD, BACKWARD, UPDATE, REST)
-# steps at the start that are not counted, or half of them if there are fewer than twice as many
+# Steps at the start that are not measured; at most half of all.
 WARM_UP = 10
-# steps; bounds the memory of a long run
+# Latest steps that are kept, which bounds the memory of a long run.
 KEPT = 1000
 
 
 class Timer:
-    """Cuts steps into named parts that add up to them exactly: each moment belongs to the innermost
-    open mark.
+    """Divides steps into named parts that add up to the step: each moment belongs to the innermost
+    open span.
 
-    `stamp()` notes a moment, which may lie ahead as a CUDA event's does; `seconds(b, a)`, from a to
-    b, is left to read().
+    `stamp()` records a moment, which may lie in the future as with CUDA events; `seconds(b, a)`,
+    the time from a to b, is called by read() only.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Timer:
             self._cuts.append((self._stamp(), self._open[-1]))
 
     def step(self) -> None:
-        """A step ends here and the next begins."""
+        """End a step and begin the next."""
         self._cuts.append((self._stamp(), self._open[-1]))
         if self._skip:
             self._skip -= 1
@@ -76,7 +73,7 @@ class Timer:
         self._cuts = [self._cuts[-1]]
 
     def read(self) -> list[dict[str, float]]:
-        """Seconds by part of every step that counts."""
+        """Seconds by part, for every measured step."""
         result = []
         for cuts in self._steps:
             parts: dict[str, float] = defaultdict(float)
@@ -90,15 +87,14 @@ class Timer:
 @contextmanager
 def measuring(
     config: Config, run: Path, steps: int, device: torch.device
-) -> Iterator[monitor.Steps]:
-    """Time the coming `steps` of a run on synthetic data; call `.step()` after each. Other runs are
-    not timed.
+) -> Iterator[monitor.StepObserver]:
+    """Time the next `steps` of a run on synthetic data, and report them; other runs are not timed.
 
-    On CUDA the parts are cut by events on the device's own time line, where the host never waits
-    for them.
+    On CUDA the parts are divided by events on the device's time line, for which the host never
+    waits.
     """
     if config.data.path != SYNTHETIC:
-        yield monitor.Unwatched()
+        yield monitor.NullObserver()
         return
 
     stamp, seconds = (
@@ -119,16 +115,15 @@ def measuring(
 
     if dist.main() and measured:
         result = report(config, everyone, len(measured))
-        (run / FILE).write_text(json.dumps(result, indent=1) + "\n")
+        durable.write(run / FILE, json.dumps(result, indent=1) + "\n")
         show(result, run)
 
 
 def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """One rank's milliseconds: median and 95th percentile of the steps, and the mean of each part
+    """Milliseconds of one rank: median and 95th percentile of the steps, and the mean of each part
     over the middle half of them.
 
-    The middle half by duration leaves out steps that write a checkpoint or record scalars; its
-    parts add up to its step.
+    The middle half by duration excludes steps that write a checkpoint or record scalars.
     """
     ordered = sorted(steps, key=lambda parts: sum(parts.values()))
     totals = [1000 * sum(parts.values()) for parts in ordered]
@@ -145,9 +140,9 @@ def summary(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """What is written to RUN/throughput_check.json, from the summary of every rank."""
+    """The content of RUN/throughput_check.json, from the summaries of all ranks."""
     world, local = len(ranks), dist.local_world()
-    # ms; the ranks step together
+    # Milliseconds; ranks step together.
     step = statistics.fmean(r["median"] for r in ranks)
     parts = {name: statistics.fmean(r["parts"][name] for r in ranks) for name in PARTS}
     busy = sum(parts.values()) - parts[WAIT]
@@ -174,46 +169,43 @@ def report(config: Config, ranks: Sequence[Mapping[str, Any]], steps: int) -> di
 
 
 def show(result: Mapping[str, Any], run: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    many = result["processes"] > 1
-    table = Table("part", "ms", "share", *(["ms, slowest rank"] if many else []), box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    parts, slowest = result["parts_ms"], result["parts_ms_slowest"]
-    whole = sum(parts.values())
-    for name, ms in parts.items():
-        table.add_row(
-            name, f"{ms:.2f}", f"{ms / whole:.1%}", *([f"{slowest[name]:.2f}"] if many else [])
-        )
-
-    table.add_row("step", f"{whole:.2f}", "100 %")
+    """Print the report as text with a table of the parts of a step."""
     speed, loader, memory = result["step_ms"], result["loader_images_per_second"], result["memory"]
-    console.print(
-        f"throughput check: {number(result['images_per_second'])} images/s, "
-        f"{number(result['views_per_second'])} views/s; batch "
-        f"{result['batch']} on {plural(result['processes'], 'process')}, "
-        f"{plural(result['steps_measured'], 'step')} measured "
-        "after the warm-up\n"
-        f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; by "
-        "part, mean over the middle half:"
-    )
+    parts, slowest = result["parts_ms"], result["parts_ms_slowest"]
+    whole, columns = sum(parts.values()), ["part", "ms", "share"]
+    rows = [[name, f"{ms:.2f}", f"{ms / whole:.1%}"] for name, ms in parts.items()]
+    rows.append(["step", f"{whole:.2f}", "100%"])
 
-    console.print(table)
+    if result["processes"] > 1:
+        columns.append("ms, slowest rank")
+        rows = [[*row, f"{slowest[row[0]]:.2f}" if row[0] in slowest else ""] for row in rows]
+
+    check = (
+        f"throughput check: {number(result['images_per_second'])} images/s, "
+        f"{number(result['views_per_second'])} views/s; batch {result['batch']} on "
+        f"{plural(result['processes'], 'process')}, {plural(result['steps_measured'], 'step')} "
+        f"measured after the warm-up"
+    )
+    step = (
+        f"step: median {number(speed['median'])} ms, 95 % below {number(speed['p95'])} ms; "
+        "by part, mean over the middle half:"
+    )
     device = (
         f"; CUDA {memory['cuda_peak_mb']:.0f} MB allocated, {memory['cuda_reserved_mb']:.0f} MB "
         "reserved"
         if "cuda_peak_mb" in memory
         else ""
     )
-
-    console.print(
+    notes = (
         f"memory: peak of the largest process {memory['rss_peak_mb']:.0f} MB without its loader "
-        f"workers{device}\n"
-        f"loader: to feed this, {number(loader['process'])} images/s per process, "
-        f"{number(loader['node'])} per node; "
-        f"`scaletrain doctor --run {run} --data FOLDER` tells the cores that takes"
+        f"workers{device}",
+        f"loader: this run needs {number(loader['process'])} images/s per process, "
+        f"{number(loader['node'])} per node; `scaletrain doctor --run {run} --data FOLDER` "
+        "reports how many cores that takes",
     )
+
+    print(tables.wrap(check, tables.width()))
+    tables.show(columns, rows, title=step, notes=notes)
 
 
 def _event() -> torch.cuda.Event:

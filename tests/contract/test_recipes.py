@@ -177,7 +177,7 @@ def test_memories_of_every_sample_need_whole_epochs(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ConfigError,
-        match=r"deepcluster_v2 carries every sample's embedding .* without data.mixture and "
+        match=r"deepcluster_v2 keeps every sample's embedding .* without data.mixture and "
         r"data.ep",
     ):
         train(virtual, tmp_path / "run")

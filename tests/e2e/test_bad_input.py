@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from scaletrain.checkpoint import files, reader
 from scaletrain.cli import main as cli
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.nn import resnet
 
 ROOT = Path(__file__).parents[2]
@@ -199,7 +199,7 @@ def test_init_takes_a_backbone_and_refuses_another(
     shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
-    fitting = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
+    fitting = resnet.ResNet(ModelConfig(name="resnet18", width=0.0625, stem="cifar"))
     fitting.bn1.running_mean.fill_(0.25)
     foreign = fitting.state_dict() | {
         "fc.weight": torch.zeros(10, fitting.features),
@@ -207,7 +207,7 @@ def test_init_takes_a_backbone_and_refuses_another(
     }
     files.export(foreign, tmp_path / "fits.safetensors", {})
     files.export(
-        resnet.ResNet(Model(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {}
+        resnet.ResNet(ModelConfig(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {}
     )
     arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "checkpoint.every_steps=1")
     refused(
@@ -244,7 +244,7 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
     prefix: str, dropped: tuple[str, ...], note: str, shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
-    network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar"))
+    network = resnet.ResNet(ModelConfig(name="resnet18", width=0.0625, stem="cifar"))
     tensors = {
         prefix + name: value
         for name, value in network.state_dict().items()
@@ -284,7 +284,7 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
 def test_init_refuses_a_file_of_several_networks_that_fit(
     shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    network = resnet.ResNet(Model(name="resnet18", width=0.0625, stem="cifar")).state_dict()
+    network = resnet.ResNet(ModelConfig(name="resnet18", width=0.0625, stem="cifar")).state_dict()
     both = {
         f"module.encoder_{which}.{name}": value for which in "qk" for name, value in network.items()
     }
@@ -311,7 +311,7 @@ def test_odd_numbers_of_threads_are_no_error(
     begun = train(recipe, tmp_path / "run", f"data.path={shards}", "steps=1")
     torch.set_num_threads(1)
     assert begun.exit_code == 0, begun.stderr
-    assert (f"warning: OMP_NUM_THREADS={threads} is no number of threads" in begun.stderr) == (
+    assert (f"warning: OMP_NUM_THREADS={threads} is not a number of threads" in begun.stderr) == (
         threads != "4,2"
     )
 

@@ -198,7 +198,7 @@ def test_a_run_of_an_earlier_version_resumes_with_a_notice(run: Path, shards: Pa
     resumed = train(run, f"data.path={shards}")
     assert resumed.exit_code == 0, resumed.stderr
     assert (
-        "is of an earlier version and does not say which data it was trained on: not checked"
+        "was written by an earlier version, which did not record its data: not checked"
         in resumed.stdout
     )
     assert records(run)[-1]["samples"] == 64

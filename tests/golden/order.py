@@ -25,10 +25,10 @@ import torch  # noqa: E402
 from kit import small  # noqa: E402
 from kit.data import write_shards  # noqa: E402
 
-from scaletrain.config.schema import Data, View, components  # noqa: E402
+from scaletrain.config.schema import DataConfig, View, components  # noqa: E402
 from scaletrain.core import Batch  # noqa: E402
 from scaletrain.data.format import index  # noqa: E402
-from scaletrain.data.loading.support import stream  # noqa: E402
+from scaletrain.data.loading.loader import open_stream  # noqa: E402
 from scaletrain.data.reading import subset  # noqa: E402
 from scaletrain.data.reading.reader import Shards  # noqa: E402
 
@@ -73,8 +73,8 @@ def orders(folder: Path) -> dict[str, Any]:
             shards = Shards(paths["first"])
             subset.save(folder / "all.json", shards, np.arange(len(shards)), "all")
             settings["support"] = {**support, "labels": str(folder / "all.json")}
-        data = Data(lanes=4, window=2, workers=0, views=(View(size=8, count=2),), **settings)
-        source = stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
+        data = DataConfig(lanes=4, window=2, workers=0, views=(View(size=8, count=2),), **settings)
+        source = open_stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
         steps = source.plan.steps_per_epoch
         batches = list(source.batches(0, EPOCHS * steps))
         found[kind] = hashes(batches, steps)

@@ -25,10 +25,9 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from kit import small  # noqa: E402
 
-from scaletrain.config import load  # noqa: E402
+from scaletrain.config import load, recipe  # noqa: E402
 from scaletrain.config.schema import Config, components  # noqa: E402
 from scaletrain.optim import schedule  # noqa: E402
-from scaletrain.report.catalogue import CONFIGS  # noqa: E402
 
 
 def losses(method: str) -> list[float]:
@@ -52,7 +51,7 @@ def losses(method: str) -> list[float]:
 
 @functools.cache
 def recipes() -> dict[str, Config]:
-    return {path.stem: load.load(path) for path in sorted(CONFIGS.glob("*.yaml"))}
+    return {path.stem: load.load(path) for path in sorted(recipe.CONFIGS.glob("*.yaml"))}
 
 
 def schedules(method: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def ema_before_step() -> Any:
     """The target follows the online network of before the step."""
 
     def early(self: base.Engine, clock: Any, gradient: Any, lr: float, base_lr: float) -> None:
-        self.move_targets(clock)
+        self.move_targets()
         with mock.patch.object(self, "move_targets"):
             apply(self, clock, gradient, lr, base_lr)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scaletrain.config.schema import Cache, Data, View
+from scaletrain.config.schema import CacheConfig, DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.reader import Shards
@@ -22,14 +22,14 @@ VIEWS = (View(size=16, count=2), View(size=8))
 COUNTS = (11, 3, 20, 14)
 
 
-def cache(place: Path, size: int = 10_000_000, stage: bool = False) -> Cache:
-    return Cache(path=str(place), bytes=size, stage=stage)
+def cache(place: Path, size: int = 10_000_000, stage: bool = False) -> CacheConfig:
+    return CacheConfig(path=str(place), bytes=size, stage=stage)
 
 
 def stream(
-    path: str | Path, held: Cache, rank: int = 0, world: int = 1, **options: object
+    path: str | Path, held: CacheConfig, rank: int = 0, world: int = 1, **options: object
 ) -> Stream:
-    data = Data(
+    data = DataConfig(
         path=str(path),
         cache=held,
         **{"lanes": 4, "window": 2, "workers": 0, "views": VIEWS, **options},

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from scaletrain import dist, rng
 from scaletrain.config import load, recipe
-from scaletrain.config.schema import Config, Data, component_config
+from scaletrain.config.schema import Config, DataConfig, component_config
 from scaletrain.core import Batch, Clock, Features
 from scaletrain.engines.base import Engine
 from scaletrain.train.build import build
@@ -89,7 +89,7 @@ def batch(cfg: Config, step: int) -> Batch:
     )
 
 
-def _support(data: Data, step: int, main: Batch) -> Batch | None:
+def _support(data: DataConfig, step: int, main: Batch) -> Batch | None:
     assert data.support is not None
     if step >= data.support.epochs * STEPS_PER_EPOCH:
         return None

@@ -45,7 +45,7 @@ def save(root: Path, *steps: int, **settings: int) -> None:
     writer.close()
 
 
-def holds(saved: reader.Saved, step: int) -> None:
+def holds(saved: reader.SavedStep, step: int) -> None:
     want = tensors(step)
     assert (saved.step, saved.meta, saved.names()) == (
         step,

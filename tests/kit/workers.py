@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kit.data import children
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import LoaderError
 from scaletrain.data.loading.dataset import Failure, Images, RawBatch
@@ -31,7 +31,7 @@ def stream(
         "views": (View(size=8),),
         **options,
     }
-    data = Data(**given)
+    data = DataConfig(**given)
     return open_stream(data, seed=1, batch=12, rank=rank, world=world, device=CPU)
 
 

@@ -18,7 +18,7 @@ import torch
 from kit import ranks, small
 
 from scaletrain.checkpoint.files import export
-from scaletrain.checkpoint.reader import Saved, folder_of, open_step
+from scaletrain.checkpoint.reader import SavedStep, folder_of, open_step
 from scaletrain.checkpoint.writer import Writer
 from scaletrain.config.schema import Config, components
 from scaletrain.engines.base import Engine
@@ -79,7 +79,7 @@ def save(root: Path, step: int, trainer: Engine) -> None:
     writer.close()
 
 
-def step_of(root: Path, step: int) -> Saved:
+def step_of(root: Path, step: int) -> SavedStep:
     return open_step(folder_of(root, step))
 
 
@@ -141,7 +141,7 @@ def test_every_link_restores_bit_for_bit_and_exports_the_same_file(
         assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
 
 
-def deviation(begin: Saved, a: Saved, b: Saved) -> tuple[float, str]:
+def deviation(begin: SavedStep, a: SavedStep, b: SavedStep) -> tuple[float, str]:
     """Largest |a - b| / |a - begin| of the parts of the state, "optim projector momentum_buffer" or
     the like, and which.
     """

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Optim
+from scaletrain.config.schema import OptimConfig
 from scaletrain.core import Method, ParameterGroup
 from scaletrain.optim import groups as grouping
 from scaletrain.optim.groups import drop_frozen, parameter_groups, set_rates
 from scaletrain.optim.lars import LARS
 
 
-def build(method: Method, optim: Optim) -> torch.optim.Optimizer:
+def build(method: Method, optim: OptimConfig) -> torch.optim.Optimizer:
     return grouping.build(parameter_groups(method, optim), optim)
 
 
@@ -64,7 +64,7 @@ HEAD = ParameterGroup(
     [("norm_bias", NORM_BIAS), ("ndim1", NORM_BIAS | {"scale"}), ("none", set[str]())],
 )
 def test_exclusion(rule: str, excluded: set[str]) -> None:
-    groups = parameter_groups(Toy(), Optim(exclude=rule, weight_decay=0.1))
+    groups = parameter_groups(Toy(), OptimConfig(exclude=rule, weight_decay=0.1))
     assert [g["name"] for g in groups] == ["all", "all"][: len(groups)]
     assert set().union(*(g["names"] for g in groups if not g["adapt"])) == excluded
     assert (
@@ -76,7 +76,7 @@ def test_exclusion(rule: str, excluded: set[str]) -> None:
 
 def test_every_trainable_parameter_once_and_names_align() -> None:
     method = Toy(HEAD, BIAS_GROUP)
-    groups = parameter_groups(method, Optim())
+    groups = parameter_groups(method, OptimConfig())
     known = dict(method.named_parameters())
     pairs = [(name, p) for g in groups for name, p in zip(g["names"], g["params"], strict=True)]
     assert all(known[name] is p for name, p in pairs)
@@ -86,7 +86,7 @@ def test_every_trainable_parameter_once_and_names_align() -> None:
 
 
 def test_first_matching_group_takes_the_parameter() -> None:
-    groups = parameter_groups(Toy(HEAD, BIAS_GROUP), Optim())
+    groups = parameter_groups(Toy(HEAD, BIAS_GROUP), OptimConfig())
     head = [g for g in groups if g["name"] == "head"]
     assert [g["names"] for g in head] == [["norms.weight"], ["norms.bias"]]
     assert [(g["lr_multiplier"], g["constant"], g["frozen_steps"]) for g in head] == [
@@ -105,13 +105,17 @@ def test_group_overrides() -> None:
     own = ParameterGroup(
         "head", lambda name, p: name.startswith("norms"), weight_decay=0.3, momentum=0.0, adapt=True
     )
-    head = [g for g in parameter_groups(Toy(own), Optim(weight_decay=0.1)) if g["name"] == "head"]
+    head = [
+        g for g in parameter_groups(Toy(own), OptimConfig(weight_decay=0.1)) if g["name"] == "head"
+    ]
     assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [
         (0.3, 0.0, True),
         (0.0, 0.0, True),
     ]
     off = ParameterGroup("head", lambda name, p: name.startswith("norms"), adapt=False)
-    head = [g for g in parameter_groups(Toy(off), Optim(weight_decay=0.1)) if g["name"] == "head"]
+    head = [
+        g for g in parameter_groups(Toy(off), OptimConfig(weight_decay=0.1)) if g["name"] == "head"
+    ]
     assert [(g["weight_decay"], g["momentum"], g["adapt"]) for g in head] == [
         (0.1, 0.9, False),
         (0.0, 0.9, False),
@@ -121,22 +125,26 @@ def test_group_overrides() -> None:
 def test_bad_groups_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Toy: group 'prototypes' takes no trainable parameter"):
         parameter_groups(
-            Toy(ParameterGroup("prototypes", lambda name, p: "prototypes" in name)), Optim()
+            Toy(ParameterGroup("prototypes", lambda name, p: "prototypes" in name)), OptimConfig()
         )
     with pytest.raises(ValueError, match=r"group 'target' takes no trainable parameter"):
-        parameter_groups(Toy(ParameterGroup("target", lambda name, p: "target" in name)), Optim())
+        parameter_groups(
+            Toy(ParameterGroup("target", lambda name, p: "target" in name)), OptimConfig()
+        )
     with pytest.raises(ValueError, match=r"group 'bias' takes no"):
-        parameter_groups(Toy(ParameterGroup("first", lambda name, p: True), BIAS_GROUP), Optim())
+        parameter_groups(
+            Toy(ParameterGroup("first", lambda name, p: True), BIAS_GROUP), OptimConfig()
+        )
     with pytest.raises(ValueError, match="unique names"):
-        parameter_groups(Toy(ParameterGroup("all", lambda name, p: p.ndim > 1)), Optim())
+        parameter_groups(Toy(ParameterGroup("all", lambda name, p: p.ndim > 1)), OptimConfig())
     with pytest.raises(ConfigError, match=r"optim\.nesterov needs"):
-        build(Toy(), Optim(nesterov=True))
+        build(Toy(), OptimConfig(nesterov=True))
     with pytest.raises(ConfigError, match="no trainable parameter"):
-        build(Toy().requires_grad_(False), Optim())
+        build(Toy().requires_grad_(False), OptimConfig())
 
 
 def test_set_rates() -> None:
-    groups = parameter_groups(Toy(HEAD, BIAS_GROUP), Optim())
+    groups = parameter_groups(Toy(HEAD, BIAS_GROUP), OptimConfig())
     set_rates(groups, lr=0.1, base=0.8)
     assert {(g["name"], g["lr"]) for g in groups} == {("head", 1.6), ("bias", 0.05), ("all", 0.1)}
 
@@ -145,7 +153,7 @@ def test_set_rates() -> None:
 def test_frozen_group_does_not_move(name: str) -> None:
     """Neither by decay nor by the momentum of an earlier step; it moves as soon as it thaws."""
     method = Toy(HEAD)
-    optimizer = build(method, Optim(name=name, weight_decay=0.1))
+    optimizer = build(method, OptimConfig(name=name, weight_decay=0.1))
     before = {n: p.detach().clone() for n, p in method.named_parameters()}
     for step in range(4):
         for p in method.parameters():
@@ -208,13 +216,13 @@ OWN_MOMENTUM = ParameterGroup(
 @pytest.mark.parametrize(
     "optim",
     [
-        Optim(name="sgd", weight_decay=0.1),
-        Optim(name="sgd", weight_decay=0.1, nesterov=True, exclude="none"),
-        Optim(name="adamw", weight_decay=0.1, betas=(0.8, 0.95), exclude="ndim1"),
+        OptimConfig(name="sgd", weight_decay=0.1),
+        OptimConfig(name="sgd", weight_decay=0.1, nesterov=True, exclude="none"),
+        OptimConfig(name="adamw", weight_decay=0.1, betas=(0.8, 0.95), exclude="ndim1"),
     ],
     ids=["sgd", "nesterov", "adamw"],
 )
-def test_built_optimizer_equals_transcription(optim: Optim) -> None:
+def test_built_optimizer_equals_transcription(optim: OptimConfig) -> None:
     method = Toy(OWN_MOMENTUM).double()
     wanted = {n: p.detach().clone() for n, p in method.named_parameters()}
     states: dict[str, dict[str, Any]] = {n: {} for n in wanted}
@@ -240,7 +248,7 @@ def test_built_optimizer_equals_transcription(optim: Optim) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_resume_is_bit_exact(name: str, dtype: torch.dtype) -> None:
-    optim = Optim(name=name, weight_decay=0.1, trust_coefficient=0.02)
+    optim = OptimConfig(name=name, weight_decay=0.1, trust_coefficient=0.02)
     whole = Toy(OWN_MOMENTUM).to(dtype)
     drive(whole, build(whole, optim), range(8))
     first = Toy(OWN_MOMENTUM).to(dtype)
@@ -257,7 +265,7 @@ def test_resume_is_bit_exact(name: str, dtype: torch.dtype) -> None:
 def test_recipe_reaches_lars() -> None:
     optimizer = build(
         Toy(),
-        Optim(
+        OptimConfig(
             trust_coefficient=0.02,
             trust_clip=True,
             lars_momentum="inside",

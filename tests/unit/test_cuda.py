@@ -13,7 +13,7 @@ from kit import small
 from kit.data import write_shards
 
 from benchmarks.gpu import comparison
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.core import Clock
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.doctor import parity
@@ -119,7 +119,7 @@ def test_a_trace_of_a_skipped_step_is_found(device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_batches_of_workers_arrive_whole(device: str, tmp_path: Path) -> None:
     """A GPU that is busy copies them late, when their memory could be in use again."""
-    data = Data(
+    data = DataConfig(
         path=str(write_shards(tmp_path / "d", (48,), masks=True)),
         lanes=2,
         window=2,

@@ -8,11 +8,9 @@ folder, from which a pattern may select some, and notes how many samples were le
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +25,7 @@ from scaletrain.data.errors import ArchiveError, DataError, ShardError, printabl
 from scaletrain.data.format import manifest, offsets, selection
 from scaletrain.data.format.manifest import Shard as Shard
 from scaletrain.data.format.manifest import ShardManifest
-from scaletrain.runtime import local_files
+from scaletrain.runtime import durable, local_files, locks
 from scaletrain.runtime.tables import plural
 
 MANIFEST, OLD_MANIFEST = manifest.NAME, manifest.OLD_NAME
@@ -237,22 +235,8 @@ def _said(notice: Callable[[str], None]) -> Callable[[int, int], None]:
 
 
 def atomic(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same folder, so that readers see either the old or the
-    whole new content.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write a file of a data folder, which all users may read."""
+    durable.write(path, data, mode=0o644)
 
 
 def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> list[bytes]:
@@ -361,7 +345,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
     try:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            locks.acquire(handle, wait=True)
         yield
     finally:
         os.close(handle)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaletrain import rng
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.errors import DataError, ImageError, ShardError
 from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
@@ -108,7 +108,7 @@ class Images(BatchDataset):
 
     def __init__(
         self,
-        data: Data,
+        data: DataConfig,
         shards: Shards | ConcatShards,
         plan: Batches,
         lo: int,
@@ -251,7 +251,7 @@ class SyntheticImages(BatchDataset):
     """
 
     def __init__(
-        self, data: Data, plan: Batches, lo: int, hi: int, classes: int = SYNTHETIC_CLASSES
+        self, data: DataConfig, plan: Batches, lo: int, hi: int, classes: int = SYNTHETIC_CLASSES
     ) -> None:
         self.data, self.plan, self.lo, self.hi, self.classes = data, plan, lo, hi, classes
         self._made: RawBatch | None = None

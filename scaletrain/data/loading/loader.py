@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from scaletrain import dist
-from scaletrain.config.schema import Cache, Data
+from scaletrain.config.schema import CacheConfig, DataConfig
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.batches import (
@@ -32,7 +32,7 @@ from scaletrain.data.sampling.plan import Batches, Ints
 
 
 def open_stream(
-    data: Data,
+    data: DataConfig,
     *,
     seed: int,
     batch: int,
@@ -87,7 +87,7 @@ class Stream:
 
     def __init__(
         self,
-        data: Data,
+        data: DataConfig,
         shards: Shards | ConcatShards | None,
         plan: Batches,
         dataset: BatchDataset,
@@ -193,7 +193,7 @@ def eval_batches(
     timeout: float = 300.0,
     liveness: float = 60.0,
     rows: Ints | None = None,
-    cache: Cache = DEFAULT_CACHE,
+    cache: CacheConfig = DEFAULT_CACHE,
     skip: bool = False,
     lost: OnReplaced = ignore_replaced,
 ) -> Iterator[Batch]:

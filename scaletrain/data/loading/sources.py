@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from scaletrain.config.schema import Data
+from scaletrain.config.schema import DataConfig
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.dataset import synthetic_counts
 from scaletrain.data.reading.concat import ConcatShards, shards_of
@@ -18,7 +18,7 @@ from scaletrain.data.sampling.plan import Batches, Ints, Plan
 SYNTHETIC = "synthetic"
 
 
-def open_shards(data: Data) -> Shards | ConcatShards | None:
+def open_shards(data: DataConfig) -> Shards | ConcatShards | None:
     """Open the shards that a recipe names; None for synthetic data. Raises DataError."""
     if data.path == SYNTHETIC:
         return None
@@ -40,7 +40,7 @@ def open_shards(data: Data) -> Shards | ConcatShards | None:
     return shards
 
 
-def open_plan(data: Data, *, seed: int, batch: int) -> Batches:
+def open_plan(data: DataConfig, *, seed: int, batch: int) -> Batches:
     """The order in which a recipe's samples are drawn, without reading any sample.
 
     Raises DataError where the shards cannot be used or do not fit batch and lanes.
@@ -49,7 +49,7 @@ def open_plan(data: Data, *, seed: int, batch: int) -> Batches:
 
 
 def plan_batches(
-    data: Data,
+    data: DataConfig,
     shards: Shards | ConcatShards | None,
     *,
     seed: int,
@@ -88,7 +88,7 @@ def identity(path: str, shards: Shards) -> dict[str, Any]:
     return {"path": path, "samples": len(shards), "sha256": shards.fingerprint}
 
 
-def identities(data: Data, shards: Shards | ConcatShards | None) -> list[dict[str, Any]]:
+def identities(data: DataConfig, shards: Shards | ConcatShards | None) -> list[dict[str, Any]]:
     """The identity of each data set of a recipe, with its weight in a mixture."""
     if shards is None:
         return [{"path": SYNTHETIC, "samples": data.synthetic_samples}]

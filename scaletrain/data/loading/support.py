@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from scaletrain import rng
-from scaletrain.config.schema import Data, Support
+from scaletrain.config.schema import DataConfig, SupportConfig
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading import sources
@@ -46,8 +46,8 @@ class SupportLoader:
 
     def __init__(
         self,
-        data: Data,
-        support: Support,
+        data: DataConfig,
+        support: SupportConfig,
         *,
         seed: int,
         batch: int,
@@ -129,7 +129,7 @@ class LabelledImages(Images):
         return raw
 
 
-def _own_data(data: Data, support: Support) -> Data:
+def _own_data(data: DataConfig, support: SupportConfig) -> DataConfig:
     """The data configuration of the labelled samples: one view of each, as in SuNCEt."""
     first = next(view for view in data.views if view.count)
     return data.model_copy(
@@ -144,7 +144,7 @@ def _own_data(data: Data, support: Support) -> Data:
     )
 
 
-def _allowed(data: Data, support: Support, shards: Shards | None) -> tuple[Ints, Ints]:
+def _allowed(data: DataConfig, support: SupportConfig, shards: Shards | None) -> tuple[Ints, Ints]:
     """Numbers and labels of the samples whose labels may be used. Raises DataError."""
     if shards is None:
         index = np.arange(data.synthetic_samples)
@@ -165,7 +165,9 @@ def _allowed(data: Data, support: Support, shards: Shards | None) -> tuple[Ints,
     return index, labels[index]
 
 
-def _identity(data: Data, support: Support, shards: Shards, samples: int) -> dict[str, Any]:
+def _identity(
+    data: DataConfig, support: SupportConfig, shards: Shards, samples: int
+) -> dict[str, Any]:
     """The identity of the labelled samples, with the checksum of the file that lists them."""
     listed = (
         {"labels": hashlib.sha256(Path(support.labels).read_bytes()).hexdigest()}

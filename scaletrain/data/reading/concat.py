@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.config.schema import Cache
+from scaletrain.config.schema import CacheConfig
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
@@ -35,7 +35,10 @@ class ConcatShards:
     """
 
     def __init__(
-        self, folders: Sequence[selection.Paths], skip: bool = False, cache: Cache = DEFAULT_CACHE
+        self,
+        folders: Sequence[selection.Paths],
+        skip: bool = False,
+        cache: CacheConfig = DEFAULT_CACHE,
     ) -> None:
         # the limit on open files is per process
         self.parts = [
@@ -110,7 +113,7 @@ class ConcatShards:
 
 
 def shards_of(
-    shards: selection.Paths, skip: bool = False, cache: Cache = DEFAULT_CACHE
+    shards: selection.Paths, skip: bool = False, cache: CacheConfig = DEFAULT_CACHE
 ) -> Shards | ConcatShards:
     """Open the shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.by_folder(shards)

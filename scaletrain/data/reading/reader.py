@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scaletrain.config.schema import Cache
+from scaletrain.config.schema import CacheConfig
 from scaletrain.data.errors import ShardError, unreadable
 from scaletrain.data.format import index, offsets, selection
 from scaletrain.data.format.names import is_remote
@@ -25,7 +25,7 @@ from scaletrain.data.storage import prefetch
 from scaletrain.data.storage.remote import LostError
 from scaletrain.runtime import local_files
 
-DEFAULT_CACHE = Cache()
+DEFAULT_CACHE = CacheConfig()
 # two file descriptors each; the usual limit of a process is 1024
 OPEN_SHARDS = 256
 
@@ -54,7 +54,7 @@ class Shards:
         notice: Callable[[str], None] = index.say,
         keep: int = OPEN_SHARDS,
         skip: bool = False,
-        cache: Cache = DEFAULT_CACHE,
+        cache: CacheConfig = DEFAULT_CACHE,
     ) -> None:
         self._open: OrderedDict[int, tuple[int, offsets.OffsetRows]] = OrderedDict()
         self._cached: prefetch.CachedShards | None = None

@@ -15,7 +15,7 @@ import torch
 
 from scaletrain import dist
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Data
+from scaletrain.config.schema import DataConfig
 from scaletrain.data.errors import DataError, printable
 from scaletrain.data.format import index
 from scaletrain.data.format.manifest import Loss
@@ -76,7 +76,14 @@ class ReplacementLog:
     """
 
     def __init__(
-        self, run: Path, data: Data, *, epoch: int, start: int, before: int, missing: float = 0.0
+        self,
+        run: Path,
+        data: DataConfig,
+        *,
+        epoch: int,
+        start: int,
+        before: int,
+        missing: float = 0.0,
     ) -> None:
         self.on = data.on_bad == "skip"
         self._limit, self._missing, self._epoch = data.max_bad, missing, epoch

@@ -14,18 +14,17 @@ so a killed process leaves nothing to clean up:
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from time import monotonic, sleep, time
 from typing import BinaryIO
 
 from scaletrain.data.errors import DataError
-from scaletrain.runtime import heartbeat
+from scaletrain.runtime import heartbeat, locks
 
 # writes a file of exactly the announced size, or raises
 Fill = Callable[[BinaryIO], None]
@@ -100,14 +99,14 @@ class NodeCache:
             return None
 
         try:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            status = os.fstat(file)
-            # deleted between opening and locking
-            if not status.st_nlink:
+            locks.acquire(file, wait=True, shared=True)
+            found = os.fstat(file)
+            # deleted between the opening and the lock
+            if not found.st_nlink:
                 os.close(file)
                 return None
 
-            if time() - status.st_mtime > TOUCH:
+            if time() - found.st_mtime > TOUCH:
                 os.utime(file)
         except BaseException:
             os.close(file)
@@ -123,7 +122,7 @@ class NodeCache:
         """
         part = self.folder / f"{key}.part"
 
-        with _locked(part, wait=False) as file:
+        with locks.locked(part, wait=False) as file:
             if file is None:
                 return False
             # renamed or deleted by the previous owner of the lock
@@ -196,7 +195,7 @@ class NodeCache:
             return True
 
     def _counting(self) -> AbstractContextManager[int | None]:
-        return _locked(self.folder / ".room", wait=True)
+        return locks.locked(self.folder / ".room", wait=True)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """Each file as (time of last use, bytes, path)."""
@@ -217,7 +216,7 @@ class NodeCache:
             return True
 
         try:
-            free = _lock(file, wait=False) and _is(path, file)
+            free = locks.acquire(file, wait=False) and _is(path, file)
             if free:
                 path.unlink()
             return free
@@ -248,27 +247,6 @@ def _private(folder: Path) -> None:
             f"the cache {folder} must be a folder that belongs to you alone (chmod 700); remove "
             "it, or set data.cache.path"
         )
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[int | None]:
-    """A descriptor of the file with an exclusive lock; None if another process has the lock and
-    `wait` is false.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
-    try:
-        yield file if _lock(file, wait) else None
-    finally:
-        os.close(file)
-
-
-def _lock(file: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is(path: Path, file: int) -> bool:

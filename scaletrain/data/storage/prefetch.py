@@ -121,7 +121,7 @@ class CachedShards:
     fork and to pickle.
     """
 
-    def __init__(self, place: str, options: schema.Cache, shards: ShardManifest) -> None:
+    def __init__(self, place: str, options: schema.CacheConfig, shards: ShardManifest) -> None:
         self.origin, self.options, self.shards = remote.origin(place), options, shards
         self._starts = np.cumsum(shards.samples) - shards.samples
         self._mine: tuple[int, NodeCache] | None = None

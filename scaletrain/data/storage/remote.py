@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
+from scaletrain import exit_codes
 from scaletrain.data.errors import PERMANENT, DataError
 from scaletrain.data.format.names import is_remote
 from scaletrain.data.storage import http
@@ -35,8 +36,7 @@ CHUNK = 8 << 20
 class RemoteError(DataError):
     """A file of a remote data set that could not be read in any of the tries."""
 
-    # EX_TEMPFAIL of sysexits.h: a restart may succeed
-    exit_code = 75
+    exit_code = exit_codes.RETRY
 
 
 class LostError(RemoteError):

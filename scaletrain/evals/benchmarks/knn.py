@@ -16,10 +16,11 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from scaletrain.config.schema import Frozen
-from scaletrain.evals.features import EvalContext, some
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import some
 from scaletrain.evals.scores import accuracy
 
-# similarities held at once: 128 MB of float32
+# Similarities in memory at once: 128 MB of float32.
 _ELEMENTS = 1 << 25
 
 
@@ -34,9 +35,9 @@ class Config(Frozen):
     """Lower ones would divide the rounding of the similarities by zero."""
 
 
-def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
-    """The benchmark: metrics in per cent, and what belongs on the protocol card."""
-    bank, queries = scene.bank(), scene.queries()
+def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the benchmark: metrics in per cent, and the protocol for the result."""
+    bank, queries = context.bank(), context.queries()
     metrics = knn(bank.x, bank.labels, queries.x, queries.labels, config.ks, config.temperature)
     return metrics, {
         **config.model_dump(mode="json"),

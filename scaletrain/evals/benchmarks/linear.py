@@ -1,8 +1,8 @@
-"""Linear probe on a frozen trunk: the card of BYOL (appendix C.1) and ReLICv2 (its repository's
-configs/eval.py).
+"""Linear probe on a frozen backbone, with the protocol of BYOL (appendix C.1) and ReLICv2 (its
+repository's configs/eval.py).
 
-Nesterov SGD without weight decay, cosine without warm-up, a sweep of learning rates whose heads
-train side by side on the same features. The rate is chosen on held-out training images; the test
+Nesterov SGD without weight decay, cosine without warm-up, a sweep of learning rates whose heads are
+trained in parallel on the same features. The rate is chosen on held-out training images; the test
 set is scored once, by the chosen head at its last epoch. BYOL trains 80 epochs and sweeps; ReLICv2
 trains 100 at rate .3 on all images (`epochs=80`; `rates=[.3] refit=true`).
 """
@@ -20,18 +20,19 @@ from torch import Tensor
 
 from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
-from scaletrain.evals.features import EvalContext, mask, some, watch
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
 from scaletrain.evals.targets import EvalError
 
-# samples scored at once
+# Samples per chunk of scoring.
 _ROWS = 4096
 
 
 class Config(Frozen):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 100
     batch: Count = 1024
-    """At most the training images that are left."""
+    """Samples per step; at most all training images."""
 
     rates: Annotated[
         tuple[Annotated[float, Field(ge=1e-12, le=1e6)], ...], AfterValidator(some)
@@ -40,7 +41,7 @@ class Config(Frozen):
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     augment: bool = True
-    """Random crops and flips, encoded anew each epoch; false: the test transform, encoded once."""
+    """Random crops and flips, encoded again each epoch; false: the test transform, encoded once."""
 
     refit: bool = False
     """Train again on all training images at the chosen rate before the test."""
@@ -125,7 +126,7 @@ def held_out(samples: int, labels: Tensor | None = None) -> Tensor:
             raise EvalError(
                 "the label subset has one image per class, which cannot be split into a training "
                 "and a held-out part; "
-                "take at least two per class, or judge by knn"
+                "take at least two per class, or evaluate with knn"
             )
 
     return order[: max(1, min(10_009, samples // 10))].sort().values
@@ -197,18 +198,18 @@ def fit(
     return heads
 
 
-def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
-    """The benchmark: metrics in per cent, and what belongs on the protocol card."""
-    out = held_out(scene.samples, scene.known)
-    judge, classes = scene.part(out), scene.classes
-    rows = (~mask(out, scene.samples)).nonzero().flatten()
+def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the benchmark: metrics in per cent, and the protocol for the result."""
+    out = held_out(context.samples, context.subset_labels)
+    validation, classes = context.part(out), context.classes
+    rows = (~mask(out, context.samples)).nonzero().flatten()
     batch = min(config.batch, len(rows))
 
     def train(rows: Tensor, rates: Sequence[float]) -> Heads:
         steps = max(1, round(config.epochs * len(rows) / batch))
         return fit(
             [r * batch / 256 for r in rates],
-            _batches(config, scene, rows, batch),
+            _batches(config, context, rows, batch),
             steps,
             classes,
             config,
@@ -216,17 +217,18 @@ def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[
 
     heads = train(rows, config.rates)
     by_rate = [
-        accuracy(rank, judge.labels, classes)["top1"] for rank in heads.ranks(judge.x, judge.labels)
+        accuracy(rank, validation.labels, classes)["top1"]
+        for rank in heads.ranks(validation.x, validation.labels)
     ]
     # of equals the first listed
     best = by_rate.index(max(by_rate))
 
     if config.refit:
-        heads, best_head = train(torch.arange(scene.samples), config.rates[best : best + 1]), 0
+        heads, best_head = train(torch.arange(context.samples), config.rates[best : best + 1]), 0
     else:
         best_head = best
 
-    queries = scene.queries()
+    queries = context.queries()
     scores = accuracy(heads.ranks(queries.x, queries.labels)[best_head], queries.labels, classes)
     metrics = {
         "linear" if name == "top1" else f"linear_{name}": value for name, value in scores.items()
@@ -239,9 +241,9 @@ def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[
         "weight_decay": 0.0,
         "schedule": "cosine to 0 by step, no warm-up",
         "standardised": False,
-        "train_transform": scene.augmentation if config.augment else scene.transform,
+        "train_transform": context.augmentation if config.augment else context.transform,
         "chosen_on": f"{len(out)} held-out training images",
-        "trained_on": scene.samples if config.refit else len(rows),
+        "trained_on": context.samples if config.refit else len(rows),
         "reported": "test set, last epoch",
         "found": {
             "chosen_rate": config.rates[best],
@@ -253,10 +255,10 @@ def measure(config: Config, scene: EvalContext) -> tuple[dict[str, float], dict[
 
 
 def _batches(
-    config: Config, scene: EvalContext, rows: Tensor, batch: int
+    config: Config, context: EvalContext, rows: Tensor, batch: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches of (features, labels) of the training images `rows`."""
     if not config.augment:
-        bank = scene.bank()
+        bank = context.bank()
         return shuffled(bank.x, bank.labels, rows, batch, config.seed)
-    return carve(scene.augmented(mask(rows, scene.samples), config.seed), batch)
+    return carve(context.augmented(mask(rows, context.samples), config.seed), batch)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from scaletrain import dist, rng
+from scaletrain import dist, exit_codes, rng
 from scaletrain.runtime.durable import replacing
 from scaletrain.runtime.signals import PROGRESS_FILE, SIGNALS, STOPPED_FILE
 
@@ -25,7 +25,7 @@ TASKS = "tasks.json"
 # below what the kernel hands out to outgoing connections
 PORTS = range(10_000, 32_000)
 # exit code: a later start may succeed (EX_TEMPFAIL of sysexits.h)
-PORT_TAKEN = 75
+PORT_TAKEN = exit_codes.RETRY
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,12 @@ def test_a_word_and_a_mapping_mean_the_same_and_are_saved_whole(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("auxiliaries", "text"),
     [
-        (["rotatoin"], r"there is no 'rotatoin' in auxiliaries; did you mean 'rotation'"),
+        (["rotatoin"], r"unknown auxiliary 'rotatoin' \(did you mean 'rotation'\?\); available: "),
         (
             [{"name": "rotation", "wieght": 1}],
             r"unknown key 'auxiliaries\.0\.wieght'; did you mean 'auxiliaries\.0\.weight'",
         ),
-        ([{"weight": 1}], "needs a `name`; known: rotation, suncet"),
+        ([{"weight": 1}], "needs a `name`; available: rotation, suncet"),
         (["rotation", "rotation"], "auxiliaries: each at most once, got rotation, rotation"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_renamed_step_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixt
     saved = latest(tmp_path)
     assert saved is not None
     assert saved.step == 2
-    assert "holds step 1" in caplog.text
+    assert "contains step 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_a_manifest_that_lies_about_the_data(tmp_path: Path) -> None:
             [(0, 3, (10,)), (4, 10, (10,))],
             r"pieces of w leave a gap at 3: rank-00001-.* holds \[4, 10\)",
         ),
-        ([(0, 5, (10,)), (4, 10, (10,))], "pieces of w lie over each other at 5"),
-        ([(0, 10, (10,)), (0, 10, (10,))], "pieces of w lie over each other at 10"),
+        ([(0, 5, (10,)), (4, 10, (10,))], "pieces of w overlap at 5"),
+        ([(0, 10, (10,)), (0, 10, (10,))], "pieces of w overlap at 10"),
         (
             [(0, 5, (10,)), (5, 9, (10,))],
             r"pieces of w end at 9, but shape \(10,\) has 10 elements",

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as c10d
 
 from scaletrain.checkpoint.files import CheckpointError
-from scaletrain.checkpoint.reader import Saved, latest
+from scaletrain.checkpoint.reader import SavedStep, latest
 from scaletrain.checkpoint.writer import Writer
 from scaletrain.core import Piece
 
@@ -35,7 +35,7 @@ def save(root: Path, step: int, rank: int = 0, world: int = 1) -> None:
     writer.close()
 
 
-def check(saved: Saved | None, step: int, rank: int = 0, world: int = 1) -> None:
+def check(saved: SavedStep | None, step: int, rank: int = 0, world: int = 1) -> None:
     assert saved is not None
     assert (saved.step, saved.meta) == (step, {"step": step, "rank": 0})
     low, high = rank * SIZE // world, (rank + 1) * SIZE // world

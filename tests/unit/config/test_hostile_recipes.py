@@ -120,7 +120,7 @@ def test_what_is_no_file_is_no_recipe(tmp_path: Path) -> None:
     for path, text in {
         "/dev/zero": "a device",
         tmp_path / "pipe": "a pipe",
-        tmp_path / "image": "no text file",
+        tmp_path / "image": "not a UTF-8 text file",
     }.items():
         assert f"error: {path}: this is {text}" in refused(str(path))
     for number in range(recipe.BASES + 3):
@@ -133,7 +133,7 @@ def test_what_is_no_file_is_no_recipe(tmp_path: Path) -> None:
     [
         ("seed=" + "[" * 20_000, f"nested more than {recipe.DEPTH} levels deep"),
         ("seed=" + "9" * 100_000, "a value of 100,000 characters is too long"),
-        ("seed=&a [*a]", "an alias stands inside of what it repeats"),
+        ("seed=&a [*a]", "an alias lies within what it repeats"),
         ("a." * 500 + "b=1", "an override has the form"),
         ("y" * 100_000, "an override has the form"),
         ("data.views." + "7" * 5_000 + ".size=3", "is a list; its items are 0, not '777"),

@@ -269,7 +269,7 @@ def test_a_file_of_settings_is_read_once(tmp_path: Path) -> None:
         ({"deepspeed": "nowhere.json"}, "engine.deepspeed: cannot read nowhere.json: No such file"),
         (
             {"deepspeed": {"train_batch_size": 8}},
-            r"train_batch_size=8 is for the recipe to say: remove it and set batch",
+            r"train_batch_size=8 belongs to the recipe: remove it and set batch",
         ),
         ({"deepspeed": {"gradient_clipping": 1.0}}, r"remove it and set engine.max_grad_norm"),
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, r"remove it and set optim"),

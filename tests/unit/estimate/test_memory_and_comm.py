@@ -221,7 +221,7 @@ def silence() -> None:
     """
     comm._faked = lambda store: True  # type: ignore[assignment]
     for group in list(c10d.distributed_c10d._world.pg_map):
-        if isinstance(group, comm.Group):
+        if isinstance(group, comm.RecordingGroup):
             group.inner = None
 
 

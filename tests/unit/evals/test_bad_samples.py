@@ -22,7 +22,8 @@ from scaletrain.data.format import index
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
-from scaletrain.evals.features import Config, EvalContext
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
@@ -67,15 +68,15 @@ def evaluate(run: Path, benchmark: str, *changes: str, **options: Any) -> dict[s
 def test_what_is_left_is_the_data_set(run: Path, workers: int) -> None:
     """Features and labels are those of the good samples, with workers too."""
     train, test = run.parent / "data" / "train", run.parent / "data" / "test"
-    scene = EvalContext(find(run), Config(batch=8, workers=workers), train, test)
+    context = EvalContext(find(run), FeatureConfig(batch=8, workers=workers), train, test)
     whole = shards(run.parent / "whole", LABELS)
-    twin = EvalContext(find(run), Config(batch=8, workers=0), whole, whole)
+    twin = EvalContext(find(run), FeatureConfig(batch=8, workers=0), whole, whole)
     good = [n for n in range(48) if n not in BAD]
-    assert scene.samples == len(good)
-    torch.testing.assert_close(scene.bank().x, twin.bank().x[good], rtol=0, atol=1e-5)
-    assert scene.bank().labels.tolist() == [LABELS[n] for n in good]
-    assert scene.queries().labels.tolist() == [n for i, n in enumerate(LABELS[:24]) if i != 5]
-    stream = scene.augmented(torch.ones(len(good), dtype=torch.bool), 0)
+    assert context.samples == len(good)
+    torch.testing.assert_close(context.bank().x, twin.bank().x[good], rtol=0, atol=1e-5)
+    assert context.bank().labels.tolist() == [LABELS[n] for n in good]
+    assert context.queries().labels.tolist() == [n for i, n in enumerate(LABELS[:24]) if i != 5]
+    stream = context.augmented(torch.ones(len(good), dtype=torch.bool), 0)
     drawn = [n for _ in range(4) for n in next(stream)[1].tolist()]
     stream.close()
     assert len(drawn) == 32
@@ -166,12 +167,12 @@ def test_with_a_label_subset_nothing_else_is_read(run: Path) -> None:
 
 def test_what_goes_bad_later_stops_the_probe(run: Path) -> None:
     train, test = run.parent / "data" / "train", run.parent / "data" / "test"
-    scene = EvalContext(find(run), Config(batch=8, workers=0), train, test)
-    stream = scene.augmented(torch.ones(scene.samples, dtype=torch.bool), 0)
+    context = EvalContext(find(run), FeatureConfig(batch=8, workers=0), train, test)
+    stream = context.augmented(torch.ones(context.samples, dtype=torch.bool), 0)
     for sample in range(1, 30):
         if sample != 13:
             spoil(train, sample)
-    with pytest.raises(EvalError, match="could be read a while ago"):
+    with pytest.raises(EvalError, match="this sample could be read before"):
         next(stream)
 
 

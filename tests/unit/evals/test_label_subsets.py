@@ -23,7 +23,8 @@ from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
 from scaletrain.evals.benchmarks.linear import held_out
-from scaletrain.evals.features import Config, EvalContext, mask
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import FeatureConfig, mask
 from scaletrain.evals.targets import EvalError, find
 
 QUICK = ("features.batch=8", "features.workers=0")
@@ -62,7 +63,7 @@ def alone(run: Path, chosen: list[int]) -> Path:
 def test_a_subset_is_a_data_set_of_its_samples(run: Path) -> None:
     """Bit for bit, though other samples have no labels."""
     file, folder, test = subset(run, CHOSEN), alone(run, CHOSEN), run.parent / "data" / "test"
-    settings = Config(batch=8, workers=0)
+    settings = FeatureConfig(batch=8, workers=0)
     some = EvalContext(find(run), settings, run.parent / "data" / "train", test, file)
     twin = EvalContext(find(run), settings, folder, test)
     assert some.samples == twin.samples == 28
@@ -114,10 +115,10 @@ def test_the_augmented_stream_keeps_to_the_subset(tmp_path: Path) -> None:
     run = run_folder(tmp_path, train)
     chosen = [1, 2, 3, 7, 9, 11, 19, 20, 21, 30, 38, 39]
     test = shards(tmp_path / "data" / "test", chosen)
-    scene = EvalContext(
-        find(run, "pixels"), Config(batch=4, workers=0), train, test, subset(run, chosen)
+    context = EvalContext(
+        find(run, "pixels"), FeatureConfig(batch=4, workers=0), train, test, subset(run, chosen)
     )
-    stream = scene.augmented(torch.arange(12) % 4 != 0, 0)
+    stream = context.augmented(torch.arange(12) % 4 != 0, 0)
     epochs = [
         [chosen[n] for _ in range(3) for n in next(stream)[1].tolist()] for _ in range(2)
     ]  # labels are places by now

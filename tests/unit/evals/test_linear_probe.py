@@ -33,7 +33,7 @@ class EvalContext:
 
     transform: dict[str, Any] = {}  # noqa: RUF012
     augmentation: dict[str, Any] = {}  # noqa: RUF012
-    known = None  # of no label subset
+    subset_labels = None
 
     def __init__(self, train: Features, test: Features) -> None:
         self.train, self.test, self.samples, self.classes = train, test, len(train.labels), CLASSES
@@ -52,8 +52,8 @@ class EvalContext:
         return self.test
 
 
-def probe(scene: Any, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    return measure(Config(**{"epochs": 10, "batch": 32, "augment": False, **changes}), scene)
+def probe(context: Any, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    return measure(Config(**{"epochs": 10, "batch": 32, "augment": False, **changes}), context)
 
 
 def test_separable_classes_reach_every_image() -> None:
@@ -79,13 +79,13 @@ def test_the_choice_never_looks_at_the_test_set() -> None:
     train, test = skewed(400, 0), skewed(200, 1)
     rates = (1e-6, 0.05, 300.0)
     clean, card = probe(EvalContext(train, test), rates=rates)
-    scene = EvalContext(train, Features(test.x, (test.labels + 1) % CLASSES))
-    poisoned, poisoned_card = probe(scene, rates=rates)
+    context = EvalContext(train, Features(test.x, (test.labels + 1) % CLASSES))
+    poisoned, poisoned_card = probe(context, rates=rates)
     assert card == poisoned_card
     assert clean["linear_held_out"] == poisoned["linear_held_out"]
     assert clean["linear"] > poisoned["linear"] + 20
-    assert scene.asked[-1] == "queries"
-    assert scene.asked.count("queries") == 1
+    assert context.asked[-1] == "queries"
+    assert context.asked.count("queries") == 1
     found = card["found"]
     held = found["held_out_top1"]
     assert len(set(held.values())) > 1  # else nothing was chosen
@@ -161,15 +161,15 @@ def test_augmented_batches_leave_out_what_is_held_out() -> None:
         while True:
             yield train.x[rows], train.labels[rows]
 
-    scene = SimpleNamespace(
+    context = SimpleNamespace(
         **vars(EvalContext(train, test)),
-        known=None,
+        subset_labels=None,
         transform={},
         augmentation={"name": "crops"},
         augmented=augmented,
     )
-    scene.part, scene.queries = EvalContext(train, test).part, EvalContext(train, test).queries
-    metrics, card = probe(scene, augment=True)
+    context.part, context.queries = EvalContext(train, test).part, EvalContext(train, test).queries
+    metrics, card = probe(context, augment=True)
     assert metrics["linear"] == 100.0
     assert card["train_transform"] == {"name": "crops"}
     assert asked[0].sum() == 90

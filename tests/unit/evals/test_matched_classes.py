@@ -14,16 +14,16 @@ from kit.evals import run_folder, shards
 
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
-from scaletrain.evals.classes import Classes, Part, match
+from scaletrain.evals.classes import Classes, LabelledSet, match
 from scaletrain.evals.targets import EvalError
 from scaletrain.report import cards
 
 
-def part(place: Path, labels: list[int], names: Any = None) -> Part:
+def part(place: Path, labels: list[int], names: Any = None) -> LabelledSet:
     place.mkdir(exist_ok=True)
     if names is not None:
         (place / "classes.json").write_text(names if isinstance(names, str) else json.dumps(names))
-    return Part(str(place), str(place), np.array(labels, np.int64), place.name)
+    return LabelledSet(str(place), str(place), np.array(labels, np.int64), place.name)
 
 
 def matched(
@@ -130,7 +130,8 @@ def test_names_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_same_shards_number_their_classes_alike(tmp_path: Path) -> None:
     train, test = part(tmp_path / "a", [0, 1], ["cat", "dog"]), part(tmp_path / "b", [0, 1])
     assert (
-        match(train, Part(test.path, test.source, test.labels, train.sha256)).matched == "by number"
+        match(train, LabelledSet(test.path, test.source, test.labels, train.sha256)).matched
+        == "by number"
     )
 
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_a_result_that_is_there_is_read(run: Path, monkeypatch: pytest.MonkeyPat
         )
     assert again == first
     assert said == [
-        f"knn: measured before and read from {first['file']}; delete this file to measure again"
+        f"knn: read from {first['file']}, measured before; delete this file to measure again"
     ]
     now = Path(first["file"]).stat()
     assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
@@ -169,7 +170,7 @@ def test_a_damaged_result_is_neither_read_nor_overwritten(run: Path) -> None:
         file.write_text(damage(whole))
         damaged = file.read_text()
         with pytest.raises(
-            EvalError, match=rf"{file} is no result of this version of `scaletrain eval` \("
+            EvalError, match=rf"{file} is not a result of this version of `scaletrain eval` \("
         ):
             knn(run)
         assert file.read_text() == damaged
@@ -185,7 +186,7 @@ def test_a_file_may_be_renamed_but_not_to_the_name_of_another(
     assert len(results.read(run / "evals")) == 2
     assert "a copy of it.json" in capsys.readouterr().err
     first.replace(second)
-    with pytest.raises(EvalError, match=rf"{second} holds another result than its name says"):
+    with pytest.raises(EvalError, match=rf"{second} contains another result than its name says"):
         knn(run, "knn.ks=[2]")
 
 
@@ -199,7 +200,7 @@ def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.Monke
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scaletrain.runtime.durable.replacing", full)
+    monkeypatch.setattr(results, "durable", SimpleNamespace(write=full))
     with pytest.raises(
         EvalError,
         match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": ',
@@ -246,7 +247,7 @@ def test_other_forms_are_passed_over_by_name(run: Path, capsys: pytest.CaptureFi
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(strange) + 1
     assert all(
-        any(line.startswith(f"skipped: {folder / name} is no result") for line in lines)
+        any(line.startswith(f"skipped: {folder / name} is not a result") for line in lines)
         for name in (*strange, "folder.json")
     )
 
@@ -265,7 +266,7 @@ def test_of_two_results_of_one_step_the_newer_counts(
     )
     assert (
         capsys.readouterr().err
-        == f"skipped: {older}: {newer.name} is of the same step and protocol, and not older\n"
+        == f"skipped: {older}: {newer.name} has the same step and protocol, and is not older\n"
     )
 
 

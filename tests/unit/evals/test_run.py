@@ -21,7 +21,8 @@ from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
 from scaletrain.evals import targets
-from scaletrain.evals.features import Config, EvalContext
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
@@ -165,13 +166,13 @@ def test_the_augmented_probe_learns(run: Path) -> None:
 def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> None:
     """Labels are sample numbers here, so the stream tells what it read."""
     train = shards(tmp_path / "train", list(range(40)))
-    scene = EvalContext(
-        find(run_folder(tmp_path, train), "pixels"), Config(batch=8, workers=0), train, train
+    context = EvalContext(
+        find(run_folder(tmp_path, train), "pixels"), FeatureConfig(batch=8, workers=0), train, train
     )
     wanted = torch.arange(40) % 4 != 0
     epochs = [
         [next(stream) for _ in range(5)]
-        for stream in [scene.augmented(wanted, 0)]
+        for stream in [context.augmented(wanted, 0)]
         for _ in range(2)
     ]
     first, second = (
@@ -181,29 +182,29 @@ def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> N
     assert sorted(first) == sorted(second) == wanted.nonzero().flatten().tolist()
     assert list(first) != list(second)  # another order
     assert all(not first[n].equal(second[n]) for n in first)  # another crop
-    again = [labels.tolist() for _, labels in islice(scene.augmented(wanted, 0), 5)]
+    again = [labels.tolist() for _, labels in islice(context.augmented(wanted, 0), 5)]
     assert again == [labels.tolist() for _, labels in epochs[0]]
 
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     subject = find(run)
-    scene = EvalContext(
+    context = EvalContext(
         subject,
-        Config(batch=32, workers=0),
+        FeatureConfig(batch=32, workers=0),
         run.parent / "data" / "train",
         run.parent / "data" / "test",
     )
     rows = torch.tensor([3, 4, 70])
-    part = scene.part(rows)
-    bank = scene.bank()
+    part = context.part(rows)
+    bank = context.bank()
     assert bank.labels.tolist() == [i % 6 for i in range(72)]
     assert bank.x.shape == (72, 32)
     assert bank.x.dtype == torch.float32
     torch.testing.assert_close(part.x, bank.x[rows], rtol=0, atol=1e-5)
     assert part.labels.equal(bank.labels[rows])
-    assert scene.bank() is bank
+    assert context.bank() is bank
     one = EvalContext(
-        subject, Config(batch=1, workers=0), scene.train, scene.test
+        subject, FeatureConfig(batch=1, workers=0), context.train, context.test
     ).bank()  # eval mode: no sample sees another
     torch.testing.assert_close(one.x, bank.x, rtol=0, atol=1e-5)
 
@@ -218,9 +219,13 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
 @pytest.mark.parametrize(
     ("benchmarks", "overrides", "text"),
     [
-        (("linnear",), (), "no benchmark 'linnear'; did you mean 'linear'.*known: knn, linear"),
-        ((), (), "no benchmark given; known: knn, linear"),
-        (BOTH, ("linear.epoch=3",), r"linear\.epoch: unknown key; did you mean 'epochs'"),
+        (
+            ("linnear",),
+            (),
+            "unknown benchmark 'linnear' .did you mean 'linear'.*available: knn, linear",
+        ),
+        ((), (), "no benchmark given; available: knn, linear"),
+        (BOTH, ("linear.epoch=3",), r"unknown key 'linear\.epoch'; did you mean 'epochs'"),
         (BOTH, ("linear.epochs=0",), r"linear\.epochs: .*greater than or equal to 1"),
         (BOTH, ("feature.size=32",), "override of 'feature'.*did you mean 'features'"),
         (("knn",), ("linear.epochs=3",), "override of 'linear', which is not evaluated"),
@@ -279,7 +284,7 @@ def test_no_test_set(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["", "synthetic"])
 def test_no_training_set(tmp_path: Path, path: str) -> None:
-    refused(run_folder(tmp_path, path), "no labels to judge by; give --train and --test")
+    refused(run_folder(tmp_path, path), "no labels to evaluate with; give --train and --test")
 
 
 def test_remote_shards_name_no_test_set_of_their_own(run: Path) -> None:

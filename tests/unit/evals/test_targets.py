@@ -1,4 +1,4 @@
-"""Which weights are judged, and that those of another model are refused by name."""
+"""Which weights are evaluated, and that those of another model are refused by name."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_size_is_that_of_the_largest_view_in_use(
             tmp_path / "odd.safetensors",
             old | {"data": json.dumps(facts | {"size": size})},
         )
-        with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not tell"):
+        with pytest.raises(EvalError, match=r"odd\.safetensors: its metadata does not describe"):
             find(tmp_path / "odd.safetensors")
 
 
@@ -146,7 +146,7 @@ def test_baselines_need_no_checkpoint(tmp_path: Path) -> None:
             {"layer1.0.conv1.weight": None, "layer4.1.bn2.bias": None},
             r"no tensor 'layer1.0.conv1.weight' \[4, 4, 3, 3\]",
         ),
-        ({"fc.weight": torch.zeros(10, 32)}, r"the model has no tensor 'fc.weight' \[10, 32\]"),
+        ({"fc.weight": torch.zeros(10, 32)}, r"has no tensor 'fc.weight' \[10, 32\]"),
     ],
 )
 def test_another_model_is_refused_by_name(

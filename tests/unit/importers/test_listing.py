@@ -11,7 +11,7 @@ import pytest
 from kit.data import encode, picture
 from kit.importing import contents, files, run
 
-from scaletrain.config.schema import Data
+from scaletrain.config.schema import DataConfig
 from scaletrain.data.format import offsets
 from scaletrain.data.format.tar import Reader
 from scaletrain.data.loading.dataset import Images
@@ -83,7 +83,7 @@ def test_samples_with_many_labels_train_as_unlabelled(tmp_path: Path) -> None:
     )
     run("listing", listing, tmp_path / "out")
     shards = Shards(tmp_path / "out")
-    data = Data.model_validate(
+    data = DataConfig.model_validate(
         {
             "path": str(tmp_path / "out"),
             "lanes": 4,

@@ -98,9 +98,9 @@ def test_grid_files_are_whole_or_as_before(tmp_path: Path, monkeypatch: pytest.M
 def test_damaged_grid_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text(text)
     for use in (lambda: grid.table(tmp_path), lambda: grid.save(tmp_path, [("seed=1",)])):
-        with pytest.raises(ConfigError, match=r"grid\.json is no list of a grid's runs"):
+        with pytest.raises(ConfigError, match=r"grid\.json is not a list of a grid's runs"):
             use()
-    with pytest.raises(ConfigError, match="holds no grid"):
+    with pytest.raises(ConfigError, match="contains no grid"):
         grid.table(tmp_path / "nowhere")
 
 

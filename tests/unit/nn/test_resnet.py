@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaletrain.checkpoint import files
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.core import DeferredState
 from scaletrain.nn import backbone, resnet
 
@@ -52,7 +52,7 @@ def commit(model: nn.Module) -> None:
 def numbers(name: str, width: float, sk: bool = False) -> tuple[int, int]:
     """Parameters, and running statistics."""
     with torch.device("meta"):
-        model = backbone.build(Model(name=name, width=width, sk=sk))
+        model = backbone.build(ModelConfig(name=name, width=width, sk=sk))
     buffers = (b for b in model.buffers() if b.is_floating_point())
     return sum(p.numel() for p in model.parameters()), sum(b.numel() for b in buffers)
 
@@ -62,7 +62,7 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(
     name: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    ours = resnet.ResNet(Model(name=name))
+    ours = resnet.ResNet(ModelConfig(name=name))
     ours(torch.randn(8, 3, 32, 32))  # move the running statistics off their start
     commit(ours)
     files.export(ours.state_dict(), tmp_path / "encoder.safetensors", {"model": name})
@@ -82,7 +82,7 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(
 def test_training_equals_torchvision(name: str) -> None:
     """Outputs, gradients and running statistics of a step in train mode, in float64."""
     torch.manual_seed(0)
-    ours = resnet.ResNet(Model(name=name)).double()
+    ours = resnet.ResNet(ModelConfig(name=name)).double()
     theirs = getattr(torchvision.models, name)().double()
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict())
@@ -115,7 +115,7 @@ def test_parameters_are_the_simclrv2_papers(name: str, width: int) -> None:
 def test_resnet295_has_295_convolutions() -> None:
     """The stem and three a block; the projections of the shortcuts are not counted as layers."""
     with torch.device("meta"):
-        net = resnet.ResNet(Model(name="resnet295"))
+        net = resnet.ResNet(ModelConfig(name="resnet295"))
     convolutions = [
         key
         for key, module in net.named_modules()
@@ -125,7 +125,7 @@ def test_resnet295_has_295_convolutions() -> None:
 
 
 def test_width_multiplies_every_stage_and_the_stem() -> None:
-    narrow = resnet.ResNet(Model(name="resnet18", width=0.25, stem="cifar"))
+    narrow = resnet.ResNet(ModelConfig(name="resnet18", width=0.25, stem="cifar"))
     assert narrow.conv1.weight.shape == (16, 3, 3, 3)
     assert [narrow.get_submodule(f"layer{i}")[-1].conv2.out_channels for i in range(1, 5)] == [
         16,
@@ -141,8 +141,8 @@ def test_sobel_shows_the_gradients_of_the_grey_image() -> None:
     """Across and down, pixel by pixel; names and shapes stay torchvision's, and evaluations build
     the same from the recipe.
     """
-    net = backbone.build(Model(name="resnet18", sobel=True)).double()
-    plain = backbone.build(Model(name="resnet18"))
+    net = backbone.build(ModelConfig(name="resnet18", sobel=True)).double()
+    plain = backbone.build(ModelConfig(name="resnet18"))
     assert {k: v.shape for k, v in net.state_dict().items()} == {
         k: v.shape for k, v in plain.state_dict().items()
     }
@@ -161,14 +161,14 @@ def test_sobel_shows_the_gradients_of_the_grey_image() -> None:
 def test_sobel_is_exact_beside_bfloat16() -> None:
     """On a bright ramp the gradients are small differences of large numbers."""
     ramp = (100 + torch.arange(32.0) / 64).expand(1, 3, 32, 32)
-    filters = backbone.build(Model(name="resnet18", sobel=True)).filters
+    filters = backbone.build(ModelConfig(name="resnet18", sobel=True)).filters
     with torch.autocast("cpu", torch.bfloat16):
         seen = resnet.edges(ramp, filters)
     assert seen[0, 0, 5, 5].item() == pytest.approx(-8 / 64)
 
 
 def test_zero_init_and_what_does_not_fit() -> None:
-    net = resnet.ResNet(Model(name="resnet18", zero_init=True))
+    net = resnet.ResNet(ModelConfig(name="resnet18", zero_init=True))
     assert all(not block.bn2.weight.any() for stage in (net.layer1, net.layer4) for block in stage)  # type: ignore[union-attr,operator]
     wrong: list[tuple[dict[str, object], str]] = [
         ({"name": "resnet19"}, r"there is no 'resnet19'; known: resnet18, .*resnet295, timm/NAME"),
@@ -178,4 +178,4 @@ def test_zero_init_and_what_does_not_fit() -> None:
     ]
     for options, text in wrong:
         with pytest.raises(ConfigError, match=text):
-            resnet.ResNet(Model(**options))
+            resnet.ResNet(ModelConfig(**options))

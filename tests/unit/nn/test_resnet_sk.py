@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaletrain.config.schema import Model
+from scaletrain.config.schema import ModelConfig
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm, per_view
 
@@ -77,7 +77,7 @@ def stem(x: Tensor, s: State) -> Tensor:
 
 def network(width: float) -> resnet.ResNet:
     torch.manual_seed(0)
-    net = resnet.ResNet(Model(name="resnet50", width=width, sk=True)).double()
+    net = resnet.ResNet(ModelConfig(name="resnet50", width=width, sk=True)).double()
     for tensor in net.state_dict().values():
         if tensor.is_floating_point() and tensor.dim() == 1:
             tensor.uniform_(0.5, 1.5)
@@ -98,7 +98,7 @@ def test_the_network_is_simclrv2s(size: int) -> None:
 def test_widths_of_the_selection() -> None:
     """A sixteenth of the channels, but 32 at least; two kernels in one convolution."""
     with torch.device("meta"):
-        net = resnet.ResNet(Model(name="resnet50", width=2, sk=True))
+        net = resnet.ResNet(ModelConfig(name="resnet50", width=2, sk=True))
     last = [net.get_submodule(f"layer{i}.0") for i in range(1, 5)]
     assert [layer.get_parameter("select.conv1.weight").shape[0] for layer in last] == [
         32,
@@ -117,7 +117,7 @@ def test_widths_of_the_selection() -> None:
 
 
 def test_a_cifar_stem_keeps_its_single_convolution() -> None:
-    net = resnet.ResNet(Model(name="resnet50", width=0.125, sk=True, stem="cifar"))
+    net = resnet.ResNet(ModelConfig(name="resnet50", width=0.125, sk=True, stem="cifar"))
     assert net.get_parameter("conv1.weight").shape == (8, 3, 3, 3)
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 256)
 

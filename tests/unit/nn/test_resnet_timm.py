@@ -21,7 +21,7 @@ from scaletrain.checkpoint import files
 from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Config, Model
+from scaletrain.config.schema import Config, ModelConfig
 from scaletrain.core import DeferredState
 from scaletrain.evals import targets
 from scaletrain.nn import backbone
@@ -43,7 +43,7 @@ OURS = {"width": 1, "stem": "imagenet", "zero_init": False}
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_training_step_equals_timms(name: str) -> None:
     torch.manual_seed(0)
-    ours = backbone.build(Model(name=f"timm/{name}")).double()
+    ours = backbone.build(ModelConfig(name=f"timm/{name}")).double()
     theirs = timm.create_model(name, pretrained=False, num_classes=0).double()
     assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
@@ -67,7 +67,7 @@ def test_a_training_step_equals_timms(name: str) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_norm_keeps_its_momentum_and_its_lack_of_scale(affine: bool) -> None:
     theirs = nn.BatchNorm2d(4, momentum=0.3, affine=affine)
-    ours = backbone._ours(theirs, Model())
+    ours = backbone._ours(theirs, ModelConfig())
     x = torch.randn(5, 4, 3, 3)
     torch.testing.assert_close(ours(x), theirs(x))
     ours.commit()
@@ -75,11 +75,13 @@ def test_a_norm_keeps_its_momentum_and_its_lack_of_scale(affine: bool) -> None:
     with pytest.raises(
         ConfigError, match="normalises by a BatchNorm2d that we have no replacement for"
     ):
-        backbone._ours(nn.BatchNorm2d(4, momentum=None), Model())  # a plain mean over all steps
+        backbone._ours(
+            nn.BatchNorm2d(4, momentum=None), ModelConfig()
+        )  # a plain mean over all steps
 
 
 def test_views_and_groups_reach_its_norms() -> None:
-    net = backbone.build(Model(name="timm/mobilenetv3_small_050", norm_group=3)).double()
+    net = backbone.build(ModelConfig(name="timm/mobilenetv3_small_050", norm_group=3)).double()
     x = torch.randn(2, 6, 3, 32, 32, dtype=torch.float64)
     alone = torch.stack([torch.cat([net(group) for group in view.split(3)]) for view in x])
     torch.testing.assert_close(per_view(net, x), alone, rtol=1e-9, atol=1e-9)
@@ -168,7 +170,7 @@ def test_its_export_loads_into_timm_and_is_judged(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        backbone.build(Model(**{"name": "timm/resnet18", **options}))
+        backbone.build(ModelConfig(**{"name": "timm/resnet18", **options}))
 
 
 def test_without_timm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,5 +178,5 @@ def test_without_timm_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         ConfigError, match=r"timm/resnet18 needs the timm library: pip install timm"
     ):
-        backbone.build(Model(name="timm/resnet18"))
-    assert backbone.build(Model(name="resnet18", width=0.125)).features == 64
+        backbone.build(ModelConfig(name="timm/resnet18"))
+    assert backbone.build(ModelConfig(name="resnet18", width=0.125)).features == 64

@@ -215,8 +215,8 @@ def test_of_several_protocols_none_is_chosen_in_silence(slow: Path, fast: Path) 
         }.get(described, [4])
     with pytest.raises(
         ConfigError,
-        match=r"--protocol xyz is none, or more than one, of those with results of 'linear' of all "
-        r"runs;",
+        match=r"--protocol xyz matches none, or more than one, of the protocols with "
+        r"results of 'linear' for all runs;",
     ):
         compare([slow, fast], protocol="xyz")
 
@@ -256,7 +256,7 @@ def test_files_in_another_form_are_passed_over(
         (fast / "evals" / name).write_text(text)
         assert compare([slow, fast]) == before
         assert (
-            f"skipped: {fast / 'evals' / name} is no result of this version"
+            f"skipped: {fast / 'evals' / name} is not a result of this version"
             in capsys.readouterr().err
         )
 
@@ -308,7 +308,7 @@ def test_a_damaged_record_is_named(slow: Path, fast: Path, line: str) -> None:
     """In the middle; what is cut short at the end is no damage."""
     first, rest = (slow / "metrics.jsonl").read_text().split("\n", 1)
     (slow / "metrics.jsonl").write_text(f"{first}\n{line}\n{rest}")
-    with pytest.raises(ConfigError, match=r"slow/metrics\.jsonl, line 2, is no record of a run"):
+    with pytest.raises(ConfigError, match=r"slow/metrics\.jsonl, line 2, is not a record of a run"):
         compare([slow, fast])
 
 

@@ -68,7 +68,7 @@ def test_no_column_of_a_table_holds_two_protocols(
         (70.0, 8, 30.0),
         (71.0, 8, ""),
     ]
-    assert "linear-step-16.json is no result of this version" in capsys.readouterr().err
+    assert "linear-step-16.json is not a result of this version" in capsys.readouterr().err
     other = results.parse(write_result(two, 16, {"linear": 80.0}, test="d" * 64))[0].protocol
     first, second = grid.table(tmp_path)
     assert "linear" not in first

@@ -14,12 +14,31 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from scaletrain.runtime.durable import Records, drop_records
+from scaletrain.runtime.durable import Records, drop_records, replacing, write
 from scaletrain.train.tensorboard_writer import Board
 
 
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_file_is_replaced_in_full_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, "old", mode=0o604)
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("old", 0o604)
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            assert path.read_text() == "old"
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    assert path.read_text() == "old"
+    write(path, b"new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_records_wait_until_they_can_be_written(
@@ -34,7 +53,7 @@ def test_records_wait_until_they_can_be_written(
         for step in (1, 2):
             records.add({"step": step})
     assert [r.getMessage() for r in caplog.records] == [
-        f"{path} cannot be written (Is a directory); the run goes on and tries again later"
+        f"{path} cannot be written (Is a directory); the run continues and will try again"
     ]
     path.rmdir()
     kept.rename(path)
@@ -86,7 +105,7 @@ def test_tensorboard_goes_on_after_a_failure(
             board.scalar("x", 1.0, step)
             board.text("note", "y", step)
             board.flush()
-    assert len([r for r in caplog.records if "the run goes on" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "the run continues" in r.getMessage()]) == 1
     folder.unlink()
     board.flush()
     board.scalar("x", 4.0, 4)

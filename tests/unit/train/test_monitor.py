@@ -40,7 +40,9 @@ class Unread:
 
 def settings(every: int = 4, images_every: int = 10) -> Any:
     """As much of a Config as the monitor uses, without a method to import."""
-    return SimpleNamespace(batch=32, monitor=schema.Monitor(every=every, images_every=images_every))
+    return SimpleNamespace(
+        batch=32, monitor=schema.MonitorConfig(every=every, images_every=images_every)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def result(step: int, embedding: Tensor | None = None, skipped: bool = False) ->
     part: Any = Unread(step + 0.5)
     norm: Any = Unread(2.0)
     trust: Any = {"min": Unread(0.1), "median": Unread(0.2), "max": Unread(0.3)}
-    return StepResult(float(step), {"invariance": part}, norm, trust, embedding, skipped)
+    return StepResult(float(step), {"invariance": part}, norm, trust, embedding, skipped, ema=0.99)
 
 
 def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> None:
@@ -72,7 +74,7 @@ def play(run: Path, start: int, stop: int, *, skip: int = -1, **kwargs: int) -> 
     for step in range(start, stop):
         clock = Clock(step, TOTAL, step // PER_EPOCH, PER_EPOCH)
         outcome = result(step, torch.eye(8), skipped=step == skip)
-        watch.step(clock, outcome, {"all": 0.1 * step, "bias": 0.5}, batch(), 0.0, ema=0.99)
+        watch.step(clock, outcome, {"all": 0.1 * step, "bias": 0.5}, batch(), 0.0)
     watch.close()
     watch.close()
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from scaletrain.config import load, schema
 from scaletrain.core import Batch
 from scaletrain.data.loading.loader import Stream, open_stream
-from scaletrain.train.loop import _whole, train
+from scaletrain.train.loop import train
+from scaletrain.train.session import whole_images
 
 VIEWS = [
     {
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("passes") / "shards", (30, 18))
 
 
-def first(data: schema.Data) -> tuple[Stream, Batch]:
+def first(data: schema.DataConfig) -> tuple[Stream, Batch]:
     stream = open_stream(data, seed=0, batch=12, rank=0, world=1, device=torch.device("cpu"))
     batch = next(iter(stream.batches(0, 1)))
     stream.close()
@@ -55,13 +56,13 @@ def first(data: schema.Data) -> tuple[Stream, Batch]:
 
 def test_whole_images_are_the_same_samples_undistorted(folder: Path) -> None:
     data = recipe(folder, {"name": "byol"}).data
-    (training, drawn), (passing, whole) = first(data), first(_whole(data))
+    (training, drawn), (passing, whole) = first(data), first(whole_images(data))
     assert training.steps_per_epoch == passing.steps_per_epoch == 4
     assert torch.equal(drawn.index, whole.index)
     assert drawn.views[0].shape == (2, 12, 3, 16, 16)
     assert whole.views[0].shape == (1, 12, 3, 16, 16)
     again = first(
-        _whole(
+        whole_images(
             data.model_copy(
                 update={"views": (data.views[0].model_copy(update={"scale": (0.5, 1.0)}),)}
             )

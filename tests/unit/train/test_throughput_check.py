@@ -144,7 +144,7 @@ def test_marks_cost_nothing_when_nobody_listens(tmp_path: Path) -> None:
     cfg = load.build({"data": {"path": "elsewhere"}})
     with measuring(cfg, tmp_path, 5, torch.device("cpu")) as watch:
         watch.step()
-        assert isinstance(watch, monitor.Unwatched)
+        assert isinstance(watch, monitor.NullObserver)
         assert span(FORWARD) is span(UPDATE)
     assert not list(tmp_path.iterdir())
 

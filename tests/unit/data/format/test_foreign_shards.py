@@ -15,7 +15,7 @@ import pytest
 import torch
 from kit.data import add, encode, picture
 
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import index, offsets
 from scaletrain.data.format.verify import verify
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def train_on(folder: Path) -> list[int]:
-    data = Data(path=str(folder), lanes=5, workers=2, views=(View(size=8),))
+    data = DataConfig(path=str(folder), lanes=5, workers=2, views=(View(size=8),))
     stream = open_stream(data, seed=0, batch=5, rank=0, world=1, device=torch.device("cpu"))
     return sorted(int(i) for b in stream.batches(0, 3) for i in b.index)
 
@@ -291,7 +291,7 @@ def test_what_a_label_holds_keeps_no_image_from_label_free_training(tmp_path: Pa
     assert shards.unlabelled(np.array([count, count + 2])) == ""
     found = verify(folder, 10**6)
     assert (found.labelled, found.unreadable, found.faults) == (3, len(odd), [])
-    data = Data(path=str(folder), lanes=3, workers=0, views=(View(size=8),))
+    data = DataConfig(path=str(folder), lanes=3, workers=0, views=(View(size=8),))
     stream = open_stream(data, seed=0, batch=3, rank=0, world=1, device=torch.device("cpu"))
     assert sorted(int(i) for b in stream.batches(0, 7) for i in b.labels)[-3:] == [5, 6, 7]
     assert "with 'tench'" in stream.unlabelled()

@@ -16,7 +16,7 @@ from kit.data import add, encode, picture, write_shards
 from kit.importing import ROOT
 from kit.remote import serving
 
-from scaletrain.config.schema import Cache
+from scaletrain.config.schema import CacheConfig
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import index, manifest, offsets
 from scaletrain.data.format.verify import verify
@@ -125,7 +125,7 @@ def test_an_older_index_at_an_address_says_what_to_do(
             DataError, match=r"HTTP 404 .*older version: run shards/index.py on .*upload it"
         ),
     ):
-        Shards(web.url, cache=Cache(path=str(tmp_path)))
+        Shards(web.url, cache=CacheConfig(path=str(tmp_path)))
 
 
 def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from kit.data import add, encode, picture, write_shards
 
 from scaletrain import exit_codes, rng
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, LoaderError, ShardError, unreadable
 from scaletrain.data.format import index, offsets
@@ -106,7 +106,7 @@ CLS_FIRST = 1024  # the label stands before the image
 def stream(
     folder: Path, rank: int = 0, world: int = 1, workers: int = 0, **options: object
 ) -> Stream:
-    data = Data(
+    data = DataConfig(
         path=str(folder),
         lanes=4,
         window=2,
@@ -314,7 +314,7 @@ def test_in_a_mixture_the_damaged_part_replaces_its_own(folder: Path, tmp_path: 
         "window": 2,
         "workers": 0,
     }
-    data = Data(views=(View(size=8),), on_bad="skip", **mixed)
+    data = DataConfig(views=(View(size=8),), on_bad="skip", **mixed)
     source, lost = (
         open_stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu")),
         [],
@@ -333,7 +333,7 @@ def account(
     run: Path, limit: float = 0.1, start: int = 0, before: int = 0, on_bad: str = "skip"
 ) -> ReplacementLog:
     return ReplacementLog(
-        run, Data(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before
+        run, DataConfig(on_bad=on_bad, max_bad=limit), epoch=100, start=start, before=before
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from kit.data import add, encode, picture, write_shards
 from kit.importing import run
 
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
 from scaletrain.data.format.verify import verify
@@ -35,7 +35,14 @@ def lossy(tmp_path: Path) -> Path:
 
 
 def stream(folder: Path, **options: object) -> Stream:
-    data = Data(path=str(folder), lanes=4, window=2, workers=0, views=(View(size=8),), **options)  # type: ignore[arg-type]
+    data = DataConfig(
+        path=str(folder),
+        lanes=4,
+        window=2,
+        workers=0,
+        views=(View(size=8),),
+        **options,  # type: ignore[arg-type]
+    )
     return open_stream(data, seed=3, batch=12, rank=0, world=1, device=torch.device("cpu"))
 
 
@@ -86,7 +93,7 @@ def test_what_indexing_left_out_is_remembered_and_counts(
 
 def test_left_out_and_replaced_samples_count_together(tmp_path: Path) -> None:
     account = ReplacementLog(
-        tmp_path, Data(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08
+        tmp_path, DataConfig(on_bad="skip", max_bad=0.1), epoch=100, start=0, before=0, missing=0.08
     )
     for step in range(2):
         account.add(step, [Replaced(step, 9, "x")])
@@ -94,8 +101,8 @@ def test_left_out_and_replaced_samples_count_together(tmp_path: Path) -> None:
     account.add(2, [Replaced(2, 9, "x")])
     with pytest.raises(
         DataError,
-        match=r"more than data.max_bad=0.1 allows \(in addition to a share of 0.08 that indexing left "
-        r"out\)",
+        match=r"more than data.max_bad=0.1 allows \(in addition to a share of 0.08 that indexing "
+        r"left out\)",
     ):
         account.agree(30)
 

@@ -16,7 +16,7 @@ from kit.importing import run
 from kit.remote import serving
 
 from scaletrain.config import load, recipe, schema
-from scaletrain.config.schema import Cache, Data, View
+from scaletrain.config.schema import CacheConfig, DataConfig, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
 from scaletrain.data.loading.loader import eval_batches, open_stream
@@ -202,7 +202,7 @@ def test_recipes_take_patterns_and_lists(both: Path, tmp_path: Path) -> None:
         recipe.ConfigError, match=r"data.path: .*'a,b' has a comma, where a path of a list ends"
     ):
         path("data.path=['a,b', c]")
-    field = load.schema()["$defs"]["Data"]["properties"]["path"]
+    field = load.schema()["$defs"]["DataConfig"]["properties"]["path"]
     assert [kind["type"] for kind in field["anyOf"]] == ["string", "array"]
     saved = tmp_path / "config.yaml"
     before = load.load(
@@ -228,7 +228,7 @@ def test_paths_are_made_absolute_part_by_part(both: Path, monkeypatch: pytest.Mo
 
 def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
     def seen(path: object) -> list[torch.Tensor]:
-        data = Data(path=path, lanes=2, window=2, workers=0, views=(View(size=8),))
+        data = DataConfig(path=path, lanes=2, window=2, workers=0, views=(View(size=8),))
         s = open_stream(data, seed=3, batch=4, rank=0, world=1, device=CPU)
         return [x for b in s.batches(0, 6) for x in (b.index, b.labels, b.views[0])]
 
@@ -241,7 +241,7 @@ def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
     indices = torch.cat(seen([f"{both}/train-*.tar", str(other)])[::3])
     assert indices.unique().tolist() == list(range(20))
     several = open_stream(
-        Data(path=[f"{both}/train-*.tar", str(other)], lanes=2, workers=0),
+        DataConfig(path=[f"{both}/train-*.tar", str(other)], lanes=2, workers=0),
         seed=3,
         batch=4,
         rank=0,
@@ -253,7 +253,7 @@ def test_streams_train_on_the_chosen_shards(both: Path, tmp_path: Path) -> None:
         (str(other), 9),
     ]
     assert several.sources()[0]["sha256"] == Shards(f"{both}/train-*.tar").fingerprint
-    mixed = Data(
+    mixed = DataConfig(
         mixture=({"path": f"{both}/test-*.tar", "weight": 1},),
         lanes=2,
         workers=0,
@@ -285,12 +285,12 @@ def test_addresses_take_them_too(
     local = Shards(f"{both}/train-*.tar")
     with serving(both) as web:
         for pattern in ("train-{000000..000002}.tar", "train-*.tar"):
-            remote = Shards(f"{web.url}/{pattern}", cache=Cache(path=str(tmp_path)))
+            remote = Shards(f"{web.url}/{pattern}", cache=CacheConfig(path=str(tmp_path)))
             assert remote.fingerprint == local.fingerprint
             assert remote.read(10) == local.read(10)
             remote.close()
         assert not web.asked["test-000000.tar"]
         with pytest.raises(DataError, match=r"holds the shards of several splits"):
-            Shards(web.url, cache=Cache(path=str(tmp_path)))
+            Shards(web.url, cache=CacheConfig(path=str(tmp_path)))
         with pytest.raises(DataError, match=r"train-000003.tar: there is no such shard"):
-            Shards(f"{web.url}/train-{{000000..000003}}.tar", cache=Cache(path=str(tmp_path)))
+            Shards(f"{web.url}/train-{{000000..000003}}.tar", cache=CacheConfig(path=str(tmp_path)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from kit.data import joined, write_shards
 
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.loading.loader import Stream, open_stream
 
@@ -38,7 +38,7 @@ def streams(folders: tuple[Path, Path], case: str, shape: Shape) -> list[Stream]
             "epoch_samples": 40,
         }
     )
-    data = Data(
+    data = DataConfig(
         lanes=4, window=2, workers=workers, views=(View(size=16, count=2), View(size=8)), **origin
     )
     return [

@@ -21,7 +21,7 @@ from kit.data import children, write_shards
 from kit.remote import serving
 from kit.workers import acting, at_step, failure, signalled, stream
 
-from scaletrain.config.schema import Cache
+from scaletrain.config.schema import CacheConfig
 from scaletrain.core import Batch
 from scaletrain.data.format import index
 from scaletrain.data.loading.dataset import RawBatch
@@ -201,7 +201,9 @@ def test_workers_that_wait_for_the_network_are_not_stuck(tmp_path: Path) -> None
     folder = write_shards(tmp_path / "d", (24,))
     index.build(folder)
     with serving(folder) as web:
-        s = stream(Path(), workers=2, path=web.url, cache=Cache(path=str(tmp_path)), liveness=0.5)
+        s = stream(
+            Path(), workers=2, path=web.url, cache=CacheConfig(path=str(tmp_path)), liveness=0.5
+        )
         web.pause = 0.8
         for a, b in zip(s.batches(0, 2), stream(folder).batches(0, 2), strict=True):
             assert torch.equal(a.views[0], b.views[0])
@@ -224,7 +226,7 @@ def test_bytes_of_a_slow_folder_are_signs_of_life(
     monkeypatch.setattr(prefetch.CachedShards, "expect", lambda *_: None)  # nobody else fetches
 
     def batches(place: str, liveness: float) -> Iterator[Batch]:
-        cache = Cache(path=str(tmp_path / place), stage=True)
+        cache = CacheConfig(path=str(tmp_path / place), stage=True)
         return stream(folder, workers=1, cache=cache, liveness=liveness).batches(0, 1)
 
     assert len(list(batches("a", 0.6))) == 1

@@ -17,7 +17,7 @@ import torch
 from kit.data import add, children, encode, joined, picture, write_shards
 
 from scaletrain import rng
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.loading.dataset import Images
@@ -41,7 +41,7 @@ def stream(
     seed: int = 5,
     **options: object,
 ) -> Stream:
-    data = Data(
+    data = DataConfig(
         path=str(folder),
         **{
             "lanes": 4,

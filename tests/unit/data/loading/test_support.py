@@ -14,7 +14,7 @@ import pytest
 import torch
 from kit.data import joined, write_shards
 
-from scaletrain.config.schema import Data, Support, View
+from scaletrain.config.schema import DataConfig, SupportConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.loader import Stream, open_stream
@@ -102,9 +102,9 @@ def subset(folder: Path) -> Path:
     return folder / "few.json"
 
 
-def data(folder: Path, file: Path | str, workers: int = 0, **options: Any) -> Data:
+def data(folder: Path, file: Path | str, workers: int = 0, **options: Any) -> DataConfig:
     support = {"labels": str(file), "classes": 3, "per_class": 2, "epochs": 1.5} | options
-    return Data(
+    return DataConfig(
         path=str(folder),
         lanes=4,
         window=2,
@@ -114,7 +114,7 @@ def data(folder: Path, file: Path | str, workers: int = 0, **options: Any) -> Da
     )
 
 
-def read(made: Data, start: int, stop: int, ranks: int = 1, end: int = 12) -> list[Batch]:
+def read(made: DataConfig, start: int, stop: int, ranks: int = 1, end: int = 12) -> list[Batch]:
     """Global batches with their support, from streams that are to go on to `end` and are closed
     before.
     """
@@ -214,7 +214,7 @@ def test_a_substitute_has_no_label(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said(folder: Path, subset: Path) -> None:
-    def opened(made: Data) -> Stream:
+    def opened(made: DataConfig) -> Stream:
         return open_stream(made, seed=5, batch=12, rank=0, world=1, device=CPU)
 
     with pytest.raises(
@@ -228,16 +228,16 @@ def test_what_is_missing_is_said(folder: Path, subset: Path) -> None:
         "mixture": [{"path": str(folder), "weight": 1.0}],
     }
     with pytest.raises(DataError, match=r"set data\.support\.path"):
-        opened(Data.model_validate(mixed))
+        opened(DataConfig.model_validate(mixed))
 
 
 def test_made_up_data_has_made_up_labels() -> None:
-    made = Data(
+    made = DataConfig(
         path="synthetic",
         synthetic_samples=48,
         lanes=4,
         workers=0,
-        support=Support(classes=4, per_class=3),
+        support=SupportConfig(classes=4, per_class=3),
     )
     s = open_stream(made, seed=0, batch=12, rank=0, world=1, device=CPU)
     assert s.support is not None

@@ -16,7 +16,7 @@ from kit.data import write_shards
 from scaletrain import rng
 from scaletrain.config.load import build
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.concat import ConcatShards
@@ -170,7 +170,7 @@ def stream(folders: list[Path], **options: object) -> Stream:
         **options,
     }
     return open_stream(
-        Data(**settings), seed=5, batch=12, rank=0, world=1, device=torch.device("cpu")
+        DataConfig(**settings), seed=5, batch=12, rank=0, world=1, device=torch.device("cpu")
     )
 
 

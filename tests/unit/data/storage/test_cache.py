@@ -268,7 +268,7 @@ def test_deleted_between_opening_and_locking(
             (held.folder / "k1").unlink()
         real(file, how)
 
-    monkeypatch.setattr(cache.fcntl, "flock", racing)
+    monkeypatch.setattr(fcntl, "flock", racing)
     assert read(held, 1, log=tmp_path / "log") == content(1)
     assert (tmp_path / "log").read_text() == "1\n"
     assert names(held) == {"k1"}

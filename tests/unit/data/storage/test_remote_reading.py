@@ -12,7 +12,7 @@ from kit.data import picture, write_shards
 from kit.remote import Server, serving
 from kit.remote_reading import COUNTS, CPU, cache, same, shards_of, stream, taken, until
 
-from scaletrain.config.schema import Cache, Data, View
+from scaletrain.config.schema import CacheConfig, DataConfig, View
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
 from scaletrain.data.loading.loader import eval_batches, open_stream
@@ -24,7 +24,7 @@ from scaletrain.data.storage import http, prefetch, remote
 def test_the_same_batches_as_from_the_folder(
     folder: Path, web: Server, tmp_path: Path, world: int, workers: int
 ) -> None:
-    local = taken(stream(folder, Cache()), 2, 9)  # 4 steps an epoch: over two ends
+    local = taken(stream(folder, CacheConfig()), 2, 9)  # 4 steps an epoch: over two ends
     parts = [
         taken(stream(web.url, cache(tmp_path), rank, world, workers=workers), 2, 9)
         for rank in range(world)
@@ -77,7 +77,7 @@ def test_the_next_shards_of_a_rank_come_before_they_are_read(
     room = 7.5 * max(shard["bytes"] for shard in shards)
     with serving(folder) as web:
         small = {"lanes": 4, "window": 1, "views": (View(size=8),)}
-        data = Data(path=web.url, cache=cache(tmp_path, int(2 * room)), workers=0, **small)
+        data = DataConfig(path=web.url, cache=cache(tmp_path, int(2 * room)), workers=0, **small)
         source = open_stream(data, seed=5, batch=4, rank=rank, world=world, device=CPU)
         lo, hi = source.plan.part(rank, world)
         coming = [
@@ -150,7 +150,7 @@ def test_s3_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyP
 def test_staging_a_local_folder(folder: Path, tmp_path: Path) -> None:
     held = cache(tmp_path, stage=True)
     for a, b in zip(
-        taken(stream(folder, Cache()), 0, 5),
+        taken(stream(folder, CacheConfig()), 0, 5),
         taken(stream(folder, held, workers=2), 0, 5),
         strict=True,
     ):

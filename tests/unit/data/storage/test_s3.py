@@ -12,7 +12,7 @@ import pytest
 import torch
 from kit.data import write_shards
 
-from scaletrain.config.schema import Cache, Data, View
+from scaletrain.config.schema import CacheConfig, DataConfig, View
 from scaletrain.data.format import index
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.reader import Shards
@@ -68,9 +68,9 @@ def s3(
 
 
 def stream(path: str | Path, place: Path, rank: int, world: int, workers: int) -> Stream:
-    data = Data(
+    data = DataConfig(
         path=str(path),
-        cache=Cache(path=str(place), bytes=10**7),
+        cache=CacheConfig(path=str(place), bytes=10**7),
         lanes=4,
         window=2,
         workers=workers,
@@ -98,12 +98,12 @@ def test_files_larger_than_a_piece(
     folder: Path, s3: tuple[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "CHUNK", 1000)
-    assert Shards(s3[0], cache=Cache(path=str(tmp_path))).read(12) == Shards(folder).read(12)
+    assert Shards(s3[0], cache=CacheConfig(path=str(tmp_path))).read(12) == Shards(folder).read(12)
 
 
 def test_what_is_wrong_is_named(folder: Path, s3: tuple[str, object], tmp_path: Path) -> None:
     url, client = s3
-    shards = Shards(url, cache=Cache(path=str(tmp_path)))
+    shards = Shards(url, cache=CacheConfig(path=str(tmp_path)))
     data = (folder / "s-001.tar").read_bytes()
 
     def put(content: bytes) -> None:

@@ -12,7 +12,7 @@ import torch
 from kit.data import write_shards
 
 from scaletrain import rng
-from scaletrain.config.schema import Data, View
+from scaletrain.config.schema import DataConfig, View
 from scaletrain.core import Batch
 from scaletrain.data.loading.loader import open_stream
 from scaletrain.data.transforms import foreground_crops, mask_ablations
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch(folder: Path, share: float) -> Batch:
     views = (View(size=16, count=2, scale=(0.05, 0.2)), View(size=8, scale=(0.05, 0.2)))
-    data = Data(
+    data = DataConfig(
         path=str(folder),
         lanes=4,
         window=1,
@@ -90,7 +90,7 @@ def test_only_the_chosen_samples_and_their_large_crops_change(folder: Path) -> N
 
 def test_masks_are_needed() -> None:
     with pytest.raises(ValueError, match=r"add data\.masks=true"):
-        Data(good_crops=0.5)
+        DataConfig(good_crops=0.5)
 
 
 # --- masks made worse -----------------------------------------------------------------------------
@@ -124,7 +124,9 @@ def test_masks_grow_shrink_and_become_boxes() -> None:
 
 
 def test_the_stream_alters_masks_and_nothing_else(folder: Path) -> None:
-    made = Data(path=str(folder), lanes=4, window=1, workers=0, views=(View(size=16),), masks=True)
+    made = DataConfig(
+        path=str(folder), lanes=4, window=1, workers=0, views=(View(size=16),), masks=True
+    )
     plain, other = (
         next(
             iter(

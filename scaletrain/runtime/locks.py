@@ -1,0 +1,50 @@
+"""Locks of files between processes and, on network file systems, between nodes.
+
+A lock belongs to the open file or to the process:
+
+- open file (flock): two openings within one process exclude each other too, and readers may share
+  the lock. A forked child keeps it until the child, too, has closed the file.
+- process (lockf): a forked child does not keep it, so it ends with its process even if loader
+  workers live on. Closing any descriptor of the file in that process releases it.
+
+The two do not exclude each other, so all users of a file must take the same kind. Linux passes both
+on to an NFS server, which grants an exclusive lock only for a file that is open for writing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def acquire(file: int, *, wait: bool, shared: bool = False, of_process: bool = False) -> bool:
+    """Lock an open file until it is closed; False where another holds the lock and `wait` is false.
+
+    shared: exclude only those who want the lock exclusively. of_process: lock for the process, not
+    for the open file. Raises OSError where the file system has no locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        (fcntl.lockf if of_process else fcntl.flock)(file, kind | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if wait or error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+
+    return True
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[int | None]:
+    """The descriptor of the exclusively locked file, which is made if need be; None where another
+    holds the lock and `wait` is false.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield file if acquire(file, wait=wait) else None
+    finally:
+        os.close(file)
