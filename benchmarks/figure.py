@@ -69,9 +69,7 @@ def main(out: Annotated[Path, typer.Argument(help="SVG file to write.")]) -> Non
 
         interrupted = work / "interrupted"
         stopped = train_and_kill(work, interrupted)
-        curves[f"2 processes, killed after step {stopped}, resumed on 4"] = train(
-            work, interrupted, 4
-        )
+        curves[f"2, killed after step {stopped}, resumed on 4"] = train(work, interrupted, 4)
 
     worst = deviation(list(curves.values()))
     out.parent.mkdir(parents=True, exist_ok=True)
