@@ -101,7 +101,7 @@ def engine_of(case: Case) -> Engine:
     return toy_engine(cfg, case[0]) if case[0] in TOYS else small.engine(cfg)
 
 
-def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
+def train(cases: Mapping[str, Case], bug: str | None = None, steps: int = STEPS) -> Run:
     """Each on this rank's slices: "case/loss" and "case/<tensor>@<start>" of all that this rank
     would save.
     """
@@ -119,7 +119,7 @@ def train(cases: Mapping[str, Case], bug: str | None = None) -> Run:
                 for n, at in trainer.placed().items()
             }
             found[f"{name}/loss"] = torch.tensor(
-                small.run(trainer, cfg, 0, STEPS), dtype=torch.float64
+                small.run(trainer, cfg, 0, steps), dtype=torch.float64
             )
         for tensor, piece in trainer.state().items():
             start = before[tensor] if tensor.startswith("method.") else 0
