@@ -28,6 +28,7 @@ import scaletrain.methods
 from scaletrain.config import load
 from scaletrain.config.schema import ComponentConfig
 from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.data.loading import support
 from scaletrain.runtime import timing
 from scaletrain.train import loop
 
@@ -75,11 +76,12 @@ BATCH = Batch(
 
 
 class Constant:
-    """In place of data.loader.Stream: the same batch again and again, and the CPU seconds between
+    """In place of the data stream: the same batch again and again, and the CPU seconds between
     its steps.
     """
 
     samples, steps_per_epoch, plan = 1000, 1000, SimpleNamespace(whole=True)
+    missing = 0
     seconds = 0.0
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -90,6 +92,12 @@ class Constant:
                 begin = time.process_time()
             yield BATCH
         Constant.seconds = (time.process_time() - begin) / (stop - WARM)
+
+    def sources(self) -> list[dict[str, Any]]:
+        return []
+
+    def support_sources(self) -> list[dict[str, Any]]:
+        return []
 
     def mixing(self) -> str:
         return "one batch"
@@ -108,7 +116,7 @@ def trainer(steps: int, **changes: Any) -> float:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(loop, "Stream", Constant),
+        patch.object(support, "stream", Constant),
         redirect_stdout(StringIO()),
     ):
         loop.train(cfg, Path(folder) / "run")
