@@ -1,8 +1,8 @@
-"""The order of samples over three epochs and the names of every method's state, as `make golden`
-writes them to order.json. None of it depends on the processor.
+"""The order of samples over three epochs, as `make golden` writes it to order.json. It does not
+depend on the processor.
 
-Run it only when a change is meant to alter them: runs that are resumed afterwards would continue
-with another order, and checkpoints of another name could not be read.
+Run it only when a change is meant to alter the order: runs that are resumed afterwards would
+continue with another one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from kit import small  # noqa: E402
 from kit.data import write_shards  # noqa: E402
 
-from scaletrain.config.schema import DataConfig, View, components  # noqa: E402
+from scaletrain.config.schema import DataConfig, View  # noqa: E402
 from scaletrain.core import Batch  # noqa: E402
 from scaletrain.data.format import index  # noqa: E402
 from scaletrain.data.loading.loader import open_stream  # noqa: E402
@@ -84,24 +83,11 @@ def orders(folder: Path) -> dict[str, Any]:
     return found
 
 
-def names(method: str) -> dict[str, Any]:
-    """Of all that a checkpoint of the method has: how many, their digest, and those of the method
-    itself without encoder and optimizer.
-    """
-    found = sorted(small.engine(small.config(method)).state())
-    own = [n for n in found if n.startswith("method.") and "backbone." not in n]
-    whole = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
-    return {"count": len(found), "sha256": whole, "own": own}
-
-
 def write() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "orders": orders(Path(folder)),
-            "names": {method: names(method) for method in components("methods")},
-        }
+        found = orders(Path(folder))
     FILE.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{FILE}: {len(found['orders'])} orders, {len(found['names'])} methods")
+    print(f"{FILE}: {len(found)} orders")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ the change: a refactoring never needs it.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -82,11 +83,25 @@ def timetable(config: Config) -> dict[str, Any]:
     }
 
 
+def names(method: str) -> dict[str, Any]:
+    """Of all that a checkpoint of the method has: how many, their digest, and those of the method
+    itself without encoder and optimizer.
+    """
+    found = sorted(small.engine(small.config(method)).state())
+    own = [n for n in found if n.startswith("method.") and "backbone." not in n]
+    whole = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
+    return {"count": len(found), "sha256": whole, "own": own}
+
+
 def write(methods: Sequence[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     for method in methods:
         file = FOLDER / f"{method}.json"
-        found = {"losses": losses(method), "schedules": schedules(method)}
+        found = {
+            "losses": losses(method),
+            "schedules": schedules(method),
+            "checkpoint": names(method),
+        }
         file.write_text(json.dumps(found, indent=2) + "\n")
         print(file)
 

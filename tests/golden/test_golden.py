@@ -41,3 +41,9 @@ def test_schedules_have_not_moved(method: str) -> None:
     expected = known(method)["schedules"]
     assert expected, f"no recipe trains {method}: add one to configs/"
     assert regenerate.schedules(method) == expected, FIX
+
+
+@pytest.mark.parametrize("method", components("methods"))
+def test_names_in_checkpoints_have_not_changed(method: str) -> None:
+    """Checkpoints of other names could not be read."""
+    assert regenerate.names(method) == known(method)["checkpoint"], FIX

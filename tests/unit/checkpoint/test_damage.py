@@ -185,7 +185,7 @@ def test_a_manifest_that_lies_about_the_data(tmp_path: Path) -> None:
     [
         (
             [(0, 3, (10,)), (4, 10, (10,))],
-            r"pieces of w leave a gap at 3: rank-00001-.* holds \[4, 10\)",
+            r"pieces of w leave a gap at 3: rank-00001-.* has \[4, 10\)",
         ),
         ([(0, 5, (10,)), (4, 10, (10,))], "pieces of w overlap at 5"),
         ([(0, 10, (10,)), (0, 10, (10,))], "pieces of w overlap at 10"),

@@ -166,7 +166,7 @@ def test_a_saved_configuration_may_have_the_names_that_keys_had_earlier(write: W
 def test_an_earlier_name_is_refused_with_the_present_one(
     override: str, now: str, recipe: Path, write: Write
 ) -> None:
-    with pytest.raises(ConfigError, match=f"unknown key '.*', which is named '{now}' now"):
+    with pytest.raises(ConfigError, match=f"unknown key '.*'; it was renamed to '{now}'"):
         load.load(recipe, ["engine=ddp", override])
-    with pytest.raises(ConfigError, match=r"which is named 'optim\.lr_scaling' now"):
+    with pytest.raises(ConfigError, match=r"it was renamed to 'optim\.lr_scaling'"):
         load.load(write("optim: {rule: sqrt}", "config.yml"))

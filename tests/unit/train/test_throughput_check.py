@@ -15,7 +15,7 @@ import torch
 from kit.data import write_shards
 from typer.testing import CliRunner
 
-from scaletrain import cli
+from scaletrain.cli import main as cli_main
 from scaletrain.config import load
 from scaletrain.runtime import timing
 from scaletrain.runtime.timing import BACKWARD, COPY, FORWARD, UPDATE, WAIT, span
@@ -154,7 +154,7 @@ def train(tmp_path: Path, procs: int, *arguments: str) -> str:
     words = [str(tmp_path / "toy.yaml"), *arguments, "--run", str(tmp_path / "run")]
     if procs == 1:
         alone = {"RANK": None, "SCALETRAIN_ERROR_FILE": None, "COLUMNS": "100"}
-        result = CliRunner(env=alone).invoke(cli.app, ["train", *words])
+        result = CliRunner(env=alone).invoke(cli_main.app, ["train", *words])
         assert result.exit_code == 0, result.output
         return result.stdout
     command = [sys.executable, "launchers/local.py", "--procs", str(procs), *words]
