@@ -41,7 +41,7 @@ class Model(Auxiliary):
         if not run_info.support:
             raise ValueError(
                 "suncet needs labelled samples: set data.support, e.g. data.support.labels=FILE of "
-                "shards/subset.py"
+                "scaletrain shards subset"
             )
         if not isinstance(getattr(method, "projector", None), nn.Module):
             raise ValueError("suncet needs a method with a projector, such as simclr or swav")

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from scaletrain import environment
 
 if TYPE_CHECKING:
     from scaletrain.config.schema import Config
@@ -74,7 +75,7 @@ def train(
     config = load.load(recipe, [*first, *(overrides or ()), *short])
     run = run or Path("runs") / find(recipe).stem
 
-    if os.environ.get("RANK", "0") == "0":
+    if environment.rank() == 0:
         _print_changes(recipe, load.load(recipe), config)
 
     from scaletrain.runtime.signals import Stopped
@@ -83,7 +84,7 @@ def train(
     try:
         start(config, run, init=init, trace=profile, change=change, umask=umask)
     except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if environment.rank() == 0:
             # the terminal whose end was the signal
             with contextlib.suppress(OSError):
                 typer.echo(str(stop))

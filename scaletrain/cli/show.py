@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Annotated
 
 import typer
 
+from scaletrain import environment
 from scaletrain.cli.commands import Overrides, Recipe
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")]
@@ -76,7 +76,7 @@ def show_comm(
     from scaletrain.estimate import comm
 
     found = comm.measure(load.load(recipe, overrides or ()), ranks)
-    if os.environ.get("RANK", "0") == "0":
+    if environment.rank() == 0:
         typer.echo(json.dumps(found, indent=1)) if as_json else comm.show(found)
 
 

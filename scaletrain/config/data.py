@@ -101,8 +101,8 @@ class SupportConfig(Frozen):
     """Folder of shards; "": data.path."""
 
     labels: Place = ""
-    """File written by shards/subset.py: the samples whose labels may be used; "": all samples of
-    `path`, which must be set.
+    """File written by scaletrain shards subset: the samples whose labels may be used; "": all
+    samples of `path`, which must be set.
     """
 
     classes: Count = 10

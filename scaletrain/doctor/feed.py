@@ -33,7 +33,7 @@ def loader(data: Path, run: Path) -> list[Finding]:
     """
     cores = cores_per_process()
     values, findings = measured(
-        "loader", lambda: _measure(data, run), "index the shards once: python shards/index.py DATA"
+        "loader", lambda: _measure(data, run), "index the shards once: scaletrain shards index DATA"
     )
 
     if not values:

@@ -132,7 +132,7 @@ def _labelled(part: LabelledSet) -> None:
         raise EvalError(
             f"{part.source}: {text}; evaluation needs one for each sample. Of a training set, "
             "--labels FILE takes the "
-            "labelled samples only, which shards/subset.py writes"
+            "labelled samples only, which scaletrain shards subset writes"
         )
 
 

@@ -20,7 +20,7 @@ from scaletrain.config.schema import components
 
 
 @dataclass(frozen=True)
-class Entry:
+class MethodEntry:
     name: str
     # first line of the docstring
     paper: str
@@ -30,7 +30,7 @@ class Entry:
     recipes: Mapping[str, str]
 
 
-def entries(kind: str, configs: Path = recipe.CONFIGS) -> list[Entry]:
+def entries(kind: str, configs: Path = recipe.CONFIGS) -> list[MethodEntry]:
     """kind: `methods` or `auxiliaries`; a method's recipes are those without auxiliaries."""
     used: dict[str, dict[str, str]] = {}
     for path in sorted(configs.glob("*.yaml")):
@@ -38,7 +38,9 @@ def entries(kind: str, configs: Path = recipe.CONFIGS) -> list[Entry]:
         for name in _uses(raw, kind):
             used.setdefault(name, {})[path.stem] = str(raw.get("published", ""))
 
-    return [Entry(name, *_docstring(kind, name), used.get(name, {})) for name in components(kind)]
+    return [
+        MethodEntry(name, *_docstring(kind, name), used.get(name, {})) for name in components(kind)
+    ]
 
 
 def _uses(raw: Mapping[str, Any], kind: str) -> list[str]:

@@ -72,7 +72,8 @@ def load(
 
         if faults:
             notice(
-                f"{len(faults)} faults left out of the index; shards/verify.py {folder} lists them"
+                f"{len(faults)} faults left out of the index; scaletrain shards verify {folder} "
+                "lists them"
             )
 
     listed = _parse(path)
@@ -188,7 +189,7 @@ def home(folder: Path) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        fix = f"let its owner run shards/index.py {folder}, or set XDG_CACHE_HOME"
+        fix = f"let its owner run scaletrain shards index {folder}, or set XDG_CACHE_HOME"
         text = (
             f"{folder} has no {MANIFEST} and cannot be written, nor can {place} ({error.strerror})"
         )
@@ -246,7 +247,7 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
     The names are bytes, since decoding 300,000 of them takes longer than reading the folder.
     """
     if not folder.is_dir():
-        fix = f"write one with shards/folder.py IMAGES {folder}"
+        fix = f"write one with scaletrain shards folder IMAGES {folder}"
         if any(sign in str(folder) for sign in "*?{"):
             fix = "patterns stand for the names of shards, in the last part of a path"
         raise DataError(f"{folder}: no such data folder; {fix}")
@@ -279,7 +280,7 @@ def _tars(folder: Path, notice: Callable[[str], None] = lambda text: None) -> li
     ]
 
     if not tars:
-        fix = "write shards with shards/folder.py IMAGES FOLDER"
+        fix = "write shards with scaletrain shards folder IMAGES FOLDER"
         if compressed:
             fix = f"{_first(compressed)} must be decompressed first"
         elif inner:
@@ -309,7 +310,7 @@ def _first(names: list[bytes]) -> str:
 
 
 def _parse(path: Path) -> ShardManifest:
-    fix = f"remake it with shards/index.py --force {path.parent}"
+    fix = f"remake it with scaletrain shards index --force {path.parent}"
     try:
         with local_files.reader(path) as file:
             return manifest.parse(file, str(path), fix)
@@ -327,11 +328,12 @@ def _check_names(folder: Path, present: NDArray[np.bytes_], shards: ShardManifes
 
     if len(lost := np.setdiff1d(shards.names, present)):
         text = f"{folder / os.fsdecode(lost[0])} is in {MANIFEST} but not in the folder"
-        raise DataError(f"{text}; restore it or run shards/index.py --force {folder}")
+        raise DataError(f"{text}; restore it or run scaletrain shards index --force {folder}")
 
     if len(new := np.setdiff1d(present, shards.names)):
         raise DataError(
-            f"{folder / os.fsdecode(new[0])} is not in {MANIFEST}; run shards/index.py --force "
+            f"{folder / os.fsdecode(new[0])} is not in {MANIFEST}; run scaletrain shards index "
+            "--force "
             f"{folder}"
         )
 

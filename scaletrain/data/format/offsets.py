@@ -315,7 +315,7 @@ def load(path: Path, samples: int, shard_bytes: int) -> OffsetRows:
     """The memory-mapped rows of a table. Raises ShardError if it is damaged or belongs to another
     shard.
     """
-    fix = "run shards/index.py --force on its folder"
+    fix = "run scaletrain shards index --force on its folder"
     size = HEAD.itemsize + samples * ROW.itemsize
 
     try:

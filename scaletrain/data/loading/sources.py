@@ -24,7 +24,8 @@ def open_shards(data: DataConfig) -> Shards | ConcatShards | None:
         return None
     if not data.path and not data.mixture:
         raise DataError(
-            "data.path is empty: add data.path=FOLDER, a folder of shards such as shards/folder.py "
+            "data.path is empty: add data.path=FOLDER, a folder of shards such as scaletrain "
+            "shards folder "
             "writes, or data.path=synthetic"
         )
 

@@ -157,7 +157,7 @@ def _allowed(data: DataConfig, support: SupportConfig, shards: Shards | None) ->
     if not support.path:
         raise DataError(
             "data.support.labels is empty: add data.support.labels=FILE, a label subset that "
-            "shards/subset.py writes"
+            "scaletrain shards subset writes"
         )
 
     labels = shards.labels()

@@ -243,7 +243,7 @@ class Shards:
             raise ShardError(
                 self._where(number),
                 min(size, expected),
-                f"{text}; run shards/index.py --force {self.folder} if meant",
+                f"{text}; run scaletrain shards index --force {self.folder} if meant",
             )
 
     def _shard(self, number: int) -> tuple[int, offsets.OffsetRows]:
@@ -307,7 +307,8 @@ class Shards:
 
         if not BLOCK <= offset <= int(self._bytes[number]) - size:
             text = (
-                f"the index places {size} bytes there, outside the shard; run shards/index.py "
+                f"the index places {size} bytes there, outside the shard; run scaletrain shards "
+                "index "
                 f"--force {self.folder}"
             )
             raise ShardError(self._where(number), offset, text)
@@ -330,7 +331,7 @@ class Shards:
         else:
             return data
 
-        text = f"{fault}: damaged or altered; run shards/verify.py {self.folder}"
+        text = f"{fault}: damaged or altered; run scaletrain shards verify {self.folder}"
         raise ShardError(self._where(number), offset, text)
 
     def _key(self, file: int, offset: int) -> str:

@@ -50,7 +50,7 @@ def admit(
         f"indexing left out about {lost:,} of {lost + present:,} samples, the first: "
         f"{first.folder}/{printable(first.fault)}"
     )
-    mend = f"mend the shards and run shards/index.py --force {first.folder}"
+    mend = f"mend the shards and run scaletrain shards index --force {first.folder}"
 
     if on_bad == "raise":
         accept = f"{section}on_bad=skip {section}max_bad={math.ceil(1000 * share) / 1000:g}"

@@ -171,12 +171,12 @@ def load(path: Path, shards: Shards) -> LabelSubset:
         sound = False
 
     if not sound:
-        raise DataError(f"{path} is no file of labels as shards/subset.py writes it")
+        raise DataError(f"{path} is no file of labels as scaletrain shards subset writes it")
 
     if made_for != shards.fingerprint:
         other = f"'{folder}' with {samples} samples"
         text = f"{path} was made for other shards ({other}) than {shards.folder} with {len(shards)}"
-        raise DataError(f"{text}; make one with shards/subset.py")
+        raise DataError(f"{text}; make one with scaletrain shards subset")
 
     if not np.array_equal(shards.labels()[chosen], labels):
         raise DataError(f"{path} was altered: its labels are not those of {shards.folder}")

@@ -94,7 +94,8 @@ def manifest(place: ShardSelection) -> ShardManifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
     url, origin = place.folder, remote.origin(place.folder)
     fix = (
-        f"is {url} a folder of shards with its index? Make the index with shards/index.py before "
+        f"is {url} a folder of shards with its index? Make the index with scaletrain shards index "
+        "before "
         "you upload it"
     )
 
@@ -104,7 +105,8 @@ def manifest(place: ShardSelection) -> ShardManifest:
         with suppress(remote.RemoteError):
             if version_in(remote.read(origin, OLD_NAME, MOST_BYTES)):
                 fix = (
-                    f"its {OLD_NAME} is the index of an older version: run shards/index.py on "
+                    f"its {OLD_NAME} is the index of an older version: run scaletrain shards index "
+                    "on "
                     "the folder, and upload it again"
                 )
 

@@ -275,7 +275,7 @@ def test_bandwidth_counts_the_whole_buffer(monkeypatch: pytest.MonkeyPatch) -> N
 def test_loader_and_the_cores_that_a_rehearsed_run_takes(tmp_path: Path) -> None:
     shards, run = write_shards(tmp_path / "shards", (40, 40)), tmp_path / "run"
     (found,) = feed.loader(shards, run)
-    assert (found.status, "has no index" in found.text, "shards/index.py" in found.fix) == (
+    assert (found.status, "has no index" in found.text, "scaletrain shards index" in found.fix) == (
         "fail",
         True,
         True,

@@ -108,7 +108,8 @@ def test_an_index_of_an_older_version_is_made_anew(
     (place / index.MANIFEST).write_text(newer)
     with pytest.raises(
         DataError,
-        match=rf"not a version {manifest.VERSION} manifest; remake it with shards/index.py --force",
+        match=rf"not a version {manifest.VERSION} manifest; remake it with scaletrain shards index "
+        r"--force",
     ):
         Shards(folder)
 
@@ -122,7 +123,7 @@ def test_an_older_index_at_an_address_says_what_to_do(
     with (
         serving(folder) as web,
         pytest.raises(
-            DataError, match=r"HTTP 404 .*older version: run shards/index.py on .*upload it"
+            DataError, match=r"HTTP 404 .*older version: run scaletrain shards index on .*upload it"
         ),
     ):
         Shards(web.url, cache=CacheConfig(path=str(tmp_path)))

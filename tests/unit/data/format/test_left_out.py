@@ -57,7 +57,7 @@ def test_what_indexing_left_out_is_remembered_and_counts(
         r"byte "
         r"\d+: "
     )
-    mend = rf"mend the shards and run shards/index.py --force {lossy}"
+    mend = rf"mend the shards and run scaletrain shards index --force {lossy}"
     with pytest.raises(
         DataError,
         match=rf"{words}.*; {mend}, or go without .* with data.on_bad=skip data.max_bad=0.\d+$",

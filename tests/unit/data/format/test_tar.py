@@ -235,7 +235,8 @@ def test_altered_shards_are_named(tmp_path: Path) -> None:
     for use in (shards.check, lambda: Shards(folder).read(4)):
         with pytest.raises(
             ShardError,
-            match=r"s-001.tar.*truncated or altered after indexing; run shards/index.py --force",
+            match=r"s-001.tar.*truncated or altered after indexing; run scaletrain shards index "
+            r"--force",
         ):
             use()
     assert shards.read(0).label == 0

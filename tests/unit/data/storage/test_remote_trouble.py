@@ -130,13 +130,14 @@ def test_folders_without_an_index_are_refused(web: Server, tmp_path: Path) -> No
     web.always["scaletrain-index.json"] = kit.status(404)
     with pytest.raises(
         remote.RemoteError,
-        match=r"/data/scaletrain-index.json: HTTP 404 .*shards/index.py before you upload",
+        match=r"/data/scaletrain-index.json: HTTP 404 .*scaletrain shards index before you upload",
     ):
         shards_of(web.url, tmp_path)
     web.always["scaletrain-index.json"] = lambda page, data: page.answer(b"<html>", 6)
     with pytest.raises(
         DataError,
-        match=r"/data/scaletrain-index.json cannot be read .*shards/index.py before you upload",
+        match=r"/data/scaletrain-index.json cannot be read .*scaletrain shards index before you "
+        r"upload",
     ):
         shards_of(web.url, tmp_path)
 
