@@ -15,8 +15,8 @@ from kit.data import write_shards
 from kit.remote import serving
 from typer.testing import CliRunner
 
-from scaletrain import cli
 from scaletrain.checkpoint import reader
+from scaletrain.cli import main as cli
 from scaletrain.data.format import index
 
 RECIPE = """

@@ -80,18 +80,26 @@ def test_a_defect_shows_the_traceback_of_the_worker(
 # --- memory ---------------------------------------------------------------------------------------
 
 
+def shared_memory(process: int | str) -> set[str]:
+    """The lines of /proc/PROCESS/maps about memory that it shares with others."""
+    lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    return {line for line in lines if " rw-s " in line}
+
+
 def test_batches_need_no_files_and_leave_none_open(folder: Path) -> None:
     """Neither in /dev/shm, which is small in containers, nor anywhere else."""
     files = os.listdir("/proc/self/fd")  # noqa: PTH208
+    # of whatever ran in this process before; workers inherit it
+    before = shared_memory("self")
     s = stream(folder, workers=2)
-    next(iter(s.batches(0, 6)))
+    batches = s.batches(0, 6)
+    next(batches)
     for pid in children():
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        shared = [line for line in lines if " rw-s " in line]
-        assert any(
-            line.endswith("/dev/zero (deleted)") for line in shared
-        )  # what Linux calls memory without a file
-        assert not any("/dev/shm" in line for line in shared)
+        new = shared_memory(pid) - before
+        # what Linux calls memory without a file
+        assert any(line.endswith("/dev/zero (deleted)") for line in new)
+        assert not any("/dev/shm" in line for line in new)
+    batches.close()
     s.close()
     assert sorted(os.listdir("/proc/self/fd")) == sorted(files)  # noqa: PTH208
 
