@@ -1,5 +1,5 @@
-"""The reference run: CIFAR-10 images to a judged encoder, killed in the middle and resumed, kNN at
-every epoch.
+"""The reference run: CIFAR-10 images to an evaluated encoder, killed in the middle and resumed, kNN
+at every epoch.
 
     python benchmarks/cifar10.py IMAGES WORK
 

@@ -93,7 +93,7 @@ def _child(
 ) -> None:
     torch.set_num_threads(1)
     plan(10).batch(0, 0)  # what loads at first use is not the plan's
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     before, begin = _status("VmRSS"), time.process_time()
     work(*arguments)
     sender.send((time.process_time() - begin, _status("VmHWM") - before))

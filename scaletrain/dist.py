@@ -117,7 +117,7 @@ def _own_store(host: str, port: int, timeout: timedelta) -> TCPStore:
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks; a no-op without glibc.
 
-    By default it maps every block above 32 MB anew, and the page faults of each step's activations
+    By default it maps every block above 32 MB again, and the page faults of each step's activations
     cost several times their arithmetic on the CPU.
     """
     with contextlib.suppress(OSError, AttributeError):

@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from kit.commands import call
 
 from scaletrain import exit_codes
 from scaletrain.checkpoint import files
-from scaletrain.cli import main as cli
 from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, LoaderError
 
 ROOT = Path(__file__).parents[2]
-RECIPE = (
-    "method: byol\nbatch: 32\nmodel: {name: resnet18, width: 0.25, stem: cifar}\ndata: "
-    "{views: [{size: 32, count: 2}]}\n"
-)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    (tmp_path / "toy.yaml").write_text(RECIPE)
-    return tmp_path / "toy.yaml"
-
-
-def call(*arguments: object, **environment: str) -> Any:
-    clean = {
-        "RANK": None,
-        "SCALETRAIN_ERROR_FILE": None,
-        "SCALETRAIN_DEBUG": None,
-        "COLUMNS": "200",
-    }
-    return CliRunner(env={**clean, **environment}).invoke(cli.app, [str(a) for a in arguments])
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
-    """Puts a function in the place of scaletrain.train.loop.train."""
-
-    def replace(function: Callable[..., None]) -> None:
-        monkeypatch.setitem(sys.modules, "scaletrain.train.loop", SimpleNamespace(train=function))  # type: ignore[arg-type]
-
-    return replace
 
 
 def raising(error: BaseException) -> Callable[..., None]:
