@@ -50,7 +50,7 @@ ComponentT = TypeVar("ComponentT", bound=ComponentConfig)
 
 class ModelConfig(Frozen):
     name: str = "resnet50"
-    """resnet18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library."""
+    """resnet10, 18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library."""
 
     width: Positive = 1.0
     """Factor for the width of the stem and all stages."""
