@@ -127,9 +127,7 @@ def fake_batch(config: Config, rows: int) -> Batch:
     """
     about = run_info(config)
     images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
-    masks = (
-        torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
-    )
+    masks = torch.empty_like(images[0][:, :, :1]) if config.data.masked else None
     index = torch.empty(rows, dtype=torch.int64)
 
     batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)

@@ -161,19 +161,15 @@ class EvalContext:
         wanted: mask [N] bool of the training images to yield.
         """
         batch = min(self.settings.batch, self.samples)
-        data = self.subject.data.model_copy(
-            update={
-                "path": self.train,
-                "mixture": (),
-                "epoch_samples": 0,
-                # Lanes must divide the batch.
-                "lanes": math.gcd(batch, self.subject.data.lanes),
-                "workers": self.settings.workers,
-                "masks": False,
-                "support": None,
-                "on_bad": "skip" if self.skip else "raise",
-                "views": (self.extractor.view,),
-            }
+        data = self.subject.data.plain(
+            path=self.train,
+            mixture=(),
+            epoch_samples=0,
+            # Lanes must divide the batch.
+            lanes=math.gcd(batch, self.subject.data.lanes),
+            workers=self.settings.workers,
+            on_bad="skip" if self.skip else "raise",
+            views=(self.extractor.view,),
         )
 
         stream = loader.open_stream(

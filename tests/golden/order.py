@@ -34,7 +34,7 @@ from scaletrain.data.reading.reader import Shards  # noqa: E402
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "mixture": {"mixture": [("first", 0.3), ("second", 0.7)], "epoch_samples": 60},
-    "masks": {"masks": True},
+    "masks": {"foreground": {"masks": True}},
     "label support": {"support": {"classes": 3, "per_class": 2, "epochs": EPOCHS}},
 }
 

@@ -26,6 +26,8 @@ from scaletrain.data.loading.sources import identities, open_shards, plan_batche
 from scaletrain.data.loading.support import SupportLoader
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.reading.concat import ConcatShards
+from scaletrain.data.reading.maps import identities as map_identities
+from scaletrain.data.reading.maps import open_maps
 from scaletrain.data.reading.reader import DEFAULT_CACHE, Shards
 from scaletrain.data.reading.replacement import admit, left_out
 from scaletrain.data.sampling.plan import Batches, Ints
@@ -49,12 +51,13 @@ def open_stream(
     shards = open_shards(data)
     plan = plan_batches(data, shards, seed=seed, batch=batch, rows=rows)
     lo, hi = plan.part(rank, world)
+    maps = [] if shards is None else open_maps(data, shards, rows)
 
-    if shards is not None:
+    for source in () if shards is None else (shards, *maps):
         # one rank is enough here, since every rank checks the shards that it opens
         if rank == 0:
-            shards.check()
-        shards.fits(-(-plan.in_use()[1] * dist.local_world() // world))
+            source.check()
+        source.fits(-(-plan.in_use()[1] * dist.local_world() // world))
 
     support = None
     if data.support is not None:
@@ -72,9 +75,11 @@ def open_stream(
     dataset: BatchDataset = (
         SyntheticImages(data, plan, lo, hi)
         if shards is None
-        else Images(data, shards, plan, lo, hi, rows)
+        else Images(data, shards, plan, lo, hi, rows, maps)
     )
-    return Stream(data, shards, plan, dataset, support, ToDevice(device, seed, data.mean, data.std))
+    kinds = [config.kind for config in data.all_maps]
+    to_device = ToDevice(device, seed, data.mean, data.std, kinds)
+    return Stream(data, shards, plan, dataset, support, to_device, map_identities(data, maps))
 
 
 class Stream:
@@ -82,7 +87,7 @@ class Stream:
     workers. Made by `open_stream`.
 
     `samples`, `steps_per_epoch`: of the whole data set. `missing`: the share of samples that
-    indexing left out.
+    indexing left out. `maps`: the identity of each map of the samples.
     """
 
     def __init__(
@@ -93,8 +98,10 @@ class Stream:
         dataset: BatchDataset,
         support: SupportLoader | None,
         to_device: ToDevice,
+        maps: Sequence[dict[str, Any]],
     ) -> None:
         self.data, self.plan, self.dataset, self.support = data, plan, dataset, support
+        self.maps = maps
         self.samples, self.steps_per_epoch = plan.samples, plan.steps_per_epoch
         self.missing = 0.0 if shards is None else left_out(shards.losses)
         self._shards, self._to_device = shards, to_device

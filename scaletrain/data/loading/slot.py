@@ -32,7 +32,7 @@ _INDICES = 4
 
 def size_of(raw: RawBatch) -> int:
     """Bytes of a slot for such a batch, a multiple of the page size."""
-    large = (*raw.views, *(raw.params or ()), *([] if raw.masks is None else [raw.masks]))
+    large = (*raw.views, *(raw.params or ()), *raw.maps)
     return _up(
         sum(_up(x.nbytes, ALIGN) for x in (*large, *[raw.samples] * _INDICES)), mmap.PAGESIZE
     )

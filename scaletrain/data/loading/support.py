@@ -132,16 +132,8 @@ class LabelledImages(Images):
 def _own_data(data: DataConfig, support: SupportConfig) -> DataConfig:
     """The data configuration of the labelled samples: one view of each, as in SuNCEt."""
     first = next(view for view in data.views if view.count)
-    return data.model_copy(
-        update={
-            "path": support.path or data.path,
-            "mixture": (),
-            "support": None,
-            "masks": False,
-            "good_crops": 0.0,
-            "views": (first.model_copy(update={"count": 1}),),
-        }
-    )
+    views = (first.model_copy(update={"count": 1}),)
+    return data.plain(path=support.path or data.path, mixture=(), views=views)
 
 
 def _allowed(data: DataConfig, support: SupportConfig, shards: Shards | None) -> tuple[Ints, Ints]:

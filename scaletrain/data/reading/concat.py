@@ -39,10 +39,11 @@ class ConcatShards:
         folders: Sequence[selection.Paths],
         skip: bool = False,
         cache: CacheConfig = DEFAULT_CACHE,
+        keep: int = OPEN_SHARDS,
     ) -> None:
         # the limit on open files is per process
         self.parts = [
-            Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache)
+            Shards(folder, keep=max(1, keep // len(folders)), skip=skip, cache=cache)
             for folder in folders
         ]
         self._first = np.cumsum([0, *map(len, self.parts)])
@@ -83,6 +84,10 @@ class ConcatShards:
         labels = np.concatenate([part.labels() for part in self.parts])
         return labels if self.labelled else np.full_like(labels, -1)
 
+    def key_hashes(self) -> NDArray[np.uint64]:
+        """As Shards.key_hashes."""
+        return np.concatenate([part.key_hashes() for part in self.parts])
+
     def unlabelled(self) -> str:
         """As Shards.unlabelled."""
         if not self.labelled:
@@ -113,13 +118,16 @@ class ConcatShards:
 
 
 def shards_of(
-    shards: selection.Paths, skip: bool = False, cache: CacheConfig = DEFAULT_CACHE
+    shards: selection.Paths,
+    skip: bool = False,
+    cache: CacheConfig = DEFAULT_CACHE,
+    keep: int = OPEN_SHARDS,
 ) -> Shards | ConcatShards:
     """Open the shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.by_folder(shards)
     if len(places) == 1:
-        return Shards(shards, skip=skip, cache=cache)
-    return ConcatShards([place.paths for place in places], skip, cache)
+        return Shards(shards, keep=keep, skip=skip, cache=cache)
+    return ConcatShards([place.paths for place in places], skip, cache, keep)
 
 
 def classes(shards: selection.Paths) -> bytes | None:

@@ -142,12 +142,13 @@ def png(width: int, height: int, *between: bytes, colour: int = 2) -> bytes:
 BOMBS = """
 import resource, sys, pathlib
 import numpy as np
-from scaletrain.data.transforms import crop, image
+from scaletrain.data.transforms import crop, image, maps
 from scaletrain.data.errors import ImageError
 image.decode(pathlib.Path(sys.argv[1]).read_bytes(), 10**6)  # loads the decoders
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[2:]:
-    for decode in (image.decode, image.strict, image.decode_mask):
+    classes = lambda data, limit: maps.decode(data, "classes", limit)
+    for decode in (image.decode, image.strict, classes):
         try:
             decode(pathlib.Path(name).read_bytes(), 50_000_000)
         except ImageError:
@@ -161,7 +162,7 @@ for height, width in ((12000, 1), (1, 12000), (65000, 3), (3, 65000), (131072, 2
         for antialias in (False, True):
             cut = crop.crop(pixels, (0, 0, height, width), 224, kind, antialias)
             assert cut.shape == (224, 224, 3)
-    crop.crop_mask(pixels[..., 0], (0, 0, height, width), 224, flip=True)
+    maps.view(pixels[..., 0], "foreground", (0, 0, height, width), 224, flip=True)
     image.shrink(pixels, 1) if min(height, width) > 1 else None
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
