@@ -78,4 +78,5 @@ def joined(parts: list[Batch]) -> Batch:
         pixel_range=parts[0].pixel_range,
         labels=torch.cat([p.labels for p in parts]),
         masks=torch.cat(masks, 1) if masks else None,
+        maps=tuple(torch.cat(m, 1) for m in zip(*(p.maps for p in parts), strict=True)),
     )

@@ -80,9 +80,10 @@ class SampleMaps:
 
     def _find(self, sample: int, stored: StoredSample) -> bytes | None:
         if stored.mask is None and self.config.on_missing == "raise":
-            raise self.samples.fault(
-                sample, "it has no .mask.png member; add masks or set data.foreground.masks=false"
-            )
+            text = "it has no .mask.png member; add masks, or read none "
+            text += "(data.foreground.masks=false, data.maps=[])"
+            raise self.samples.fault(sample, text)
+
         return stored.mask
 
 

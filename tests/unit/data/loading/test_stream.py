@@ -285,7 +285,8 @@ def test_images_above_the_pixel_limit_are_named(folder: Path) -> None:
 
 def test_missing_and_wrong_masks_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ShardError, match=r"has no .mask.png member; add masks or set data.foreground.masks=false"
+        ShardError,
+        match=r"has no .mask.png member; add masks, or read none \(data.foreground.masks=false",
     ):
         list(stream(write_shards(tmp_path / "a", (12,)), foreground=MASKS).batches(0, 1))
     import tarfile
