@@ -296,6 +296,10 @@ def test_class_numbers_survive_the_resize_of_their_images(tmp_path: Path) -> Non
         assert np.array_equal(maps.decode(small.mask, "classes", 10**6), numbers[1::2, 1::2])
         assert np.array_equal(maps.decode(same.mask, "classes", 10**6), numbers)
 
+    # a folder of maps alone gets the keys of the images
+    run("folder", tmp_path / "masks", tmp_path / "maps", "--per-shard", 1)
+    assert keys(tmp_path / "maps") == keys(tmp_path / "out")
+
 
 def test_a_sideways_photo_is_upright_after_resize(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
