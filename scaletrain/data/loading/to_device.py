@@ -60,9 +60,7 @@ class ToDevice:
             ),
             pixel_range=self.pixel_range,
             labels=self._copy(raw.labels),
-            masks=next(
-                (m for m, k in zip(maps, self.kinds, strict=True) if k == "foreground"), None
-            ),
+            masks=maps_of_images.foreground(maps, self.kinds),
             maps=maps,
         )
 

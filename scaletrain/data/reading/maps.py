@@ -161,7 +161,9 @@ class MatchedMaps(SampleMaps):
         """
         path = self.config.path
         without = used[self.rows[used] < 0]
-        foreign = np.setdiff1d(np.arange(len(self.shards)), self.rows)
+        belongs = np.zeros(len(self.shards), np.bool_)
+        belongs[self.rows[self.rows >= 0]] = True
+        foreign = np.flatnonzero(~belongs)
         faults: list[str] = []
         fixes: list[str] = []
 
@@ -208,19 +210,21 @@ def match(samples: AnyShards, others: AnyShards) -> Ints:
     """The number of the map of each sample [N], -1 where no map has its key. Raises DataError if
     two samples or two maps have one key, or keys of one hash.
     """
-    keys, theirs = samples.key_hashes(), others.key_hashes()
-    _sorted(samples, keys)
-    order = _sorted(others, theirs)
+    order, keys = _sorted(samples)
+    their_order, their_keys = _sorted(others)
 
-    place = np.searchsorted(theirs, keys, sorter=order).clip(max=len(theirs) - 1)
-    rows: Ints = np.where(theirs[order[place]] == keys, order[place], -1)
+    place = np.searchsorted(their_keys, keys).clip(max=len(their_keys) - 1)
+    rows = np.empty_like(order)
+    rows[order] = np.where(their_keys[place] == keys, their_order[place], -1)
     return rows
 
 
-def _sorted(shards: AnyShards, keys: NDArray[np.uint64]) -> Ints:
-    """The order of ascending keys. Raises DataError if one occurs twice."""
-    order: Ints = np.argsort(keys, kind="stable")
-    twice = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+def _sorted(shards: AnyShards) -> tuple[Ints, NDArray[np.uint64]]:
+    """The order of ascending hashes of keys, and these. Raises DataError if one occurs twice."""
+    hashes = shards.key_hashes()
+    order: Ints = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    twice = np.flatnonzero(hashes[1:] == hashes[:-1])
     if len(twice):
         raise DataError(
             f"{len(twice):,} keys are not unique, or their hashes are not, so that samples cannot "
@@ -228,7 +232,7 @@ def _sorted(shards: AnyShards, keys: NDArray[np.uint64]) -> Ints:
             "write one of them again with another name"
         )
 
-    return order
+    return order, hashes
 
 
 def _names(shards: AnyShards, numbers: Ints, and_: str = ", ") -> str:

@@ -5,6 +5,7 @@ views: foreground {0, 1}, classes 0 .. 254 with 255 as void, or grey values.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -81,6 +82,11 @@ def on_device(values: Tensor, kind: str) -> Tensor:
     if kind == "classes":
         return values.long()
     return values.float() / 255 if kind == "grey" else values.float()
+
+
+def foreground(maps: Sequence[Tensor], kinds: Sequence[str]) -> Tensor | None:
+    """The first of the maps that is a foreground mask, if one is."""
+    return next((m for m, kind in zip(maps, kinds, strict=True) if kind == "foreground"), None)
 
 
 def shrink(data: bytes, side: int) -> bytes:

@@ -45,6 +45,9 @@ def test_a_box_holds_what_is_asked_or_the_most_of_all() -> None:
             10,
         )  # it is good as it is
         assert foreground_crops.box(SPEC, corner, rows[0], 0 * mask, 0.25) == corner
+        # around the whole image, and so around all foreground
+        beyond = (-3, -9, 40, 50)
+        assert foreground_crops.box(SPEC, beyond, rows[0], mask, 1.0) == beyond
 
 
 def test_the_share_is_that_of_the_samples() -> None:
