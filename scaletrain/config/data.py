@@ -125,6 +125,14 @@ class DataConfig(Frozen):
     mixture: tuple[MixturePart, ...] = ()
     """Instead of path: several folders that every batch draws from."""
 
+    subset: Place = ""
+    """File written by scaletrain shards subset: the only samples that are used; "": all samples."""
+
+    groups: Place = ""
+    """File with an integer for each sample in use, such as its cluster, which methods get as
+    Batch.groups; "": none.
+    """
+
     epoch_samples: Natural = 0
     """Samples per epoch; 0: as many as the data has."""
 

@@ -51,6 +51,7 @@ class ToDevice:
             pixel_range=self.pixel_range,
             labels=self._copy(raw.labels),
             masks=None if raw.masks is None else self._copy(raw.masks).float().unsqueeze(2),
+            groups=None if raw.groups is None else self._copy(raw.groups),
         )
 
     def _copy(self, x: Tensor) -> Tensor:
