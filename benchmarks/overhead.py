@@ -96,7 +96,7 @@ class Constant:
     def sources(self) -> list[dict[str, Any]]:
         return []
 
-    def lists(self) -> dict[str, dict[str, Any]]:
+    def list_sources(self) -> dict[str, dict[str, Any]]:
         return {}
 
     def support_sources(self) -> list[dict[str, Any]]:

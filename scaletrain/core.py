@@ -208,7 +208,7 @@ class Backbone(nn.Module):
 class RunInfo:
     """What a method may know of the run when it is built."""
 
-    # in the data set
+    # in the data set in use, which may be a subset
     samples: int
     # global batch size
     batch: int

@@ -123,7 +123,7 @@ def open_session(
     stream = _open(config.data, config, device)
     sources = stream.sources()
     data = {"sources": sources, "support": stream.support_sources(), "masks": config.data.masks}
-    data |= stream.lists()
+    data |= stream.list_sources()
     for source in sources if dist.main() else ():
         run_folder.warn_if_open(Path(selection.one_folder(source["path"]).folder))
 

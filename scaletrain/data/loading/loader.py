@@ -166,8 +166,8 @@ class Stream:
         """
         return identities(self.data, self._shards)
 
-    def lists(self) -> dict[str, dict[str, Any]]:
-        """The same for the files `subset` and `groups`, if there are such."""
+    def list_sources(self) -> dict[str, dict[str, Any]]:
+        """The same for the files data.subset and data.groups, as far as they are used."""
         return list_identities(self.data, self._shards, self._groups)
 
     def support_sources(self) -> list[dict[str, Any]]:

@@ -138,8 +138,8 @@ def identities(data: DataConfig, shards: AnyShards | None) -> list[dict[str, Any
 def list_identities(
     data: DataConfig, shards: AnyShards | None, listed: Ints | None
 ) -> dict[str, dict[str, Any]]:
-    """The identity of the files that a recipe has lists of samples from: `subset`, and `groups`,
-    whose content is `listed` [N].
+    """The identity of the files that list the samples of a recipe, `subset`, and their `groups`,
+    which are `listed` [N].
     """
     found: dict[str, dict[str, Any]] = {}
     if isinstance(shards, SubsetShards):

@@ -76,4 +76,5 @@ def load(path: Path, shards: AnyShards) -> Ints:
             f"{len(shards):,} in use, data.subset included; make it again for these"
         )
 
-    return groups
+    whole: Ints = groups
+    return whole

@@ -25,10 +25,10 @@ class SubsetShards:
 
     def __init__(self, shards: AnyShards, rows: Ints) -> None:
         if isinstance(shards, SubsetShards):
-            shards, rows = shards.shards, shards.rows[rows]
+            rows, shards = shards.rows[rows], shards.shards
 
         self.shards: Shards | ConcatShards = shards
-        self.rows = rows
+        self.rows: Ints = rows
         self.losses, self.shard_bytes = shards.losses, shards.shard_bytes
         # which samples of which shards these are
         self.fingerprint = hashlib.sha256(

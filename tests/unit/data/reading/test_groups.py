@@ -35,7 +35,7 @@ def test_what_is_no_file_of_groups_is_refused(shards: Shards, tmp_path: Path) ->
     for wrong in (np.arange(9), np.arange(10) - 2):
         with pytest.raises(DataError, match="groups for 10 samples must be as many integers of at"):
             groups.save(file, shards, wrong, "by hand")
-    with pytest.raises(DataError, match="groups.safetensors cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"groups\.safetensors cannot be read: No such file"):
         groups.load(file, shards)
     groups.save(file, shards, np.arange(10), "by hand")
     whole = file.read_bytes()

@@ -170,7 +170,9 @@ def test_files_of_earlier_versions_list_labels(tmp_path: Path) -> None:
 
 def test_one_file_lists_samples_of_several_folders(tmp_path: Path) -> None:
     """In the order in which they are named, and only in it."""
-    folders = [str(write_shards(tmp_path / name, (5, 5))) for name in ("a", "b")]
+    folders = [
+        str(write_shards(tmp_path / name, counts)) for name, counts in (("a", (5, 5)), ("b", (10,)))
+    ]
     (tmp_path / "names").write_text("00002")
     both = f"[{', '.join(folders)}]"
     run("subset", both, tmp_path / "out.json", "--share", 30, "--kind", "samples")
