@@ -81,9 +81,11 @@ def stored_groups(listed: Ints | None, shards: AnyShards | None) -> Ints | None:
 def open_plan(data: DataConfig, *, seed: int, batch: int) -> Batches:
     """The order in which a recipe's samples are drawn, without reading any sample.
 
-    Raises DataError where the shards cannot be used or do not fit batch and lanes.
+    Raises DataError where shards, subset or groups cannot be used or do not fit batch and lanes.
     """
-    return plan_batches(data, open_shards(data), seed=seed, batch=batch)
+    shards = open_shards(data)
+    open_groups(data, shards)
+    return plan_batches(data, shards, seed=seed, batch=batch)
 
 
 def plan_batches(data: DataConfig, shards: AnyShards | None, *, seed: int, batch: int) -> Batches:
