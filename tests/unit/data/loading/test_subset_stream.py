@@ -65,7 +65,7 @@ def content(batches: Sequence[Batch]) -> list[Any]:
     ]
 
 
-def test_a_subset_trains_as_a_folder_of_its_samples_alone(root: Path) -> None:
+def test_a_subset_trains_as_a_folder_of_its_samples_alone(root: Path, tmp_path: Path) -> None:
     """Bit for bit: order, random keys, pixels, labels."""
     (root / "alone").mkdir()
     source, shard = Shards(root / "whole"), np.repeat(range(4), COUNTS)
@@ -88,6 +88,9 @@ def test_a_subset_trains_as_a_folder_of_its_samples_alone(root: Path) -> None:
     for world, workers in ((2, 0), (3, 1)):
         ranks = [list(stream(root, r, world, workers=workers).batches(0, 4)) for r in range(world)]
         assert content([joined([r[step] for r in ranks]) for step in range(4)]) == content(mine[:4])
+
+    staged = stream(root, cache={"path": str(tmp_path), "stage": True})
+    assert content(list(staged.batches(0, 2))) == content(mine[:2])
 
 
 def test_the_plan_that_a_launcher_checks_is_that_of_the_subset(root: Path) -> None:
@@ -129,8 +132,8 @@ def test_groups_come_with_every_sample(root: Path) -> None:
     assert batch.groups.tolist() == (10 * batch.index).tolist()
     for part in (batch.double(), *batch.split(3)):
         assert torch.equal(part.groups, 10 * part.index)
-    (by_workers,) = stream(root, groups=file, workers=1).batches(1, 2)
-    assert torch.equal(by_workers.groups, batch.groups)
+    ranks = [next(stream(root, r, 2, groups=file, workers=1).batches(1, 2)) for r in range(2)]
+    assert torch.equal(joined(ranks).groups, batch.groups)
     (without,) = stream(root).batches(1, 2)
     assert without.groups is None
     assert content([without]) == content([batch])
