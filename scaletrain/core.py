@@ -26,7 +26,8 @@ class Batch:
 
     # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
     views: tuple[Tensor, ...]
-    index: Tensor  # [B] int64: the sample's number in the data set
+    # [B] int64: the sample's number in the data set in use: in data.subset, if there is one
+    index: Tensor
     # [B] int64: hash of (seed, epoch, planned index, repeat), the root of all randomness of it
     keys: Tensor
     pixel_range: Tensor  # [2, 3]: what a black and a white pixel become after normalisation
@@ -39,6 +40,7 @@ class Batch:
     maps: tuple[Tensor, ...] = ()
     # labelled samples of an auxiliary objective
     support: Batch | None = None
+    groups: Tensor | None = None  # [B] int64: the sample's integer in data.groups
 
     def __len__(self) -> int:
         return len(self.index)
@@ -80,11 +82,12 @@ class Batch:
             cut(self.masks, 1),
             maps,
             support,
+            cut(self.groups, 0),
         )
 
         return [
-            replace(self, views=v, index=i, keys=k, labels=y, masks=m, maps=t, support=s)
-            for v, i, k, y, m, t, s in zip(views, *columns, strict=True)
+            replace(self, views=v, index=i, keys=k, labels=y, masks=m, maps=t, support=s, groups=g)
+            for v, i, k, y, m, t, s, g in zip(views, *columns, strict=True)
         ]
 
 
@@ -217,7 +220,7 @@ class Backbone(nn.Module):
 class RunInfo:
     """What a method may know of the run when it is built."""
 
-    # in the data set
+    # in the data set in use, which may be a subset
     samples: int
     # global batch size
     batch: int

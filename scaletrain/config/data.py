@@ -188,6 +188,14 @@ class DataConfig(Frozen):
     mixture: tuple[MixturePart, ...] = ()
     """Instead of path: several folders that every batch draws from."""
 
+    subset: Place = ""
+    """File written by scaletrain shards subset: the only samples that are used; "": all samples."""
+
+    groups: Place = ""
+    """File with an integer for each sample in use, such as its cluster, which methods get as
+    Batch.groups; "": none.
+    """
+
     epoch_samples: Natural = 0
     """Samples per epoch; 0: as many as the data has."""
 
@@ -279,8 +287,8 @@ class DataConfig(Frozen):
         return any(item.kind == "foreground" for item in self.all_maps)
 
     def plain(self, **changes: Any) -> DataConfig:
-        """This data with `changes`, without all that comes with its images for the sake of
-        training: maps, studies of the foreground, labelled samples.
+        """This data with `changes`, without maps, studies of the foreground and labelled samples,
+        which only training steps use.
         """
         off = {"maps": (), "foreground": ForegroundConfig(), "support": None}
         return self.model_copy(update={**off, **changes})

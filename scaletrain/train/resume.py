@@ -105,6 +105,11 @@ def other_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list
             "labelled samples: " if name == "support" else "",
         )
 
+    for name in ("subset", "groups"):
+        old, new = before.get(name), now.get(name)
+        if (old or {}).get("sha256") != (new or {}).get("sha256"):
+            lines.append(f"data.{name}: {_described(old)} -> {_described(new)}")
+
     return lines + _differences(_maps(before), _maps(now), "maps: ")
 
 

@@ -122,7 +122,12 @@ def open_session(
     """
     stream = _open(config.data, config, device)
     sources = stream.sources()
-    data = {"sources": sources, "support": stream.support_sources(), "maps": stream.maps}
+    data = {
+        "sources": sources,
+        "support": stream.support_sources(),
+        "maps": stream.maps,
+        **stream.list_sources(),
+    }
     for source in (*sources, *stream.maps) if dist.main() else ():
         run_folder.warn_if_open(Path(selection.one_folder(source["path"]).folder))
 

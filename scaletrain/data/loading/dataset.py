@@ -20,9 +20,8 @@ from torch import Tensor
 from scaletrain import rng
 from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.errors import DataError, ImageError, ShardError
-from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.maps import SampleMaps
-from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.subset_shards import AnyShards
 from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.sampling.substitutes import TRIES, Replaced, substitutes
 from scaletrain.data.storage.prefetch import EpochOrder, SequentialOrder
@@ -68,6 +67,8 @@ class RawBatch(NamedTuple):
     # [B] int64: what `samples` would be without bad samples; None if there are none
     planned: Tensor | None = None
     replaced: tuple[Replaced, ...] = ()
+    # [B] int64, of data.groups
+    groups: Tensor | None = None
 
 
 class Failure(NamedTuple):
@@ -106,21 +107,22 @@ class DrawPlan:
 class Images(BatchDataset):
     """Augmented views of the samples at positions [lo, hi) of the plan's global batches.
 
-    With `rows` [N], the plan counts these samples alone. `maps`: as `open_maps` returns them.
+    A sample's number is its place in `shards`, which may be a subset. `groups` [N]: an integer for
+    each of them. `maps`: as `open_maps` returns them.
     """
 
     def __init__(
         self,
         data: DataConfig,
-        shards: Shards | ConcatShards,
+        shards: AnyShards,
         plan: Batches,
         lo: int,
         hi: int,
-        rows: Ints | None = None,
+        groups: Ints | None = None,
         maps: Sequence[SampleMaps] = (),
     ) -> None:
         self.data, self.shards, self.plan = data, shards, plan
-        self.lo, self.hi, self.rows = lo, hi, rows
+        self.lo, self.hi, self.sample_groups = lo, hi, groups
         self.groups, self.maps = expand(data.views), maps
         kinds = [source.config.kind for source in maps]
         # the number of the map that foreground crops and studies of masks use
@@ -138,7 +140,6 @@ class Images(BatchDataset):
         for source in (self.shards, *self.maps):
             source.expect(epoch * self.plan.steps_per_epoch + step, self.access_order)
         index, passes = self.plan.draws(epoch, step, self.lo, self.hi)
-        index = index if self.rows is None else self.rows[index]
         repeats = torch.from_numpy(passes)
         raw = self.blank(at, self.new)._replace(repeats=repeats)
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
@@ -162,6 +163,10 @@ class Images(BatchDataset):
             return Failure(error)
 
         raw.samples.copy_(torch.from_numpy(used))
+        if self.sample_groups is not None:
+            # a substitute has its own group, as it has its own label
+            raw = raw._replace(groups=torch.from_numpy(self.sample_groups[used]))
+
         if not replaced:
             return raw
         return raw._replace(planned=torch.from_numpy(index), replaced=tuple(replaced))
@@ -307,8 +312,8 @@ def synthetic_counts(samples: int) -> NDArray[np.int64]:
 
 
 class EvalImages(BatchDataset):
-    """One deterministic view of each sample for evaluation, in the order of the shards or of `rows`
-    [N]; an item is the range (lo, hi) of samples.
+    """One deterministic view of each sample for evaluation, in the order of the shards; an item is
+    the range (lo, hi) of samples.
 
     With `skip`, a sample that cannot be used is left out of its batch and named in the batch's
     `replaced` with -1 as its substitute.
@@ -316,25 +321,23 @@ class EvalImages(BatchDataset):
 
     def __init__(
         self,
-        shards: Shards,
+        shards: AnyShards,
         size: int,
         protocol: str,
         max_pixels: int,
-        rows: Ints | None = None,
         skip: bool = False,
     ) -> None:
         self.shards, self.size, self.protocol, self.max_pixels = shards, size, protocol, max_pixels
-        self.rows, self.skip = rows, skip
+        self.skip = skip
         self.access_order = SequentialOrder(len(shards))
 
     def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
-        index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
-        self.shards.expect(int(index[0]), self.access_order)
+        self.shards.expect(at[0], self.access_order)
         raw = self.blank(at, self.new)
         used, left_out = 0, []
 
         try:
-            for sample in index.tolist():
+            for sample in range(*at):
                 try:
                     self._fill(raw, used, sample)
                     used += 1

@@ -26,8 +26,8 @@ TensorLocation = tuple[int, tuple[int, ...], torch.dtype]
 
 # bytes: a cache line
 ALIGN = 64
-# tensors of a batch with one int64 per sample: samples, labels, repeats and planned
-_INDICES = 4
+# tensors of a batch with one int64 per sample: samples, labels, repeats, planned and groups
+_INDICES = 5
 
 
 def size_of(raw: RawBatch) -> int:

@@ -62,6 +62,7 @@ class ToDevice:
             labels=self._copy(raw.labels),
             masks=maps_of_images.foreground(maps, self.kinds),
             maps=maps,
+            groups=None if raw.groups is None else self._copy(raw.groups),
         )
 
     def _copy(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ names.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Shards, StoredSample
+from scaletrain.data.sampling.plan import Ints
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.prefetch import AccessOrder, FolderOrder
 from scaletrain.runtime import local_files
@@ -49,8 +51,13 @@ class ConcatShards:
         self._first = np.cumsum([0, *map(len, self.parts)])
         first, *others = map(classes, folders)
         self.labelled = first is not None and all(other == first for other in others)
-        self.counts = np.concatenate([part.counts for part in self.parts])
+        self.folder_counts = [part.counts for part in self.parts]
+        self.counts = np.concatenate(self.folder_counts)
         self.losses = tuple(loss for part in self.parts for loss in part.losses)
+        # of the bytes of all shards of all folders, in this order
+        self.fingerprint = hashlib.sha256(
+            "".join(part.fingerprint for part in self.parts).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -88,15 +95,20 @@ class ConcatShards:
         """As Shards.key_hashes."""
         return np.concatenate([part.key_hashes() for part in self.parts])
 
-    def unlabelled(self) -> str:
-        """As Shards.unlabelled."""
+    def unlabelled(self, rows: Ints | None = None) -> str:
+        """As Shards.unlabelled; `rows` ascending."""
+        samples = len(self) if rows is None else len(rows)
         if not self.labelled:
             what = f"that counts, since the folders differ in {CLASSES} or lack it"
-            return f"{len(self):,} of {len(self):,} samples have no label {what}"
+            return f"{samples:,} of {samples:,} samples have no label {what}"
 
-        return next(
-            (f"{part.folder}: {text}" for part in self.parts if (text := part.unlabelled())), ""
-        )
+        for number, part in enumerate(self.parts):
+            lo, hi = self._first[number : number + 2]
+            own = None if rows is None else rows[(rows >= lo) & (rows < hi)] - lo
+            if text := part.unlabelled(own):
+                return f"{part.folder}: {text}"
+
+        return ""
 
     def span(self, sample: int) -> tuple[int, int]:
         """The samples [lo, hi) of the folder that contains `sample`."""
@@ -111,6 +123,14 @@ class ConcatShards:
         """FOLDER/SHARD.tar/KEY, since shards of different folders may have the same name."""
         part, number = self._find(sample)
         return f"{part.folder}/{part.name(number)}"
+
+    def key(self, sample: int) -> str:
+        part, number = self._find(sample)
+        return part.name(number).partition("/")[2]
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
 
     def _find(self, sample: int) -> tuple[Shards, int]:
         part = int(self._first.searchsorted(sample, "right")) - 1

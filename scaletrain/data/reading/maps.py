@@ -20,13 +20,13 @@ from scaletrain.data.format import index
 from scaletrain.data.format.names import is_remote
 from scaletrain.data.reading.concat import ConcatShards, shards_of
 from scaletrain.data.reading.reader import OPEN_SHARDS, Shards, StoredSample
+from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.data.storage.prefetch import AccessOrder, MatchedOrder
 from scaletrain.data.transforms import maps
 from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.maps import Map
 
-AnyShards = Shards | ConcatShards
 # of samples or maps that a message names
 SHOWN = 3
 # what stands for a path where the maps are members of the samples
@@ -90,9 +90,9 @@ class SampleMaps:
 class MatchedMaps(SampleMaps):
     """The maps that are the images of other shards.
 
-    `section` is their key in the configuration. `rows` [K]: the samples that are used, if not all.
-    Raises DataError for samples without a map and maps without a sample, unless `config` allows
-    them, and for a key that occurs twice.
+    `section` is their key in the configuration. Raises DataError for samples without a map and maps
+    without a sample, unless `config` allows them, and for a key that occurs twice. A map may belong
+    to a sample of the shards that is not in the subset in use.
     """
 
     def __init__(
@@ -102,15 +102,16 @@ class MatchedMaps(SampleMaps):
         data: DataConfig,
         section: str,
         keep: int,
-        rows: Ints | None = None,
     ) -> None:
         super().__init__(config, samples)
         self.name = f"map in {config.path}"
         self.shards = shards_of(config.path, data.on_bad == "skip", data.cache, keep)
         self._cached = data.cache.stage or is_remote(config.path)
+        whole = samples.shards if isinstance(samples, SubsetShards) else samples
+        rows = match(whole, self.shards)
         # the number of each sample's map [N], -1 without one
-        self.rows = match(samples, self.shards)
-        self._complain(section, np.arange(len(samples)) if rows is None else rows)
+        self.rows = rows[samples.rows] if isinstance(samples, SubsetShards) else rows
+        self._complain(section, rows)
 
     def expect(self, step: int, order: AccessOrder) -> None:
         self.shards.expect(step, MatchedOrder(order, self.rows))
@@ -155,24 +156,24 @@ class MatchedMaps(SampleMaps):
             raise self.samples.fault(sample, f"it has no map in {self.config.path}")
         return None
 
-    def _complain(self, section: str, used: Ints) -> None:
+    def _complain(self, section: str, rows: Ints) -> None:
         """Raise DataError for samples without a map and maps without a sample, or print those that
-        `config` allows.
+        `config` allows. `rows`: as self.rows, of all samples of the shards.
         """
-        path = self.config.path
-        without = used[self.rows[used] < 0]
+        path, samples = self.config.path, f"{len(self.rows):,} samples"
+        without = np.flatnonzero(self.rows < 0)
         belongs = np.zeros(len(self.shards), np.bool_)
-        belongs[self.rows[self.rows >= 0]] = True
+        belongs[rows[rows >= 0]] = True
         foreign = np.flatnonzero(~belongs)
         faults: list[str] = []
         fixes: list[str] = []
 
         for odd, shards, text, fix in (
-            (without, self.samples, f"{len(used):,} samples have no map in {path}", ALLOW_MISSING),
+            (without, self.samples, f"{samples} have no map in {path}", ALLOW_MISSING),
             (
                 foreign,
                 self.shards,
-                f"{len(self.shards):,} maps in {path} belong to no sample",
+                f"{len(belongs):,} maps in {path} belong to no sample",
                 ALLOW_FOREIGN,
             ),
         ):
@@ -191,22 +192,20 @@ class MatchedMaps(SampleMaps):
             )
 
 
-def open_maps(data: DataConfig, shards: AnyShards, rows: Ints | None = None) -> list[SampleMaps]:
-    """Open the maps of data.all_maps for the samples of `shards`, of which `rows` [K] are used, if
-    not all. Raises DataError.
-    """
+def open_maps(data: DataConfig, shards: AnyShards) -> list[SampleMaps]:
+    """Open the maps of data.all_maps for the samples of `shards`. Raises DataError."""
     others = sum(bool(config.path) for config in data.all_maps)
     # half as many open files as the samples have
     keep = max(1, OPEN_SHARDS // 2 // max(1, others))
     return [
-        MatchedMaps(config, shards, data, f"data.maps.{number}", keep, rows)
+        MatchedMaps(config, shards, data, f"data.maps.{number}", keep)
         if config.path
         else SampleMaps(config, shards)
         for number, config in enumerate(data.all_maps)
     ]
 
 
-def match(samples: AnyShards, others: AnyShards) -> Ints:
+def match(samples: Shards | ConcatShards, others: Shards | ConcatShards) -> Ints:
     """The number of the map of each sample [N], -1 where no map has its key. Raises DataError if
     two samples or two maps have one key, or keys of one hash.
     """
@@ -219,7 +218,7 @@ def match(samples: AnyShards, others: AnyShards) -> Ints:
     return rows
 
 
-def _sorted(shards: AnyShards) -> tuple[Ints, NDArray[np.uint64]]:
+def _sorted(shards: Shards | ConcatShards) -> tuple[Ints, NDArray[np.uint64]]:
     """The order of ascending hashes of keys, and these. Raises DataError if one occurs twice."""
     hashes = shards.key_hashes()
     order: Ints = np.argsort(hashes, kind="stable")

@@ -17,6 +17,7 @@ from scaletrain.data.errors import DataError
 from scaletrain.data.format import offsets
 from scaletrain.data.reading.concat import shards_of
 from scaletrain.data.reading.maps import MatchedMaps, match, open_maps
+from scaletrain.data.reading.subset_shards import SubsetShards
 
 
 def shards(folder: Path, *keys: Sequence[str]) -> Path:
@@ -31,8 +32,8 @@ def shards(folder: Path, *keys: Sequence[str]) -> Path:
 
 def opened(folder: Path, maps: Path, rows: Sequence[int] | None = None, **options: object):  # type: ignore[no-untyped-def]
     data = DataConfig(path=str(folder), maps=[{"path": str(maps), "kind": "classes", **options}])
-    chosen = None if rows is None else np.array(rows)
-    (found,) = open_maps(data, shards_of(str(folder)), chosen)
+    whole = shards_of(str(folder))
+    (found,) = open_maps(data, whole if rows is None else SubsetShards(whole, np.array(rows)))
     return found
 
 
@@ -76,7 +77,10 @@ def test_missing_and_foreign_maps_are_named_and_counted(
 
 def test_samples_that_are_not_used_need_no_map(folder: Path, tmp_path: Path) -> None:
     maps = shards(tmp_path / "maps", KEYS[3:6])
-    assert opened(folder, maps, rows=[3, 5]).rows[[3, 5]].tolist() == [0, 2]
+    found = opened(folder, maps, rows=[3, 5])
+    assert found.rows.tolist() == [0, 2]
+    # the other map belongs to a sample that is not in use
+    assert (found.read(1, found.samples.read(1), picture(0), 1000) == 5).all()
     with pytest.raises(DataError, match=r"1 of 2 samples have no map in .*, s-0.tar/k2: maps"):
         opened(folder, maps, rows=[2, 3])
 
