@@ -26,15 +26,21 @@ class Batch:
 
     # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
     views: tuple[Tensor, ...]
-    index: Tensor  # [B] int64: the sample's number in the data set
+    # [B] int64: the sample's number in the data set in use: in data.subset, if there is one
+    index: Tensor
     # [B] int64: hash of (seed, epoch, planned index, repeat), the root of all randomness of it
     keys: Tensor
     pixel_range: Tensor  # [2, 3]: what a black and a white pixel become after normalisation
     labels: Tensor | None = None  # [B] int64, -1 where unknown
-    # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it
+    # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it; the first of
+    # `maps` of this kind
     masks: Tensor | None = None
+    # one entry per map of data.maps, [V, B, 1, H, W], cropped and flipped with views[0]: int64
+    # class numbers with 255 as void, or floats in [0, 1]
+    maps: tuple[Tensor, ...] = ()
     # labelled samples of an auxiliary objective
     support: Batch | None = None
+    groups: Tensor | None = None  # [B] int64: the sample's integer in data.groups
 
     def __len__(self) -> int:
         return len(self.index)
@@ -42,10 +48,16 @@ class Batch:
     def double(self) -> Batch:
         """The same batch in float64."""
         masks = None if self.masks is None else self.masks.double()
+        maps = tuple(m.double() if m.is_floating_point() else m for m in self.maps)
         support = None if self.support is None else self.support.double()
         views = tuple(v.double() for v in self.views)
         return replace(
-            self, views=views, pixel_range=self.pixel_range.double(), masks=masks, support=support
+            self,
+            views=views,
+            pixel_range=self.pixel_range.double(),
+            masks=masks,
+            maps=maps,
+            support=support,
         )
 
     def split(self, parts: int) -> list[Batch]:
@@ -61,18 +73,21 @@ class Batch:
             return [None] * parts if x is None else x.split(n, dim)
 
         views = list(zip(*(v.split(n, 1) for v in self.views), strict=True))
+        maps = list(zip(*(m.split(n, 1) for m in self.maps), strict=True)) or [()] * parts
         support = [None] * parts if self.support is None else self.support.split(parts)
         columns = (
             cut(self.index, 0),
             cut(self.keys, 0),
             cut(self.labels, 0),
             cut(self.masks, 1),
+            maps,
             support,
+            cut(self.groups, 0),
         )
 
         return [
-            replace(self, views=v, index=i, keys=k, labels=y, masks=m, support=s)
-            for v, i, k, y, m, s in zip(views, *columns, strict=True)
+            replace(self, views=v, index=i, keys=k, labels=y, masks=m, maps=t, support=s, groups=g)
+            for v, i, k, y, m, t, s, g in zip(views, *columns, strict=True)
         ]
 
 
@@ -205,7 +220,7 @@ class Backbone(nn.Module):
 class RunInfo:
     """What a method may know of the run when it is built."""
 
-    # in the data set
+    # in the data set in use, which may be a subset
     samples: int
     # global batch size
     batch: int

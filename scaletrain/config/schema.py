@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from scaletrain.config.data import CacheConfig as CacheConfig
 from scaletrain.config.data import DataConfig as DataConfig
+from scaletrain.config.data import ForegroundConfig as ForegroundConfig
+from scaletrain.config.data import MapConfig as MapConfig
 from scaletrain.config.data import SupportConfig as SupportConfig
 from scaletrain.config.data import View as View
 from scaletrain.config.fields import Count as Count

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from scaletrain.config.schema import Config
+from scaletrain.config.schema import Config, DataConfig
 from scaletrain.core import Batch, Clock, Method, RunInfo
+from scaletrain.data.transforms.maps import foreground
 from scaletrain.engines.config import EngineConfig
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
@@ -121,18 +122,24 @@ def fake(config: Config) -> Iterator[Method]:
         torch.set_default_dtype(before)
 
 
+def maps_of(data: DataConfig, views: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Masks and maps, of ones, for the largest views [V, B, 3, H, W] of a batch."""
+    kinds = [item.kind for item in data.all_maps]
+    ones = torch.ones_like(views[:, :, :1])
+    found = tuple(ones.long() if kind == "classes" else ones for kind in kinds)
+    return foreground(found, kinds), found
+
+
 def fake_batch(config: Config, rows: int) -> Batch:
     """A batch of `rows` samples, with their share of the labelled samples; for use inside
     fake().
     """
     about = run_info(config)
     images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
-    masks = (
-        torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
-    )
+    masks, maps = maps_of(config.data, images[0])
     index = torch.empty(rows, dtype=torch.int64)
 
-    batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
+    batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks, maps=maps)
     if not about.support:
         return batch
 

@@ -57,8 +57,9 @@ def run(
     and a folder `test` or `val` next to it. `overrides` such as `linear.epochs=20` or
     `features.size=224` change settings of a benchmark or of the features. `encoder` selects the
     trained encoder or a baseline. `labels` is a label subset of the training shards: only its
-    samples are used. `same_numbers` asserts that both sets number their classes alike, whatever
-    their classes.json say. Results go to RUN/evals or the folder of FILE, scalars to
+    samples are used. Without it all are, also where the run itself was trained on a data.subset,
+    which the result then says. `same_numbers` asserts that both sets number their classes alike,
+    whatever their classes.json say. Results go to RUN/evals or the folder of FILE, scalars to
     RUN/tensorboard/evals. A result that exists is read, not measured again. Each result is the
     content of its file, with the path as `file`. Raises EvalError and other ValueErrors whose text
     says what to do.
@@ -206,6 +207,10 @@ def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str
         raise ShardError(fault.shard, fault.offset, text) from None
 
     found = protocol.pop("found", {})
+    trained: dict[str, Any] = {"samples": subject.samples, "epochs": subject.epochs}
+    if subject.data.subset:
+        trained["subset"] = subject.data.subset
+
     return {
         "format": results.FORMAT,
         "benchmark": name,
@@ -213,7 +218,7 @@ def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str
         "about": subject.about,
         "source": str(subject.source),
         "step": subject.step,
-        "trained": {"samples": subject.samples, "epochs": subject.epochs},
+        "trained": trained,
         "measured": datetime.now(UTC).isoformat(),
         "metrics": metrics,
         "unit": "per cent",

@@ -97,7 +97,7 @@ def describe(settings: schema.Config, step: int) -> dict[str, str]:
     """Metadata of an exported file, which `find` needs to evaluate it."""
     data = settings.data
     kept = data.model_dump(
-        mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"}
+        mode="json", include={"mean", "std", "path", "subset", "on_bad", "max_bad", "max_pixels"}
     )
     facts = {"size": _size(data), **kept}
 

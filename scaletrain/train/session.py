@@ -122,8 +122,13 @@ def open_session(
     """
     stream = _open(config.data, config, device)
     sources = stream.sources()
-    data = {"sources": sources, "support": stream.support_sources(), "masks": config.data.masks}
-    for source in sources if dist.main() else ():
+    data = {
+        "sources": sources,
+        "support": stream.support_sources(),
+        "maps": stream.maps,
+        **stream.list_sources(),
+    }
+    for source in (*sources, *stream.maps) if dist.main() else ():
         run_folder.warn_if_open(Path(selection.one_folder(source["path"]).folder))
 
     saved = reader.latest(run / "checkpoints")
@@ -179,11 +184,8 @@ def open_session(
 def whole_images(data: DataConfig) -> DataConfig:
     """The same samples, each as one view of its whole image."""
     first = next(view for view in data.views if view.count)
-    plain = dict.fromkeys(("crop", "flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
-    whole = first.model_copy(update={"count": 1, **plain})
-    off = {"support": None, "masks": False, "good_crops": 0.0, "mask_study": ""}
-
-    return data.model_copy(update={"views": (whole,), **off})
+    off = dict.fromkeys(("crop", "flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
+    return data.plain(views=(first.model_copy(update={"count": 1, **off}),))
 
 
 def _open(data: DataConfig, config: Config, device: torch.device) -> Stream:

@@ -115,7 +115,7 @@ def test_activations_are_what_a_step_allocates(method: str, precision: str) -> N
     network = (
         {"name": "resnet50", "sk": True, "width": 0.125} if precision == "bf16" else {"width": 0.25}
     )
-    cfg = recipe(method, precision, model=network, data={"masks": True})
+    cfg = recipe(method, precision, model=network, data={"foreground": {"masks": True}})
     found = model.measure(cfg)
     assert found["precision"] == precision
     assert found["step"]["activations"] * cfg.batch == pytest.approx(real(cfg), rel=0.025)
