@@ -113,9 +113,7 @@ def fake(config: Config) -> Iterator[Method]:
             if engine.activation_checkpointing:
                 stages.recompute(method, engine.activation_checkpointing)
 
-            for target in method.targets:
-                method.get_submodule(target).requires_grad_(False)
-
+            method.freeze()
             yield method
     finally:
         torch.set_default_dtype(before)
@@ -191,9 +189,19 @@ def _parameters(method: Method) -> dict[str, int]:
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    targets = sum(count(method.get_submodule(target)) for target in method.targets)
+    targets, constant = (
+        sum(count(method.get_submodule(name)) for name in names)
+        for names in (method.targets, method.constant)
+    )
     encoder = count(method.backbone)
-    return {"backbone": encoder, "heads": count(method) - encoder - targets, "targets": targets}
+    heads = count(method) - encoder - targets - constant
+
+    return {
+        "backbone": encoder,
+        "heads": heads,
+        "targets": targets,
+        **({"constant": constant} if constant else {}),
+    }
 
 
 def show(stats: dict[str, Any]) -> None:
