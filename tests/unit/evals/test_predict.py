@@ -129,4 +129,6 @@ def test_what_cannot_be_scored(tmp_path: Path) -> None:
     other = shards(tmp_path / "other", [i % 6 for i in range(24)], seed=5)
     refused(".*other is not what .*step-00000007 was trained on", train=other)
     save(tmp_path, 8, method="simclr")
+    with pytest.raises(NotImplementedError, match="simclr has no classifier to predict with"):
+        network.load(run).method.predict(torch.zeros(1, 3, 16, 16))
     refused("method simclr has no classifier of its own .*; evaluate its encoder, e.g. with knn")
