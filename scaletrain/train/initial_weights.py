@@ -33,10 +33,14 @@ def start_from(engine: Engine, sources: Mapping[str, Source]) -> tuple[Origins, 
     """Load the modules of a new run from their sources. Returns where they came from, as
     checkpoints record it, and a line for the log on each. Every rank calls it.
     """
-    origins, lines = {}, []
+    origins: Origins = {}
+    steps: dict[Path, int | None] = {}
+    lines = []
 
     for module, source in sources.items():
-        weights = _read(source, _shapes(engine, module))
+        # one step of a run for all modules, although it may be in training
+        weights = _read(source, _shapes(engine, module), steps.get(source.path))
+        steps[source.path] = weights.origin["step"]
         targets = engine.method.targets
         follow = (t for t, online in targets.items() if online == module and t not in sources)
         for name in (module, *follow):
@@ -122,7 +126,7 @@ def _same(
     saved: Path,
 ) -> Weights:
     """The weights of a constant module, which must be those that a checkpoint was trained with."""
-    fix = "Restore them, or --change to resume with what is there now"
+    fix = "Restore them; to resume training with what is there now, use --change"
     step = before["step"] if before else None
     try:
         weights = _read(source, shapes, step)

@@ -23,7 +23,7 @@ from scaletrain.config.schema import Config
 from scaletrain.core import Method, Source
 from scaletrain.engines.base import Engine
 from scaletrain.estimate import memory, model
-from scaletrain.train import initial_weights
+from scaletrain.train import initial_weights, weight_sources
 from scaletrain.train.build import build_method, rebuild, run_info_of
 from scaletrain.train.loop import train
 
@@ -173,7 +173,7 @@ def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=r"module 'teacher_head' are not those that .*step-00000002 was trained with: "
-        r".*, step 3 \(sha256 \w+\) -> .*, step 3 \(sha256 \w+\)\nRestore them, or --change",
+        r".*, step 3 \(sha256 \w+\) -> .*, step 3 \(sha256 \w+\)\nRestore them; .* use --change",
     ):
         train(recipe(teacher), run)
     saved = reader.latest(run / "checkpoints")
@@ -195,6 +195,24 @@ def test_the_start_of_a_run(teacher: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, weights.double(), rtol=0, atol=1e-6)
     with pytest.raises(CheckpointError, match=r"cannot read .*nowhere"):
         train(recipe(tmp_path / "nowhere"), tmp_path / "other")
+
+
+def test_modules_of_a_run_in_training_are_of_one_step(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*args: Any) -> weight_sources.Weights:
+        found = weight_sources_read(*args)
+        if not (teacher / "checkpoints" / "step-00000009").exists():
+            teachers.save(teacher, 9, teachers.weights(6))
+        return found
+
+    weight_sources_read = weight_sources.read
+    monkeypatch.setattr(weight_sources, "read", read)
+    engine = small.engine(recipe(teacher))
+    origins, _ = initial_weights.start_from(engine, engine.method.sources())
+    assert {module: origin["step"] for module, origin in origins.items()} == dict.fromkeys(
+        MODULES, 3
+    )
 
 
 # --- declarations ---------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import pytest
 import torch
 from kit.evals import shards
 
+from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
 from scaletrain.config import load
-from scaletrain.config.schema import component_config
+from scaletrain.config.schema import Config, component_config
 from scaletrain.core import Method, Piece
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import network
@@ -21,9 +22,23 @@ from scaletrain.evals import run as evals
 from scaletrain.evals.targets import EvalError
 from scaletrain.report import cards
 from scaletrain.train.build import build_method, run_info_of
+from scaletrain.train.loop import train
 
 QUICK = ("features.workers=0", "features.batch=32")
 LABELS = [(7 * i) % 6 for i in range(24)]
+
+
+def settings(train: Path, method: dict[str, Any], **changes: Any) -> Config:
+    views = [{"size": 16, "count": 2}]
+    return load.build(
+        {
+            "batch": 8,
+            "data": {"path": str(train), "views": views, "workers": 0, "lanes": 8},
+            "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
+            "method": method,
+            **changes,
+        }
+    )
 
 
 def save(root: Path, step: int = 7, method: str = "supervised", **options: Any) -> Path:
@@ -32,14 +47,7 @@ def save(root: Path, step: int = 7, method: str = "supervised", **options: Any) 
     if not train.exists():
         shards(train, [(i * 5 + 2) % 6 for i in range(24)])
         shards(root / "test", LABELS, seed=1)
-    cfg = load.build(
-        {
-            "batch": 8,
-            "data": {"path": str(train), "views": [{"size": 16, "count": 2}], "workers": 0},
-            "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
-            "method": {"name": method, **options},
-        }
-    )
+    cfg = settings(train, {"name": method, **options})
     made = build_method(cfg, run_info_of(cfg, 24, 3))
     draw = torch.Generator().manual_seed(step)
     pieces = {}
@@ -115,6 +123,26 @@ def test_the_identity_covers_the_classifier(tmp_path: Path) -> None:
     second = evals.run(run, ["predict", "knn"], overrides=QUICK)
     assert [a["file"] == b["file"] for a, b in zip(first, second, strict=True)] == [False, True]
     assert first[0]["identity"]["protocol"] == second[0]["identity"]["protocol"]
+
+
+def test_an_encoder_is_fine_tuned_and_scored(tmp_path: Path) -> None:
+    """From a run of pretraining to the score of the classifier that was trained on top."""
+    pretrained = save(tmp_path, method="simclr")
+    before = reader.latest(pretrained / "checkpoints")
+    assert before is not None
+    tune = {"name": "finetune", "classes": 6, "source": str(pretrained), "head_lr": 100}
+    cfg = settings(
+        tmp_path / "train", tune, optim={"name": "sgd", "lr": 1e-7, "warmup_epochs": 0}, steps=3
+    )
+    train(cfg, tmp_path / "tuned")
+    found = network.load(tmp_path / "tuned")
+    weight = found.method.get_parameter("backbone.conv1.weight")
+    start = before.read("method.backbone.conv1.weight").view_as(weight)
+    torch.testing.assert_close(weight, start, rtol=0, atol=1e-4)
+    assert found.method.get_parameter("classifier.weight").any()
+    assert found.meta["initial_weights"]["backbone"]["step"] == 7
+    (result,) = evals.run(tmp_path / "tuned", ["predict"], overrides=QUICK)
+    assert set(result["metrics"]) == {"predict", "predict_top5", "predict_per_class"}
 
 
 def test_what_cannot_be_scored(tmp_path: Path) -> None:
