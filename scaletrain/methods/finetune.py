@@ -1,8 +1,9 @@
-"""Supervised fine-tuning of an encoder, on all labels or a few: the semi-supervised protocols of
-SwAV (Caron et al., 2020, arXiv 2006.09882; facebookresearch/swav, eval_semisup.py) and BYOL (Grill
-et al., 2020, arXiv 2006.07733, appendix C.1), and BYOL's transfer (appendix D).
+"""Supervised fine-tuning of an encoder, after SwAV (Caron et al., 2020, arXiv 2006.09882).
 
-Family: evaluation.
+On all labels or a few: the semi-supervised protocols of facebookresearch/swav (eval_semisup.py) and
+of BYOL (Grill et al., 2020, arXiv 2006.07733, appendix C.1), and BYOL's transfer (appendix D).
+
+Family: supervised.
 """
 
 from __future__ import annotations
