@@ -301,13 +301,6 @@ class Method(nn.Module):
         """
         return {}
 
-    def freeze(self) -> None:
-        """Exclude targets and constant modules from the optimisation."""
-        for name in (*self.targets, *self.constant):
-            self.get_submodule(name).requires_grad_(False)
-
-        self.train(self.training)
-
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; constant modules stay in evaluation mode."""
         super().train(mode)
@@ -325,12 +318,8 @@ class Method(nn.Module):
         return h
 
     def predict(self, x: Tensor) -> Tensor:
-        """Images [N, 3, H, W] -> class scores [N, C], or [N, C, H, W] of every pixel. Optional: for
-        methods with a classifier that is worth an evaluation of its own.
-        """
-        raise NotImplementedError(
-            f"{type(self).__module__} has no classifier to predict with; evaluate its encoder"
-        )
+        """Optional: images [N, 3, H, W] -> class scores [N, C], or [N, C, H, W] of every pixel."""
+        raise NotImplementedError(f"{type(self).__module__} has no classifier to predict with")
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return self.loss(self.embed(batch, clock), batch, clock)

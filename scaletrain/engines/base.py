@@ -33,6 +33,7 @@ from scaletrain.engines.placement import (
     TrainingError,
     create_optimizer_state,
     fill,
+    freeze,
     method_shards,
     optimizer_shards,
     pieces,
@@ -71,7 +72,7 @@ class Engine:
         if config.activation_checkpointing:
             stages.recompute(method, config.activation_checkpointing)
 
-        method.freeze()
+        freeze(method)
 
         if config.compile:
             for child in method.children():

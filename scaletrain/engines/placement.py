@@ -117,6 +117,16 @@ def fill(placed: Mapping[str, Shard], saved: SavedTensors, prefix: str = "") -> 
         )
 
 
+def freeze(method: Method) -> None:
+    """Exclude targets and constant modules from the optimisation, and set the latter to evaluation
+    mode.
+    """
+    for name in (*method.targets, *method.constant):
+        method.get_submodule(name).requires_grad_(False)
+
+    method.train(method.training)
+
+
 # --- which tensors are saved ----------------------------------------------------------------------
 
 

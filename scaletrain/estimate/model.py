@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaletrain.config.schema import Config
 from scaletrain.core import Batch, Clock, Method, RunInfo
 from scaletrain.engines.config import EngineConfig
+from scaletrain.engines.placement import freeze
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
 from scaletrain.train.build import build_method, run_info_of
@@ -113,7 +114,7 @@ def fake(config: Config) -> Iterator[Method]:
             if engine.activation_checkpointing:
                 stages.recompute(method, engine.activation_checkpointing)
 
-            method.freeze()
+            freeze(method)
             yield method
     finally:
         torch.set_default_dtype(before)

@@ -22,6 +22,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 from scaletrain.core import Method, Source
 from scaletrain.engines.base import Engine
+from scaletrain.engines.placement import freeze
 from scaletrain.estimate import memory, model
 from scaletrain.train import initial_weights, weight_sources
 from scaletrain.train.build import build_method, rebuild, run_info_of
@@ -224,7 +225,7 @@ def method_of(teacher: Path) -> Method:
 
 def test_constant_modules_stay_in_evaluation_mode(teacher: Path) -> None:
     method = method_of(teacher)
-    method.freeze()
+    freeze(method)
     for mode in (True, False):
         assert method.train(mode).backbone.training == mode
         for name in MODULES:
