@@ -98,15 +98,18 @@ def case(engine: str, teacher: Path) -> dict[str, Any]:
 def test_a_teacher_is_the_same_under_every_engine(teacher: Path, tmp_path: Path) -> None:
     cases = {name: case(name, teacher) for name in ENGINES if name != "fsdp2 reshard=false"}
     found = whole(ranks.run(2, trained, tmp_path, tmp_path, cases))
-    alone = trained(tmp_path, {"alone": cases["ddp"]})["alone/loss"]
+    precisions = {
+        precision: {"name": "ddp", "precision": precision} for precision in ("fp64", "fp32")
+    }
+    alone = trained(tmp_path, {p: cases["ddp"] | {"engine": e} for p, e in precisions.items()})
     for name in cases:
         got = of(name, found)
         for kind in ("end", "again"):
             for k, tensor in teachers.weights().items():
                 assert torch.equal(got[f"{kind}.{k}"], tensor.reshape(-1).to(got[f"{kind}.{k}"]))
 
-        limit = SINGLE if single(ENGINES[name]) else EXACT
-        torch.testing.assert_close(got["loss"], alone, rtol=limit, atol=0)
+        precision, limit = ("fp32", SINGLE) if single(ENGINES[name]) else ("fp64", EXACT)
+        torch.testing.assert_close(got["loss"], alone[f"{precision}/loss"], rtol=limit, atol=0)
         saved = reader.latest(tmp_path / name)
         assert saved is not None
         assert not any("teacher" in tensor for tensor in saved.names())
