@@ -1,5 +1,5 @@
 """The data types and interfaces that all other modules share: Batch, Clock, MethodOutput,
-ParameterGroup, DeferredState, Backbone, Method, Auxiliary.
+ParameterGroup, DeferredState, Backbone, Source, Method, Auxiliary.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such
 that the *mean over ranks of the local losses is the global loss*. Engines average gradients over
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -249,6 +250,16 @@ class RunInfo:
             )
 
 
+@dataclass(frozen=True)
+class Source:
+    """Saved weights that a module of a method starts from."""
+
+    # a run folder (its newest step), a step of its checkpoints, or a safetensors file
+    path: Path
+    # the module's name there; "": a file of one network, whatever comes before its names
+    module: str = "backbone"
+
+
 Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
 """features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient
 and without a trace.
@@ -275,6 +286,9 @@ class Method(nn.Module):
     two_views: ClassVar[bool] = False
     # {target module: online module}; the engine moves targets by `ema`
     targets: ClassVar[Mapping[str, str]] = {}
+    # modules such as a teacher that are always in evaluation mode and never change; they are not in
+    # checkpoints but loaded from their source at every start
+    constant: tuple[str, ...] = ()
     # the loss couples samples: gradient accumulation would change it
     global_loss: bool = False
     # every sample's label must be known and below this, or any for 0; None: none is needed
@@ -296,6 +310,20 @@ class Method(nn.Module):
         for target, online in self.targets.items():
             self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
 
+    def sources(self) -> Mapping[str, Source]:
+        """Saved weights by the name of the module that starts from them. A target whose online
+        module is among them, and that has none of its own, starts from the same.
+        """
+        return {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; constant modules stay in evaluation mode."""
+        super().train(mode)
+        for name in self.constant:
+            self.get_submodule(name).eval()
+
+        return self
+
     def groups(self) -> Sequence[ParameterGroup]:
         return ()
 
@@ -303,6 +331,10 @@ class Method(nn.Module):
         """Images [N, 3, H, W] -> [N, features], as an auxiliary takes them."""
         h: Tensor = self.backbone(x)
         return h
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Optional: images [N, 3, H, W] -> class scores [N, C], or [N, C, H, W] of every pixel."""
+        raise NotImplementedError(f"{type(self).__module__} has no classifier to predict with")
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return self.loss(self.embed(batch, clock), batch, clock)

@@ -23,6 +23,7 @@ from scaletrain.config.schema import Config, DataConfig
 from scaletrain.core import Batch, Clock, Method, RunInfo
 from scaletrain.data.transforms.maps import foreground
 from scaletrain.engines.config import EngineConfig
+from scaletrain.engines.placement import freeze
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
 from scaletrain.train.build import build_method, run_info_of
@@ -114,9 +115,7 @@ def fake(config: Config) -> Iterator[Method]:
             if engine.activation_checkpointing:
                 stages.recompute(method, engine.activation_checkpointing)
 
-            for target in method.targets:
-                method.get_submodule(target).requires_grad_(False)
-
+            freeze(method)
             yield method
     finally:
         torch.set_default_dtype(before)
@@ -198,9 +197,19 @@ def _parameters(method: Method) -> dict[str, int]:
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    targets = sum(count(method.get_submodule(target)) for target in method.targets)
+    targets, constant = (
+        sum(count(method.get_submodule(name)) for name in names)
+        for names in (method.targets, method.constant)
+    )
     encoder = count(method.backbone)
-    return {"backbone": encoder, "heads": count(method) - encoder - targets, "targets": targets}
+    heads = count(method) - encoder - targets - constant
+
+    return {
+        "backbone": encoder,
+        "heads": heads,
+        "targets": targets,
+        **({"constant": constant} if constant else {}),
+    }
 
 
 def show(stats: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaletrain.data.loading import loader
 from scaletrain.data.reading.reader import Shards
@@ -19,6 +21,7 @@ from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.classes import LabelledSet, match
 from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features
+from scaletrain.evals.network import Network, load
 from scaletrain.evals.targets import EncoderUnderTest, EvalError
 
 # Features [K, D] of the samples that can be read, and a mask [N] bool of which these are.
@@ -132,6 +135,31 @@ class EvalContext:
             x, good = self._encode("test", "test images", self._shards(self.test))
             self._queries = Features(x, self.matched.test[good])
         return self._queries
+
+    @cached_property
+    def network(self) -> Network:
+        """The whole network of the run under evaluation. Raises EvalError where there is none."""
+        subject = self.subject
+        if subject.encoder != "trained" or subject.run is None:
+            what = subject.source if subject.run is None else f"the {subject.encoder} encoder"
+            raise EvalError(
+                f"{what} is an encoder without the heads of its run; give the run folder or a step "
+                "of it, and no --encoder"
+            )
+
+        return load(subject.source)
+
+    def outputs(self, module: nn.Module) -> Features:
+        """Outputs [N, D] of a module for all test images under the test transform, in place of the
+        encoder's features.
+        """
+        extractor = FeatureExtractor(replace(self.subject, module=module), self.settings)
+        left_out: list[dict[str, Any]] = []
+        shards = self._shards(self.test)
+        x, good = extractor.encode(self.test, shards, "test images", left_out)
+        self._left_out["test"] = left_out
+
+        return Features(x, self.matched.test[good])
 
     def part(self, rows: Tensor) -> Features:
         """Features of the training images `rows` (ascending numbers) under the test transform; no

@@ -3,7 +3,8 @@
 A benchmark is a file in benchmarks/, named by its file name, with a frozen `Config` and
 `measure(config, context) -> (metrics, protocol)`. Metrics are in per cent. The protocol describes
 how they were measured, in the same way for every encoder. Further findings, such as a chosen
-learning rate, are under its key `found`, which a result lists separately.
+learning rate, are under its key `found`, which a result lists separately. A benchmark of more than
+the encoder also has `identity(context)`, which identifies the rest.
 """
 
 from __future__ import annotations
@@ -161,11 +162,12 @@ def _result(
     TensorBoard.
     """
     subject, data = context.subject, context.subject.data
+    further = getattr(_benchmark(name), "identity", None)
     defined = {
         "format": results.FORMAT,
         "scaletrain": installed("scaletrain"),
         "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **context.identity},
-        "encoder": subject.identity,
+        "encoder": subject.identity | (further(context) if further else {}),
         # Order of the augmented images.
         "order": {"lanes": data.lanes, "window": data.window},
         "max_bad": context.max_bad if context.skip else None,

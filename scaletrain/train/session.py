@@ -26,9 +26,8 @@ from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt, Stopped
 from scaletrain.runtime.versions import commit
-from scaletrain.train import run_folder
+from scaletrain.train import initial_weights, run_folder
 from scaletrain.train.build import build, total_steps
-from scaletrain.train.initial_weights import start_from
 from scaletrain.train.monitor import Monitor
 from scaletrain.train.resume import BEGINNING, Start, check_end, other_data, start_of
 
@@ -142,7 +141,8 @@ def open_session(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     )
-    origin = _restore(engine, config, start, saved, init)
+    origin, weights, accepted = _restore(engine, config, start, saved, init, change)
+    notes += accepted
     run_folder.on_main(lambda: _accept(run, config, start, notes))
 
     monitor = Monitor(
@@ -175,6 +175,8 @@ def open_session(
         meta={
             "config": config.model_dump(mode="json"),
             "data": data,
+            "samples_in_use": stream.samples,
+            initial_weights.META: weights,
             "world": dist.world(),
             "versions": _versions(),
         },
@@ -243,16 +245,19 @@ def _restore(
     start: Start,
     saved: reader.SavedStep | None,
     init: Path | None,
-) -> str:
-    """Give the engine its first state; returns where that came from."""
+    change: bool,
+) -> tuple[str, initial_weights.Origins, list[str]]:
+    """Give the engine its first state. Returns a line on where that came from, the origins of its
+    modules, and notes on what --change has accepted.
+    """
     if saved is not None:
+        weights, notes = initial_weights.load_constant(engine, saved, change)
         engine.restore(saved)
-        return f"resumed from step {start.updates}"
-    if init is None:
-        return f"started from seed {config.seed}"
+        return f"resumed from step {start.updates}", weights, [f"--change: {n}" for n in notes]
 
-    notes = start_from(engine, init)
-    return f"started from {init}" + (f" ({notes})" if notes else "")
+    sources = initial_weights.sources_of(engine.method, init)
+    weights, lines = initial_weights.start_from(engine, sources)
+    return "; ".join([f"started from seed {config.seed}", *lines]), weights, []
 
 
 def _start(

@@ -190,7 +190,7 @@ class Watched:
         return {
             **self.found,
             "parameters": lasting(trained),
-            "target": lasting(places.keys() - trained),
+            "frozen": lasting(places.keys() - trained),
             "optimizer": elements(states),
             "buffers": size(engine.method.buffers()),
         }
