@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -197,6 +197,8 @@ class Backbone(nn.Module):
 
     # width of the output
     features: int
+    # pixels of the image from one cell of the last feature map to the next
+    stride: int
     # the last feature map is averaged over the image; None: it cannot be had otherwise
     pool: bool | None = None
 
@@ -234,14 +236,35 @@ class RunInfo:
             )
 
 
-Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
-"""features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient
-and without a trace.
-"""
+class Features(Protocol):
+    """A pass over the data between steps, without gradient and without a trace."""
+
+    def __call__(
+        self, embed: Callable[[Batch], Tensor], *, every: bool = True, training: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Stream (index [b], embed(batch) [b, ...]) of this rank's samples, batch by batch.
+
+        every: each sample of the data set once, of which a rank may have fewer than others, or
+        none, in the last batch; otherwise the samples of the epoch, whose last batch is never
+        smaller. training: batch norm uses statistics of the batch; otherwise running statistics.
+        All ranks take equally many batches.
+        """
+        ...
+
+
 Write = Callable[[str, Tensor], None]
 """write(name, value) changes a parameter, masters and replicas included, or a buffer; value is
 whole, or computed from the parameter as the engine shows it.
 """
+
+
+Kind = Literal["pretext", "joint", "supervised", "evaluation", "distillation", "saliency"]
+"""pretext: predicts what was done to an image, such as a turn; joint: compares embeddings of views
+or samples; supervised: predicts labels; evaluation: trains a network to be scored; distillation:
+follows a trained teacher; saliency: finds foreground.
+"""
+# the kinds that train an encoder from nothing
+PRETRAINING: tuple[Kind, ...] = ("pretext", "joint", "supervised")
 
 
 class Method(nn.Module):
@@ -256,6 +279,8 @@ class Method(nn.Module):
     with newly drawn weights.
     """
 
+    # what it is for; see Kind
+    kind: ClassVar[Kind]
     # it takes exactly two views, and none of a further size
     two_views: ClassVar[bool] = False
     # {target module: online module}; the engine moves targets by `ema`
@@ -264,7 +289,7 @@ class Method(nn.Module):
     global_loss: bool = False
     # every sample's label must be known and below this, or any for 0; None: none is needed
     classes: int | None = None
-    # on_epoch's features are of whole images, not of the first training views
+    # on_epoch's and on_end's features are of whole images, not of the first training views
     whole_images: ClassVar[bool] = False
     # each loss drives the parameters of its own group only (adversaries)
     separate_losses: ClassVar[bool] = False
@@ -308,6 +333,11 @@ class Method(nn.Module):
 
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         """Optional: runs before the first step of each epoch (clustering)."""
+
+    def on_end(self, clock: Clock, features: Features, write: Write) -> None:
+        """Optional: runs once after the last step, whose checkpoint has its result; `clock.step` is
+        `clock.total`.
+        """
 
 
 class Auxiliary(nn.Module):

@@ -21,7 +21,10 @@ RENAMED = {
     "optim.lr_batch": "optim.lr_reference_batch",
     "optim.final": "optim.min_lr_ratio",
     "data.views.*.area": "data.views.*.scale",
+    "model.sobel": "model.input",
 }
+# Earlier dotted key -> what became of its values, where these changed too.
+VALUES: dict[str, dict[Any, Any]] = {"model.sobel": {False: "rgb", True: "sobel"}}
 
 
 def translated(raw: Any, above: str = "") -> Any:
@@ -32,7 +35,12 @@ def translated(raw: Any, above: str = "") -> Any:
         return raw
 
     names = {key: str(RENAMED.get(f"{above}{key}", key)).rpartition(".")[2] for key in raw}
-    return {names[key]: translated(value, f"{above}{names[key]}.") for key, value in raw.items()}
+    return {
+        names[key]: VALUES[f"{above}{key}"].get(value, value)
+        if f"{above}{key}" in VALUES
+        else translated(value, f"{above}{names[key]}.")
+        for key, value in raw.items()
+    }
 
 
 def present_name(loc: tuple[int | str, ...]) -> str | None:

@@ -40,14 +40,17 @@ def open_stream(
     world: int,
     device: torch.device,
     rows: Ints | None = None,
+    every: bool = False,
 ) -> Stream:
     """Open the training data of one rank. `batch` is the size of the global batch.
 
-    `rows` [N] restricts the stream to these samples. Raises DataError where batch, lanes, world
+    `rows` [N] restricts the stream to these samples. `every`: epochs have all samples, see
+    plan.EverySample. Raises DataError where batch, lanes, world
     size and data set do not fit together.
     """
     shards = open_shards(data)
     plan = plan_batches(data, shards, seed=seed, batch=batch, rows=rows)
+    plan = plan.every() if every else plan
     lo, hi = plan.part(rank, world)
 
     if shards is not None:
@@ -100,7 +103,9 @@ class Stream:
         self._shards, self._to_device = shards, to_device
         self._running: list[Generator[Batch, None, None]] = []
 
-    def batches(self, start: int, stop: int, lost: OnReplaced = ignore_replaced) -> Iterator[Batch]:
+    def batches(
+        self, start: int, stop: int, lost: OnReplaced = ignore_replaced
+    ) -> Generator[Batch, None, None]:
         """Batches of the global steps start .. stop - 1, across the ends of epochs without a pause.
 
         lost(step, replaced) is called for each batch before it is yielded.
