@@ -121,7 +121,9 @@ def test_earlier_runs_and_files_keep_their_input(sobel: bool, tmp_path: Path) ->
     assert targets.find(tmp_path / "a.safetensors").model == cfg.model
 
 
-def test_recipes_use_the_present_key(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: {sobel: true}\n")
-    with pytest.raises(ConfigError, match=r"'model\.sobel'; it was renamed to 'model\.input'"):
-        load.load(tmp_path / "recipe.yaml")
+def test_recipes_and_overrides_use_the_present_key(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, overrides in (("model: {sobel: true}\n", []), ("seed: 1\n", ["model.sobel=true"])):
+        recipe.write_text(text)
+        with pytest.raises(ConfigError, match=r"'model\.sobel'; it was renamed to 'model\.input'"):
+            load.load(recipe, overrides)
