@@ -1,5 +1,5 @@
 """The data types and interfaces that all other modules share: Batch, Clock, MethodOutput,
-ParameterGroup, DeferredState, Backbone, Method, Auxiliary.
+ParameterGroup, DeferredState, Backbone, Method.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such
 that the *mean over ranks of the local losses is the global loss*. Engines average gradients over
@@ -338,19 +338,3 @@ class Method(nn.Module):
         """Optional: runs once after the last step, whose checkpoint has its result; `clock.step` is
         `clock.total`.
         """
-
-
-class Auxiliary(nn.Module):
-    """An objective added to a method.
-
-    Its file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`,
-    built as `Model(config, method, run_info)`. Parameters are in a group of the file's name, which
-    is also that of the loss.
-    """
-
-    # as Method.global_loss
-    global_loss: bool = False
-
-    def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
-        """`method`: the one it is added to, for its online networks."""
-        raise NotImplementedError

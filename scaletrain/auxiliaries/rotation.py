@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scaletrain import rng
+from scaletrain.auxiliaries.base import Auxiliary
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
