@@ -244,10 +244,10 @@ class Features(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Stream (index [b], embed(batch) [b, ...]) of this rank's samples, batch by batch.
 
-        every: each sample of the data set once, of which a rank may have fewer than others, or
-        none, in the last batch; otherwise the samples of the epoch, whose last batch is never
-        smaller. training: batch norm uses statistics of the batch; otherwise running statistics.
-        All ranks take equally many batches.
+        every: each sample of the data set once (with data.on_bad=skip, a substitute for a bad one);
+        in the last batch a rank may have fewer than others, or none. Otherwise the samples of the
+        epoch, in full batches. training: batch norm uses statistics of the batch; otherwise running
+        statistics. All ranks take equally many batches.
         """
         ...
 

@@ -371,7 +371,7 @@ class Engine:
 
 @contextmanager
 def _evaluating(method: nn.Module) -> Iterator[None]:
-    """A context in which all modules are in evaluation mode; those that were before stay so."""
+    """A context in which all modules are in evaluation mode; it then restores each one's mode."""
     training = [module for module in method.modules() if module.training]
     method.eval()
     try:
