@@ -1,5 +1,5 @@
 """The data types and interfaces that all other modules share: Batch, Clock, MethodOutput,
-ParameterGroup, DeferredState, Backbone, Source, Method, Auxiliary.
+ParameterGroup, DeferredState, Backbone, Source, Method.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such
 that the *mean over ranks of the local losses is the global loss*. Engines average gradients over
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -213,6 +213,8 @@ class Backbone(nn.Module):
 
     # width of the output
     features: int
+    # pixels of the image from one cell of the last feature map to the next
+    stride: int
     # the last feature map is averaged over the image; None: it cannot be had otherwise
     pool: bool | None = None
 
@@ -260,14 +262,35 @@ class Source:
     module: str = "backbone"
 
 
-Features = Callable[[Callable[[Batch], Tensor]], Iterator[tuple[Tensor, Tensor]]]
-"""features(embed) streams (index [B], embed(batch)) over one epoch of the data, without gradient
-and without a trace.
-"""
+class Features(Protocol):
+    """A pass over the data between steps, without gradient and without a trace."""
+
+    def __call__(
+        self, embed: Callable[[Batch], Tensor], *, every: bool = True, training: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Stream (index [b], embed(batch) [b, ...]) of this rank's samples, batch by batch.
+
+        every: each sample of the data set once (with data.on_bad=skip, a substitute for a bad one);
+        in the last batch a rank may have fewer than others, or none. Otherwise the samples of the
+        epoch, in full batches. training: batch norm uses statistics of the batch; otherwise running
+        statistics. All ranks take equally many batches.
+        """
+        ...
+
+
 Write = Callable[[str, Tensor], None]
 """write(name, value) changes a parameter, masters and replicas included, or a buffer; value is
 whole, or computed from the parameter as the engine shows it.
 """
+
+
+Kind = Literal["pretext", "joint", "supervised", "evaluation", "distillation", "saliency"]
+"""pretext: predicts what was done to an image, such as a turn; joint: compares embeddings of views
+or samples; supervised: predicts labels; evaluation: trains a network to be scored; distillation:
+follows a trained teacher; saliency: finds foreground.
+"""
+# the kinds that train an encoder from nothing
+PRETRAINING: tuple[Kind, ...] = ("pretext", "joint", "supervised")
 
 
 class Method(nn.Module):
@@ -282,6 +305,8 @@ class Method(nn.Module):
     with newly drawn weights.
     """
 
+    # what it is for; see Kind
+    kind: ClassVar[Kind]
     # it takes exactly two views, and none of a further size
     two_views: ClassVar[bool] = False
     # {target module: online module}; the engine moves targets by `ema`
@@ -293,7 +318,7 @@ class Method(nn.Module):
     global_loss: bool = False
     # every sample's label must be known and below this, or any for 0; None: none is needed
     classes: int | None = None
-    # on_epoch's features are of whole images, not of the first training views
+    # on_epoch's and on_end's features are of whole images, not of the first training views
     whole_images: ClassVar[bool] = False
     # each loss drives the parameters of its own group only (adversaries)
     separate_losses: ClassVar[bool] = False
@@ -356,18 +381,7 @@ class Method(nn.Module):
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         """Optional: runs before the first step of each epoch (clustering)."""
 
-
-class Auxiliary(nn.Module):
-    """An objective added to a method.
-
-    Its file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`,
-    built as `Model(config, method, run_info)`. Parameters are in a group of the file's name, which
-    is also that of the loss.
-    """
-
-    # as Method.global_loss
-    global_loss: bool = False
-
-    def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
-        """`method`: the one it is added to, for its online networks."""
-        raise NotImplementedError
+    def on_end(self, clock: Clock, features: Features, write: Write) -> None:
+        """Optional: runs once after the last step, whose checkpoint has its result; `clock.step` is
+        `clock.total`.
+        """

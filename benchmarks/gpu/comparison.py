@@ -59,7 +59,11 @@ def trained(config: Config, device: torch.device, steps: int) -> State:
     for step in range(steps):
         if step % small.STEPS_PER_EPOCH == 0:
             engine.method.on_epoch(
-                clock(step), lambda embed: engine.features(epoch(), embed), engine.write
+                clock(step),
+                lambda embed, every=True, training=False: engine.features(
+                    epoch(), embed, training=training
+                ),
+                engine.write,
             )
         rate = config.optim.lr
         losses.append(engine.step(batch(config, step, device), clock(step), rate, rate).loss)

@@ -1,4 +1,4 @@
-"""Attaches the auxiliary objectives of a recipe to its method."""
+"""The base class of auxiliary objectives, and how those of a recipe are attached to its method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,23 @@ from torch import nn
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import ComponentConfig
-from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, ParameterGroup, RunInfo
+from scaletrain.core import Batch, Clock, Method, MethodOutput, ParameterGroup, RunInfo
+
+
+class Auxiliary(nn.Module):
+    """An objective added to a method.
+
+    Its file defines `Config` (a frozen `config.ComponentConfig`) and one subclass named `Model`,
+    built as `Model(config, method, run_info)`. Parameters are in a group of the file's name, which
+    is also that of the loss.
+    """
+
+    # as Method.global_loss
+    global_loss: bool = False
+
+    def forward(self, method: Method, batch: Batch, clock: Clock) -> MethodOutput:
+        """`method`: the one it is added to, for its online networks."""
+        raise NotImplementedError
 
 
 def attach(method: Method, configs: Sequence[ComponentConfig], run_info: RunInfo) -> Method:

@@ -7,16 +7,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scaletrain import rng
+from scaletrain.auxiliaries.base import Auxiliary
 from scaletrain.config.schema import ComponentConfig, Count, Positive
-from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.heads import mlp
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
+from scaletrain.ops.turns import turned
 
 
 class Config(ComponentConfig):
@@ -57,16 +58,6 @@ class Model(Auxiliary):
         loss = self.config.weight * cross_entropy(logits.flatten(0, 1), turns.flatten())
 
         return MethodOutput({"rotation": loss}, {"rotation_accuracy": accuracy})
-
-
-def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """Each image of x [..., 3, H, W] turned anticlockwise by its number of quarter turns [...], 0
-    to 3.
-    """
-    odd, half = ((turns & bit).bool()[..., None, None, None] for bit in (1, 2))
-    x = torch.where(half, x.flip(-2, -1), x)
-
-    return torch.where(odd, x.transpose(-2, -1).flip(-2), x)
 
 
 @full_precision

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain import dist
+from scaletrain.auxiliaries.base import Auxiliary
 from scaletrain.config.schema import ComponentConfig, Positive
-from scaletrain.core import Auxiliary, Batch, Clock, Method, MethodOutput, RunInfo
+from scaletrain.core import Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.norm import pooled
 from scaletrain.ops.precision import full_precision
 

@@ -91,7 +91,7 @@ def show_schema() -> None:
 
 @app.command("methods")
 def show_methods() -> None:
-    """Every method and auxiliary: paper, family, recipes and published figures."""
+    """Every method and auxiliary: paper, kind, recipes and published figures."""
     from scaletrain.report import catalogue
     from scaletrain.runtime import tables
 

@@ -27,7 +27,10 @@ RENAMED = {
     "data.good_cover": "data.foreground.good_cover",
     "data.mask_study": "data.foreground.study",
     "data.mask_share": "data.foreground.study_share",
+    "model.sobel": "model.input",
 }
+# Earlier dotted key -> what became of its values, where these changed too.
+VALUES: dict[str, dict[Any, Any]] = {"model.sobel": {False: "rgb", True: "sobel"}}
 
 
 def translated(raw: Any, above: str = "") -> Any:
@@ -44,7 +47,8 @@ def translated(raw: Any, above: str = "") -> Any:
         place = result
         for section in sections:
             place = place.setdefault(section, {})
-        place[name] = translated(value, f"{now}.")
+        values = VALUES.get(f"{above}{key}")
+        place[name] = values.get(value, value) if values else translated(value, f"{now}.")
 
     return result
 

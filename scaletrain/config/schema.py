@@ -63,14 +63,26 @@ class ModelConfig(Frozen):
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """7x7 stride 2 and max-pool, or 3x3 stride 1."""
 
-    sobel: bool = False
-    """The input is the two image gradients instead of colors (DeepCluster)."""
+    input: Literal["rgb", "sobel", "lightness"] = "rgb"
+    """What the network sees of an image: its colors, the two gradients of the gray image
+    (DeepCluster), or L of Lab (colorization).
+    """
+
+    output_stride: Literal[32, 16, 8] = 32
+    """Stride of the last feature map; below 32 by dilated convolutions. With the cifar stem it is
+    always 8.
+    """
 
     zero_init: bool = False
     """Initialise gamma of each residual branch's last norm with zero."""
 
     norm_group: Natural = 0
     """Samples of the global batch that share batch-norm statistics; 0: all of it."""
+
+    norm_momentum: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of a step's statistics in the running ones, for the encoder's batch norms; null: 0.1,
+    and in timm's networks what they have.
+    """
 
 
 class OptimConfig(Frozen):

@@ -14,7 +14,7 @@ same order, so that norms of shards add up in a single all-reduce.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -349,13 +349,13 @@ class Engine:
 
     @torch.no_grad()
     def features(
-        self, batches: Iterator[Batch], embed: Callable[[Batch], Tensor]
+        self, batches: Iterator[Batch], embed: Callable[[Batch], Tensor], *, training: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (index, embed(batch)) for each batch, without gradient and without changing running
-        statistics.
+        statistics, which replace those of the batch unless `training`.
         """
         for batch in batches:
-            with self.autocast():
+            with self.autocast(), nullcontext() if training else _evaluating(self.method):
                 out = self.inside(
                     embed, batch.double() if self.config.precision == "fp64" else batch
                 )
@@ -373,6 +373,18 @@ class Engine:
             **method_shards(self.method, self.shards),
             **optimizer_shards(self.optimizer, self.shards),
         }
+
+
+@contextmanager
+def _evaluating(method: nn.Module) -> Iterator[None]:
+    """A context in which all modules are in evaluation mode; it then restores each one's mode."""
+    training = [module for module in method.modules() if module.training]
+    method.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _detached(out: MethodOutput) -> MethodOutput:

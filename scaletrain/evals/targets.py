@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.checkpoint import files, reader
-from scaletrain.config import load, schema
+from scaletrain.config import load, renamed, schema
 from scaletrain.config.recipe import closest
 from scaletrain.nn import backbone
 
@@ -198,7 +198,7 @@ def step_of(target: Path) -> reader.SavedStep:
 def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | None]:
     run = run_of(target)
     settings = load.load(run / "config.yaml")
-    fresh = _fresh(settings.model, settings.seed)
+    fresh = _fresh(settings.model, settings.data, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
     subject = EncoderUnderTest(
         "trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model
@@ -238,7 +238,9 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
         )
 
     try:
-        model = schema.ModelConfig.model_validate_json(meta["model"])
+        # files that were exported earlier may have earlier keys
+        saved = renamed.translated({"model": json.loads(meta["model"])})
+        model = schema.ModelConfig.model_validate(saved["model"])
         facts = json.loads(meta["data"])
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
@@ -255,7 +257,7 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
         ) from None
 
     subject = EncoderUnderTest(
-        "trained", _fresh(model, seed), step, seed, size, data, path, path.parent, None, model
+        "trained", _fresh(model, data, seed), step, seed, size, data, path, path.parent, None, model
     )
     return subject, (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -268,13 +270,13 @@ def _size(data: schema.DataConfig) -> int:
     return max(view.size for view in data.views if view.count)
 
 
-def _fresh(model: schema.ModelConfig, seed: int) -> nn.Module:
+def _fresh(model: schema.ModelConfig, data: schema.DataConfig, seed: int) -> nn.Module:
     """An untrained network in eval mode, initialised from the seed; the caller's random generator
     is not touched.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return backbone.build(model).eval().requires_grad_(False)
+        return backbone.build(model, data).eval().requires_grad_(False)
 
 
 def _load(model: nn.Module, weights: Weights, source: str) -> None:

@@ -1,7 +1,4 @@
-"""Barlow Twins (Zbontar et al., 2021, arXiv 2103.03230), after facebookresearch/barlowtwins.
-
-Family: without negatives.
-"""
+"""Barlow Twins (Zbontar et al., 2021, arXiv 2103.03230), after facebookresearch/barlowtwins."""
 
 from __future__ import annotations
 
@@ -37,6 +34,7 @@ class Config(ComponentConfig):
 class Model(Projected):
     """The cross-correlation of two views' embeddings over the global batch becomes the identity."""
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

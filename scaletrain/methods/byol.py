@@ -1,7 +1,5 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al., 2020, arXiv 2006.07733), after
 deepmind-research/byol.
-
-Family: without negatives.
 """
 
 from __future__ import annotations
@@ -48,6 +46,7 @@ class Config(ComponentConfig):
 class Model(WithTarget):
     """Two views; the online network predicts the target network's projection of the other view."""
 
+    kind = "joint"
     two_views = True
 
     def __init__(

@@ -1,7 +1,5 @@
 """C-BYOL, compressed (Lee et al., 2021, arXiv 2109.12909), after
 google-research/compressive-visual-representations.
-
-Family: without negatives.
 """
 
 from __future__ import annotations
@@ -53,6 +51,7 @@ class Model(WithTarget):
     little beyond it.
     """
 
+    kind = "joint"
     two_views = True
 
     def __init__(

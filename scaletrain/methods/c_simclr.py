@@ -1,7 +1,5 @@
 """C-SimCLR, compressed (Lee et al., 2021, arXiv 2109.12909), after
 google-research/compressive-visual-representations.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ class Model(Projected):
     the other view does not.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

@@ -1,7 +1,4 @@
-"""DeepCluster (Caron et al., 2018, arXiv 1807.05520), after facebookresearch/deepcluster.
-
-Family: clustering.
-"""
+"""DeepCluster (Caron et al., 2018, arXiv 1807.05520), after facebookresearch/deepcluster."""
 
 from __future__ import annotations
 
@@ -53,6 +50,7 @@ class Model(Method):
     clusters apart.
     """
 
+    kind = "joint"
     whole_images = True
     sizes: Tensor
 
@@ -88,7 +86,7 @@ class Model(Method):
         # differs: the authors embed centre crops with running statistics, here whole images with
         # the batch's.
         bank = Bank(self.run_info.samples, self.width).to(self.sizes)
-        for index, h in features(lambda batch: self.backbone(batch.views[0][0])):
+        for index, h in features(self._embed, every=False, training=True):
             bank.write(index, h)
 
         key = int(rng.hash64(self.run_info.seed, clock.epoch, "deepcluster"))
@@ -106,6 +104,10 @@ class Model(Method):
         weight = torch.empty(self.config.classes, self.width)
         write("classifier.weight", nn.init.normal_(weight, std=0.01, generator=draw))
         write("classifier.bias", torch.zeros(self.config.classes))
+
+    def _embed(self, batch: Batch) -> Tensor:
+        h: Tensor = self.backbone(batch.views[0][0])
+        return h
 
     # --- a step -----------------------------------------------------------------------------------
 

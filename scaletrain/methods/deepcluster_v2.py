@@ -1,7 +1,5 @@
 """DeepCluster v2 (Caron et al., 2020, arXiv 2006.09882, appendix D), after facebookresearch/swav's
 main_deepclusterv2.py.
-
-Family: clustering.
 """
 
 from __future__ import annotations
@@ -48,6 +46,7 @@ class Model(Projected):
     sample.
     """
 
+    kind = "joint"
     # a mean over those samples of the batch whose cluster is known
     global_loss = True
 
@@ -82,7 +81,7 @@ class Model(Projected):
     def on_epoch(self, clock: Clock, features: Features, write: Write) -> None:
         # no embeddings yet: one pass before training
         if clock.epoch == 0:
-            for index, z in features(self._embed):
+            for index, z in features(self._embed, every=False, training=True):
                 self._remember(index, z, "write")
 
         for head, clusters in enumerate(self.config.clusters):

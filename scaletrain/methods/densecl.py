@@ -1,7 +1,5 @@
 """DenseCL: dense contrastive learning (Wang et al., 2021, arXiv 2011.09157), after
 WXinlong/DenseCL.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -57,6 +55,7 @@ class Model(WithMomentumEncoder):
     map with the most similar cell of the key's.
     """
 
+    kind = "joint"
     targets: ClassVar[Mapping[str, str]] = {
         "target_backbone": "backbone",
         "target_projector": "projector",

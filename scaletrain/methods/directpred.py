@@ -3,8 +3,6 @@
 
 After facebookresearch/luckmatters. BYOL whose linear predictor is set from the correlation of its
 inputs and not trained.
-
-Family: without negatives.
 """
 
 from __future__ import annotations
@@ -92,6 +90,7 @@ class Model(WithTarget):
     eigenvectors of f's correlation.
     """
 
+    kind = "joint"
     two_views = True
     weight: Tensor
     spectrum: Tensor

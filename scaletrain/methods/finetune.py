@@ -2,8 +2,6 @@
 
 On all labels or a few: the semi-supervised protocols of facebookresearch/swav (eval_semisup.py) and
 of BYOL (Grill et al., 2020, arXiv 2006.07733, appendix C.1), and BYOL's transfer (appendix D).
-
-Family: supervised.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Margin contrastive loss over two views (Hadsell et al., 2006, Dimensionality Reduction by
 Learning an Invariant Mapping).
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ class Model(Projected):
     A small baseline.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

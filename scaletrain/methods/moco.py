@@ -1,7 +1,5 @@
 """MoCo v1 and v2: momentum contrast (He et al., 2020, arXiv 1911.05722; arXiv 2003.04297), after
 facebookresearch/moco.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -59,6 +57,8 @@ class Config(ComponentConfig):
 
 class Model(WithMomentumEncoder):
     """A query must find the key of its own image among the keys of earlier batches."""
+
+    kind = "joint"
 
     def __init__(
         self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo

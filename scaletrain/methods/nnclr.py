@@ -1,7 +1,5 @@
 """NNCLR: nearest neighbours as positives (Dwibedi et al., 2021, arXiv 2104.14548). No code is
 published; after solo-learn.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ class Model(Projected):
     sample's other view.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

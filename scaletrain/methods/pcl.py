@@ -1,6 +1,4 @@
-"""PCL: prototypical contrastive learning (Li et al., 2021, arXiv 2005.04966), after salesforce/PCL.
-Family: contrastive.
-"""
+"""PCL, prototypical contrasts (Li et al., 2021, arXiv 2005.04966), after salesforce/PCL."""
 
 from __future__ import annotations
 
@@ -70,6 +68,7 @@ class Model(WithMomentumEncoder):
     of its own.
     """
 
+    kind = "joint"
     whole_images = True
     # prototypes of the other samples of the batch are negatives
     global_loss = True
@@ -111,11 +110,9 @@ class Model(WithMomentumEncoder):
             return
 
         memory = Bank(self.samples, self.config.dim).to(self.queue.rows)
-        self.target_backbone.eval()
-        for index, z in features(self._embed):
+        for index, z in features(self._embed, every=False):
             memory.write(index, z)
 
-        self.target_backbone.train()
         for m, clusters in enumerate(self.config.clusters):
             # differs: one start in place of the best of five, and an empty cluster stays where it
             # is.

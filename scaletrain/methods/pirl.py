@@ -1,7 +1,5 @@
 """PIRL: pretext-invariant representations (Misra and van der Maaten, 2020, arXiv 1912.01991) by
 jigsaw, after vissl's code.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -61,6 +59,7 @@ class Model(Method):
     image.
     """
 
+    kind = "joint"
     two_views = True
 
     def __init__(

@@ -3,8 +3,6 @@ network.
 
 No pretraining code was published; networks and optimizer are BYOL's, as the paper says of its
 better variant.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -53,6 +51,7 @@ class Model(WithTarget):
     both pairs of views.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

@@ -1,7 +1,5 @@
 """ReLICv2 (Tomasev et al., 2022, arXiv 2201.05119), equations 1 to 4 and Listing 1. No pretraining
 code was published.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -73,6 +71,7 @@ class Model(WithTarget):
     views.
     """
 
+    kind = "joint"
     global_loss = True
 
     def __init__(

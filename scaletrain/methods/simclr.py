@@ -1,7 +1,5 @@
 """SimCLR (Chen et al., 2020, arXiv 2002.05709; v2's deeper head: arXiv 2006.10029), after
 google-research/simclr.
-
-Family: contrastive.
 """
 
 from __future__ import annotations
@@ -35,6 +33,7 @@ class Config(ComponentConfig):
 class Model(Projected):
     """Two views of a sample attract, all other views of the global batch repel."""
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

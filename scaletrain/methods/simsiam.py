@@ -1,7 +1,5 @@
 """SimSiam: simple siamese networks (Chen and He, 2020, arXiv 2011.10566), after
 facebookresearch/simsiam.
-
-Family: without negatives.
 """
 
 from __future__ import annotations
@@ -35,6 +33,7 @@ class Config(ComponentConfig):
 class Model(Projected):
     """Two views; the prediction of each meets the other's projection, which carries no gradient."""
 
+    kind = "joint"
     two_views = True
 
     def __init__(

@@ -1,7 +1,5 @@
 """Supervised contrastive learning (Khosla et al., 2020, arXiv 2004.11362, eq. 2: L_out), after
 HobbitLong/SupContrast.
-
-Family: supervised.
 """
 
 from __future__ import annotations
@@ -39,6 +37,7 @@ class Model(Projected):
     reference.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
     classes = 0

@@ -1,7 +1,5 @@
 """Supervised classification, the baseline of SimCLR's paper (Chen et al., 2020, arXiv 2002.05709,
 section 3 and table 1).
-
-Family: supervised.
 """
 
 from __future__ import annotations
@@ -26,6 +24,8 @@ class Config(ComponentConfig):
 
 class Model(Method):
     """Every view of a sample is classified by one linear layer on the encoder."""
+
+    kind = "supervised"
 
     def __init__(
         self, config: Config, make_backbone: Callable[[], Backbone], run_info: RunInfo

@@ -1,7 +1,5 @@
 """SwAV: swapping assignments between views (Caron et al., 2020, arXiv 2006.09882), after
 facebookresearch/swav.
-
-Family: clustering.
 """
 
 from __future__ import annotations
@@ -65,6 +63,7 @@ class Config(ComponentConfig):
 class Model(Projected):
     """The codes of each large view are predicted from every other view, small ones included."""
 
+    kind = "joint"
     global_loss = True
 
     def __init__(

@@ -1,7 +1,4 @@
-"""Triplet loss over two views (Schroff et al., 2015, FaceNet, arXiv 1503.03832, section 3.1).
-
-Family: contrastive.
-"""
+"""Triplet loss over two views (Schroff et al., 2015, FaceNet, arXiv 1503.03832, section 3.1)."""
 
 from __future__ import annotations
 
@@ -38,6 +35,7 @@ class Model(Projected):
     margin. A small baseline.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

@@ -1,7 +1,5 @@
 """VICReg: variance, invariance, covariance (Bardes et al., 2021, arXiv 2105.04906), after
 facebookresearch/vicreg.
-
-Family: without negatives.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ class Model(Projected):
     over the global batch.
     """
 
+    kind = "joint"
     two_views = True
     global_loss = True
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError, nearest
-from scaletrain.config.schema import ModelConfig
+from scaletrain.config.schema import DataConfig, ModelConfig
 from scaletrain.core import Backbone
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
@@ -21,9 +21,12 @@ from scaletrain.nn.norm import BatchNorm
 TIMM = "timm/"
 
 
-def build(config: ModelConfig) -> Backbone:
-    """Build the network with newly drawn weights. Raises ConfigError."""
-    return _timm(config) if config.name.startswith(TIMM) else resnet.ResNet(config)
+def build(config: ModelConfig, data: DataConfig | None = None) -> Backbone:
+    """Build the network with newly drawn weights. Raises ConfigError.
+
+    data: how its images are normalised; `model.input=lightness` cannot do without.
+    """
+    return _timm(config) if config.name.startswith(TIMM) else resnet.ResNet(config, data)
 
 
 def unpooled(net: Backbone) -> Backbone:
@@ -40,7 +43,7 @@ def unpooled(net: Backbone) -> Backbone:
 
 
 def _timm(config: ModelConfig) -> Backbone:
-    for key in ("width", "stem", "sk", "sobel", "zero_init"):
+    for key in ("width", "stem", "sk", "input", "zero_init", "output_stride"):
         value, plain = getattr(config, key), ModelConfig.model_fields[key].default
         if value != plain:
             raise ConfigError(
@@ -68,12 +71,24 @@ def _timm(config: ModelConfig) -> Backbone:
         )
 
     net.features = int(getattr(net, "head_hidden_size", net.num_features))
+    net.stride = _stride(net, config)
     for path, module in list(net.named_modules()):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             net.set_submodule(path, _ours(module, config))
 
     # by its attribute `features`; a wrapper would change the names of its parameters
     return cast(Backbone, net)
+
+
+def _stride(net: Any, config: ModelConfig) -> int:
+    """The stride of the last place where timm taps the network. Raises ConfigError."""
+    taps = getattr(net, "feature_info", None)
+    if not isinstance(taps, list) or not taps:
+        raise ConfigError(
+            f"model.name={config.name}: timm does not say the stride of its last feature map"
+        )
+
+    return int(taps[-1]["reduction"])
 
 
 def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: ModelConfig) -> BatchNorm:
@@ -97,7 +112,7 @@ def _ours(theirs: nn.modules.batchnorm._BatchNorm, config: ModelConfig) -> Batch
         shift=theirs.affine,
         group=config.norm_group,
         eps=theirs.eps,
-        momentum=theirs.momentum,
+        momentum=config.norm_momentum or theirs.momentum,
     )
 
     ours.weight, ours.bias = theirs.weight, theirs.bias

@@ -142,9 +142,16 @@ class Bank(DeferredState):
 
     @torch.no_grad()
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Write now; all ranks call it together with equally many rows. Of a sample's rows the last
-        of the batch stays.
+        """Write now; all ranks call it together, each with as many rows as it has. Of a sample's
+        rows the last of the batch stays.
         """
+        longest = int(dist.max_nograd(torch.tensor(len(index), device=index.device)))
+        lacking = longest - len(index)
+        # no rank owns sample -1
+        self._write(F.pad(index, (0, lacking), value=-1), F.pad(rows.detach(), (0, 0, 0, lacking)))
+
+    def _write(self, index: Tensor, rows: Tensor) -> None:
+        """The same with equally many rows on every rank."""
         index, rows = dist.gather_nograd(index), dist.gather_nograd(rows.to(self.rows.dtype))
         # A batch may hold a sample twice, and which of two rows an indexed write keeps is undefined
         # on some devices.
@@ -177,11 +184,12 @@ class Bank(DeferredState):
     def _owned(self, index: Tensor) -> Tensor:
         return (index >= self.start) & (index < self.start + len(self.rows))
 
+    @torch.no_grad()
     def commit(self, parts: int = 1) -> None:
         calls = len(self.staged) // parts
         for call in range(calls):
             index, rows = zip(*self.staged[call::calls], strict=True)
-            self.write(torch.cat(index), torch.cat(rows))
+            self._write(torch.cat(index), torch.cat(rows))
         self.staged.clear()
 
     def discard(self) -> None:

@@ -9,6 +9,7 @@ selective kernels (Li et al., arXiv 1903.06586) in the bottleneck, and ResNet-D'
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +21,25 @@ Norm = Callable[[int], BatchNorm]
 SK_RATIO, SK_LEAST = 1 / 16, 32
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+class Dilation(NamedTuple):
+    """Dilation of a block's 3x3 convolutions: of the one that has the stride, and of those after
+    it.
+    """
+
+    strided: int
+    later: int
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        inputs,
+        outputs,
+        kernel,
+        stride,
+        padding=kernel // 2 * dilation,
+        dilation=dilation,
+        bias=False,
+    )
 
 
 def deep_stem(width: int, norm: Norm) -> nn.Sequential:
@@ -40,10 +58,12 @@ def deep_stem(width: int, norm: Norm) -> nn.Sequential:
 class Basic(nn.Module):
     expansion = 1
 
-    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm) -> None:
+    def __init__(
+        self, inputs: int, planes: int, stride: int, norm: Norm, dilation: Dilation
+    ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv(inputs, planes, 3, stride), norm(planes)
-        self.conv2, self.bn2 = conv(planes, planes, 3), norm(planes)
+        self.conv1, self.bn1 = conv(inputs, planes, 3, stride, dilation.strided), norm(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3, 1, dilation.later), norm(planes)
         self.downsample = _shortcut(inputs, planes, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,12 +79,21 @@ class Basic(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, inputs: int, planes: int, stride: int, norm: Norm, sk: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        planes: int,
+        stride: int,
+        norm: Norm,
+        dilation: Dilation,
+        sk: bool = False,
+    ) -> None:
         super().__init__()
         # both 3x3 kernels in one convolution
         kernels = 2 if sk else 1
         self.conv1, self.bn1 = conv(inputs, planes, 1), norm(planes)
-        self.conv2, self.bn2 = conv(planes, kernels * planes, 3, stride), norm(kernels * planes)
+        self.conv2 = conv(planes, kernels * planes, 3, stride, dilation.strided)
+        self.bn2 = norm(kernels * planes)
         self.select = Select(planes, norm) if sk else None
         self.conv3, self.bn3 = conv(planes, 4 * planes, 1), norm(4 * planes)
         self.downsample = _shortcut(inputs, 4 * planes, stride, norm, sk)

@@ -22,6 +22,9 @@ from scaletrain import dist, rng
 from scaletrain.core import DeferredState
 from scaletrain.nn.batch_norm import Stats, batch_norm
 
+# share of a step's statistics in the running ones
+MOMENTUM = 0.1
+
 _views, _rows = 1, 1
 
 # the first run of what backward runs again leaves its statistics here
@@ -132,7 +135,7 @@ class BatchNorm(DeferredState):
     staged.
 
     A step with V views moves the running statistics V times, in closed form. eps 1e-5, momentum .1
-    as the papers' .9 decay.
+    as the papers' .9 decay, by default.
     """
 
     running_mean: Tensor
@@ -147,7 +150,7 @@ class BatchNorm(DeferredState):
         shift: bool = True,
         group: int = 0,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float = MOMENTUM,
     ) -> None:
         super().__init__()
         self.group, self.eps, self.momentum = group, eps, momentum

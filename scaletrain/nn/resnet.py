@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.config.schema import ModelConfig
+from scaletrain.config.schema import DataConfig, ModelConfig
 from scaletrain.core import Backbone
-from scaletrain.nn.blocks import Basic, Bottleneck, conv, deep_stem
-from scaletrain.nn.norm import BatchNorm
-from scaletrain.ops.precision import full_precision
+from scaletrain.nn import inputs
+from scaletrain.nn.blocks import Basic, Bottleneck, Dilation, conv, deep_stem
+from scaletrain.nn.norm import MOMENTUM, BatchNorm
 
 LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet10": (Basic, (1, 1, 1, 1)),
@@ -36,8 +35,8 @@ LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int
 class ResNet(Backbone):
     """[N, 3, H, W] -> globally pooled features [N, features]; no classifier.
 
-    With `pool` off, the last feature map [N, features, H / 32, W / 32]; H / 8 and W / 8 with the
-    CIFAR stem.
+    With `pool` off, the last feature map [N, features, H / stride, W / stride]. `data`: how the
+    images are normalised, which `model.input=lightness` needs.
     """
 
     layer1: nn.Sequential
@@ -45,7 +44,7 @@ class ResNet(Backbone):
     layer3: nn.Sequential
     layer4: nn.Sequential
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, data: DataConfig | None = None) -> None:
         super().__init__()
         if config.name not in LAYERS:
             raise ConfigError(
@@ -63,11 +62,16 @@ class ResNet(Backbone):
                 "none"
             )
 
+        cifar = config.stem == "cifar"
+        _check_stride(config)
+
         def norm(channels: int) -> BatchNorm:
-            return BatchNorm(channels, group=config.norm_group)
+            return BatchNorm(
+                channels, group=config.norm_group, momentum=config.norm_momentum or MOMENTUM
+            )
 
         make = partial(Bottleneck, sk=True) if config.sk else block
-        cifar = config.stem == "cifar"
+        self.input = inputs.build(config, data)
         self.conv1 = (
             conv(3, base, 3)
             if cifar
@@ -78,25 +82,26 @@ class ResNet(Backbone):
 
         self.bn1 = norm(base)
         self.maxpool = nn.Identity() if cifar else nn.MaxPool2d(3, 2, 1)
-        inputs = base
+        width, self.stride, dilation = base, 1 if cifar else 4, 1
         for stage, depth in enumerate(depths):
             planes = base * 2**stage
+            before, halve = dilation, stage > 0
+            # A stage that may not halve the map doubles the dilation instead: at every second
+            # position its kernels see what they would have seen of the smaller map.
+            if halve and self.stride == config.output_stride:
+                halve, dilation = False, 2 * dilation
+
+            self.stride *= 1 + halve
             blocks: list[nn.Module] = []
             for i in range(depth):
-                blocks.append(make(inputs, planes, 2 if stage and not i else 1, norm))
-                inputs = planes * block.expansion
+                first = not i
+                spaced = Dilation(before if first else dilation, dilation)
+                blocks.append(make(width, planes, 2 if halve and first else 1, norm, spaced))
+                width = planes * block.expansion
 
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
 
-        self.features, self.pool = inputs, True
-        self.filters: Tensor | None
-        ramp = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        self.register_buffer(
-            "filters",
-            torch.stack([ramp, ramp.T])[:, None] if config.sobel else None,
-            persistent=False,
-        )
-
+        self.features, self.pool = width, True
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -104,21 +109,20 @@ class ResNet(Backbone):
                 nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.filters is None else edges(x, self.filters)
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(self.input(x)))))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return x.mean((2, 3)) if self.pool else x
 
 
-@full_precision
-def edges(x: Tensor, filters: Tensor) -> Tensor:
-    """[N, 3, H, W] -> the same of the grey image's Sobel gradients, across and down, and black as
-    the third colour.
-
-    So the first layer, and its name and shape, are those of any network (DeepCluster, section 4:
-    two input channels).
-    """
-    slopes = F.conv2d(x.mean(1, keepdim=True), filters, padding=1)
-
-    return F.pad(slopes, (0, 0, 0, 0, 0, 1))
+def _check_stride(config: ModelConfig) -> None:
+    """Raise ConfigError for an output stride that the network cannot have."""
+    if config.output_stride < 32 and config.sk:
+        raise ConfigError(
+            f"model.output_stride={config.output_stride} needs plain convolutions; leave it at 32 "
+            "with model.sk=true"
+        )
+    if config.output_stride == 16 and config.stem == "cifar":
+        raise ConfigError(
+            "model.output_stride=16 is more than the 8 of model.stem=cifar; leave it at 32"
+        )

@@ -38,7 +38,7 @@ def build_method(config: Config, run_info: RunInfo) -> Method:
     torch.manual_seed(config.seed)
     module = importlib.import_module(f"scaletrain.methods.{config.method.name}")
     return auxiliaries.attach(
-        module.Model(config.method, lambda: backbone.build(config.model), run_info),
+        module.Model(config.method, lambda: backbone.build(config.model, config.data), run_info),
         config.auxiliaries,
         run_info,
     )

@@ -92,7 +92,7 @@ def _loop(session: Session, device: torch.device, interrupt: Interrupt, trace: b
             monitor.step(clock, result, engine.rates(), batch, waited, replaced)
             tracer.step()
             if save:
-                session.save(step)
+                session.save(step, finished=last and not session.unfinished)
 
             writer.check()
             timer.step()
@@ -104,6 +104,7 @@ def _loop(session: Session, device: torch.device, interrupt: Interrupt, trace: b
         if stop:
             raise Stopped(stop, session.updates(step), saved=True)
 
+        session.finish(interrupt)
         writer.close()
         monitor.finish(run, reader.folder_of(run / "checkpoints", session.start.offset + total))
 

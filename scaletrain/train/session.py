@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from scaletrain import dist
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config, DataConfig
-from scaletrain.core import Batch, Clock
+from scaletrain.core import Batch, Clock, Method
 from scaletrain.data.format import selection
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.replacement import ReplacementLog, count_of
 from scaletrain.engines.base import Engine
 from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
-from scaletrain.runtime.signals import Interrupt, Stopped
+from scaletrain.runtime.signals import Interrupt
 from scaletrain.runtime.versions import commit
 from scaletrain.train import initial_weights, run_folder
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.monitor import Monitor
+from scaletrain.train.passes import Passes
 from scaletrain.train.resume import BEGINNING, Start, check_end, other_data, start_of
 
 
@@ -41,8 +41,8 @@ class Session:
     engine: Engine
     # Batches to train on.
     stream: Stream
-    # Batches of the passes over all samples that a method makes between epochs.
-    passes: Stream
+    # Passes over all samples that a method makes between epochs.
+    passes: Passes
     start: Start
     # Steps of the whole run.
     total: int
@@ -51,6 +51,8 @@ class Session:
     replacements: ReplacementLog
     # What every checkpoint records besides its place in the run.
     meta: Mapping[str, Any]
+    # The method's work after the last step is still to be done.
+    unfinished: bool
 
     @property
     def steps_left(self) -> int:
@@ -80,17 +82,21 @@ class Session:
 
     def begin_epoch(self, clock: Clock, interrupt: Interrupt) -> None:
         """Let the method prepare an epoch; it may ask for features of all samples."""
+        with self.passes.features(clock, interrupt, clock.step + self.start.offset) as features:
+            self.engine.method.on_epoch(clock, features, self.engine.write)
 
-        def features(embed: Callable[[Batch], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-            first = clock.epoch * self.passes.steps_per_epoch
-            batches = self.passes.batches(first, first + self.passes.steps_per_epoch)
-            for item in self.engine.features(batches, embed):
-                # Such a pass may take longer than a scheduler waits after its signal.
-                if number := interrupt.agreed():
-                    raise Stopped(number, clock.step + self.start.offset, saved=False)
-                yield item
+    def finish(self, interrupt: Interrupt) -> None:
+        """Let the method do its work after the last step, if it has any that no checkpoint has yet,
+        and save again.
+        """
+        if not self.unfinished:
+            return
 
-        self.engine.method.on_epoch(clock, features, self.engine.write)
+        clock = self.clock(self.total)
+        with self.passes.features(clock, interrupt, clock.step + self.start.offset) as features:
+            self.engine.method.on_end(clock, features, self.engine.write)
+
+        self.save(self.total - 1, finished=True)
 
     def count_replaced(self, clock: Clock, save: bool) -> dict[str, float]:
         """Scalars of the replaced samples; all ranks agree on them before they are recorded."""
@@ -99,10 +105,13 @@ class Session:
             log.agree(self.start.after(clock.step, self.config.batch))
         return log.scalars()
 
-    def save(self, step: int) -> None:
-        """Begin to save a checkpoint after the step at this place in the schedule."""
+    def save(self, step: int, *, finished: bool = False) -> None:
+        """Begin to save a checkpoint after the step at this place in the schedule.
+
+        finished: nothing of the run is left to do, the method's work after the last step included.
+        """
         place = self.start.meta(step, self.total, self.stream.steps_per_epoch, self.config.batch)
-        meta = {**place, **self.replacements.meta(), **self.meta}
+        meta = {**place, **self.replacements.meta(), **self.meta, "finished": finished}
         self.writer.save(self.updates(step), self.engine.state(), meta)
 
     def summarise(self, step: int) -> None:
@@ -148,7 +157,10 @@ def open_session(
     monitor = Monitor(
         run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start=start
     )
+    ended = start.step == total and saved is not None and saved.meta.get("finished", False)
+    unfinished = type(engine.method).on_end is not Method.on_end and not ended
     finished = f"nothing left to train: all {total} steps are done"
+    finished += "; the method's work after the last one follows" if unfinished else ""
     for line in (*notes, f"{origin}; {stream.mixing()}" if start.step < total else finished):
         monitor.note(line)
 
@@ -157,9 +169,7 @@ def open_session(
         run=run,
         engine=engine,
         stream=stream,
-        passes=_open(whole_images(config.data), config, device)
-        if engine.method.whole_images
-        else stream,
+        passes=_passes(engine, stream, config, device),
         start=start,
         total=total,
         writer=writer,
@@ -180,7 +190,19 @@ def open_session(
             "world": dist.world(),
             "versions": _versions(),
         },
+        unfinished=unfinished,
     )
+
+
+def _passes(engine: Engine, stream: Stream, config: Config, device: torch.device) -> Passes:
+    """The passes that the method of an engine may ask for."""
+    whole = engine.method.whole_images
+    data = whole_images(config.data) if whole else config.data.model_copy(update={"support": None})
+
+    def opened(every: bool) -> Stream:
+        return _open(data, config, device, every=every) if every or whole else stream
+
+    return Passes(engine, opened)
 
 
 def whole_images(data: DataConfig) -> DataConfig:
@@ -190,7 +212,7 @@ def whole_images(data: DataConfig) -> DataConfig:
     return data.plain(views=(first.model_copy(update={"count": 1, **off}),))
 
 
-def _open(data: DataConfig, config: Config, device: torch.device) -> Stream:
+def _open(data: DataConfig, config: Config, device: torch.device, *, every: bool = False) -> Stream:
     return open_stream(
         data,
         seed=config.seed,
@@ -198,6 +220,7 @@ def _open(data: DataConfig, config: Config, device: torch.device) -> Stream:
         rank=dist.rank(),
         world=dist.world(),
         device=device,
+        every=every,
     )
 
 

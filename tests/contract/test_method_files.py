@@ -109,10 +109,15 @@ def test_an_allowed_file_passes() -> None:
 
 @each_method
 def test_the_defaults_are_valid_and_say_their_name(method: str) -> None:
+    """Only pretraining needs no options; what others require is in their `miniature`."""
     config = component_config("methods", method)
     assert issubclass(config, ComponentConfig)
     assert config.__module__ == f"scaletrain.methods.{method}"
-    assert config(name=method) == load.build({"method": method}).method
+    fields = config.model_fields.items()
+    required = {key for key, field in fields if field.is_required()} - {"name"}
+    assert not required or not small.pretrains(method)
+    options = {"name": method, **{key: config.miniature[key] for key in required}}
+    assert config.model_validate(options) == load.build({"method": options}).method
     with pytest.raises(recipe.ConfigError, match="nonsense"):
         load.build({"method": {"name": method, "nonsense": 1}})
 
@@ -132,10 +137,7 @@ def test_two_views_are_declared(method: str) -> None:
 
 # --- a new method ---------------------------------------------------------------------------------
 
-TOY = '''"""Toy: both views of a sample attract (Nobody, 2026).
-
-Family: without negatives.
-"""
+TOY = '''"""Toy: both views of a sample attract (Nobody, 2026)."""
 
 from __future__ import annotations
 
@@ -159,6 +161,7 @@ class Config(ComponentConfig):
 class Model(Projected):
     """Two views; the distance of their projections is the loss."""
 
+    kind = "joint"
     two_views = True
 
     def __init__(
@@ -173,6 +176,14 @@ class Model(Projected):
 '''
 
 
+def add(name: str, source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a method of this source into a folder and make it known."""
+    (folder / f"{name}.py").write_text(source)
+    methods = importlib.import_module("scaletrain.methods")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, f"scaletrain.methods.{name}", raising=False)
+
+
 def test_a_new_method_is_a_file_and_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,20 +191,17 @@ def test_a_new_method_is_a_file_and_a_recipe(
     Beside these two it needs a reference test, its golden values (`make golden`) and a line of the
     changelog.
     """
-    (tmp_path / "toy.py").write_text(TOY)
+    add("toy", TOY, tmp_path, monkeypatch)
     (tmp_path / "toy_r50_in1k.yaml").write_text(
         f"published: 1 % (nowhere)\nbase: {ROOT / 'configs/base/in1k.yaml'}\nmethod: toy\n"
     )
-    methods = importlib.import_module("scaletrain.methods")
-    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "scaletrain.methods.toy", raising=False)
     assert components("methods") == tuple(sorted([*METHODS, "toy"]))
     assert faults(TOY) == []
     test_the_defaults_are_valid_and_say_their_name("toy")
     test_two_views_are_declared("toy")
 
     (entry,) = (e for e in catalogue.entries("methods", tmp_path) if e.name == "toy")
-    assert (entry.paper, entry.family) == (TOY[3:].partition("\n")[0], "without negatives")
+    assert (entry.paper, entry.kind) == (TOY[3:].partition('"""')[0], "joint")
     assert entry.recipes == {"toy_r50_in1k": "1 % (nowhere)"}
     assert load.load(tmp_path / "toy_r50_in1k.yaml").method.name == "toy"
 
@@ -201,6 +209,35 @@ def test_a_new_method_is_a_file_and_a_recipe(
     contract.test_what_forward_returns("toy")
     contract.test_targets_are_moved_by_their_average_alone("toy")
     contract.test_groups_take_parameters("toy")
+
+
+STUDENT = (
+    TOY.replace('kind = "joint"', 'kind = "distillation"')
+    .replace("    dim: Count = 2048\n", "    teacher: str\n    dim: Count = 2048\n")
+    .replace('{"dim": 8}', '{"dim": 8, "teacher": "run"}')
+    .replace(
+        "config.dim, 4)), run_info)\n",
+        "config.dim, 4)), run_info)\n"
+        "        self.teacher = make_backbone().eval().requires_grad_(False)\n",
+    )
+)
+
+
+def test_a_method_of_another_kind_may_require_options_and_keep_a_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pretraining, both would be faults."""
+    add("toy_student", STUDENT, tmp_path, monkeypatch)
+    test_the_defaults_are_valid_and_say_their_name("toy_student")
+    contract.test_targets_are_moved_by_their_average_alone("toy_student")
+    model = importlib.import_module("scaletrain.methods.toy_student").Model
+    monkeypatch.setattr(model, "kind", "joint")
+    for test in (
+        test_the_defaults_are_valid_and_say_their_name,
+        contract.test_targets_are_moved_by_their_average_alone,
+    ):
+        with pytest.raises(AssertionError):
+            test("toy_student")
 
 
 def test_no_other_file_lists_the_methods() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import regenerate
+from kit import small
 
 from scaletrain.config.schema import components
 
@@ -39,7 +40,7 @@ def test_losses_have_not_moved(method: str) -> None:
 @pytest.mark.parametrize("method", components("methods"))
 def test_schedules_have_not_moved(method: str) -> None:
     expected = known(method)["schedules"]
-    assert expected, f"no recipe trains {method}: add one to configs/"
+    assert expected or not small.pretrains(method), f"no recipe trains {method}: add one"
     assert regenerate.schedules(method) == expected, FIX
 
 

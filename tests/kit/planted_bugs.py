@@ -134,7 +134,7 @@ def clusters_of_own_samples() -> Any:
 
 def memory_of_own_samples() -> Any:
     """A sample's row is written only where the rank that saw it owns it."""
-    return _alone(bank.Bank, "write", "gather_nograd")
+    return _alone(bank.Bank, "_write", "gather_nograd")
 
 
 BUGS: dict[str, Callable[[], Any]] = {

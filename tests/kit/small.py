@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from scaletrain import dist, rng
 from scaletrain.config import load, recipe
 from scaletrain.config.schema import Config, DataConfig, component_config
-from scaletrain.core import Batch, Clock, Features
+from scaletrain.core import PRETRAINING, Batch, Clock
 from scaletrain.engines.base import Engine
 from scaletrain.train.build import build
 
@@ -58,6 +60,12 @@ def config(name: str, **changes: Any) -> Config:
         "engine": {"name": "ddp", "precision": "fp64"},
     }
     return load.build(recipe.merge(raw, changes))
+
+
+def pretrains(method: str) -> bool:
+    """Whether it is of a kind that trains an encoder from nothing, for which more is required."""
+    name = method.partition("+")[0]
+    return importlib.import_module(f"scaletrain.methods.{name}").Model.kind in PRETRAINING
 
 
 def batch(cfg: Config, step: int) -> Batch:
@@ -135,9 +143,13 @@ def run(trainer: Engine, cfg: Config, start: int, stop: int) -> list[float]:
     for step in range(start, stop):
         clock = Clock(step, 20, step // STEPS_PER_EPOCH, STEPS_PER_EPOCH)
         if step % STEPS_PER_EPOCH == 0:
-            features: Features = lambda embed: trainer.features(  # noqa: E731
-                (batch(cfg, 100 + i) for i in range(8)), embed
-            )
+
+            def features(
+                embed: Callable[[Batch], Tensor], *, every: bool = True, training: bool = False
+            ) -> Iterator[tuple[Tensor, Tensor]]:
+                batches = (batch(cfg, 100 + i) for i in range(8))
+                return trainer.features(batches, embed, training=training)
+
             trainer.method.on_epoch(clock, features, trainer.write)
         losses.append(trainer.step(batch(cfg, step), clock, cfg.optim.lr, cfg.optim.lr).loss)
     return losses

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from scaletrain import rng
 from scaletrain.auxiliaries import base as auxiliaries
-from scaletrain.auxiliaries.rotation import turned
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import component_config
 from scaletrain.core import Batch, RunInfo
+from scaletrain.ops.turns import turned
 
 HEADS: dict[str, dict[str, Any]] = {
     "byol": {"hidden": 4, "dim": 3},

@@ -154,7 +154,7 @@ def test_an_epoch_finds_the_groups_of_the_features() -> None:
         40, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64
     )
 
-    def features(_: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def features(_: Any, **__: Any) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.arange(38).split(4):  # the last two samples are never seen
             yield rows, points[rows]
 

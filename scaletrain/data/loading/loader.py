@@ -49,14 +49,16 @@ def open_stream(
     rank: int,
     world: int,
     device: torch.device,
+    every: bool = False,
 ) -> Stream:
     """Open the training data of one rank. `batch` is the size of the global batch.
 
-    Raises DataError where batch, lanes, world size and data set do not fit together.
+    `every`: epochs have all samples, see plan.EverySample. Raises DataError where batch, lanes,
+    world size and data set do not fit together.
     """
     shards = open_shards(data)
     options = {"seed": seed, "batch": batch, "rank": rank, "world": world}
-    return stream_of(data, shards, **options, device=device)
+    return stream_of(data, shards, **options, device=device, every=every)
 
 
 def stream_of(
@@ -68,10 +70,12 @@ def stream_of(
     rank: int,
     world: int,
     device: torch.device,
+    every: bool = False,
 ) -> Stream:
     """As open_stream, of shards that are open: those of `data.path` or a subset of them."""
     groups = open_groups(data, shards)
     plan = plan_batches(data, shards, seed=seed, batch=batch)
+    plan = plan.every() if every else plan
     lo, hi = plan.part(rank, world)
     maps = [] if shards is None else open_maps(data, shards)
 
@@ -132,7 +136,9 @@ class Stream:
         self._shards, self._to_device, self._groups = shards, to_device, groups
         self._running: list[Generator[Batch, None, None]] = []
 
-    def batches(self, start: int, stop: int, lost: OnReplaced = ignore_replaced) -> Iterator[Batch]:
+    def batches(
+        self, start: int, stop: int, lost: OnReplaced = ignore_replaced
+    ) -> Generator[Batch, None, None]:
         """Batches of the global steps start .. stop - 1, across the ends of epochs without a pause.
 
         lost(step, replaced) is called for each batch before it is yielded.

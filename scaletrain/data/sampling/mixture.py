@@ -15,7 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from scaletrain.data.errors import DataError
-from scaletrain.data.sampling.plan import Batches, Draws, Ints, Order, divisor, keyed
+from scaletrain.data.sampling.plan import (
+    Batches,
+    Draws,
+    EverySample,
+    Ints,
+    Order,
+    divisor,
+    keyed,
+)
 from scaletrain.runtime.tables import plural
 
 
@@ -128,6 +136,12 @@ class Mixture(Batches):
                 samples[chosen] = self._first[number] + order.at(int(n), lane[chosen], at[chosen])
 
         return Draws(samples, turn - (np.array(opening) // sizes)[source])
+
+    def every(self) -> EverySample:
+        counts = np.concatenate([source.counts for source in self.sources])
+        first = self.orders[0]
+        order = Order(counts, seed=self.seed, lanes=first.lanes, window=first.window)
+        return EverySample(order, self.size)
 
     def in_use(self) -> tuple[int, int]:
         samples = self.batch(0, 0)

@@ -55,6 +55,10 @@ class Batches(ABC):
         step outside the epoch.
         """
 
+    def every(self) -> EverySample:
+        """An order of all samples of all sources, without a remainder."""
+        raise NotImplementedError(f"{type(self).__name__} has no order of all samples")
+
     @abstractmethod
     def in_use(self) -> tuple[int, int]:
         """Distinct shards of the first batch, and shards that all nodes together read from within
@@ -214,12 +218,47 @@ class Plan(Batches):
         lane, at = position // rows, step * rows + position % rows
         return Draws(self.order.at(epoch, lane, at), np.zeros_like(position))
 
+    def every(self) -> EverySample:
+        return EverySample(self.order, self.size)
+
     def in_use(self) -> tuple[int, int]:
         return len(np.unique(self.order.shards(self.batch(0, 0)))), self.order.in_use(0)
 
     def _about(self) -> str:
         where = f"{plural(len(self.order.counts), 'shard')} over {plural(self.order.lanes, 'lane')}"
         return f"{plural(self.samples, 'sample')} in {where}"
+
+
+class EverySample(Batches):
+    """Every sample of an order once in each epoch; the last batch is filled up with the epoch's
+    first samples.
+    """
+
+    whole = True
+
+    def __init__(self, order: Order, batch: int) -> None:
+        super().__init__(seed=order.seed, size=batch)
+        self.order, self.samples = order, order.samples
+        self.steps_per_epoch = -(-self.samples // batch)
+
+    def draws(self, epoch: int, step: int, lo: int = 0, hi: int | None = None) -> Draws:
+        self._inside(step)
+        position = np.arange(lo, self.size if hi is None else hi, dtype=np.int64)
+        place = (step * self.size + position) % self.samples
+        return Draws(self.order.at(epoch, *self.order.turn(place)), np.zeros_like(position))
+
+    def filling(self, step: int, lo: int, hi: int) -> int:
+        """How many of the last rows of positions [lo, hi) fill the batch up."""
+        return hi - min(max(self.samples - step * self.size, lo), hi)
+
+    def every(self) -> EverySample:
+        return self
+
+    def in_use(self) -> tuple[int, int]:
+        return len(np.unique(self.order.shards(self.batch(0, 0)))), self.order.in_use(0)
+
+    def _about(self) -> str:
+        return f"every one of {plural(self.samples, 'sample')}"
 
 
 def bijection(x: Ints, n: Ints, key: Ints) -> Ints:

@@ -4,10 +4,11 @@ through a run.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from kit.data import write_shards
@@ -16,6 +17,7 @@ from scaletrain.checkpoint import reader
 from scaletrain.config import load
 from scaletrain.config import schema as config
 from scaletrain.config.recipe import ConfigError
+from scaletrain.core import Kind
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.report import catalogue
@@ -157,10 +159,25 @@ def test_the_catalogue_reads_recipes_and_docstrings(tmp_path: Path) -> None:
     assert (rotation.name, rotation.recipes) == ("rotation", {"b": ""})
 
 
-def test_every_method_names_its_paper_and_family() -> None:
-    families = {"contrastive", "without negatives", "clustering", "supervised"}
-    for entry in catalogue.entries("methods"):
-        assert entry.family in families, (
-            f"{entry.name}: end the file's docstring in a line such as `Family: contrastive.`"
-        )
+def test_every_method_names_its_paper_and_kind(tmp_path: Path) -> None:
+    for entry in catalogue.entries("methods", tmp_path):
+        model = importlib.import_module(f"scaletrain.methods.{entry.name}").Model
+        assert entry.kind == model.kind, f'{entry.name}: write `kind = "..."` in its class'
+        assert entry.kind in get_args(Kind)
         assert entry.paper
+
+
+def test_a_method_and_an_auxiliary_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    """Rotation is both: a recipe that adds it to a method is not one of the method."""
+    (tmp_path / "alone.yaml").write_text("method: rotation\n")
+    (tmp_path / "added.yaml").write_text("method: byol\nauxiliaries: [rotation]\n")
+    (method,), (auxiliary,) = (
+        [entry for entry in catalogue.entries(package, tmp_path) if entry.name == "rotation"]
+        for package in ("methods", "auxiliaries")
+    )
+    assert (method.kind, list(method.recipes)) == ("pretext", ["alone"])
+    assert (auxiliary.kind, list(auxiliary.recipes)) == ("", ["added"])
+    both = load.build({"method": "rotation", "auxiliaries": [{"name": "rotation", "hidden": 7}]})
+    assert (both.method.name, both.auxiliaries[0].model_dump()["hidden"]) == ("rotation", 7)
+    with pytest.raises(ConfigError, match=r"unknown key 'method\.hidden'"):
+        load.build({"method": {"name": "rotation", "hidden": 7}})

@@ -20,6 +20,10 @@ STEPS = 2
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "views apart": ("byol", {}),
     "groups of samples with all their views": ("swav", {"model": {"norm_group": 3}}),
+    "a dilated network of lightness": (
+        "byol",
+        {"model": {"stem": "imagenet", "input": "lightness", "output_stride": 8}},
+    ),
     "bf16": ("byol", {"engine": {"precision": "bf16"}}),
     "two losses": ("toy", {}),
 }

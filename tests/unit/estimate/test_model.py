@@ -48,6 +48,25 @@ def test_multiply_adds_of_a_view_are_torchvisions(depth: int, weights: str) -> N
     assert (found["flops"] / 2 + classifier) / 1e9 == pytest.approx(published, abs=6e-4)
 
 
+def test_a_finer_map_costs_its_cells() -> None:
+    """Layer 4 of a ResNet-18 with a stem of 4 channels: 2 x 2 cells of 64 px, or 4 x 4."""
+    found = {
+        stride: model.measure(
+            recipe(
+                "simclr",
+                model={"stem": "imagenet", "output_stride": stride},
+                data={"views": [{"size": 64, "count": 2}]},
+            )
+        )
+        for stride in (32, 16)
+    }
+    assert found[16]["parameters"] == found[32]["parameters"]
+    assert found[16]["step"]["activations"] > found[32]["step"]["activations"]
+    coarse, fine = (found[stride]["views"][0]["flops"] for stride in (32, 16))
+    cell = 2 * (9 * 16 * 32 + 3 * 9 * 32 * 32 + 16 * 32)
+    assert fine - coarse == (16 - 4) * cell
+
+
 def test_parameters_and_flops_of_a_step_by_hand() -> None:
     """BYOL's two heads of one hidden layer, and forward passes: two views, each through both
     networks.

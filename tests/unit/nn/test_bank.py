@@ -54,8 +54,17 @@ def permuted() -> dict[str, Tensor]:
     }
 
 
+def unequal() -> dict[str, Tensor]:
+    """Writes of the last batch of a pass, of which the later ranks have fewer rows, or none."""
+    bank = Bank(40, D)
+    mine = slice(dist.rank() * 6, max(dist.rank() * 6, min(dist.rank() * 6 + 6, 15)))
+    bank.write(index(0)[mine], rows(0)[mine])
+    return {f"unequal@{bank.start}": bank.rows}
+
+
 def work() -> dict[str, Tensor]:
     return {
+        **unequal(),
         **{f"{parts}/{k}": v for parts in (1, 2) for k, v in memories(parts).items()},
         **permuted(),
     }
@@ -91,6 +100,14 @@ def test_ranks_leave_what_one_process_leaves(parts: int, spread: list[dict[str, 
     assert all(torch.equal(result[f"{parts}/queue"], ring) for result in spread)
     pieces = [v for result in spread for k, v in result.items() if k.startswith(f"{parts}/bank@")]
     assert torch.equal(torch.cat(pieces), bank)
+
+
+def test_ranks_write_as_many_rows_as_they_have(spread: list[dict[str, Tensor]]) -> None:
+    expected = torch.zeros(40, D)
+    for i, row in zip(index(0)[:15], rows(0)[:15], strict=True):
+        expected[i] = row
+    found = [result[f"unequal@{10 * rank}"] for rank, result in enumerate(spread)]
+    assert torch.equal(torch.cat(found), expected)
 
 
 def test_a_permutation_over_ranks_goes_there_and_back(spread: list[dict[str, Tensor]]) -> None:

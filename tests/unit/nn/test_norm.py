@@ -11,7 +11,7 @@ from kit import ranks
 from torch import Tensor, nn
 
 from scaletrain import dist
-from scaletrain.config.schema import ModelConfig
+from scaletrain.config.schema import DataConfig, ModelConfig
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm, per_view, pooled, views
 
@@ -151,9 +151,11 @@ def test_ranks_equal_one_big_batch_also_with_unequal_slices(tmp_path: Path) -> N
 
 
 def test_compiled_backbone_has_no_graph_break_and_stages_its_statistics() -> None:
+    """With all that a network may have before its first layer and between its kernels' pixels."""
     from torch._dynamo.utils import counters
 
-    net = resnet.ResNet(ModelConfig(name="resnet18", width=0.125, stem="cifar"))
+    config = ModelConfig(name="resnet18", width=0.125, input="lightness", output_stride=8)
+    net = resnet.ResNet(config, DataConfig())
     x = torch.randn(2, 4, 3, 16, 16)
     plain = per_view(net, x)
     staged = net.bn1.staged[0][0].clone()

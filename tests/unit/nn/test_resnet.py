@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from scaletrain.checkpoint import files
 from scaletrain.config.recipe import ConfigError
@@ -135,36 +135,6 @@ def test_width_multiplies_every_stage_and_the_stem() -> None:
     ]  # type: ignore[index]
     assert narrow.features == 128
     assert narrow(torch.randn(2, 3, 32, 32)).shape == (2, 128)
-
-
-def test_sobel_shows_the_gradients_of_the_grey_image() -> None:
-    """Across and down, pixel by pixel; names and shapes stay torchvision's, and evaluations build
-    the same from the recipe.
-    """
-    net = backbone.build(ModelConfig(name="resnet18", sobel=True)).double()
-    plain = backbone.build(ModelConfig(name="resnet18"))
-    assert {k: v.shape for k, v in net.state_dict().items()} == {
-        k: v.shape for k, v in plain.state_dict().items()
-    }
-    seen: list[Tensor] = []
-    net.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    net(x)
-    grey = x.mean(1)
-    for n, row, column in ((0, 1, 2), (1, 30, 17)):
-        patch = grey[n, row - 1 : row + 2, column - 1 : column + 2]
-        across = sum(w * (patch[i, 0] - patch[i, 2]).item() for i, w in enumerate((1, 2, 1)))
-        down = sum(w * (patch[0, i] - patch[2, i]).item() for i, w in enumerate((1, 2, 1)))
-        assert seen[0][n, :, row, column].tolist() == pytest.approx([across, down, 0], abs=1e-12)
-
-
-def test_sobel_is_exact_beside_bfloat16() -> None:
-    """On a bright ramp the gradients are small differences of large numbers."""
-    ramp = (100 + torch.arange(32.0) / 64).expand(1, 3, 32, 32)
-    filters = backbone.build(ModelConfig(name="resnet18", sobel=True)).filters
-    with torch.autocast("cpu", torch.bfloat16):
-        seen = resnet.edges(ramp, filters)
-    assert seen[0, 0, 5, 5].item() == pytest.approx(-8 / 64)
 
 
 def test_zero_init_and_what_does_not_fit() -> None:

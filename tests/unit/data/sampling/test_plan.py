@@ -12,7 +12,8 @@ from scipy import stats
 
 from scaletrain.data.errors import DataError
 from scaletrain.data.sampling import plan as plan_module
-from scaletrain.data.sampling.plan import ROUNDS, Plan, bijection, divisor
+from scaletrain.data.sampling.mixture import Mixture, MixtureSource
+from scaletrain.data.sampling.plan import ROUNDS, Batches, EverySample, Plan, bijection, divisor
 
 RAGGED = np.array([13, 1, 40, 7, 0, 22, 17, 31, 9, 60])
 
@@ -62,6 +63,31 @@ def test_uneven_lanes_drop_the_rest_and_never_repeat() -> None:
     assert len(set(order.tolist())) == 96
     dropped = {tuple(sorted(set(range(107)) - set(epoch_of(plan, e).tolist()))) for e in range(5)}
     assert len(dropped) == 5  # another rest each epoch
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixture"])
+@pytest.mark.parametrize("batch", [8, 40, 200])
+def test_every_sample_comes_once_and_the_last_batch_is_filled_up(kind: str, batch: int) -> None:
+    usual: Batches = Plan(RAGGED, seed=3, batch=batch, lanes=8, window=2)
+    if kind == "mixture":
+        parts = [MixtureSource("a", RAGGED[:6], 0.5), MixtureSource("b", RAGGED[6:], 0.5)]
+        usual = Mixture(parts, seed=3, batch=8, lanes=8, window=2, epoch_samples=16)
+    plan = usual.every()
+    for epoch in (0, 5):
+        found = []
+        for step in range(plan.steps_per_epoch):
+            filling = plan.filling(step, 0, plan.size)
+            found += plan.batch(epoch, step).tolist()[: plan.size - filling]
+            # ranks agree, however many rows each has left
+            halves = (
+                plan.filling(step, 0, plan.size // 2),
+                plan.filling(step, plan.size // 2, plan.size),
+            )
+            assert sum(halves) == filling
+        assert filling == -200 % plan.size
+        assert sorted(found) == list(range(200))
+        assert found != sorted(found)
+    assert isinstance(plan.every(), EverySample)
 
 
 def test_a_lane_is_its_cut_of_the_line_and_stays_in_its_window() -> None:
