@@ -26,7 +26,7 @@ from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt, Stopped
 from scaletrain.runtime.versions import commit
-from scaletrain.train import run_folder
+from scaletrain.train import continuation, run_folder
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.initial_weights import start_from
 from scaletrain.train.monitor import Monitor
@@ -114,11 +114,17 @@ class Session:
 
 
 def open_session(
-    config: Config, run: Path, device: torch.device, *, init: Path | None, change: bool
+    config: Config,
+    run: Path,
+    device: torch.device,
+    *,
+    init: Path | None,
+    continues: Path | None,
+    change: bool,
 ) -> Session:
     """Open the data, build the engine, and restore it from the newest good checkpoint, if any.
 
-    init and change: as in `train`. Every rank calls it.
+    init, continues and change: as in `train`. Every rank calls it.
     """
     stream = _open(config.data, config, device)
     sources = stream.sources()
@@ -129,6 +135,7 @@ def open_session(
     saved = reader.latest(run / "checkpoints")
     total = total_steps(config, stream.steps_per_epoch)
     start, notes = _start(saved, config, stream, data, total, change)
+    continued = continuation.find(continues, init, saved)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     _check_data(config, stream, engine)
     engine.sample_name = stream.name
@@ -137,7 +144,7 @@ def open_session(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     )
-    origin = _restore(engine, config, start, saved, init)
+    origin = _restore(engine, config, data, start, saved, init, continued)
     run_folder.on_main(lambda: _accept(run, config, start, notes))
 
     monitor = Monitor(
@@ -172,6 +179,7 @@ def open_session(
             "data": data,
             "world": dist.world(),
             "versions": _versions(),
+            **({} if continued is None else {"continues": continued.meta}),
         },
     )
 
@@ -238,14 +246,18 @@ def _check_labels(stream: Stream, classes: int | None) -> None:
 def _restore(
     engine: Engine,
     config: Config,
+    data: Mapping[str, Any],
     start: Start,
     saved: reader.SavedStep | None,
     init: Path | None,
+    continued: continuation.Source | None,
 ) -> str:
     """Give the engine its first state; returns where that came from."""
     if saved is not None:
         engine.restore(saved)
         return f"resumed from step {start.updates}"
+    if continued is not None:
+        return continuation.restore(engine, config, data, continued)
     if init is None:
         return f"started from seed {config.seed}"
 
