@@ -87,6 +87,9 @@ class Driver:
     def run_one(self, name: str) -> None:
         """Run one stage, whose inputs must be finished: by every process of a job."""
         stage, work = self._pipeline.stage(name), self._pipeline.work
+        if stage.recipe is None and environment.world() > 1:
+            raise ConfigError(f"stage '{name}' is a computation, which takes one process")
+
         # Jobs of other stages run at the same time, a driver of all stages does not.
         with self._private(), _locked(work / LOCK, f"the pipeline in {work}", shared=True):
             if waits := [one for one in stage.after if not self._result(one)]:

@@ -33,11 +33,16 @@ class StageResources(Frozen):
     """What the SLURM job of a stage asks for in place of the command line's options."""
 
     nodes: Count | None = None
+    """A computation has one node and one process."""
+
     tasks_per_node: Count | None = None
     gpus_per_node: Natural | None = None
     cpus_per_task: Count | None = None
     time: str | None = None
+    """Limit, such as 2:00:00."""
+
     mem: str | None = None
+    """Per node, such as 480G."""
 
 
 class StageConfig(Frozen):
@@ -76,6 +81,7 @@ class StageConfig(Frozen):
     """
 
     resources: StageResources = StageResources()
+    """Of the stage's SLURM job."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> StageConfig:

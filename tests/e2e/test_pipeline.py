@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from kit import pipelines
+from kit import pipelines, ranks
 
 from scaletrain.pipelines import load
-from scaletrain.pipelines.driver import status
+from scaletrain.pipelines.driver import Driver, status
 
 TRAINED = ("pretrain", "larger")
 
@@ -27,29 +29,37 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
-def test_killed_at_three_stages_it_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
-    file = pipelines.write(tmp_path)
-    words = [f"data={pipelines.shards(tmp_path / 'shards')}"]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    pipelines.drive(file, undisturbed, words)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pipeline, shards, and all stages in `undisturbed`."""
+    folder = tmp_path_factory.mktemp("place")
+    pipelines.shards(folder / "shards")
+    pipelines.drive(pipelines.write(folder), folder / "undisturbed", words(folder))
+    return folder
 
+
+def words(place: Path) -> list[str]:
+    return [f"data={place / 'shards' / 'train'}"]
+
+
+def test_killed_at_three_stages_it_ends_bit_for_bit_the_same(place: Path) -> None:
+    file, given = place / "pipeline.yaml", words(place)
+    undisturbed, killed = place / "undisturbed", place / "killed"
     pretrain, larger = killed / "pretrain", killed / "larger"
-    pipelines.kill(file, killed, words, lambda: 3 in steps(pretrain))
-    pipelines.kill(file, killed, words, lambda: 2 in steps(larger))
-    kept = {name: (killed / name / "checkpoints").stat().st_mtime_ns for name in TRAINED[:1]}
-    pipelines.kill(file, killed, words, (killed / ".scores.partial").exists)
+    pipelines.kill(file, killed, given, lambda: 3 in steps(pretrain))
+    pipelines.kill(file, killed, given, lambda: 2 in steps(larger))
+    kept = (pretrain / "checkpoints").stat().st_mtime_ns
+    pipelines.kill(file, killed, given, (killed / ".scores.partial").exists)
     # the first run is finished, and nothing of it is written again
-    assert kept == {
-        name: (killed / name / "checkpoints").stat().st_mtime_ns for name in TRAINED[:1]
-    }
-    assert [row[2] for row in status(load.load(file, killed, words))] == [
+    assert (pretrain / "checkpoints").stat().st_mtime_ns == kept
+    assert [row[2] for row in status(load.load(file, killed, given))] == [
         "finished, step 6",
         "finished, step 4",
         "finished",
         "ready",
     ]
 
-    said = pipelines.drive(file, killed, words)
+    said = pipelines.drive(file, killed, given)
     assert [line for line in said if "finished before" in line] == [
         "pretrain: finished before",
         "larger: finished before",
@@ -64,3 +74,22 @@ def test_killed_at_three_stages_it_ends_bit_for_bit_the_same(tmp_path: Path) -> 
     assert labels[0] == labels[1]
     assert results(undisturbed) == results(killed)
     assert not list(killed.glob(".*.partial"))
+
+
+def test_the_processes_of_a_job_run_one_stage(place: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(place / "undisturbed" / "pretrain", work / "pretrain")
+    (tmp_path / "ranks").mkdir()
+    lines = ranks.run(2, _larger, tmp_path / "ranks", place, work)
+    # the first one speaks
+    assert [rank["lines"].item() for rank in lines] == [2, 0]
+    got = pipelines.tensors(work / "larger")
+    for name, tensor in pipelines.tensors(place / "undisturbed" / "larger").items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def _larger(place: Path, work: Path) -> dict[str, torch.Tensor]:
+    said: list[str] = []
+    pipeline = load.load(place / "pipeline.yaml", work, words(place))
+    Driver(pipeline, say=said.append).run_one("larger")
+    return {"lines": torch.tensor(len(said))}

@@ -18,7 +18,8 @@ from scaletrain.pipelines.driver import Driver
 RECIPE = """
 batch: 8
 steps: 6
-data: {lanes: 4, window: 2, workers: 0, views: [{size: 16, count: 2, blur: 0.0}]}
+data: {lanes: 4, window: 2, workers: 0,
+  views: [{size: 16, count: 2, blur: 0.0, jitter: 0.0, grayscale: 0.0}]}
 model: {name: resnet18, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 24, dim: 8}
 optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 0, trust_coefficient: 0.02}
