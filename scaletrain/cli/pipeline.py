@@ -52,8 +52,12 @@ def pipeline(
 
     Stages that are finished are not done again.
     """
+    from scaletrain.config.recipe import ConfigError
     from scaletrain.pipelines import driver, load
     from scaletrain.runtime import tables
+
+    if stage is not None and redo:
+        raise ConfigError("--stage runs a single stage; use --redo without it")
 
     found = load.load(file, work, changes or ())
     if status:

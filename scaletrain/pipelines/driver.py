@@ -71,16 +71,19 @@ class Driver:
             for stage in again:
                 self._set_aside(stage)
 
-            left = [stage for stage in self._pipeline.stages if not self._done(stage)]
-            for stage in left:
-                _check(stage)
+            for stage in self._pipeline.stages:
+                if not self._done(stage):
+                    _check(stage)
+                elif all(self._result(name) for name in stage.inputs):
+                    self._refuse_changed(stage)
 
             for number, stage in enumerate(self._pipeline.stages):
                 try:
                     self._run(stage)
                 except BaseException:
                     for other in self._pipeline.stages[number + 1 :]:
-                        if waits := [one for one in other.after if not self._result(one)]:
+                        waits = [one for one in other.after if not self._result(one)]
+                        if waits and not self._done(other):
                             self._say(f"{other.name}: waits for {', '.join(waits)}")
                     raise
 
@@ -100,8 +103,9 @@ class Driver:
 
     def _run(self, stage: Stage) -> None:
         if self._done(stage):
-            self._say(f"{stage.name}: finished before")
+            # Again, for a stage that it uses may have been done since the start.
             self._refuse_changed(stage)
+            self._say(f"{stage.name}: finished before")
             return
 
         _check(stage)
@@ -189,20 +193,20 @@ class Driver:
         files.
         """
         before, now = record.read(stage), self._present(stage)
-        found = ["it has no record"] if before is None else record.differences(before, now)
+        own, others = (
+            (["it has no record"], []) if before is None else record.differences(before, now)
+        )
 
-        if stage.recipe is not None and found:
+        if stage.recipe is not None and own:
             from scaletrain.train import run_folder
 
             # The same configuration may be written in several ways, such as a path.
-            config = recipes.load(_recipe(stage), stage.overrides)
-            found = [
-                *(f"{k}: {a} -> {b}" for k, a, b in run_folder.differences(stage.folder, config)),
-                *(record.other_inputs(before, now) if before else ()),
-            ]
+            config = recipes.load(stage.recipe, stage.overrides)
+            own = [f"{k}: {a} -> {b}" for k, a, b in run_folder.differences(stage.folder, config)]
         if before is not None and stage.recipe is None and (file := record.damaged(stage, before)):
-            found = [f"{file} is missing or was altered"]
+            others = [*others, f"{file} is missing or was altered"]
 
+        found = [*own, *others]
         if found:
             listed = "".join(f"\n  {line}" for line in found)
             raise ConfigError(

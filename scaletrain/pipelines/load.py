@@ -143,9 +143,12 @@ class _Resolver:
                 },
                 lambda text: known.get(text, written(text)),
             )
-            self._configs[stage.name] = StageConfig.model_validate(
-                {**given, "resources": stage.resources}
-            )
+            try:
+                self._configs[stage.name] = StageConfig.model_validate(
+                    {**given, "resources": stage.resources}
+                )
+            except ValidationError as error:
+                raise ConfigError(f"stage '{stage.name}': {explain(error, _hint)}") from None
 
         self._items = {name: _items(stage) for name, stage in self._configs.items()}
         if sum(len(items) for items in self._items.values()) > STAGES:

@@ -7,6 +7,7 @@ options, the results of other stages and the files that were used, so that a cha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -124,29 +125,30 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     durable.write(folder / FILE, json.dumps(record, indent=1, default=str) + "\n")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what a record differs from the present state, a line each; `options` first."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """In what a record differs from the present state, a line each: in the recipe or the options of
+    a computation, and in what else was used.
+    """
     old, new = (recipe.flat(_plain(side["stage"])) for side in (before, now))
-    lines = [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
+    changed = {
+        key: f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
-    ]
-    return [*lines, *other_inputs(before, now)]
-
-
-def other_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which stages and files have another content than those that were used, a line each."""
-    lines = [
+    }
+    inputs = [
         f"it was made from another result of stage '{name}'"
         for name, digest in now["inputs"].items()
         if before["inputs"].get(name, digest) != digest
     ]
-    return lines + [
+    files = [
         f"{path} has changed since"
         for path, digest in now["files"].items()
         if before["files"].get(path, digest) != digest
     ]
+
+    own = [line for key, line in changed.items() if key.startswith(("recipe.", "options."))]
+    others = [line for line in changed.values() if line not in own]
+    return own, [*others, *inputs, *files]
 
 
 def _plain(value: Any) -> Any:
@@ -176,12 +178,14 @@ def _identified(made: Mapping[str, Any], work: Path) -> dict[str, str]:
     found = {}
     for value in _texts(made):
         for text in recipe.listed(value) if "/" in value else ():
-            path = Path(text).expanduser().absolute()
-            file = path / INDEX if path.is_dir() else path
-            if not path.is_relative_to(work) and file.is_file():
-                size = file.stat().st_size
-                content = file.read_bytes() if size <= _BYTES else str(size).encode()
-                found[str(path)] = hashlib.sha256(content).hexdigest()
+            # Not every text with a slash is a path that the system takes.
+            with contextlib.suppress(OSError, ValueError):
+                path = Path(text).expanduser().absolute()
+                file = path / INDEX if path.is_dir() else path
+                if not path.is_relative_to(work) and file.is_file():
+                    size = file.stat().st_size
+                    content = file.read_bytes() if size <= _BYTES else str(size).encode()
+                    found[str(path)] = hashlib.sha256(content).hexdigest()
 
     return found
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from scaletrain.config.fields import Count, Frozen, Natural
 from scaletrain.config.recipe import brief
@@ -47,8 +47,6 @@ class StageResources(Frozen):
 
 class StageConfig(Frozen):
     """A training run or a computation; exactly one of `train` and `do` is given."""
-
-    model_config = ConfigDict(validate_by_name=True)
 
     name: Name
     """Folder of the stage below the pipeline's, and its name in references."""

@@ -79,6 +79,14 @@ def test_other_options_of_a_finished_stage_are_refused(done: Path) -> None:
     assert "stage 'first'" in str(error.value)
     assert "data.views.0.size: 16 -> 24" in str(error.value)
     assert "--redo first" in str(error.value)
+    # what a finished run started from is an option too
+    text = file.read_text()
+    file.write_text(text.replace("  continue: ${first.run}\n", "  init: x.safetensors\n"))
+    with pytest.raises(
+        ConfigError, match=r"init:  -> .*x\.safetensors\n.*continue: \${work}/first"
+    ):
+        pipelines.drive(file, work)
+    file.write_text(text)
     # the same in other words
     assert pipelines.drive(file, work, ["first.optim.name=lars"]) == FINISHED
 
