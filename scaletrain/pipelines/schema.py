@@ -63,7 +63,7 @@ class StageConfig(Frozen):
     """Changes of the recipe by (dotted) key, or the options of the computation."""
 
     init: str = ""
-    """Training only: a safetensors file whose backbone the run starts from."""
+    """Training only: as `--init`, what the backbone of the run starts from."""
 
     continue_: str = Field("", alias="continue")
     """Training only: a run or step whose whole state the run starts from, with a schedule of its

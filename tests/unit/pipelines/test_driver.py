@@ -6,17 +6,21 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from kit import pipelines
 from kit.commands import call
 
 from scaletrain.config.recipe import ConfigError
-from scaletrain.pipelines import driver, load, record
+from scaletrain.launch import local
+from scaletrain.pipelines import driver, load
 from scaletrain.pipelines.driver import BusyError, Driver, StageError
 from scaletrain.runtime.signals import Stopped
 
@@ -28,7 +32,7 @@ stages:
   set: {data.path: synthetic, data.synthetic_samples: 16, steps: 2, data.views.0.size: "${size}"}
 - name: second
   train: recipe.yaml
-  set: {data.path: synthetic, data.synthetic_samples: 16, steps: 2, batch: 8}
+  set: {data.path: synthetic, data.synthetic_samples: 16, steps: 4, batch: 8}
   continue: ${first.run}
 """
 FINISHED = ["first: finished before", "second: finished before"]
@@ -102,16 +106,22 @@ def test_a_stage_done_again_makes_its_users_stale(done: Path) -> None:
     assert said[-1] == "second: finished"
 
 
-def test_a_damaged_last_checkpoint_is_made_again(done: Path) -> None:
-    last = done / "work" / "second" / "checkpoints" / "step-00000002"
-    expected = pipelines.tensors(done / "work" / "second")
-    (last / "manifest.json").write_bytes((last / "manifest.json").read_bytes()[:-20])
-    assert record.newest(done / "work" / "second") is None
-    shutil.rmtree(last)
-    said = pipelines.drive(done / "pipeline.yaml", done / "work")
-    assert said[1].startswith("second: starts in")
-    got = pipelines.tensors(done / "work" / "second")
-    assert all(bool((got[name] == tensor).all()) for name, tensor in expected.items())
+def test_a_stage_that_has_begun_resumes_or_is_refused(done: Path) -> None:
+    file, work = done / "pipeline.yaml", done / "work"
+    expected = pipelines.tensors(work / "second")
+    # the last checkpoint is damaged
+    manifest = work / "second" / "checkpoints" / "step-00000004" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    assert (
+        "second  train recipe  step 2 of 4"
+        in call("pipeline", file, "--work", work, "--status").stdout
+    )
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        pipelines.drive(file, work, ["second.seed=1"])
+    said = pipelines.drive(file, work)
+    assert said[1:] == ["second: resumed at step 2 of 4", "second: finished"]
+    got = pipelines.tensors(work / "second")
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_stop_and_a_failure_are_told_and_passed_on(file: Path, tmp_path: Path) -> None:
@@ -130,6 +140,27 @@ def test_a_stop_and_a_failure_are_told_and_passed_on(file: Path, tmp_path: Path)
         assert said[1:] == [f"first: {ending}", "second: waits for first"]
         assert given[0][0] == str(tmp_path / "recipe.yaml")
         assert given[0][-2:] == ["--run", str(tmp_path / "work" / "first")]
+
+
+def test_several_processes_train_by_the_local_launcher(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def start(arguments: list[str], procs: int, port: int, restarts: int) -> int:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        given.extend([procs, port, restarts, *arguments])
+        return 143
+
+    monkeypatch.setattr(local, "start", start)
+    before = signal.getsignal(signal.SIGUSR2)
+    got = call("pipeline", file, "--work", tmp_path / "work", "--procs", "3", "--umask", "027")
+    assert got.exit_code == 143
+    assert "first: stopped; rerun the same command to resume" in got.stdout
+    assert given[:4] == [3, 0, 0, str(tmp_path / "recipe.yaml")]
+    assert given[-4:] == ["--run", str(tmp_path / "work" / "first"), "--umask", "027"]
+    assert signal.getsignal(signal.SIGUSR2) == before
+    assert (tmp_path / "work").stat().st_mode & 0o777 == 0o750
 
 
 def test_a_signal_stops_training_with_its_exit_code(
