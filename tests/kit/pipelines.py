@@ -1,4 +1,4 @@
-"""A pipeline in miniature: pretraining, which goes on at another image size, labels, evaluation."""
+"""Pipelines in miniature: a recipe, shards, and drivers that are killed."""
 
 from __future__ import annotations
 
@@ -27,26 +27,9 @@ engine: {name: ddp, precision: fp64}
 checkpoint: {every_steps: 2, keep_last: 20}
 monitor: {every: 1, images_every: 0}
 """
-PIPELINE = """
-options: {data: null}
-stages:
-- name: pretrain
-  train: recipe.yaml
-  set: {data.path: "${data}"}
-- name: larger
-  train: recipe.yaml
-  set: {data.path: "${data}", data.views.0.size: 24, optim.lr: 0.1, steps: 4}
-  continue: ${pretrain.run}
-- name: labels
-  do: subset
-  set: {shards: "${data}", share: 50}
-- name: scores
-  do: evaluate
-  set: {target: "${larger.run}", benchmarks: [knn], labels: "${labels.output}/subset.json"}
-"""
 
 
-def write(folder: Path, pipeline: str = PIPELINE) -> Path:
+def write(folder: Path, pipeline: str) -> Path:
     """The file of a pipeline with the recipe that it trains."""
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "pipeline.yaml").write_text(pipeline)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scaletrain.config import recipe
 from scaletrain.config.recipe import ConfigError
 from scaletrain.pipelines import load
 from scaletrain.pipelines.load import Stage
@@ -137,3 +138,15 @@ def test_a_change_of_nothing_is_refused(tmp_path: Path, word: str, says: str) ->
     with pytest.raises(ConfigError) as error:
         stages(tmp_path, DIVIDED, "data=/d", word)
     assert says in str(error.value)
+
+
+def test_pipelines_are_found_by_name_and_their_stages_have_recipes(tmp_path: Path) -> None:
+    names = [path.stem for path in sorted((recipe.CONFIGS / "pipelines").glob("*.yaml"))]
+    assert "rotation_finetune_cifar10" in names
+    for name in names:
+        assert load.find(name) == recipe.CONFIGS / "pipelines" / f"{name}.yaml"
+        assert load.load(name, tmp_path, ["data=/d"]).stages
+    with pytest.raises(
+        ConfigError, match=r"nor a pipeline named 'rotation'; available: .*rotation"
+    ):
+        load.find("rotation")
