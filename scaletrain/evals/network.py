@@ -32,7 +32,9 @@ class Network:
     @property
     def identity(self) -> dict[str, Any]:
         """The identity in results."""
-        return {"network": self.weights, "method": self.config.method.model_dump(mode="json")}
+        # without the place of the weights that it started from, which are in the digest
+        options = self.config.method.model_dump(mode="json", exclude={"source"})
+        return {"network": self.weights, "method": options}
 
     @property
     def trained_on(self) -> set[str]:
