@@ -96,6 +96,9 @@ class Constant:
     def sources(self) -> list[dict[str, Any]]:
         return []
 
+    def list_sources(self) -> dict[str, dict[str, Any]]:
+        return {}
+
     def support_sources(self) -> list[dict[str, Any]]:
         return []
 

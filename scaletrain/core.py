@@ -1,5 +1,5 @@
 """The data types and interfaces that all other modules share: Batch, Clock, MethodOutput,
-ParameterGroup, DeferredState, Backbone, Method.
+ParameterGroup, DeferredState, Backbone, Source, Method.
 
 Loss convention, stated once: every rank computes a loss over its own slice of the global batch such
 that the *mean over ranks of the local losses is the global loss*. Engines average gradients over
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -26,15 +27,21 @@ class Batch:
 
     # one entry per crop size, largest first: [V, B, 3, H, W], normalised floats
     views: tuple[Tensor, ...]
-    index: Tensor  # [B] int64: the sample's number in the data set
+    # [B] int64: the sample's number in the data set in use: in data.subset, if there is one
+    index: Tensor
     # [B] int64: hash of (seed, epoch, planned index, repeat), the root of all randomness of it
     keys: Tensor
     pixel_range: Tensor  # [2, 3]: what a black and a white pixel become after normalisation
     labels: Tensor | None = None  # [B] int64, -1 where unknown
-    # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it
+    # [V, B, 1, H, W] in {0, 1}: foreground of views[0], cropped and flipped with it; the first of
+    # `maps` of this kind
     masks: Tensor | None = None
+    # one entry per map of data.maps, [V, B, 1, H, W], cropped and flipped with views[0]: int64
+    # class numbers with 255 as void, or floats in [0, 1]
+    maps: tuple[Tensor, ...] = ()
     # labelled samples of an auxiliary objective
     support: Batch | None = None
+    groups: Tensor | None = None  # [B] int64: the sample's integer in data.groups
 
     def __len__(self) -> int:
         return len(self.index)
@@ -42,10 +49,16 @@ class Batch:
     def double(self) -> Batch:
         """The same batch in float64."""
         masks = None if self.masks is None else self.masks.double()
+        maps = tuple(m.double() if m.is_floating_point() else m for m in self.maps)
         support = None if self.support is None else self.support.double()
         views = tuple(v.double() for v in self.views)
         return replace(
-            self, views=views, pixel_range=self.pixel_range.double(), masks=masks, support=support
+            self,
+            views=views,
+            pixel_range=self.pixel_range.double(),
+            masks=masks,
+            maps=maps,
+            support=support,
         )
 
     def split(self, parts: int) -> list[Batch]:
@@ -61,18 +74,21 @@ class Batch:
             return [None] * parts if x is None else x.split(n, dim)
 
         views = list(zip(*(v.split(n, 1) for v in self.views), strict=True))
+        maps = list(zip(*(m.split(n, 1) for m in self.maps), strict=True)) or [()] * parts
         support = [None] * parts if self.support is None else self.support.split(parts)
         columns = (
             cut(self.index, 0),
             cut(self.keys, 0),
             cut(self.labels, 0),
             cut(self.masks, 1),
+            maps,
             support,
+            cut(self.groups, 0),
         )
 
         return [
-            replace(self, views=v, index=i, keys=k, labels=y, masks=m, support=s)
-            for v, i, k, y, m, s in zip(views, *columns, strict=True)
+            replace(self, views=v, index=i, keys=k, labels=y, masks=m, maps=t, support=s, groups=g)
+            for v, i, k, y, m, t, s, g in zip(views, *columns, strict=True)
         ]
 
 
@@ -207,7 +223,7 @@ class Backbone(nn.Module):
 class RunInfo:
     """What a method may know of the run when it is built."""
 
-    # in the data set
+    # in the data set in use, which may be a subset
     samples: int
     # global batch size
     batch: int
@@ -234,6 +250,16 @@ class RunInfo:
             raise ValueError(
                 f"{field}={clusters} is more than the {embedded} samples of an epoch: lower it"
             )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Saved weights that a module of a method starts from."""
+
+    # a run folder (its newest step), a step of its checkpoints, or a safetensors file
+    path: Path
+    # the module's name there; "": a file of one network, whatever comes before its names
+    module: str = "backbone"
 
 
 class Features(Protocol):
@@ -285,6 +311,9 @@ class Method(nn.Module):
     two_views: ClassVar[bool] = False
     # {target module: online module}; the engine moves targets by `ema`
     targets: ClassVar[Mapping[str, str]] = {}
+    # modules such as a teacher that are always in evaluation mode and never change; they are not in
+    # checkpoints but loaded from their source at every start
+    constant: tuple[str, ...] = ()
     # the loss couples samples: gradient accumulation would change it
     global_loss: bool = False
     # every sample's label must be known and below this, or any for 0; None: none is needed
@@ -306,6 +335,20 @@ class Method(nn.Module):
         for target, online in self.targets.items():
             self.get_submodule(target).load_state_dict(self.get_submodule(online).state_dict())
 
+    def sources(self) -> Mapping[str, Source]:
+        """Saved weights by the name of the module that starts from them. A target whose online
+        module is among them, and that has none of its own, starts from the same.
+        """
+        return {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; constant modules stay in evaluation mode."""
+        super().train(mode)
+        for name in self.constant:
+            self.get_submodule(name).eval()
+
+        return self
+
     def groups(self) -> Sequence[ParameterGroup]:
         return ()
 
@@ -313,6 +356,10 @@ class Method(nn.Module):
         """Images [N, 3, H, W] -> [N, features], as an auxiliary takes them."""
         h: Tensor = self.backbone(x)
         return h
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Optional: images [N, 3, H, W] -> class scores [N, C], or [N, C, H, W] of every pixel."""
+        raise NotImplementedError(f"{type(self).__module__} has no classifier to predict with")
 
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         return self.loss(self.embed(batch, clock), batch, clock)

@@ -60,7 +60,7 @@ def raw_batch(config: Config, rows: int) -> RawBatch:
         tuple(pixel.expand(len(g), rows, g[0].size, g[0].size, 3) for g in groups),
         torch.arange(rows),
         torch.zeros(rows, dtype=torch.int64),
-        None,
+        (),
         tuple(torch.rand(len(g), rows, COLUMNS) for g in groups)
         if config.data.augment == "device"
         else None,

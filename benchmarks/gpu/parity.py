@@ -122,7 +122,7 @@ def augmentation(settings: Settings) -> None:
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
     params = random_params(count, size, draw)
     raw = RawBatch(
-        0, (pixels,), torch.arange(count), torch.zeros(count, dtype=torch.int64), None, (params,)
+        0, (pixels,), torch.arange(count), torch.zeros(count, dtype=torch.int64), (), (params,)
     )
 
     here, reference = (

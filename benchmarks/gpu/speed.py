@@ -98,7 +98,7 @@ def recipe_row(
     index = torch.arange(batch)
     if settings.cuda:
         views, index = tuple(view.pin_memory() for view in views), index.pin_memory()
-    raw = RawBatch(0, views, index, index % 2, None)
+    raw = RawBatch(0, views, index, index % 2)
 
     to_device = ToDevice(settings.device, 0, config.data.mean, config.data.std)
     steps = iter(range(10**6))

@@ -33,7 +33,8 @@ def train(
         typer.Option(help="Run folder; default runs/<recipe name>. An earlier run is resumed."),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="safetensors file whose backbone starts a new run.")
+        Path | None,
+        typer.Option(help="Run, step or safetensors file whose backbone starts a new run."),
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")
@@ -180,10 +181,12 @@ def export(
     step: Annotated[
         int | None, typer.Option(help="Checkpoint to take; default: the newest good one.")
     ] = None,
+    module: Annotated[
+        str, typer.Option(help="Another module of the method, such as a head, e.g. projector.")
+    ] = "backbone",
 ) -> None:
     """Write the trained backbone to one file that torchvision, timm and `train --init` load."""
     from scaletrain.checkpoint import files, reader
-    from scaletrain.config import load
     from scaletrain.evals import targets
 
     root = run / "checkpoints"
@@ -191,13 +194,8 @@ def export(
     if source is None:
         raise files.CheckpointError(f"{root}: no checkpoint to export; is {run} a run folder?")
 
-    names = [name for name in source.names() if name.startswith(targets.BACKBONE)]
-    tensors = {
-        name.removeprefix(targets.BACKBONE): source.read(name).view(source.shape(name))
-        for name in names
-    }
-    files.export(tensors, file, targets.describe(load.load(run / "config.yaml"), source.step))
-    typer.echo(f"{file}: backbone of step {source.step}, {len(tensors)} tensors")
+    tensors = targets.export(run, source, module, file)
+    typer.echo(f"{file}: {module} of step {source.step}, {tensors} tensors")
 
 
 def doctor(

@@ -43,7 +43,7 @@ COMMANDS = {
             "Write shards from a classification data set of torchvision",
         ),
         "subset": Command(
-            "scaletrain.cli.shards:subset", "Write a label subset of a folder of shards"
+            "scaletrain.cli.shards:subset", "Write a subset of the samples of shards"
         ),
         "index": Command(
             "scaletrain.cli.shards:index", "Make the index of a folder of WebDataset tars"

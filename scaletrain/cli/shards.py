@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -17,7 +17,7 @@ from scaletrain.data.format import index as index_format
 from scaletrain.data.format import offsets, selection
 from scaletrain.data.format import verify as checks
 from scaletrain.data.reading import subset as subsets
-from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.concat import shards_of
 from scaletrain.importers import command
 from scaletrain.importers.write import MAX_PIXELS
 from scaletrain.runtime.tables import plural
@@ -107,7 +107,7 @@ def verify(
 
 def subset(
     folder: Annotated[
-        str, typer.Argument(metavar="SHARDS", help="Folder, pattern or address of labelled shards.")
+        str, typer.Argument(metavar="SHARDS", help="Folder, pattern or address, or a list [A, B].")
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="File to write, such as labels-1pct.json.")
@@ -120,22 +120,33 @@ def subset(
     names: Annotated[
         Path | None, typer.Option(help="File of image names, one a line: SimCLR's 1percent.txt.")
     ] = None,
+    kind: Annotated[
+        Literal["labels", "samples"],
+        typer.Option(help="List labelled samples and their labels, or any samples."),
+    ] = "labels",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the selection.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
 ) -> None:
-    """Write a label subset of a folder of shards: --share, --per-class or --names.
+    """Write a subset of the samples of shards: --share, --per-class or --names.
 
     --share and --per-class choose equally many of each class, and with one seed a smaller subset
-    lies inside a larger one, the 1 % in the 10 %. OUT holds indices, keys and labels, and the
-    checksum of the shards; it is refused for others.
+    lies inside a larger one, the 1 % in the 10 %. With --kind samples, --share chooses among all
+    samples regardless of labels. OUT holds indices, keys and labels (of --kind samples no labels),
+    and the checksum of the shards; it is refused for others. Training takes it as data.subset, and
+    with labels evaluation as --labels and SuNCEt as data.support.labels.
     """
     if sum(option is not None for option in (share, per_class, names)) != 1:
         raise DataError("give one of --share (in per cent), --per-class and --names")
     if out.exists() and not force:
         raise DataError(f"{out} exists already; choose another name, or replace it with --force")
 
-    shards = Shards(folder)
-    if share is not None:
+    shards = shards_of(folder)
+    if share is not None and kind == "samples":
+        chosen, rule = (
+            subsets.any_share(len(shards), share / 100, seed),
+            f"{share:g} % of all samples, seed {seed}",
+        )
+    elif share is not None:
         chosen, rule = (
             subsets.by_share(shards.labels(), share / 100, seed),
             f"{share:g} % of all, seed {seed}",
@@ -149,10 +160,10 @@ def subset(
         assert names is not None
         chosen, rule = subsets.by_name(shards, command.lines(names)), f"the names in {names.name}"
 
-    saved = subsets.save(out, shards, chosen, rule)
-    counts = np.unique(saved.labels, return_counts=True)[1]
-    classes = plural(len(counts), "class")
-    print(
-        f"{out}: {len(chosen):,} of {plural(len(shards), 'sample')}, {classes} of {counts.min()} "
-        f"to {counts.max()}"
-    )
+    subsets.save(out, shards, chosen, rule, kind)
+    text = f"{out}: {len(chosen):,} of {plural(len(shards), 'sample')}"
+    if kind == "labels":
+        counts = np.unique(shards.labels()[chosen], return_counts=True)[1]
+        text += f", {plural(len(counts), 'class')} of {counts.min()} to {counts.max()}"
+
+    print(text)

@@ -50,8 +50,8 @@ def show_memory(
     ranks: Ranks = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes that each rank holds under each engine, of parameters, gradients, optimizer, target,
-    buffers and activations.
+    """Bytes that each rank holds under each engine, of parameters, gradients, optimizer, frozen
+    networks, buffers and activations.
     """
     from scaletrain.config import load
     from scaletrain.estimate import memory

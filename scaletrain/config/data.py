@@ -9,6 +9,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from scaletrain.config.fields import Count, Frozen, Natural, Place, Positive, Range, Share
 from scaletrain.config.recipe import long, shards
 
+Places = Annotated[Place, BeforeValidator(shards, json_schema_input_type=str | list[str])]
+# largest area of a crop, in areas of its image
+MOST_SCALE = 16
+
 
 class View(Frozen):
     """One kind of random view. Colour parameters mean what torchvision's ColorJitter means
@@ -22,7 +26,9 @@ class View(Frozen):
     """Views of this kind per sample; 0 disables it, for studies of views."""
 
     scale: Range = (0.08, 1.0)
-    """Range of the share of the image that a crop covers."""
+    """Range of the share of the image that a crop covers. With an upper bound above 1, a crop may
+    extend beyond the image, which is filled with data.mean (random scaling with padding).
+    """
 
     ratio: Range = (3 / 4, 4 / 3)
     crop: Share = 1.0
@@ -56,8 +62,10 @@ class View(Frozen):
                     f"{name} is a range (low, high) with 0 < low <= high, got ({low}, {high})"
                 )
 
-        if self.scale[1] > 1:
-            raise ValueError(f"scale is a share of the image, at most 1, got {self.scale[1]}")
+        if self.scale[1] > MOST_SCALE:
+            raise ValueError(
+                f"scale is a share of the image, at most {MOST_SCALE}, got {self.scale[1]}"
+            )
         if self.interpolation == "keys" and self.antialias:
             raise ValueError(
                 "interpolation keys is TensorFlow's bicubic without antialiasing: add antialias: "
@@ -115,8 +123,63 @@ class SupportConfig(Frozen):
     """Epochs from the start in which steps have labelled samples."""
 
 
+class ForegroundConfig(Frozen):
+    """Foreground masks of the samples, and studies of them."""
+
+    masks: bool = False
+    """Crop a foreground mask with the large views: the first of data.maps of kind foreground, else
+    the member `key.mask.png`.
+    """
+
+    good_crops: Share = 0.0
+    """Share of samples whose large crops are drawn again until they contain foreground; needs
+    masks.
+    """
+
+    good_cover: Share = 0.25
+    """Share of the foreground that such a crop contains."""
+
+    study: Literal["", "points", "rectangle", "centred", "add", "remove", "box"] = ""
+    """Degrade the masks, see mask_ablations.py."""
+
+    study_share: Share = 0.5
+    """Size of the change that `study` makes."""
+
+
+class MapConfig(Frozen):
+    """A map of every sample: an image of the same height and width with a number for each pixel."""
+
+    path: Places = ""
+    """Folder of shards, or a list of folders, whose images are the maps: that of a sample has its
+    whole key; "": the members `key.mask.png` of the samples themselves.
+    """
+
+    kind: Literal["foreground", "classes", "grey"] = "foreground"
+    """foreground: 1 where the map is not black, else 0; classes: the grey value or palette index of
+    a PNG of 8 bits, 255 is void; grey: the grey value, as a number in [0, 1].
+    """
+
+    on_missing: Literal["raise", "none"] = "raise"
+    """What to do with samples without a map: stop, or use one that is all foreground or all void
+    (kind classes).
+    """
+
+    on_foreign: Literal["raise", "ignore"] = "raise"
+    """What to do with maps in `path` that belong to no sample of the data."""
+
+    @model_validator(mode="after")
+    def _neutral(self) -> MapConfig:
+        if self.kind == "grey" and self.on_missing == "none":
+            raise ValueError(
+                "on_missing: none is for kinds foreground and classes; no grey value stands for a "
+                "missing map"
+            )
+
+        return self
+
+
 class DataConfig(Frozen):
-    path: Annotated[Place, BeforeValidator(shards, json_schema_input_type=str | list[str])] = ""
+    path: Places = ""
     """Folder of tar shards, local, http(s)://HOST/FOLDER or s3://BUCKET/FOLDER; FOLDER/*.tar; a
     list of these; or `synthetic`.
     """
@@ -124,6 +187,14 @@ class DataConfig(Frozen):
     cache: CacheConfig = CacheConfig()
     mixture: tuple[MixturePart, ...] = ()
     """Instead of path: several folders that every batch draws from."""
+
+    subset: Place = ""
+    """File written by scaletrain shards subset: the only samples that are used; "": all samples."""
+
+    groups: Place = ""
+    """File with an integer for each sample in use, such as its cluster, which methods get as
+    Batch.groups; "": none.
+    """
 
     epoch_samples: Natural = 0
     """Samples per epoch; 0: as many as the data has."""
@@ -148,22 +219,9 @@ class DataConfig(Frozen):
     exit code 75.
     """
 
-    masks: bool = False
-    """Read `key.mask.png` members and crop them with the large views."""
-
-    good_crops: Share = 0.0
-    """Share of samples whose large crops are drawn again until they contain foreground; needs
-    masks.
-    """
-
-    good_cover: Share = 0.25
-    """Share of the foreground that such a crop contains."""
-
-    mask_study: Literal["", "points", "rectangle", "centred", "add", "remove", "box"] = ""
-    """Degrade the masks, see mask_ablations.py."""
-
-    mask_share: Share = 0.5
-    """Size of the change that mask_study makes."""
+    foreground: ForegroundConfig = ForegroundConfig()
+    maps: tuple[MapConfig, ...] = ()
+    """Maps of every sample that are cropped, flipped and scaled with its large views."""
 
     on_bad: Literal["raise", "skip"] = "raise"
     """What to do with a sample that cannot be read: stop, or replace it by another and count it."""
@@ -198,9 +256,11 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _foreground(self) -> DataConfig:
-        for field in ("good_crops", "mask_study"):
-            if getattr(self, field) and not self.masks:
-                raise ValueError(f"{field} needs the foreground; add data.masks=true")
+        for field in ("good_crops", "study"):
+            if getattr(self.foreground, field) and not self.masked:
+                raise ValueError(
+                    f"foreground.{field} needs the foreground; add data.foreground.masks=true"
+                )
         return self
 
     @model_validator(mode="after")
@@ -212,3 +272,23 @@ class DataConfig(Frozen):
             )
 
         return self
+
+    @property
+    def all_maps(self) -> tuple[MapConfig, ...]:
+        """The maps that are read: `maps`, and the samples' own masks if `foreground` asks for masks
+        and none of `maps` is one.
+        """
+        own = self.foreground.masks and all(item.kind != "foreground" for item in self.maps)
+        return (*self.maps, MapConfig()) if own else self.maps
+
+    @property
+    def masked(self) -> bool:
+        """Whether batches have foreground masks."""
+        return any(item.kind == "foreground" for item in self.all_maps)
+
+    def plain(self, **changes: Any) -> DataConfig:
+        """This data with `changes`, without maps, studies of the foreground and labelled samples,
+        which only training steps use.
+        """
+        off = {"maps": (), "foreground": ForegroundConfig(), "support": None}
+        return self.model_copy(update={**off, **changes})

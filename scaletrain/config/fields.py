@@ -15,7 +15,7 @@ Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[float, float]
 # Keys whose value is a file or folder.
-PATHS = ("path", "labels")
+PATHS = ("path", "labels", "subset", "groups", "source")
 
 
 def absolute(path: str) -> str:

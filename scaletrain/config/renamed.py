@@ -10,7 +10,8 @@ from typing import Any
 # What a run saves its configuration as: the only file in which earlier names are read.
 SAVED = "config.yaml"
 
-# Earlier dotted key -> present one. `*` stands for the number of a view.
+# Earlier dotted key -> present one, in the same section or in one inside of it. `*` stands for the
+# number of a view.
 RENAMED = {
     "engine.accumulate": "engine.grad_accum_steps",
     "engine.cache": "engine.gradient_cache",
@@ -21,6 +22,11 @@ RENAMED = {
     "optim.lr_batch": "optim.lr_reference_batch",
     "optim.final": "optim.min_lr_ratio",
     "data.views.*.area": "data.views.*.scale",
+    "data.masks": "data.foreground.masks",
+    "data.good_crops": "data.foreground.good_crops",
+    "data.good_cover": "data.foreground.good_cover",
+    "data.mask_study": "data.foreground.study",
+    "data.mask_share": "data.foreground.study_share",
     "model.sobel": "model.input",
 }
 # Earlier dotted key -> what became of its values, where these changed too.
@@ -34,13 +40,17 @@ def translated(raw: Any, above: str = "") -> Any:
     if not isinstance(raw, Mapping):
         return raw
 
-    names = {key: str(RENAMED.get(f"{above}{key}", key)).rpartition(".")[2] for key in raw}
-    return {
-        names[key]: VALUES[f"{above}{key}"].get(value, value)
-        if f"{above}{key}" in VALUES
-        else translated(value, f"{above}{names[key]}.")
-        for key, value in raw.items()
-    }
+    result: dict[str, Any] = {}
+    for key, value in raw.items():
+        now = RENAMED.get(f"{above}{key}", f"{above}{key}")
+        *sections, name = now.removeprefix(above).split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+        values = VALUES.get(f"{above}{key}")
+        place[name] = values.get(value, value) if values else translated(value, f"{now}.")
+
+    return result
 
 
 def present_name(loc: tuple[int | str, ...]) -> str | None:
@@ -49,4 +59,5 @@ def present_name(loc: tuple[int | str, ...]) -> str | None:
     found = RENAMED.get(key)
     if found is None:
         return None
-    return ".".join([*(str(part) for part in loc[:-1]), found.rpartition(".")[2]])
+    numbers = (str(part) for part in loc if isinstance(part, int))
+    return ".".join(next(numbers) if part == "*" else part for part in found.split("."))

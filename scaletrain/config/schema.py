@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from scaletrain.config.data import CacheConfig as CacheConfig
 from scaletrain.config.data import DataConfig as DataConfig
+from scaletrain.config.data import ForegroundConfig as ForegroundConfig
+from scaletrain.config.data import MapConfig as MapConfig
 from scaletrain.config.data import SupportConfig as SupportConfig
 from scaletrain.config.data import View as View
 from scaletrain.config.fields import Count as Count
@@ -50,7 +52,7 @@ ComponentT = TypeVar("ComponentT", bound=ComponentConfig)
 
 class ModelConfig(Frozen):
     name: str = "resnet50"
-    """resnet18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library."""
+    """resnet10, 18, 34, 50, 101, 152, 200, 295; timm/NAME: a network of the timm library."""
 
     width: Positive = 1.0
     """Factor for the width of the stem and all stages."""

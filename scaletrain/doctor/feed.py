@@ -13,6 +13,7 @@ from scaletrain.config.schema import DataConfig
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index, selection
 from scaletrain.data.loading.dataset import Failure, Images
+from scaletrain.data.reading.maps import open_maps
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.plan import Plan
 from scaletrain.doctor.machine import cores_per_process
@@ -82,10 +83,12 @@ def _measure(folder: Path, run: Path) -> dict[str, float]:
 
     recipe = run / "config.yaml"
     data = load.load(recipe).data if recipe.exists() else DataConfig()
+    # maps of other shards may belong to another folder than this one
+    data = data.plain(foreground=data.foreground)
     shards = Shards(folder)
     lanes = min(data.lanes, len(shards))
     plan = Plan(shards.counts, seed=0, batch=lanes, lanes=lanes, window=data.window)
-    dataset = Images(data, shards, plan, 0, min(ROWS, lanes))
+    dataset = Images(data, shards, plan, 0, min(ROWS, lanes), maps=open_maps(data, shards))
     images, core, clock = 0, 0.0, 0.0
 
     for step in range(plan.steps_per_epoch):

@@ -140,7 +140,7 @@ def keys(device: torch.device) -> list[Tensor]:
 def _batch(device: torch.device) -> Batch:
     draw = torch.Generator().manual_seed(2)
     view = torch.randint(0, 256, (2, 8, 20, 20, 3), dtype=torch.uint8, generator=draw)
-    raw = RawBatch(3, (view,), torch.arange(5, 13), torch.full((8,), -1), None)
+    raw = RawBatch(3, (view,), torch.arange(5, 13), torch.full((8,), -1))
     return ToDevice(device, 7, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(raw)
 
 

@@ -33,9 +33,11 @@ from scaletrain.engines.placement import (
     TrainingError,
     create_optimizer_state,
     fill,
+    freeze,
+    method_shards,
+    optimizer_shards,
     pieces,
     replica,
-    state_shards,
     whole,
 )
 from scaletrain.nn import stages
@@ -70,8 +72,7 @@ class Engine:
         if config.activation_checkpointing:
             stages.recompute(method, config.activation_checkpointing)
 
-        for target in method.targets:
-            method.get_submodule(target).requires_grad_(False)
+        freeze(method)
 
         if config.compile:
             for child in method.children():
@@ -152,7 +153,7 @@ class Engine:
             else [batch]
         )
 
-        norms = [m.group for m in self.staged if isinstance(m, BatchNorm)]
+        norms = [m.group for m in self.staged if isinstance(m, BatchNorm) and m.training]
         if len(parts) > 1 and any(not group or len(parts[0]) % group for group in norms):
             raise ConfigError(
                 f"engine.grad_accum_steps={len(parts)} leaves {len(parts[0])} samples per rank and "
@@ -311,17 +312,19 @@ class Engine:
         fill(self.placed(), saved)
 
     @torch.no_grad()
-    def export(self) -> dict[str, Tensor]:
-        """The full backbone on every rank. All ranks call it together."""
-        state = self.method.backbone.state_dict(keep_vars=True)
-        here = {
-            name: self.shards.get(f"backbone.{name}") or replica(tensor)
-            for name, tensor in state.items()
-        }
-
+    def export(self, module: str = "backbone") -> dict[str, Tensor]:
+        """The full tensors of a submodule on every rank. All ranks call it together."""
         return {
             name: whole(shard) if self.sharded else shard.tensor.detach()
-            for name, shard in here.items()
+            for name, shard in self.parts_of(module).items()
+        }
+
+    def parts_of(self, module: str) -> dict[str, Shard]:
+        """This rank's part of every parameter and buffer of a submodule, by its name there."""
+        state = self.method.get_submodule(module).state_dict(keep_vars=True)
+        return {
+            name: self.shards.get(f"{module}.{name}") or replica(tensor)
+            for name, tensor in state.items()
         }
 
     # --- parts ------------------------------------------------------------------------------------
@@ -366,7 +369,10 @@ class Engine:
         """This rank's part of every tensor that is saved, by its name in a checkpoint; every rank
         has every name.
         """
-        return state_shards(self.method, self.optimizer, self.shards)
+        return {
+            **method_shards(self.method, self.shards),
+            **optimizer_shards(self.optimizer, self.shards),
+        }
 
 
 @contextmanager

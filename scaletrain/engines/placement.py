@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain import dist
-from scaletrain.core import DeferredState, Piece
+from scaletrain.core import DeferredState, Method, Piece
 
 
 class TrainingError(ValueError):
@@ -93,9 +93,12 @@ def pieces(placed: Mapping[str, Shard]) -> dict[str, Piece]:
     return result
 
 
-def fill(placed: Mapping[str, Shard], saved: SavedTensors) -> None:
-    """Read all tensors from a checkpoint. Raises TrainingError where names or shapes differ."""
-    available = set(saved.names())
+def fill(placed: Mapping[str, Shard], saved: SavedTensors, prefix: str = "") -> None:
+    """Read all tensors from a checkpoint. Raises TrainingError where names or shapes differ.
+
+    prefix: only tensors with such names are asked for, and others in the checkpoint are ignored.
+    """
+    available = {name for name in saved.names() if name.startswith(prefix)}
 
     for name, shard in placed.items():
         if name not in available or tuple(saved.shape(name)) != shard.shape:
@@ -114,25 +117,44 @@ def fill(placed: Mapping[str, Shard], saved: SavedTensors) -> None:
         )
 
 
+def freeze(method: Method) -> None:
+    """Exclude targets and constant modules from the optimisation, and set the latter to evaluation
+    mode.
+    """
+    for name in (*method.targets, *method.constant):
+        method.get_submodule(name).requires_grad_(False)
+
+    method.train(method.training)
+
+
 # --- which tensors are saved ----------------------------------------------------------------------
 
 
-def state_shards(
-    method: nn.Module, optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard]
-) -> dict[str, Shard]:
-    """The shards of a method's parameters and buffers and of its optimizer's state, by their names
-    in a checkpoint.
+def method_shards(method: Method, shards: Mapping[str, Shard]) -> dict[str, Shard]:
+    """The shards of a method's parameters and buffers by their names in a checkpoint, without
+    constant modules.
 
     shards: those of the parameters; what is not in it lies in full on every rank, except the rows
     that a DeferredState declares as sharded.
     """
     modules = ((n, m) for n, m in method.named_modules() if isinstance(m, DeferredState))
     rows = {f"{n}.{buffer}": where for n, m in modules for buffer, where in m.sharded().items()}
+    constant = tuple(f"{name}." for name in method.constant)
     result = {}
 
     for name, tensor in method.state_dict(keep_vars=True).items():
-        plain = rows_of(tensor, *rows[name]) if name in rows else replica(tensor)
-        result[f"method.{name}"] = shards.get(name, plain)
+        if not name.startswith(constant):
+            plain = rows_of(tensor, *rows[name]) if name in rows else replica(tensor)
+            result[f"method.{name}"] = shards.get(name, plain)
+
+    return result
+
+
+def optimizer_shards(
+    optimizer: torch.optim.Optimizer, shards: Mapping[str, Shard]
+) -> dict[str, Shard]:
+    """The shards of an optimizer's state, by their names in a checkpoint."""
+    result = {}
 
     for name, parameter in named_parameters(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():

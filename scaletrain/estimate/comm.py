@@ -308,7 +308,7 @@ def _batch(config: Config, run_info: RunInfo) -> Batch:
     rows = divided(config, dist.world())
     index = torch.arange(rows) * (run_info.samples // rows)
     images = tuple(torch.randn(count, rows, 3, size, size) for size, count in run_info.views)
-    masks = torch.ones_like(images[0][:, :, :1]) if config.data.masks else None
+    masks, maps = model.maps_of(config.data, images[0])
     pixels = torch.tensor([[-2.0] * 3, [2.0] * 3])
     support = None
 
@@ -323,7 +323,14 @@ def _batch(config: Config, run_info: RunInfo) -> Batch:
         )
 
     return Batch(
-        images, index, rng.hash64(0, index), pixels, labels=index, masks=masks, support=support
+        images,
+        index,
+        rng.hash64(0, index),
+        pixels,
+        labels=index,
+        masks=masks,
+        maps=maps,
+        support=support,
     )
 
 

@@ -28,7 +28,7 @@ KINDS = {
     "gathered": "full parameters that are kept for backward",
     "gradients": "at the end of backward",
     "optimizer": "momentum and the like",
-    "target": "moving averages",
+    "frozen": "moving averages and constant modules",
     "buckets": "in which gradients are collected to be sent",
     "buffers": "running statistics, queues and memories",
     "activations": "what autograd keeps of a micro-batch, the images included",
@@ -42,12 +42,12 @@ Elements = dict[str, int]
 
 
 class _Parameters:
-    """The parameters of a method: trained ones in the optimizer's order, and those of targets."""
+    """The parameters of a method: trained ones in the optimizer's order, and frozen ones."""
 
     def __init__(self, method: Method, optim: OptimConfig) -> None:
         declared = groups.parameter_groups(method, optim)
         self.trained: list[Tensor] = [p for group in declared for p in group["params"]]
-        self.target: list[Tensor] = [p for p in method.parameters() if not p.requires_grad]
+        self.frozen: list[Tensor] = [p for p in method.parameters() if not p.requires_grad]
         self.units = {id(p) for unit in fsdp2.units(method) for p in unit.parameters()}
         self.root = [p for p in method.parameters() if id(p) not in self.units]
 
@@ -55,7 +55,7 @@ class _Parameters:
 def replicated(p: _Parameters) -> Elements:
     """ddp, and ZeRO 0."""
     n = _total(p.trained)
-    return {"parameters": n, "gradients": n, "optimizer": n, "target": _total(p.target)}
+    return {"parameters": n, "gradients": n, "optimizer": n, "frozen": _total(p.frozen)}
 
 
 def row_shards(p: _Parameters, shards: int, reshard: bool) -> Elements:
@@ -76,14 +76,14 @@ def row_shards(p: _Parameters, shards: int, reshard: bool) -> Elements:
         "parameters": n,
         "gradients": n,
         "optimizer": n,
-        "target": _total(p.target, elements),
+        "frozen": _total(p.frozen, elements),
         "gathered": whole,
     }
 
 
 def flat_partition(p: _Parameters, ranks: int, stage: int, bucket: int) -> Elements:
     """ZeRO 1 and 2: one flat buffer, padded to 2 elements a rank; its parts are copied to masters.
-    Targets are replicas.
+    Frozen parameters are replicas.
 
     Stage 1 reduces the whole gradient after backward, stage 2 bucket by bucket into this rank's
     part.
@@ -96,7 +96,7 @@ def flat_partition(p: _Parameters, ranks: int, stage: int, bucket: int) -> Eleme
         "parameters": n + part,
         "gradients": whole,
         "optimizer": min(part, _total(p.trained)),
-        "target": _total(p.target),
+        "frozen": _total(p.frozen),
         "buckets": bucket,
     }
 
@@ -124,7 +124,7 @@ def parameter_partition(
         else 0,
         "gradients": n,
         "optimizer": n,
-        "target": _total(p.target, part) + whole(p.target),
+        "frozen": _total(p.frozen, part) + whole(p.frozen),
         "buckets": bucket,
     }
 
@@ -142,7 +142,7 @@ def whole_parameters(p: _Parameters, ranks: int) -> Elements:
         "parameters": _total(p.trained),
         "gradients": max(load),
         "optimizer": max(load),
-        "target": _total(p.target),
+        "frozen": _total(p.frozen),
     }
 
 

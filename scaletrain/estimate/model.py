@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from scaletrain.config.schema import Config
+from scaletrain.config.schema import Config, DataConfig
 from scaletrain.core import Batch, Clock, Method, RunInfo
+from scaletrain.data.transforms.maps import foreground
 from scaletrain.engines.config import EngineConfig
+from scaletrain.engines.placement import freeze
 from scaletrain.nn import stages
 from scaletrain.runtime import tables
 from scaletrain.train.build import build_method, run_info_of
@@ -113,12 +115,18 @@ def fake(config: Config) -> Iterator[Method]:
             if engine.activation_checkpointing:
                 stages.recompute(method, engine.activation_checkpointing)
 
-            for target in method.targets:
-                method.get_submodule(target).requires_grad_(False)
-
+            freeze(method)
             yield method
     finally:
         torch.set_default_dtype(before)
+
+
+def maps_of(data: DataConfig, views: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Masks and maps, of ones, for the largest views [V, B, 3, H, W] of a batch."""
+    kinds = [item.kind for item in data.all_maps]
+    ones = torch.ones_like(views[:, :, :1])
+    found = tuple(ones.long() if kind == "classes" else ones for kind in kinds)
+    return foreground(found, kinds), found
 
 
 def fake_batch(config: Config, rows: int) -> Batch:
@@ -127,12 +135,10 @@ def fake_batch(config: Config, rows: int) -> Batch:
     """
     about = run_info(config)
     images = tuple(torch.empty(count, rows, 3, size, size) for size, count in about.views)
-    masks = (
-        torch.empty(*images[0].shape[:2], 1, *images[0].shape[3:]) if config.data.masks else None
-    )
+    masks, maps = maps_of(config.data, images[0])
     index = torch.empty(rows, dtype=torch.int64)
 
-    batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks)
+    batch = Batch(images, index, index, torch.empty(2, 3), labels=index, masks=masks, maps=maps)
     if not about.support:
         return batch
 
@@ -191,9 +197,19 @@ def _parameters(method: Method) -> dict[str, int]:
     def count(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    targets = sum(count(method.get_submodule(target)) for target in method.targets)
+    targets, constant = (
+        sum(count(method.get_submodule(name)) for name in names)
+        for names in (method.targets, method.constant)
+    )
     encoder = count(method.backbone)
-    return {"backbone": encoder, "heads": count(method) - encoder - targets, "targets": targets}
+    heads = count(method) - encoder - targets - constant
+
+    return {
+        "backbone": encoder,
+        "heads": heads,
+        "targets": targets,
+        **({"constant": constant} if constant else {}),
+    }
 
 
 def show(stats: dict[str, Any]) -> None:

@@ -47,6 +47,8 @@ class Classes:
     train: Tensor
     test: Tensor
     count: int
+    # The label of each class in the files of the training set.
+    numbers: Tensor  # [count] int64
     # How the two sets were matched, for people.
     matched: str
     # Of the names that were matched.
@@ -98,7 +100,8 @@ def match(train: LabelledSet, test: LabelledSet, same_numbers: bool = False) -> 
         torch.from_numpy(place[known.searchsorted(part)]) for part in (train.labels, labels)
     )
 
-    return Classes(ours_dense, theirs_dense, len(known), matched, sha256)
+    numbers = torch.from_numpy(known[first.argsort()])
+    return Classes(ours_dense, theirs_dense, len(known), numbers, matched, sha256)
 
 
 def names(folder: str) -> list[str] | None:

@@ -6,21 +6,22 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaletrain.data.loading import loader
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import admit
 from scaletrain.data.reading.subset import load as load_subset
-from scaletrain.data.sampling.plan import Ints
+from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.classes import LabelledSet, match
 from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features
+from scaletrain.evals.network import Network, load
 from scaletrain.evals.targets import EncoderUnderTest, EvalError
 
 # Features [K, D] of the samples that can be read, and a mask [N] bool of which these are.
@@ -55,8 +56,8 @@ class EvalContext:
 
         self._opened: dict[str, Shards] = {}
         train_shards, test_shards = self._shards(self.train), self._shards(self.test)
-        # The samples of the shards that are the training set; None: all of them.
-        self._rows: Ints | None = None
+        # The shards of the training set, or those of their samples that belong to it.
+        self._train: Shards | SubsetShards = train_shards
         self._subset: dict[str, Any] | None = None
         self._subset_sha: str | None = None
 
@@ -70,7 +71,7 @@ class EvalContext:
             )
         else:
             found = load_subset(subset, train_shards)
-            self._rows = found.index
+            self._train = SubsetShards(train_shards, found.index)
             train_labels = LabelledSet(
                 self.train, str(subset), found.labels, train_shards.fingerprint
             )
@@ -82,9 +83,7 @@ class EvalContext:
                 "rule": found.rule,
             }
 
-            self._subset_sha = hashlib.sha256(
-                found.index.tobytes() + found.labels.tobytes()
-            ).hexdigest()
+            self._subset_sha = self._train.fingerprint
 
         test_labels = LabelledSet(
             self.test,
@@ -121,11 +120,9 @@ class EvalContext:
     def bank(self) -> Features:
         """Features of all training images under the test transform."""
         if self._bank is None:
-            x, good = self._encode("train", "training images", self._rows)
+            x, good = self._encode("train", "training images", self._train)
             if not good.all():
-                self._rows = (np.arange(len(good)) if self._rows is None else self._rows)[
-                    good.numpy()
-                ]
+                self._train = SubsetShards(self._train, good.nonzero().flatten().numpy())
                 self._labels = self._labels[good]
 
             self._bank = Features(x, self._labels)
@@ -135,9 +132,34 @@ class EvalContext:
     def queries(self) -> Features:
         """Features of all test images under the test transform."""
         if self._queries is None:
-            x, good = self._encode("test", "test images", None)
+            x, good = self._encode("test", "test images", self._shards(self.test))
             self._queries = Features(x, self.matched.test[good])
         return self._queries
+
+    @cached_property
+    def network(self) -> Network:
+        """The whole network of the run under evaluation. Raises EvalError where there is none."""
+        subject = self.subject
+        if subject.encoder != "trained" or subject.run is None:
+            what = subject.source if subject.run is None else f"the {subject.encoder} encoder"
+            raise EvalError(
+                f"{what} is an encoder without the heads of its run; give the run folder or a step "
+                "of it, and no --encoder"
+            )
+
+        return load(subject.source)
+
+    def outputs(self, module: nn.Module) -> Features:
+        """Outputs [N, D] of a module for all test images under the test transform, in place of the
+        encoder's features.
+        """
+        extractor = FeatureExtractor(replace(self.subject, module=module), self.settings)
+        left_out: list[dict[str, Any]] = []
+        shards = self._shards(self.test)
+        x, good = extractor.encode(self.test, shards, "test images", left_out)
+        self._left_out["test"] = left_out
+
+        return Features(x, self.matched.test[good])
 
     def part(self, rows: Tensor) -> Features:
         """Features of the training images `rows` (ascending numbers) under the test transform; no
@@ -146,12 +168,7 @@ class EvalContext:
         if self.skip or self._bank is not None:
             return Features(self.bank().x[rows], self._labels[rows])
 
-        x, _ = self._encode(
-            "train",
-            "held-out images",
-            rows.numpy() if self._rows is None else self._rows[rows.numpy()],
-        )
-
+        x, _ = self._encode("train", "held-out images", SubsetShards(self._train, rows.numpy()))
         return Features(x, self._labels[rows])
 
     def augmented(self, wanted: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,29 +178,27 @@ class EvalContext:
         wanted: mask [N] bool of the training images to yield.
         """
         batch = min(self.settings.batch, self.samples)
-        data = self.subject.data.model_copy(
-            update={
-                "path": self.train,
-                "mixture": (),
-                "epoch_samples": 0,
-                # Lanes must divide the batch.
-                "lanes": math.gcd(batch, self.subject.data.lanes),
-                "workers": self.settings.workers,
-                "masks": False,
-                "support": None,
-                "on_bad": "skip" if self.skip else "raise",
-                "views": (self.extractor.view,),
-            }
+        data = self.subject.data.plain(
+            path=self.train,
+            mixture=(),
+            subset="",
+            groups="",
+            epoch_samples=0,
+            # Lanes must divide the batch.
+            lanes=math.gcd(batch, self.subject.data.lanes),
+            workers=self.settings.workers,
+            on_bad="skip" if self.skip else "raise",
+            views=(self.extractor.view,),
         )
 
-        stream = loader.open_stream(
+        stream = loader.stream_of(
             data,
+            self._train,
             seed=seed,
             batch=batch,
             rank=0,
             world=1,
             device=self.extractor.device,
-            rows=self._rows,
         )
 
         def lost(_: int, replaced: Sequence[Replaced]) -> None:
@@ -196,9 +211,6 @@ class EvalContext:
         try:
             for part in stream.batches(0, sys.maxsize, lost):
                 number = part.index.cpu()
-                if self._rows is not None:
-                    number = torch.searchsorted(torch.from_numpy(self._rows), number)
-
                 keep = wanted[number]
                 yield (
                     self.extractor.forward(part, keep.to(self.extractor.device)),
@@ -206,6 +218,7 @@ class EvalContext:
                 )
         finally:
             stream.close()
+            self._train.close()
 
     # --- for the result ---
 
@@ -266,10 +279,11 @@ class EvalContext:
 
         return self._opened[path]
 
-    def _encode(self, name: Literal["train", "test"], what: str, rows: Ints | None) -> Encoded:
-        """Features of the samples `rows` of a set (None: all), and a mask of those that can be
+    def _encode(
+        self, name: Literal["train", "test"], what: str, shards: Shards | SubsetShards
+    ) -> Encoded:
+        """Features of all samples of a set or of its subset, and a mask of those that can be
         read.
         """
         path = self.train if name == "train" else self.test
-        numbers = np.arange(len(self._shards(path))) if rows is None else rows
-        return self.extractor.encode(path, numbers, what, self._left_out[name], rows)
+        return self.extractor.encode(path, shards, what, self._left_out[name])

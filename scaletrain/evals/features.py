@@ -15,7 +15,7 @@ from torch import Tensor
 from scaletrain.config import schema
 from scaletrain.core import Batch
 from scaletrain.data.loading import loader
-from scaletrain.data.sampling.plan import Ints
+from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.targets import EncoderUnderTest, EvalError
 
@@ -134,28 +134,28 @@ class FeatureExtractor:
     def encode(
         self,
         path: str,
-        numbers: Ints,
+        shards: AnyShards,
         what: str,
         left_out: list[dict[str, Any]],
-        rows: Ints | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features [K, D] of the samples that can be read, and a mask [N] bool of which these are.
 
-        numbers: the samples [N] to encode, ascending. rows: the same, or None for all samples of
-        the shards. what: name of the progress bar. Samples that cannot be read are added to
-        `left_out`. Raises ShardError for one where the policy is to stop, EvalError where too many
-        are left out.
+        path: of the shards, for messages. what: name of the progress bar. Samples that cannot be
+        read are added to `left_out`, by their number in the folder. Raises ShardError for one where
+        the policy is to stop, EvalError where too many are left out.
         """
-        good = torch.ones(len(numbers), dtype=torch.bool)
+        samples = len(shards)
+        good = torch.ones(samples, dtype=torch.bool)
 
         def lost(_: int, replaced: Sequence[Replaced]) -> None:
             for one in replaced:
-                good[int(numbers.searchsorted(one.planned))] = False
-                left_out.append({"sample": one.planned, "fault": one.fault})
+                good[one.planned] = False
+                rows = shards.rows if isinstance(shards, SubsetShards) else range(samples)
+                left_out.append({"sample": int(rows[one.planned]), "fault": one.fault})
 
-            if len(left_out) > self.max_bad * len(numbers):
+            if len(left_out) > self.max_bad * samples:
                 raise EvalError(
-                    f"{path}: {len(left_out)} or more of its {len(numbers)} samples cannot be "
+                    f"{path}: {len(left_out)} or more of its {samples} samples cannot be "
                     f"read, and max_bad={self.max_bad:g} allows fewer; the last: "
                     f"{left_out[-1]['fault']}; repair the shards, or allow more with "
                     "--set features.max_bad=SHARE"
@@ -163,7 +163,7 @@ class FeatureExtractor:
 
         data = self.subject.data
         images = loader.eval_batches(
-            path,
+            shards,
             size=self.size,
             resize=self.resize,
             batch=self.settings.batch,
@@ -174,16 +174,14 @@ class FeatureExtractor:
             max_pixels=data.max_pixels,
             timeout=data.timeout,
             liveness=data.liveness,
-            rows=rows,
-            cache=data.cache,
             skip=self.skip,
             lost=lost,
         )
 
         x, at, done = torch.empty(0), 0, 0
-        for batch in watch(images, what, len(numbers), len):
+        for batch in watch(images, what, samples, len):
             stop = at + len(batch) + (len(left_out) - (at - done))
-            due = torch.from_numpy(numbers[at:stop])[good[at:stop]]
+            due = torch.arange(at, stop)[good[at:stop]]
             if not torch.equal(batch.index.cpu(), due):
                 raise EvalError(
                     f"{path}: the stream gave samples {batch.index.tolist()[:3]} .. where "
@@ -193,15 +191,14 @@ class FeatureExtractor:
             part = self.forward(batch)
             # Filled in place: a list and its concatenation would need twice the memory.
             if not done:
-                x = torch.empty(len(numbers), part.shape[1])
+                x = torch.empty(samples, part.shape[1])
 
             x[done : done + len(part)] = part
             at, done = stop, done + len(part)
 
-        if not done or done + len(left_out) != len(numbers):
+        if not done or done + len(left_out) != samples:
             raise EvalError(
-                f"{path}: {done} of its {len(numbers)} samples could be read; index the folder "
-                "again"
+                f"{path}: {done} of its {samples} samples could be read; index the folder again"
             )
 
         return x[:done], good

@@ -3,7 +3,8 @@
 A benchmark is a file in benchmarks/, named by its file name, with a frozen `Config` and
 `measure(config, context) -> (metrics, protocol)`. Metrics are in per cent. The protocol describes
 how they were measured, in the same way for every encoder. Further findings, such as a chosen
-learning rate, are under its key `found`, which a result lists separately.
+learning rate, are under its key `found`, which a result lists separately. A benchmark of more than
+the encoder also has `identity(context)`, which identifies the rest.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def run(
     and a folder `test` or `val` next to it. `overrides` such as `linear.epochs=20` or
     `features.size=224` change settings of a benchmark or of the features. `encoder` selects the
     trained encoder or a baseline. `labels` is a label subset of the training shards: only its
-    samples are used. `same_numbers` asserts that both sets number their classes alike, whatever
-    their classes.json say. Results go to RUN/evals or the folder of FILE, scalars to
+    samples are used. Without it all are, also where the run itself was trained on a data.subset,
+    which the result then says. `same_numbers` asserts that both sets number their classes alike,
+    whatever their classes.json say. Results go to RUN/evals or the folder of FILE, scalars to
     RUN/tensorboard/evals. A result that exists is read, not measured again. Each result is the
     content of its file, with the path as `file`. Raises EvalError and other ValueErrors whose text
     says what to do.
@@ -160,11 +162,12 @@ def _result(
     TensorBoard.
     """
     subject, data = context.subject, context.subject.data
+    further = getattr(_benchmark(name), "identity", None)
     defined = {
         "format": results.FORMAT,
         "scaletrain": installed("scaletrain"),
         "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **context.identity},
-        "encoder": subject.identity,
+        "encoder": subject.identity | (further(context) if further else {}),
         # Order of the augmented images.
         "order": {"lanes": data.lanes, "window": data.window},
         "max_bad": context.max_bad if context.skip else None,
@@ -206,6 +209,10 @@ def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str
         raise ShardError(fault.shard, fault.offset, text) from None
 
     found = protocol.pop("found", {})
+    trained: dict[str, Any] = {"samples": subject.samples, "epochs": subject.epochs}
+    if subject.data.subset:
+        trained["subset"] = subject.data.subset
+
     return {
         "format": results.FORMAT,
         "benchmark": name,
@@ -213,7 +220,7 @@ def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str
         "about": subject.about,
         "source": str(subject.source),
         "step": subject.step,
-        "trained": {"samples": subject.samples, "epochs": subject.epochs},
+        "trained": trained,
         "measured": datetime.now(UTC).isoformat(),
         "metrics": metrics,
         "unit": "per cent",

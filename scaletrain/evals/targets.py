@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from scaletrain.checkpoint import files, reader
 from scaletrain.config import load, renamed, schema
+from scaletrain.config.recipe import closest
 from scaletrain.nn import backbone
 
 Encoder = Literal["trained", "untrained", "pixels"]
-# Prefix of the backbone's tensors in a checkpoint.
-BACKBONE = "method.backbone."
+ENCODER = "backbone"
+# Prefix of the encoder's tensors in a checkpoint.
+BACKBONE = f"method.{ENCODER}."
 # Image size of the raw-pixel baseline, unless the run's is smaller.
 PIXELS = 32
 
@@ -97,7 +99,7 @@ def describe(settings: schema.Config, step: int) -> dict[str, str]:
     """Metadata of an exported file, which `find` needs to evaluate it."""
     data = settings.data
     kept = data.model_dump(
-        mode="json", include={"mean", "std", "path", "on_bad", "max_bad", "max_pixels"}
+        mode="json", include={"mean", "std", "path", "subset", "on_bad", "max_bad", "max_pixels"}
     )
     facts = {"size": _size(data), **kept}
 
@@ -107,6 +109,36 @@ def describe(settings: schema.Config, step: int) -> dict[str, str]:
         "step": str(step),
         "seed": str(settings.seed),
     }
+
+
+def export(run: Path, saved: reader.SavedStep, module: str, path: Path) -> int:
+    """Write a module of a saved step to one file; returns the number of its tensors. Raises
+    EvalError, listing the modules, where there is none of this name.
+    """
+    prefix = f"method.{module}."
+    names = {name.removeprefix(prefix): name for name in saved.names() if name.startswith(prefix)}
+    if not names:
+        parts = (name.split(".") for name in saved.names())
+        known = dict.fromkeys(part[1] for part in parts if part[0] == "method" and len(part) > 2)
+        raise EvalError(
+            f"{saved.path} has no module '{module}'{closest(module, known)}; it has: "
+            f"{', '.join(known)}"
+        )
+
+    settings = load.load(run / "config.yaml")
+    if module == ENCODER:
+        meta = describe(settings, saved.step)
+    else:
+        meta = {
+            "module": module,
+            "method": settings.method.model_dump_json(),
+            "step": str(saved.step),
+            "seed": str(settings.seed),
+        }
+
+    tensors = {short: saved.read(name).view(saved.shape(name)) for short, name in names.items()}
+    files.export(tensors, path, meta)
+    return len(tensors)
 
 
 # Shapes by name, and a function that reads a tensor.
@@ -136,7 +168,8 @@ def find(target: Path, encoder: Encoder = "trained") -> EncoderUnderTest:
     return replace(subject, weights=files.fingerprint(subject.module.state_dict(), {}))
 
 
-def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | None]:
+def run_of(target: Path) -> Path:
+    """The run folder of RUN or RUN/checkpoints/step-N. Raises EvalError."""
     run = target.parents[1] if target.parent.name == "checkpoints" else target
     if not (run / "config.yaml").is_file():
         raise EvalError(
@@ -144,6 +177,26 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
             ".safetensors file"
         )
 
+    return run
+
+
+def step_of(target: Path) -> reader.SavedStep:
+    """The newest good checkpoint of RUN, or RUN/checkpoints/step-N. Raises EvalError or
+    CheckpointError.
+    """
+    root = target / "checkpoints"
+    saved = reader.latest(root) if run_of(target) == target else reader.open_step(target)
+    if saved is None:
+        raise EvalError(
+            f"{root}: no good checkpoint yet; let the run save one, or evaluate the untrained "
+            "encoder"
+        )
+
+    return saved
+
+
+def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | None]:
+    run = run_of(target)
     settings = load.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.data, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
@@ -154,13 +207,7 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
     if not trained:
         return subject, None
 
-    saved = reader.latest(run / "checkpoints") if run == target else reader.open_step(target)
-    if saved is None:
-        raise EvalError(
-            f"{run / 'checkpoints'}: no good checkpoint yet; let the run save one, or evaluate "
-            "the untrained encoder"
-        )
-
+    saved = step_of(target)
     names = {
         name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)
     }
@@ -184,6 +231,12 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
 
 def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
     tensors, meta = files.load_file(path)
+    if module := meta.get("module"):
+        raise EvalError(
+            f"{path} holds the module '{module}' of a run and no encoder to evaluate; "
+            "`scaletrain export RUN FILE` without --module writes the encoder"
+        )
+
     try:
         # files that were exported earlier may have earlier keys
         saved = renamed.translated({"model": json.loads(meta["model"])})

@@ -23,7 +23,8 @@ def main(
     dest: command.Dest,
     how: How,
     masks: Annotated[
-        Path | None, typer.Option(help="Folder that mirrors SRC, with a PNG mask for every image.")
+        Path | None,
+        typer.Option(help="Folder that mirrors SRC, with a PNG mask or class map for every image."),
     ] = None,
     name: Annotated[str, typer.Option(help="First part of the shards' names.")] = "train",
 ) -> None:

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
 
-import cv2
 import numpy as np
 import typer
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from scaletrain import rng
 from scaletrain.data.errors import DataError, ImageError
 from scaletrain.data.format.names import CLASSES, slug
-from scaletrain.data.transforms import image
+from scaletrain.data.transforms import image, maps
 from scaletrain.importers.dedup import Copies, digest
 from scaletrain.importers.journal import QUARANTINE, Bad, Journal
 
@@ -308,8 +307,8 @@ def _prepared(entry: Entry, how: How) -> Entry:
     """The entry, proven to decode; shrunk or re-encoded where asked."""
     pixels = image.strict(entry.image, how.max_pixels)
     size = pixels.shape[:2]
-    mask = None if entry.mask is None else image.decode_mask(entry.mask, how.max_pixels)
-    if mask is not None and (mask.shape != size or image.kind(entry.mask or b"") != "png"):
+    mask = entry.mask
+    if mask is not None and (image.kind(mask) != "png" or _size(mask, how) != size):
         raise ImageError(f"{entry.mask_where}: the mask of this image must be a PNG of its size")
 
     large = 0 < how.resize < min(size)
@@ -318,11 +317,16 @@ def _prepared(entry: Entry, how: How) -> Entry:
 
     if large:
         pixels = image.shrink(pixels, how.resize)
-        if mask is not None:
-            mask = image.shrink(mask, how.resize, cv2.INTER_NEAREST)
+        mask = None if mask is None else maps.shrink(mask, how.resize)
 
-    encoded = None if mask is None else image.png(mask * np.uint8(255))
-    return replace(entry, image=image.jpeg(pixels, how.quality or QUALITY), mask=encoded)
+    return replace(entry, image=image.jpeg(pixels, how.quality or QUALITY), mask=mask)
+
+
+def _size(mask: bytes, how: How) -> tuple[int, int]:
+    """Height and width of a mask, proven to decode."""
+    image.check(mask, how.max_pixels)
+    width, height = image.upright(mask).size
+    return height, width
 
 
 def _members(number: int, entry: Entry) -> Members:

@@ -27,7 +27,9 @@ class Config(ComponentConfig):
     """Decay of the target's moving average at the start; it rises to 1 (tau_base)."""
 
     mask_probability: Share = 0.0
-    """Probability of removing a view's background, a study of ReLICv2; needs data.masks."""
+    """Probability of removing a view's background, a study of ReLICv2; needs
+    data.foreground.masks.
+    """
 
     mask_minimum: Share = 0.1
     """Smallest share of a view that the foreground must cover for that."""
@@ -35,8 +37,10 @@ class Config(ComponentConfig):
     miniature: ClassVar[Mapping[str, Any]] = {"hidden": 24, "dim": 8, "tau": 0.9}
 
     def fits(self, run: Run) -> None:
-        if self.mask_probability and not run.data.masks:
-            raise ValueError("method.mask_probability needs the foreground; add data.masks=true")
+        if self.mask_probability and not run.data.masked:
+            raise ValueError(
+                "method.mask_probability needs the foreground; add data.foreground.masks=true"
+            )
 
 
 class Model(WithTarget):

@@ -50,7 +50,9 @@ class Config(ComponentConfig):
     """Compare also the online and target embedding of the same large view, as Listing 1 does."""
 
     mask_probability: Share = 0.1
-    """Probability of removing the background of a large view, where there are data.masks."""
+    """Probability of removing the background of a large view, where there are
+    data.foreground.masks.
+    """
 
     mask_minimum: Share = 0.1
     """Smallest share of a view that the foreground must cover for that; not verified."""

@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaletrain.config.schema import ComponentConfig, Count
 from scaletrain.core import Backbone, Batch, Clock, Method, MethodOutput, RunInfo
 from scaletrain.nn.norm import pooled
-from scaletrain.ops.precision import full_precision
+from scaletrain.ops.classification import cross_entropy
 
 
 class Config(ComponentConfig):
@@ -39,13 +38,9 @@ class Model(Method):
     def forward(self, batch: Batch, clock: Clock) -> MethodOutput:
         assert batch.labels is not None
         h = [pooled(self.backbone, x) for x in batch.views]
-        loss, accuracy = self._loss(self.classifier(torch.cat(h)), batch.labels)
+        loss, accuracy = cross_entropy(self.classifier(torch.cat(h)), batch.labels)
         return MethodOutput({"all": loss}, {"accuracy": accuracy}, h[0][0].detach())
 
-    @full_precision
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """[V, B, classes], [B] -> cross entropy and share of right answers, means over views and
-        samples.
-        """
-        accuracy = (logits.detach().argmax(-1) == labels).float().mean()
-        return F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))), accuracy
+    def predict(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.backbone(x))
+        return logits

@@ -1,4 +1,4 @@
-"""ResNets with torchvision's parameter names, 18 to 295 layers deep and of any width.
+"""ResNets with torchvision's parameter names, 10 to 295 layers deep and of any width.
 
 `width` multiplies every stage and the stem, as in SimCLR and ReLICv2; a fraction gives the narrow
 nets of small studies.
@@ -19,6 +19,7 @@ from scaletrain.nn.blocks import Basic, Bottleneck, Dilation, conv, deep_stem
 from scaletrain.nn.norm import MOMENTUM, BatchNorm
 
 LAYERS: dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet10": (Basic, (1, 1, 1, 1)),
     "resnet18": (Basic, (2, 2, 2, 2)),
     "resnet34": (Basic, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),

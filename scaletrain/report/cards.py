@@ -32,6 +32,10 @@ def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
     text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]
     if subset := first["data"].get("labels"):
         text.append(f"of which labels: {subset['samples']:,} of {subset['file']}")
+    if own := first.get("trained", {}).get("subset"):
+        text.append(f"the run was trained on the samples of {own} only")
+        if not subset:
+            text[-1] += "; --labels FILE evaluates with a label subset only"
 
     text.append(
         f"classes: {first['data']['classes']['count']:,}, matched "

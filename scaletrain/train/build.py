@@ -7,12 +7,16 @@ import importlib
 import torch
 
 from scaletrain.auxiliaries import base as auxiliaries
+from scaletrain.checkpoint.reader import SavedStep
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 from scaletrain.core import Method, RunInfo
 from scaletrain.engines.base import Engine
+from scaletrain.engines.placement import fill, method_shards
 from scaletrain.nn import backbone
 from scaletrain.optim import schedule
+from scaletrain.train import initial_weights
+from scaletrain.train.weight_sources import METHOD
 
 
 def run_info_of(config: Config, samples: int, steps_per_epoch: int) -> RunInfo:
@@ -58,3 +62,22 @@ def build(config: Config, samples: int, steps_per_epoch: int, device: torch.devi
     method = build_method(config, run_info_of(config, samples, steps_per_epoch))
     engine = importlib.import_module(f"scaletrain.engines.{config.engine.name}")
     return engine.Engine(method, config.engine, config.optim, device)  # type: ignore[no-any-return]
+
+
+def rebuild(config: Config, saved: SavedStep) -> Method:
+    """The method of a saved step on the CPU, in evaluation mode and with its weights; the caller's
+    random generator is not touched. Raises TrainingError, CheckpointError, ConfigError.
+    """
+    samples = saved.meta.get("samples_in_use")
+    if samples is None:
+        # of an earlier version
+        data = saved.meta.get("data") or {}
+        samples = sum(source["samples"] for source in data.get("sources", ()))
+
+    steps_per_epoch = saved.meta.get("clock", {}).get("steps_per_epoch") or 1
+    with torch.random.fork_rng(devices=[]):
+        method = build_method(config, run_info_of(config, samples, steps_per_epoch))
+
+    fill(method_shards(method, {}), saved, METHOD)
+    initial_weights.fill_constant(method, saved)
+    return method.eval().requires_grad_(False)

@@ -38,9 +38,9 @@ def train(
     """Train in the run folder, from its newest good checkpoint or from the start. Every rank calls
     it.
 
-    init: a safetensors file whose backbone a new run starts from. trace: write a profile of some
-    steps. change: accept a configuration or data that differ from those the run was started with.
-    umask: as in run_folder.restrict.
+    init: a run, step or safetensors file whose backbone a new run starts from. trace: write a
+    profile of some steps. change: accept a configuration or data that differ from those the run was
+    started with. umask: as in run_folder.restrict.
     """
     with Interrupt() as interrupt, contextlib.ExitStack() as until:
         run_folder.restrict(run, umask, until)

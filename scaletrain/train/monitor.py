@@ -18,7 +18,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from scaletrain import dist
 from scaletrain.config import load
@@ -202,6 +201,9 @@ def grid(views: Tensor, pixel_range: Tensor) -> Tensor:
     )  # [b * V, 3, H, W]
     black, white = pixel_range.to(first).view(2, 1, 3, 1, 1)
     pixels = ((first - black) / (white - black)).clamp(0, 1).mul(255).round().byte().cpu()
+    # torchvision takes a third of a second to import, and few processes draw
+    from torchvision.utils import make_grid
+
     picture: Tensor = make_grid(pixels, nrow=views.shape[0], padding=2)
 
     return picture

@@ -105,13 +105,19 @@ def other_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list
             "labelled samples: " if name == "support" else "",
         )
 
-    if bool(before.get("masks")) != bool(now.get("masks")):
-        lines.append(
-            f"masks: {'with' if before.get('masks') else 'without'} -> "
-            f"{'with' if now.get('masks') else 'without'}"
-        )
+    for name in ("subset", "groups"):
+        old, new = before.get(name), now.get(name)
+        if (old or {}).get("sha256") != (new or {}).get("sha256"):
+            lines.append(f"data.{name}: {_described(old)} -> {_described(new)}")
 
-    return lines
+    return lines + _differences(_maps(before), _maps(now), "maps: ")
+
+
+def _maps(data: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The maps of the data; earlier versions recorded whether there were masks."""
+    masks: list[dict[str, Any]] = [{"kind": "foreground", "path": "key.mask.png"}]
+    found: Sequence[Mapping[str, Any]] = data.get("maps", masks if data.get("masks") else [])
+    return found
 
 
 def _differences(
@@ -124,7 +130,8 @@ def _differences(
             old is None
             or new is None
             or any(
-                old.get(key) != new.get(key) for key in ("sha256", "samples", "weight", "labels")
+                old.get(key) != new.get(key)
+                for key in ("sha256", "samples", "weight", "labels", "kind")
             )
         ):
             lines.append(f"{what}{_described(old)} -> {_described(new)}")
@@ -136,7 +143,9 @@ def _described(source: Mapping[str, Any] | None) -> str:
     if source is None:
         return "nothing"
 
+    samples = f"{source['samples']:,} samples" if "samples" in source else "of each sample"
+    kind = f", kind {source['kind']}" if "kind" in source else ""
     sha256 = f", sha256 {source['sha256'][:SHOWN]}" if source.get("sha256") else ""
     weight = f", weight {source['weight']:g}" if source.get("weight") is not None else ""
     labels = f", label subset {source['labels'][:SHOWN]}" if source.get("labels") else ""
-    return f"{source['path']} ({source['samples']:,} samples{sha256}{weight}{labels})"
+    return f"{source['path']} ({samples}{kind}{sha256}{weight}{labels})"

@@ -25,9 +25,8 @@ from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt
 from scaletrain.runtime.versions import commit
-from scaletrain.train import run_folder
+from scaletrain.train import initial_weights, run_folder
 from scaletrain.train.build import build, total_steps
-from scaletrain.train.initial_weights import start_from
 from scaletrain.train.monitor import Monitor
 from scaletrain.train.passes import Passes
 from scaletrain.train.resume import BEGINNING, Start, check_end, other_data, start_of
@@ -131,8 +130,13 @@ def open_session(
     """
     stream = _open(config.data, config, device)
     sources = stream.sources()
-    data = {"sources": sources, "support": stream.support_sources(), "masks": config.data.masks}
-    for source in sources if dist.main() else ():
+    data = {
+        "sources": sources,
+        "support": stream.support_sources(),
+        "maps": stream.maps,
+        **stream.list_sources(),
+    }
+    for source in (*sources, *stream.maps) if dist.main() else ():
         run_folder.warn_if_open(Path(selection.one_folder(source["path"]).folder))
 
     saved = reader.latest(run / "checkpoints")
@@ -146,7 +150,8 @@ def open_session(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     )
-    origin = _restore(engine, config, start, saved, init)
+    origin, weights, accepted = _restore(engine, config, start, saved, init, change)
+    notes += accepted
     run_folder.on_main(lambda: _accept(run, config, start, notes))
 
     monitor = Monitor(
@@ -180,6 +185,8 @@ def open_session(
         meta={
             "config": config.model_dump(mode="json"),
             "data": data,
+            "samples_in_use": stream.samples,
+            initial_weights.META: weights,
             "world": dist.world(),
             "versions": _versions(),
         },
@@ -201,11 +208,8 @@ def _passes(engine: Engine, stream: Stream, config: Config, device: torch.device
 def whole_images(data: DataConfig) -> DataConfig:
     """The same samples, each as one view of its whole image."""
     first = next(view for view in data.views if view.count)
-    plain = dict.fromkeys(("crop", "flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
-    whole = first.model_copy(update={"count": 1, **plain})
-    off = {"support": None, "masks": False, "good_crops": 0.0, "mask_study": ""}
-
-    return data.model_copy(update={"views": (whole,), **off})
+    off = dict.fromkeys(("crop", "flip", "jitter", "grayscale", "blur", "solarize"), 0.0)
+    return data.plain(views=(first.model_copy(update={"count": 1, **off}),))
 
 
 def _open(data: DataConfig, config: Config, device: torch.device, *, every: bool = False) -> Stream:
@@ -264,16 +268,19 @@ def _restore(
     start: Start,
     saved: reader.SavedStep | None,
     init: Path | None,
-) -> str:
-    """Give the engine its first state; returns where that came from."""
+    change: bool,
+) -> tuple[str, initial_weights.Origins, list[str]]:
+    """Give the engine its first state. Returns a line on where that came from, the origins of its
+    modules, and notes on what --change has accepted.
+    """
     if saved is not None:
+        weights, notes = initial_weights.load_constant(engine, saved, change)
         engine.restore(saved)
-        return f"resumed from step {start.updates}"
-    if init is None:
-        return f"started from seed {config.seed}"
+        return f"resumed from step {start.updates}", weights, [f"--change: {n}" for n in notes]
 
-    notes = start_from(engine, init)
-    return f"started from {init}" + (f" ({notes})" if notes else "")
+    sources = initial_weights.sources_of(engine.method, init)
+    weights, lines = initial_weights.start_from(engine, sources)
+    return "; ".join([f"started from seed {config.seed}", *lines]), weights, []
 
 
 def _start(

@@ -45,7 +45,7 @@ def recipe(name: str, *overrides: str) -> Config:
 
 def smaller(method: ComponentConfig) -> list[str]:
     """Overrides that give the sizes of a method the values of its miniature, where these are
-    smaller.
+    smaller, and options that a recipe leaves to the user.
     """
 
     def size(value: object) -> bool:
@@ -54,7 +54,7 @@ def smaller(method: ComponentConfig) -> list[str]:
     return [
         f"method.{key}={list(value) if isinstance(value, tuple) else value}"
         for key, value in method.miniature.items()
-        if size(value) and value < getattr(method, key)
+        if getattr(method, key) == "" or (size(value) and value < getattr(method, key))
     ]
 
 

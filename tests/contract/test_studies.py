@@ -58,9 +58,10 @@ def studied(name: str, *keys: str) -> list[tuple[object, ...]]:
     found = []
     for overrides in grid.combinations([str(ROOT / "configs" / "studies" / f"{name}.yaml")], 1):
         chosen = load.load(
-            ROOT / "configs" / "relicv2_r50_in1k_100ep.yaml", ("data.masks=true", *overrides)
+            ROOT / "configs" / "relicv2_r50_in1k_100ep.yaml",
+            ("data.foreground.masks=true", *overrides),
         )
-        values = {**chosen.data.model_dump(), **chosen.method.model_dump()}
+        values = {**chosen.data.foreground.model_dump(), **chosen.method.model_dump()}
         found.append(tuple(values[key] for key in keys))
     return found
 
@@ -72,7 +73,7 @@ def test_a_study_of_tau_keeps_it() -> None:
 @pytest.mark.parametrize("kind", ["points", "rectangle", "centred", "add", "remove", "box"])
 def test_studies_of_masks_mask_as_many_views_in_every_run(kind: str) -> None:
     runs = studied(
-        f"relicv2_{kind}_masks", "mask_study", "mask_share", "mask_minimum", "mask_probability"
+        f"relicv2_{kind}_masks", "study", "study_share", "mask_minimum", "mask_probability"
     )
     assert all(run[2:] == (0, 0.1) for run in runs)
     if kind == "box":

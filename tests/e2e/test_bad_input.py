@@ -29,7 +29,7 @@ RECIPE = """
 batch: 8
 steps: 4
 data: {lanes: 4, window: 2, workers: 0, views: [{size: 16, count: 2, blur: 0.0}]}
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 16, dim: 8}
 optim: {lr: 0.1, warmup_epochs: 0}
 checkpoint: {every_steps: 2, keep_last: 5}
@@ -199,7 +199,7 @@ def test_init_takes_a_backbone_and_refuses_another(
     shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
-    fitting = resnet.ResNet(ModelConfig(name="resnet18", width=0.0625, stem="cifar"))
+    fitting = resnet.ResNet(ModelConfig(name="resnet10", width=0.0625, stem="cifar"))
     fitting.bn1.running_mean.fill_(0.25)
     foreign = fitting.state_dict() | {
         "fc.weight": torch.zeros(10, fitting.features),
@@ -207,7 +207,7 @@ def test_init_takes_a_backbone_and_refuses_another(
     }
     files.export(foreign, tmp_path / "fits.safetensors", {})
     files.export(
-        resnet.ResNet(ModelConfig(name="resnet18")).state_dict(), tmp_path / "wide.safetensors", {}
+        resnet.ResNet(ModelConfig(name="resnet10")).state_dict(), tmp_path / "wide.safetensors", {}
     )
     arguments = (f"data.path={shards}", "steps=1", "optim.lr=1e-12", "checkpoint.every_steps=1")
     refused(
@@ -244,7 +244,7 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
     prefix: str, dropped: tuple[str, ...], note: str, shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
-    network = resnet.ResNet(ModelConfig(name="resnet18", width=0.0625, stem="cifar"))
+    network = resnet.ResNet(ModelConfig(name="resnet10", width=0.0625, stem="cifar"))
     tensors = {
         prefix + name: value
         for name, value in network.state_dict().items()
@@ -284,23 +284,18 @@ def test_init_takes_the_files_of_others_and_says_what_it_passed_over(
 def test_init_refuses_a_file_of_several_networks_that_fit(
     shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    network = resnet.ResNet(ModelConfig(name="resnet18", width=0.0625, stem="cifar")).state_dict()
-    both = {
-        f"module.encoder_{which}.{name}": value for which in "qk" for name, value in network.items()
-    }
-    files.export(both, tmp_path / "moco.safetensors", {})
+    network = resnet.ResNet(ModelConfig(name="resnet10", width=0.0625, stem="cifar")).state_dict()
+    both = {f"module.{which}.{name}": value for which in "ab" for name, value in network.items()}
+    files.export(both, tmp_path / "two.safetensors", {})
     result = train(
         recipe,
         tmp_path / "run",
         f"data.path={shards}",
         "steps=1",
         "--init",
-        tmp_path / "moco.safetensors",
+        tmp_path / "two.safetensors",
     )
-    refused(
-        result,
-        "several networks that fit this model, behind 'module.encoder_k.', 'module.encoder_q.'",
-    )
+    refused(result, "several networks that fit this model, behind 'module.a.', 'module.b.'")
 
 
 @pytest.mark.parametrize("threads", ["4,2", "abc", "0", "-1", "1e3"])

@@ -24,7 +24,7 @@ RECIPE = """
 batch: 8
 epochs: 2
 data: {lanes: 4, window: 2, workers: 0, views: [{size: 16, count: 2, blur: 0.0}]}
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 16, dim: 8}
 optim: {lr: 0.1, warmup_epochs: 0}
 checkpoint: {every_steps: 3, keep_last: 5}

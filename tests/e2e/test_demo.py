@@ -28,6 +28,7 @@ CHANGES = (
         "data.lanes=8",
         "data.workers=0",
         "data.views.0.size=16",
+        "model.name=resnet10",
         "model.width=0.0625",
     ),
     *("checkpoint.every_steps=5", "monitor.every=1", "monitor.images_every=0"),

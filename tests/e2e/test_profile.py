@@ -14,7 +14,7 @@ RECIPE = """
 batch: 8
 steps: 8
 data: {path: synthetic, synthetic_samples: 64, lanes: 4, workers: 0, views: [{size: 16, count: 2}]}
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 16, dim: 8}
 optim: {lr: 0.1, warmup_epochs: 0}
 monitor: {every: 1, images_every: 0}

@@ -24,7 +24,7 @@ batch: 8
 steps: 6
 data: {path: PLACE, lanes: 4, window: 2, workers: 1, views: [{size: 16, count: 2}],
   cache: {path: CACHE, bytes: 10_000_000}}
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 24, dim: 8}
 optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 0}
 """

@@ -31,7 +31,7 @@ data:
   window: 2
   workers: 1
   views: [{size: 16, count: 2, blur: 0.0}, {size: 8, count: 1, blur: 0.0}]
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 1, trust_coefficient: 0.02}
 engine: {name: ddp, precision: fp64}
 checkpoint: {every_steps: 3, keep_last: 20}
@@ -44,6 +44,9 @@ METHODS = {  # between them: moving averages, a queue, a sharded memory, cluster
     "iterations: 4}",
     "relicv2": "method: {name: relicv2, hidden: 24, dim: 8, negatives: 3, tau: 0.9}",
 }
+
+# started by the launcher; the ranks of the others are started without its imports
+LAUNCHED = "swav"
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +74,6 @@ def start(recipe: Path, run: Path, world: int, *overrides: str) -> subprocess.Po
     return subprocess.Popen([*command, "--run", str(run)], env=ENVIRONMENT, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    assert process.wait(timeout=240) == 0
-
-
 def resumed(run: Path, before: list[dict[str, float]]) -> int:
     """The step that the last start went on from: what was recorded before it is untouched, times
     included.
@@ -84,15 +83,12 @@ def resumed(run: Path, before: list[dict[str, float]]) -> int:
     return kept
 
 
-def kill_after(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    """SIGKILL to every process once metrics of `step` are written."""
+def wait_for(run: Path, step: int) -> None:
+    """Until metrics of `step` are written."""
     deadline = time.monotonic() + 120
     while not any(m["step"] >= step for m in metrics(run)):
         assert time.monotonic() < deadline
-        assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -126,12 +122,21 @@ def test_killed_and_resumed_equals_undisturbed(
     data = f"data.path={shards}"
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     ranks.train(world, recipe, undisturbed, data)
-    process = start(recipe, killed, world, data)
-    kill_after(
-        process, killed, 13
-    )  # epochs have 8 steps, checkpoints come every 3: mid-epoch, off a checkpoint
+    # epochs have 8 steps, checkpoints come every 3: mid-epoch, off a checkpoint
+    if method == LAUNCHED:
+        process = start(recipe, killed, world, data)
+        wait_for(killed, 13)
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    else:
+        with ranks.training(world, recipe, killed, data):
+            wait_for(killed, 13)
     before = metrics(killed)
-    finish(start(recipe, killed, world, data))
+    if method == LAUNCHED:
+        assert start(recipe, killed, world, data).wait(timeout=240) == 0
+    else:
+        ranks.train(world, recipe, killed, data)
     assert resumed(killed, before) in (9, 12, 15)
     assert len(losses(undisturbed)) == 24
     assert losses(undisturbed) == losses(killed)
@@ -153,9 +158,10 @@ def test_another_world_size_at_every_resume(shards: Path, tmp_path: Path) -> Non
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
     ranks.train(1, recipe, undisturbed, data)
     for world, step in ((2, 7), (1, 13)):
-        kill_after(start(recipe, moved, world, data), moved, step)
+        with ranks.training(world, recipe, moved, data):
+            wait_for(moved, step)
     before = metrics(moved)
-    finish(start(recipe, moved, 3, data))
+    ranks.train(3, recipe, moved, data)
     assert resumed(moved, before) >= 9
     assert losses(moved) == pytest.approx(losses(undisturbed), rel=1e-10)
     expected, got = final(undisturbed), final(moved)

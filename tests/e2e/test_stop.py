@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from kit import ranks
 
@@ -27,7 +26,7 @@ batch: 8
 steps: {STEPS}
 data: {{path: synthetic, synthetic_samples: 32, lanes: 4, workers: 1,
   views: [{{size: 16, count: 2}}]}}
-model: {{name: resnet18, width: 0.0625, stem: cifar}}
+model: {{name: resnet10, width: 0.0625, stem: cifar}}
 method: {{name: byol, hidden: 24, dim: 8}}
 optim: {{lr: 0.3, lr_scaling: none, warmup_epochs: 0}}
 engine: {{name: ddp, precision: fp64}}
@@ -139,32 +138,8 @@ def result(run: Path) -> dict[str, torch.Tensor]:
     return {name: saved.read(name) for name in saved.names()}
 
 
-def warn_one_rank(launcher: int) -> None:
-    os.kill(rank_process(launcher, 1), signal.SIGUSR2)
-
-
-def close_the_terminal(launcher: int) -> None:
-    os.kill(launcher, signal.SIGHUP)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    ranks.train(2, folder / "recipe.yaml", folder / "run")
-    return result(folder / "run")
-
-
-@pytest.mark.parametrize(
-    ("ask", "code", "name"), [(warn_one_rank, 140, "SIGUSR2"), (close_the_terminal, 129, "SIGHUP")]
-)
-def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(
-    tmp_path: Path,
-    ask: Callable[[int], None],
-    code: int,
-    name: str,
-    undisturbed: dict[str, torch.Tensor],
-) -> None:
+def asked(tmp_path: Path, ask: Callable[[int], None], code: int, name: str) -> int:
+    """Start a run, ask it to stop, check how it ends -> the step it has reached."""
     with start(tmp_path, "run") as process:
         wait_for_step(tmp_path / "run", 6, process)
         assert listening(
@@ -177,9 +152,27 @@ def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(
     assert reached < STEPS
     assert f"stopped at step {reached} on {name}, saved; rerun the same command to resume" in out
     assert "failed" not in errors
+    saved = reader.latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    assert saved.step == reached
+    return reached
+
+
+def test_asked_to_stop_it_saves_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    reached = asked(
+        tmp_path,
+        lambda launcher: os.kill(rank_process(launcher, 1), signal.SIGUSR2),
+        140,
+        "SIGUSR2",
+    )
     with start(tmp_path, "run") as process:
         out, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert f"resumed from step {reached};" in out
-    got = result(tmp_path / "run")
-    assert all(torch.equal(got[name], tensor) for name, tensor in undisturbed.items())
+    ranks.train(2, tmp_path / "recipe.yaml", tmp_path / "undisturbed")
+    got, expected = (result(tmp_path / name) for name in ("run", "undisturbed"))
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_closed_terminal_stops_it_in_the_same_way(tmp_path: Path) -> None:
+    asked(tmp_path, lambda launcher: os.kill(launcher, signal.SIGHUP), 129, "SIGHUP")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from kit import ranks
 
 from scaletrain.checkpoint import reader
 
@@ -17,14 +18,14 @@ RECIPE = """
 batch: 8
 steps: 4
 data: {path: synthetic, synthetic_samples: 32, lanes: 4, workers: 0, views: [{size: 16, count: 2}]}
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 24, dim: 8}
 optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 0}
 engine: {name: ddp, precision: fp64}
 """
 
 
-def test_two_nodes_train_what_the_local_launcher_trains(tmp_path: Path) -> None:
+def test_two_nodes_train_what_two_processes_train(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -46,16 +47,7 @@ def test_two_nodes_train_what_the_local_launcher_trains(tmp_path: Path) -> None:
     train = ["scaletrain", "train", str(recipe), "--run", str(tmp_path / "nodes")]
     nodes = [subprocess.Popen([*agent, *train], env=environment) for _ in range(2)]
     assert [node.wait(200) for node in nodes] == [0, 0]
-    local = [
-        sys.executable,
-        str(ROOT / "launchers" / "local.py"),
-        "--procs",
-        "2",
-        str(recipe),
-        "--run",
-        str(tmp_path / "local"),
-    ]
-    subprocess.run(local, env=environment, check=True, capture_output=True, timeout=200)
+    ranks.train(2, recipe, tmp_path / "local")
     here, there = (reader.latest(tmp_path / run / "checkpoints") for run in ("local", "nodes"))
     assert here is not None
     assert there is not None

@@ -34,7 +34,8 @@ from scaletrain.data.reading.reader import Shards  # noqa: E402
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "mixture": {"mixture": [("first", 0.3), ("second", 0.7)], "epoch_samples": 60},
-    "masks": {"masks": True},
+    "masks": {"foreground": {"masks": True}},
+    "subset": {"subset": "every third"},
     "label support": {"support": {"classes": 3, "per_class": 2, "epochs": EPOCHS}},
 }
 
@@ -68,6 +69,10 @@ def orders(folder: Path) -> dict[str, Any]:
                 "path": "",
                 "mixture": [{"path": paths[name], "weight": weight} for name, weight in parts],
             }
+        if rule := options.get("subset"):
+            shards = Shards(paths["first"])
+            subset.save(folder / "some.json", shards, np.arange(0, 48, 3), rule, "samples")
+            settings["subset"] = str(folder / "some.json")
         if support := options.get("support"):
             shards = Shards(paths["first"])
             subset.save(folder / "all.json", shards, np.arange(len(shards)), "all")

@@ -71,6 +71,7 @@ def children(parent: int = 0) -> list[int]:
 def joined(parts: list[Batch]) -> Batch:
     """The global batch of its ranks' parts."""
     masks = [p.masks for p in parts if p.masks is not None]
+    groups = [p.groups for p in parts if p.groups is not None]
     return Batch(
         views=tuple(torch.cat(v, 1) for v in zip(*(p.views for p in parts), strict=True)),
         index=torch.cat([p.index for p in parts]),
@@ -78,4 +79,6 @@ def joined(parts: list[Batch]) -> Batch:
         pixel_range=parts[0].pixel_range,
         labels=torch.cat([p.labels for p in parts]),
         masks=torch.cat(masks, 1) if masks else None,
+        maps=tuple(torch.cat(m, 1) for m in zip(*(p.maps for p in parts), strict=True)),
+        groups=torch.cat(groups) if groups else None,
     )

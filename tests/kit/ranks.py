@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,9 @@ def run(
     world: int, function: Callable[..., dict[str, torch.Tensor]], folder: Path, *args: Any
 ) -> list[dict[str, torch.Tensor]]:
     """function(*args) on `world` ranks -> what each rank returned."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["scaletrain.train.loop", "torch._dynamo"])
-    mp.start_processes(
-        _rank, (world, port, function, folder, args), nprocs=world, start_method="forkserver"
-    )
+    context = _start(world, function, folder, args)
+    while not context.join():
+        pass
     return [torch.load(folder / f"rank{r}-of-{world}.pt", weights_only=True) for r in range(world)]
 
 
@@ -41,6 +38,37 @@ def train(world: int, recipe: Path, run_folder: Path, *overrides: str) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         run(world, _train, Path(folder), recipe, run_folder, overrides)
+
+
+@contextmanager
+def training(world: int, recipe: Path, run_folder: Path, *overrides: str) -> Iterator[None]:
+    """The same ranks, which train while the context lasts and are then killed with SIGKILL."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = _start(world, _train, Path(folder), (recipe, run_folder, overrides))
+        yield
+        assert all(process.is_alive() for process in context.processes), "they ended by themselves"
+        for process in context.processes:
+            process.kill()
+        for process in context.processes:
+            process.join()
+
+
+def _start(
+    world: int, function: Callable[..., Any], folder: Path, args: tuple[Any, ...]
+) -> mp.ProcessContext:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["scaletrain.train.loop", "torch._dynamo"])
+    context = mp.start_processes(
+        _rank,
+        (world, port, function, folder, args),
+        nprocs=world,
+        join=False,
+        start_method="forkserver",
+    )
+    assert context is not None
+    return context
 
 
 def _train(recipe: Path, run_folder: Path, overrides: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -57,6 +85,7 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init(timeout_seconds=120)

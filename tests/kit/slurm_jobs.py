@@ -23,7 +23,7 @@ batch: 12
 steps: {STEPS}
 data: {{lanes: 4, window: 2, workers: 1,
   views: [{{size: 16, count: 2, blur: 0.0}}, {{size: 8, count: 1, blur: 0.0}}]}}
-model: {{name: resnet18, width: 0.0625, stem: cifar}}
+model: {{name: resnet10, width: 0.0625, stem: cifar}}
 method: {{name: relicv2, hidden: 24, dim: 8, negatives: 3, tau: 0.9}}
 optim: {{lr: 0.3, lr_scaling: none, warmup_epochs: 1, trust_coefficient: 0.02}}
 engine: {{name: ddp, precision: fp64}}

@@ -39,7 +39,7 @@ def config(name: str, **changes: Any) -> Config:
     raw: dict[str, Any] = {
         "batch": BATCH,
         "data": data,
-        "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar", "zero_init": True},
+        "model": {"name": "resnet10", "width": 0.0625, "stem": "cifar", "zero_init": True},
         "method": {"name": method, **component_config("methods", method).miniature},
         "auxiliaries": [
             {"name": name, **component_config("auxiliaries", name).miniature}

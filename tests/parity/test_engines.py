@@ -30,6 +30,7 @@ from kit.parity import (
 from kit.toys import ADVERSARY, MOMENT
 
 from scaletrain.checkpoint.files import export
+from scaletrain.core import Source
 from scaletrain.engines import placement
 from scaletrain.train.initial_weights import start_from
 
@@ -80,7 +81,7 @@ def started(file: Path) -> Run:
     found: Run = {}
     for engine in ENGINES:
         trainer = small.engine(configuration(under("byol", engine)))
-        start_from(trainer, file)
+        start_from(trainer, {"backbone": Source(file)})
         target = {
             name: placement.whole(at)
             for name, at in trainer.placed().items()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from kit import importing
+from kit import importing, ranks
 from kit.slurm_cluster import Cluster
 from kit.slurm_jobs import RECIPE, ROOT, tensors
 
@@ -45,21 +42,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(recipe: Path) -> dict[str, torch.Tensor]:
-    """What the local launcher trains with as many processes."""
+    """What as many processes train without SLURM."""
     run = recipe.parent / "undisturbed"
-    command = [
-        sys.executable,
-        str(ROOT / "launchers" / "local.py"),
-        "--procs",
-        "2",
-        str(recipe),
-        "--run",
-        str(run),
-    ]
-    subprocess.run(
-        command,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    ranks.train(2, recipe, run)
     return tensors(run)

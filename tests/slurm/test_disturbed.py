@@ -32,10 +32,6 @@ def rank_process(cluster: Cluster, job: str, rank: int) -> int:
     return min(found)
 
 
-def signal_job(cluster: Cluster, job: str) -> None:
-    cluster.run(f"scancel --signal=USR2 {job}")
-
-
 def kill_first_rank(cluster: Cluster, job: str) -> None:
     os.kill(rank_process(cluster, job, 0), signal.SIGKILL)
 
@@ -64,7 +60,6 @@ def preempt(cluster: Cluster, job: str) -> None:
 @pytest.mark.parametrize(
     ("disturb", "trace"),
     [
-        (signal_job, r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;"),
         (preempt, r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;"),
         (kill_first_rank, CRASHED),
         (kill_other_rank, CRASHED),

@@ -235,7 +235,8 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
             f"method.backbone.{k}": v + step if v.is_floating_point() else v
             for k, v in backbone.state_dict().items()
         }
-        tensors["method.projector.weight"] = torch.zeros(3)
+        tensors["method.projector.0.weight"] = torch.zeros(3, 2)
+        tensors["method.prototypes"] = torch.zeros(2)
         writer.save(
             step, {k: Piece(v.flatten(), 0, tuple(v.shape)) for k, v in tensors.items()}, {}
         )
@@ -254,6 +255,24 @@ def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Pat
         result = call("export", bad[0], tmp_path / "other.safetensors", *bad[1:])
         assert (result.exit_code, result.stderr[:7]) == (2, "error: ")
         assert not (tmp_path / "other.safetensors").exists()
+
+    head = tmp_path / "head.safetensors"
+    result = call("export", run, head, "--module", "projector")
+    assert (result.exit_code, result.stdout) == (0, f"{head}: projector of step 7, 1 tensors\n")
+    tensors, meta = files.load_file(head)
+    assert [*tensors] == ["0.weight"]
+    assert meta.keys() == {"format", "module", "method", "step", "seed"}
+    assert meta["module"] == "projector"
+    result = call("eval", head, "knn")
+    assert (result.exit_code, result.stderr.partition(";")[0]) == (
+        2,
+        f"error: {head} holds the module 'projector' of a run and no encoder to evaluate",
+    )
+    result = call("export", run, tmp_path / "other.safetensors", "--module", "projecto")
+    assert result.exit_code == 2
+    assert "has no module 'projecto' (did you mean 'projector'?); it has: backbone, projector" in (
+        result.stderr
+    )
 
 
 def test_module_runs_the_command(tmp_path: Path) -> None:

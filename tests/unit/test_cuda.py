@@ -123,7 +123,7 @@ def test_batches_of_workers_arrive_whole(device: str, tmp_path: Path) -> None:
         path=str(write_shards(tmp_path / "d", (48,), masks=True)),
         lanes=2,
         window=2,
-        masks=True,
+        foreground={"masks": True},
         prefetch=1,
     )
     data = data.model_copy(update={"views": (View(size=128, count=2),)})

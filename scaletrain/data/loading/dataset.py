@@ -7,7 +7,7 @@ until they are on the device, which quarters the bytes to transfer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,13 +20,15 @@ from torch import Tensor
 from scaletrain import rng
 from scaletrain.config.schema import DataConfig, View
 from scaletrain.data.errors import DataError, ImageError, ShardError
-from scaletrain.data.reading.concat import ConcatShards
-from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.maps import SampleMaps
+from scaletrain.data.reading.subset_shards import AnyShards
 from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.sampling.substitutes import TRIES, Replaced, substitutes
 from scaletrain.data.storage.prefetch import EpochOrder, SequentialOrder
 from scaletrain.data.transforms import color, crop, foreground_crops, image, mask_ablations
+from scaletrain.data.transforms import maps as map_of
 from scaletrain.data.transforms.image import Pixels
+from scaletrain.data.transforms.maps import Map
 from scaletrain.data.transforms.params import COLUMNS, Params, draw, expand, packed, uniforms
 from scaletrain.runtime import heartbeat
 
@@ -56,8 +58,8 @@ class RawBatch(NamedTuple):
     samples: Tensor
     # [B] int64, -1 where unknown
     labels: Tensor
-    # [V, B, H, W] uint8 in {0, 1}, of views[0]
-    masks: Tensor | None
+    # one [V, B, H, W] uint8 per map of data.all_maps, of views[0]; values as in transforms/maps.py
+    maps: tuple[Tensor, ...] = ()
     # like views, [V, B, COLUMNS] float32: colour operations and flips that the device executes
     params: tuple[Tensor, ...] | None = None
     # [B] int64, as in plan.Draws
@@ -65,6 +67,8 @@ class RawBatch(NamedTuple):
     # [B] int64: what `samples` would be without bad samples; None if there are none
     planned: Tensor | None = None
     replaced: tuple[Replaced, ...] = ()
+    # [B] int64, of data.groups
+    groups: Tensor | None = None
 
 
 class Failure(NamedTuple):
@@ -103,21 +107,28 @@ class DrawPlan:
 class Images(BatchDataset):
     """Augmented views of the samples at positions [lo, hi) of the plan's global batches.
 
-    With `rows` [N], the plan counts these samples alone.
+    A sample's number is its place in `shards`, which may be a subset. `groups` [N]: an integer for
+    each of them. `maps`: as `open_maps` returns them.
     """
 
     def __init__(
         self,
         data: DataConfig,
-        shards: Shards | ConcatShards,
+        shards: AnyShards,
         plan: Batches,
         lo: int,
         hi: int,
-        rows: Ints | None = None,
+        groups: Ints | None = None,
+        maps: Sequence[SampleMaps] = (),
     ) -> None:
         self.data, self.shards, self.plan = data, shards, plan
-        self.lo, self.hi, self.rows = lo, hi, rows
-        self.groups = expand(data.views)
+        self.lo, self.hi, self.sample_groups = lo, hi, groups
+        self.groups, self.maps = expand(data.views), maps
+        kinds = [source.config.kind for source in maps]
+        # the number of the map that foreground crops and studies of masks use
+        self._mask = kinds.index("foreground") if "foreground" in kinds else None
+        self._masks_stored = any(not source.config.path for source in maps)
+        self._outside = [round(255 * mean) for mean in data.mean]
 
         self.access_order = EpochOrder(plan, lo, hi)
         color.prepare()
@@ -126,9 +137,9 @@ class Images(BatchDataset):
 
     def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
         epoch, step = at
-        self.shards.expect(epoch * self.plan.steps_per_epoch + step, self.access_order)
+        for source in (self.shards, *self.maps):
+            source.expect(epoch * self.plan.steps_per_epoch + step, self.access_order)
         index, passes = self.plan.draws(epoch, step, self.lo, self.hi)
-        index = index if self.rows is None else self.rows[index]
         repeats = torch.from_numpy(passes)
         raw = self.blank(at, self.new)._replace(repeats=repeats)
         keys = sample_keys(self.plan.seed, epoch, torch.from_numpy(index), repeats)
@@ -152,19 +163,26 @@ class Images(BatchDataset):
             return Failure(error)
 
         raw.samples.copy_(torch.from_numpy(used))
+        if self.sample_groups is not None:
+            # a substitute has its own group, as it has its own label
+            raw = raw._replace(groups=torch.from_numpy(self.sample_groups[used]))
+
         if not replaced:
             return raw
         return raw._replace(planned=torch.from_numpy(index), replaced=tuple(replaced))
 
     def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
         on_device = self.data.augment == "device"
-        return _blank(new, at[0], self.groups, self.hi - self.lo, self.data.masks, on_device)
+        rows = self.hi - self.lo
+        return _blank(new, at[0], self.groups, rows, len(self.maps), on_device)
 
     def _draw(self, keys: Tensor) -> Iterator[DrawPlan]:
         """The plan of each row, from the keys [B] of its samples."""
         views = uniforms(keys, sum(map(len, self.groups)))
-        candidates = foreground_crops.draws(keys, len(self.groups[0]), self.data.good_crops)
-        masks = mask_ablations.draws(keys, self.data.mask_study)
+        candidates = foreground_crops.draws(
+            keys, len(self.groups[0]), self.data.foreground.good_crops
+        )
+        masks = mask_ablations.draws(keys, self.data.foreground.study)
         return map(DrawPlan, range(len(keys)), views, candidates, masks)
 
     def _substitute(
@@ -184,43 +202,41 @@ class Images(BatchDataset):
 
     def _fill(self, raw: RawBatch, plan: DrawPlan, sample: int) -> int:
         """Write one sample's views at the plan's row and return its label."""
-        pixels, mask, label = self._read(sample)
-        if mask is not None and self.data.mask_study:
-            mask = mask_ablations.alter(mask, self.data.mask_study, self.data.mask_share, plan.mask)
+        pixels, maps, label = self._read(sample)
+        mask = None if self._mask is None else maps[self._mask]
+        if self._mask is not None and mask is not None and self.data.foreground.study:
+            kind, share = self.data.foreground.study, self.data.foreground.study_share
+            mask = maps[self._mask] = mask_ablations.alter(mask, kind, share, plan.mask)
 
         drawn = self._params(plan, pixels, mask)
         for number, (group, params) in enumerate(zip(self.groups, drawn, strict=True)):
             out = raw.views[number].numpy()[:, plan.row]
             for v, (spec, p) in enumerate(zip(group, params, strict=True)):
                 if raw.params is None:
-                    render(pixels, spec, p, out[v])
+                    render(pixels, spec, p, out[v], self._outside)
                 else:
-                    out[v] = crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias)
+                    out[v] = cut(pixels, spec, p, self._outside)
                     raw.params[number].numpy()[v, plan.row] = packed(p)
 
-        if raw.masks is not None and mask is not None:
-            masks = raw.masks.numpy()[:, plan.row]
+        for source, tensor, values in zip(self.maps, raw.maps, maps, strict=True):
+            rows = tensor.numpy()[:, plan.row]
             for v, (spec, p) in enumerate(zip(self.groups[0], drawn[0], strict=True)):
-                masks[v] = crop.crop_mask(mask, p.box, spec.size, p.flip)
+                rows[v] = map_of.view(values, source.config.kind, p.box, spec.size, p.flip)
 
         return label
 
-    def _read(self, sample: int) -> tuple[Pixels, Pixels | None, int]:
-        """Pixels, mask and label of a sample. Raises ShardError."""
+    def _read(self, sample: int) -> tuple[Pixels, list[Map | None], int]:
+        """Pixels, maps and label of a sample. Raises ShardError."""
         heartbeat.reading(sample)
-        stored = self.shards.read(sample, self.data.masks)
+        stored = self.shards.read(sample, self._masks_stored)
         limit = self.data.max_pixels
         try:
             pixels = image.decode(stored.image, limit)
-            mask = None if stored.mask is None else image.decode_mask(stored.mask, limit)
-            if mask is not None and mask.shape != pixels.shape[:2]:
-                raise ImageError(
-                    f"the mask is {mask.shape} and the image {pixels.shape[:2]} (height, width)"
-                )
+            maps = [source.read(sample, stored, pixels, limit) for source in self.maps]
         except ImageError as error:
             raise self.shards.fault(sample, error) from None
 
-        return pixels, mask, stored.label
+        return pixels, maps, stored.label
 
     def _params(self, plan: DrawPlan, pixels: Pixels, mask: Pixels | None) -> list[list[Params]]:
         """The parameters of all views of one sample, grouped as `groups`."""
@@ -231,18 +247,30 @@ class Images(BatchDataset):
         ]
 
         if plan.candidates and mask is not None:
+            cover = self.data.foreground.good_cover
             largest = zip(self.groups[0], drawn[0], plan.candidates, strict=True)
             drawn[0] = [
-                p._replace(box=foreground_crops.box(spec, p.box, u, mask, self.data.good_cover))
+                p._replace(box=foreground_crops.box(spec, p.box, u, mask, cover))
                 for spec, p, u in largest
             ]
 
         return drawn
 
 
-def render(pixels: Pixels, spec: View, p: Params, out: NDArray[np.uint8]) -> None:
+def cut(pixels: Pixels, spec: View, p: Params, outside: Sequence[int] = (0, 0, 0)) -> Pixels:
+    """The crop of a view, [size, size, 3]. `outside`: the colour of what is not in the image."""
+    return crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias, outside)
+
+
+def render(
+    pixels: Pixels,
+    spec: View,
+    p: Params,
+    out: NDArray[np.uint8],
+    outside: Sequence[int] = (0, 0, 0),
+) -> None:
     """Write one view with the parameters `p` into out, contiguous [size, size, 3]."""
-    color.apply(crop.crop(pixels, p.box, spec.size, spec.interpolation, spec.antialias), p, out)
+    color.apply(cut(pixels, spec, p, outside), p, out)
 
 
 class SyntheticImages(BatchDataset):
@@ -264,8 +292,8 @@ class SyntheticImages(BatchDataset):
             for view in self._made.views:
                 view.random_(0, 256, generator=generator)
 
-            if self._made.masks is not None:
-                self._made.masks.random_(0, 2, generator=generator)
+            for values in self._made.maps:
+                values.random_(0, 2, generator=generator)
 
         samples, repeats = map(torch.from_numpy, self.plan.draws(epoch, step, self.lo, self.hi))
         return self._made._replace(
@@ -273,7 +301,8 @@ class SyntheticImages(BatchDataset):
         )
 
     def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
-        return _blank(new, at[0], expand(self.data.views), self.hi - self.lo, self.data.masks)
+        rows, maps = self.hi - self.lo, len(self.data.all_maps)
+        return _blank(new, at[0], expand(self.data.views), rows, maps)
 
 
 def synthetic_counts(samples: int) -> NDArray[np.int64]:
@@ -283,8 +312,8 @@ def synthetic_counts(samples: int) -> NDArray[np.int64]:
 
 
 class EvalImages(BatchDataset):
-    """One deterministic view of each sample for evaluation, in the order of the shards or of `rows`
-    [N]; an item is the range (lo, hi) of samples.
+    """One deterministic view of each sample for evaluation, in the order of the shards; an item is
+    the range (lo, hi) of samples.
 
     With `skip`, a sample that cannot be used is left out of its batch and named in the batch's
     `replaced` with -1 as its substitute.
@@ -292,25 +321,23 @@ class EvalImages(BatchDataset):
 
     def __init__(
         self,
-        shards: Shards,
+        shards: AnyShards,
         size: int,
         protocol: str,
         max_pixels: int,
-        rows: Ints | None = None,
         skip: bool = False,
     ) -> None:
         self.shards, self.size, self.protocol, self.max_pixels = shards, size, protocol, max_pixels
-        self.rows, self.skip = rows, skip
+        self.skip = skip
         self.access_order = SequentialOrder(len(shards))
 
     def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
-        index = np.arange(*at) if self.rows is None else self.rows[slice(*at)]
-        self.shards.expect(int(index[0]), self.access_order)
+        self.shards.expect(at[0], self.access_order)
         raw = self.blank(at, self.new)
         used, left_out = 0, []
 
         try:
-            for sample in index.tolist():
+            for sample in range(*at):
                 try:
                     self._fill(raw, used, sample)
                     used += 1
@@ -343,7 +370,7 @@ class EvalImages(BatchDataset):
         raw.labels[row], raw.samples[row] = stored.label, sample
 
     def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
-        return _blank(new, 0, [[View(size=self.size)]], at[1] - at[0], masks=False)
+        return _blank(new, 0, [[View(size=self.size)]], at[1] - at[0])
 
 
 def _blank(
@@ -351,11 +378,11 @@ def _blank(
     epoch: int,
     groups: list[list[View]],
     rows: int,
-    masks: bool,
+    maps: int = 0,
     on_device: bool = False,
 ) -> RawBatch:
-    """A batch of `rows` samples whose tensors are to be filled; `on_device`: with the parameters of
-    what the device executes.
+    """A batch of `rows` samples with so many maps, whose tensors are to be filled; `on_device`:
+    with the parameters of what the device executes.
     """
 
     def tensors(*shapes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -364,10 +391,10 @@ def _blank(
     sizes = [(len(group), rows, group[0].size) for group in groups]
     views = tensors(*((v, b, size, size, 3) for v, b, size in sizes), dtype=torch.uint8)
     v, b, size = sizes[0]
-    mask = new((v, b, size, size), dtype=torch.uint8) if masks else None
+    values = tensors(*[(v, b, size, size)] * maps, dtype=torch.uint8)
     params = (
         tensors(*((v, b, COLUMNS) for v, b, _ in sizes), dtype=torch.float32) if on_device else None
     )
     samples, labels = tensors((rows,), (rows,), dtype=torch.int64)
 
-    return RawBatch(epoch, views, samples, labels.fill_(-1), mask, params)
+    return RawBatch(epoch, views, samples, labels.fill_(-1), values, params)

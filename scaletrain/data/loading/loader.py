@@ -22,12 +22,22 @@ from scaletrain.data.loading.batches import (
     sample_name,
 )
 from scaletrain.data.loading.dataset import BatchDataset, EvalImages, Images, SyntheticImages
-from scaletrain.data.loading.sources import identities, open_shards, plan_batches
+from scaletrain.data.loading.sources import (
+    identities,
+    list_identities,
+    open_groups,
+    open_shards,
+    plan_batches,
+    stored_groups,
+)
 from scaletrain.data.loading.support import SupportLoader
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.reading.concat import ConcatShards
+from scaletrain.data.reading.maps import identities as map_identities
+from scaletrain.data.reading.maps import open_maps
 from scaletrain.data.reading.reader import DEFAULT_CACHE, Shards
 from scaletrain.data.reading.replacement import admit, left_out
+from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.data.sampling.plan import Batches, Ints
 
 
@@ -39,25 +49,41 @@ def open_stream(
     rank: int,
     world: int,
     device: torch.device,
-    rows: Ints | None = None,
     every: bool = False,
 ) -> Stream:
     """Open the training data of one rank. `batch` is the size of the global batch.
 
-    `rows` [N] restricts the stream to these samples. `every`: epochs have all samples, see
-    plan.EverySample. Raises DataError where batch, lanes, world
-    size and data set do not fit together.
+    `every`: epochs have all samples, see plan.EverySample. Raises DataError where batch, lanes,
+    world size and data set do not fit together.
     """
     shards = open_shards(data)
-    plan = plan_batches(data, shards, seed=seed, batch=batch, rows=rows)
+    options = {"seed": seed, "batch": batch, "rank": rank, "world": world}
+    return stream_of(data, shards, **options, device=device, every=every)
+
+
+def stream_of(
+    data: DataConfig,
+    shards: AnyShards | None,
+    *,
+    seed: int,
+    batch: int,
+    rank: int,
+    world: int,
+    device: torch.device,
+    every: bool = False,
+) -> Stream:
+    """As open_stream, of shards that are open: those of `data.path` or a subset of them."""
+    groups = open_groups(data, shards)
+    plan = plan_batches(data, shards, seed=seed, batch=batch)
     plan = plan.every() if every else plan
     lo, hi = plan.part(rank, world)
+    maps = [] if shards is None else open_maps(data, shards)
 
-    if shards is not None:
+    for source in () if shards is None else (shards, *maps):
         # one rank is enough here, since every rank checks the shards that it opens
         if rank == 0:
-            shards.check()
-        shards.fits(-(-plan.in_use()[1] * dist.local_world() // world))
+            source.check()
+        source.fits(-(-plan.in_use()[1] * dist.local_world() // world))
 
     support = None
     if data.support is not None:
@@ -70,37 +96,44 @@ def open_stream(
             world=world,
             device=device,
             steps_per_epoch=plan.steps_per_epoch,
+            groups=stored_groups(groups, shards),
         )
 
     dataset: BatchDataset = (
         SyntheticImages(data, plan, lo, hi)
         if shards is None
-        else Images(data, shards, plan, lo, hi, rows)
+        else Images(data, shards, plan, lo, hi, groups, maps)
     )
-    return Stream(data, shards, plan, dataset, support, ToDevice(device, seed, data.mean, data.std))
+    kinds = [config.kind for config in data.all_maps]
+    to_device = ToDevice(device, seed, data.mean, data.std, kinds)
+    found = map_identities(data, maps)
+    return Stream(data, shards, plan, dataset, support, to_device, groups, found)
 
 
 class Stream:
     """The training data of one rank: the same global batches at every world size and number of
     workers. Made by `open_stream`.
 
-    `samples`, `steps_per_epoch`: of the whole data set. `missing`: the share of samples that
-    indexing left out.
+    `samples`, `steps_per_epoch`: of the whole data set in use, which may be a subset. `missing`:
+    the share of samples that indexing left out. `maps`: the identity of each map of the samples.
     """
 
     def __init__(
         self,
         data: DataConfig,
-        shards: Shards | ConcatShards | None,
+        shards: AnyShards | None,
         plan: Batches,
         dataset: BatchDataset,
         support: SupportLoader | None,
         to_device: ToDevice,
+        groups: Ints | None = None,
+        maps: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.data, self.plan, self.dataset, self.support = data, plan, dataset, support
+        self.maps = maps
         self.samples, self.steps_per_epoch = plan.samples, plan.steps_per_epoch
         self.missing = 0.0 if shards is None else left_out(shards.losses)
-        self._shards, self._to_device = shards, to_device
+        self._shards, self._to_device, self._groups = shards, to_device, groups
         self._running: list[Generator[Batch, None, None]] = []
 
     def batches(
@@ -120,8 +153,12 @@ class Stream:
 
     def mixing(self) -> str:
         """One line on what a batch is drawn from, how well it mixes and the cache it needs."""
-        text = self.plan.mixing(0.0 if self._shards is None else self._shards.shard_bytes)
-        if isinstance(self._shards, ConcatShards) and not self._shards.labelled:
+        shards = self._shards
+        text = self.plan.mixing(0.0 if shards is None else shards.shard_bytes)
+        if isinstance(shards, SubsetShards):
+            shards = shards.shards
+            text += f"; data.subset selects {self.samples:,} of {len(shards):,} samples"
+        if isinstance(shards, ConcatShards) and not shards.labelled:
             text += "; labels are not used: the parts differ in classes.json, or lack it"
 
         return text if self.support is None else f"{text}; plus {self.support.mixing()}"
@@ -141,6 +178,10 @@ class Stream:
         its shards.
         """
         return identities(self.data, self._shards)
+
+    def list_sources(self) -> dict[str, dict[str, Any]]:
+        """The same for the files data.subset and data.groups, as far as they are used."""
+        return list_identities(self.data, self._shards, self._groups)
 
     def support_sources(self) -> list[dict[str, Any]]:
         """The same for the labelled samples that accompany the batches."""
@@ -183,7 +224,7 @@ class Stream:
 
 
 def eval_batches(
-    path: str,
+    source: str | AnyShards,
     *,
     size: int,
     resize: str = "tv",
@@ -197,7 +238,6 @@ def eval_batches(
     max_pixels: int = 50_000_000,
     timeout: float = 300.0,
     liveness: float = 60.0,
-    rows: Ints | None = None,
     cache: CacheConfig = DEFAULT_CACHE,
     skip: bool = False,
     lost: OnReplaced = ignore_replaced,
@@ -205,23 +245,22 @@ def eval_batches(
     """Every sample once, in the order of the shards, as one view [1, B, 3, size, size]; the last
     batch may be shorter.
 
-    `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks read contiguous parts that
-    differ by at most one sample. `rows` [N], ascending, restricts the pass to these samples. With
-    `skip`, samples that cannot be used are left out. lost(number of the batch, samples left out of
-    it) is called for each batch before it is yielded; a batch of which nothing is left is reported
-    but not yielded.
+    `source` is a folder, pattern or address, or shards that are open; these are released after the
+    pass and can be read again. `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks
+    read contiguous parts that differ by at most one sample. With `skip`, samples that cannot be
+    used are left out. lost(number of the batch, samples left out of it) is called for each batch
+    before it is yielded; a batch of which nothing is left is reported but not yielded.
     """
     if resize not in ("tv", "byol", "none"):
         raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
 
-    shards = Shards(path, cache=cache, skip=skip)
+    shards = Shards(source, cache=cache, skip=skip) if isinstance(source, str) else source
     if not skip:
         admit(shards.losses)
 
-    samples = len(shards) if rows is None else len(rows)
-    lo, hi = rank * samples // world, (rank + 1) * samples // world
+    lo, hi = rank * len(shards) // world, (rank + 1) * len(shards) // world
     ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
-    dataset = EvalImages(shards, size, resize, max_pixels, rows, skip)
+    dataset = EvalImages(shards, size, resize, max_pixels, skip)
     to_device = ToDevice(device, 0, mean, std)
 
     def batches() -> Iterator[Batch]:
@@ -236,7 +275,7 @@ def eval_batches(
             liveness=liveness,
         )
 
-        with closing(loaded):
+        with closing(shards), closing(loaded):
             for number, (batch, left_out) in enumerate(loaded):
                 lost(number, left_out)
                 if len(batch):

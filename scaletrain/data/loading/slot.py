@@ -26,13 +26,13 @@ TensorLocation = tuple[int, tuple[int, ...], torch.dtype]
 
 # bytes: a cache line
 ALIGN = 64
-# tensors of a batch with one int64 per sample: samples, labels, repeats and planned
-_INDICES = 4
+# tensors of a batch with one int64 per sample: samples, labels, repeats, planned and groups
+_INDICES = 5
 
 
 def size_of(raw: RawBatch) -> int:
     """Bytes of a slot for such a batch, a multiple of the page size."""
-    large = (*raw.views, *(raw.params or ()), *([] if raw.masks is None else [raw.masks]))
+    large = (*raw.views, *(raw.params or ()), *raw.maps)
     return _up(
         sum(_up(x.nbytes, ALIGN) for x in (*large, *[raw.samples] * _INDICES)), mmap.PAGESIZE
     )

@@ -31,7 +31,6 @@ from scaletrain.data.loading.dataset import (
 )
 from scaletrain.data.loading.to_device import ToDevice
 from scaletrain.data.reading import subset
-from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.balanced import Balanced
 from scaletrain.data.sampling.plan import Ints
@@ -41,7 +40,9 @@ from scaletrain.data.sampling.substitutes import Replaced
 class SupportLoader:
     """Makes the labelled samples of one rank for the first `until` steps of a run.
 
-    `data` is that of the whole run; its `support` must be set. Raises DataError.
+    `data` is that of the whole run; its `support` must be set. Labelled samples are chosen from all
+    that are stored, whatever data.subset is, and are numbered among them. `groups` [N]: those of
+    all samples stored in data.path. Raises DataError.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SupportLoader:
         world: int,
         device: torch.device,
         steps_per_epoch: int,
+        groups: Ints | None = None,
     ) -> None:
         if data.mixture and not support.path:
             raise DataError(
@@ -64,7 +66,7 @@ class SupportLoader:
 
         own = _own_data(data, support)
         shards = sources.open_shards(own)
-        if isinstance(shards, ConcatShards):
+        if not isinstance(shards, Shards | None):
             raise DataError(
                 "data.support needs the shards of one folder, not of a list of several; set "
                 "data.support.path"
@@ -89,7 +91,9 @@ class SupportLoader:
         self._dataset: BatchDataset = (
             SyntheticImages(own, self.plan, lo, hi, support.classes)
             if shards is None
-            else LabelledImages(own, shards, self.plan, lo, hi)
+            else LabelledImages(
+                own, shards, self.plan, lo, hi, groups if own.path == data.path else None
+            )
         )
 
         # as large a share of the workers as these samples have of the pixels
@@ -132,16 +136,8 @@ class LabelledImages(Images):
 def _own_data(data: DataConfig, support: SupportConfig) -> DataConfig:
     """The data configuration of the labelled samples: one view of each, as in SuNCEt."""
     first = next(view for view in data.views if view.count)
-    return data.model_copy(
-        update={
-            "path": support.path or data.path,
-            "mixture": (),
-            "support": None,
-            "masks": False,
-            "good_crops": 0.0,
-            "views": (first.model_copy(update={"count": 1}),),
-        }
-    )
+    views = (first.model_copy(update={"count": 1}),)
+    return data.plain(path=support.path or data.path, mixture=(), subset="", groups="", views=views)
 
 
 def _allowed(data: DataConfig, support: SupportConfig, shards: Shards | None) -> tuple[Ints, Ints]:

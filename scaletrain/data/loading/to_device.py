@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scaletrain.core import Batch
 from scaletrain.data.loading.dataset import RawBatch, sample_keys
+from scaletrain.data.transforms import maps as maps_of_images
 from scaletrain.data.transforms import on_device
 from scaletrain.data.transforms.color_operations import normalise
 
@@ -23,14 +24,19 @@ PATIENCE = 5.0
 
 
 class ToDevice:
-    """Converts raw batches; `mean` and `std` are per channel, of pixels in [0, 1]. No tensor of the
-    result shares memory with the raw batch.
+    """Converts raw batches; `mean` and `std` are per channel, of pixels in [0, 1]; `kinds`: of the
+    maps. No tensor of the result shares memory with the raw batch.
     """
 
     def __init__(
-        self, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        device: torch.device,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        kinds: Sequence[str] = (),
     ) -> None:
-        self.device, self.seed = device, seed
+        self.device, self.seed, self.kinds = device, seed, tuple(kinds)
         m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         self.scale = (1 / (255 * s)).float().view(3, 1, 1).to(device)
         self.shift = (-m / s).float().view(3, 1, 1).to(device)
@@ -38,6 +44,10 @@ class ToDevice:
 
     def __call__(self, raw: RawBatch) -> Batch:
         index = self._copy(raw.samples)
+        maps = tuple(
+            maps_of_images.on_device(self._copy(values), kind)
+            for values, kind in zip(raw.maps, self.kinds, strict=True)
+        )
         repeats = raw.repeats if isinstance(raw.repeats, int) else self._copy(raw.repeats)
         return Batch(
             views=tuple(self._views(raw)),
@@ -50,7 +60,9 @@ class ToDevice:
             ),
             pixel_range=self.pixel_range,
             labels=self._copy(raw.labels),
-            masks=None if raw.masks is None else self._copy(raw.masks).float().unsqueeze(2),
+            masks=maps_of_images.foreground(maps, self.kinds),
+            maps=maps,
+            groups=None if raw.groups is None else self._copy(raw.groups),
         )
 
     def _copy(self, x: Tensor) -> Tensor:

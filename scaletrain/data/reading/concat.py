@@ -4,6 +4,7 @@ names.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.format import names, selection
 from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.reader import DEFAULT_CACHE, OPEN_SHARDS, Shards, StoredSample
+from scaletrain.data.sampling.plan import Ints
 from scaletrain.data.storage import remote
 from scaletrain.data.storage.prefetch import AccessOrder, FolderOrder
 from scaletrain.runtime import local_files
@@ -39,17 +41,23 @@ class ConcatShards:
         folders: Sequence[selection.Paths],
         skip: bool = False,
         cache: CacheConfig = DEFAULT_CACHE,
+        keep: int = OPEN_SHARDS,
     ) -> None:
         # the limit on open files is per process
         self.parts = [
-            Shards(folder, keep=max(1, OPEN_SHARDS // len(folders)), skip=skip, cache=cache)
+            Shards(folder, keep=max(1, keep // len(folders)), skip=skip, cache=cache)
             for folder in folders
         ]
         self._first = np.cumsum([0, *map(len, self.parts)])
         first, *others = map(classes, folders)
         self.labelled = first is not None and all(other == first for other in others)
-        self.counts = np.concatenate([part.counts for part in self.parts])
+        self.folder_counts = [part.counts for part in self.parts]
+        self.counts = np.concatenate(self.folder_counts)
         self.losses = tuple(loss for part in self.parts for loss in part.losses)
+        # of the bytes of all shards of all folders, in this order
+        self.fingerprint = hashlib.sha256(
+            "".join(part.fingerprint for part in self.parts).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -83,15 +91,24 @@ class ConcatShards:
         labels = np.concatenate([part.labels() for part in self.parts])
         return labels if self.labelled else np.full_like(labels, -1)
 
-    def unlabelled(self) -> str:
-        """As Shards.unlabelled."""
+    def key_hashes(self) -> NDArray[np.uint64]:
+        """As Shards.key_hashes."""
+        return np.concatenate([part.key_hashes() for part in self.parts])
+
+    def unlabelled(self, rows: Ints | None = None) -> str:
+        """As Shards.unlabelled; `rows` ascending."""
+        samples = len(self) if rows is None else len(rows)
         if not self.labelled:
             what = f"that counts, since the folders differ in {CLASSES} or lack it"
-            return f"{len(self):,} of {len(self):,} samples have no label {what}"
+            return f"{samples:,} of {samples:,} samples have no label {what}"
 
-        return next(
-            (f"{part.folder}: {text}" for part in self.parts if (text := part.unlabelled())), ""
-        )
+        for number, part in enumerate(self.parts):
+            lo, hi = self._first[number : number + 2]
+            own = None if rows is None else rows[(rows >= lo) & (rows < hi)] - lo
+            if text := part.unlabelled(own):
+                return f"{part.folder}: {text}"
+
+        return ""
 
     def span(self, sample: int) -> tuple[int, int]:
         """The samples [lo, hi) of the folder that contains `sample`."""
@@ -107,19 +124,30 @@ class ConcatShards:
         part, number = self._find(sample)
         return f"{part.folder}/{part.name(number)}"
 
+    def key(self, sample: int) -> str:
+        part, number = self._find(sample)
+        return part.name(number).partition("/")[2]
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
     def _find(self, sample: int) -> tuple[Shards, int]:
         part = int(self._first.searchsorted(sample, "right")) - 1
         return self.parts[part], sample - int(self._first[part])
 
 
 def shards_of(
-    shards: selection.Paths, skip: bool = False, cache: CacheConfig = DEFAULT_CACHE
+    shards: selection.Paths,
+    skip: bool = False,
+    cache: CacheConfig = DEFAULT_CACHE,
+    keep: int = OPEN_SHARDS,
 ) -> Shards | ConcatShards:
     """Open the shards of one folder, or of all folders of a list. Raises DataError."""
     places = selection.by_folder(shards)
     if len(places) == 1:
-        return Shards(shards, skip=skip, cache=cache)
-    return ConcatShards([place.paths for place in places], skip, cache)
+        return Shards(shards, keep=keep, skip=skip, cache=cache)
+    return ConcatShards([place.paths for place in places], skip, cache, keep)
 
 
 def classes(shards: selection.Paths) -> bytes | None:

@@ -36,6 +36,7 @@ class StoredSample(NamedTuple):
     image: bytes
     # -1 where unknown
     label: int
+    # of the member with the mask; None if there is none or it is not wanted
     mask: bytes | None
 
 
@@ -130,18 +131,7 @@ class Shards:
         file, rows = self._shard(number)
         row = rows[sample - int(self._starts[number])].item()
         image = self._member(number, file, row[0:3])
-        mask_data = None
-
-        if mask:
-            if not row[7]:
-                text = (
-                    f"sample '{self._key(file, row[0])}' has no .mask.png member; add masks or "
-                    "set data.masks=false"
-                )
-                raise ShardError(self._where(number), row[0], text)
-
-            mask_data = self._member(number, file, row[6:9])
-
+        mask_data = self._member(number, file, row[6:9]) if mask and row[7] else None
         return StoredSample(image, max(-1, row[9]), mask_data)
 
     @property
@@ -153,15 +143,20 @@ class Shards:
         """The samples [lo, hi) of the folder that contains `sample`."""
         return 0, len(self)
 
-    def labels(self) -> NDArray[np.int64]:
+    def labels(self) -> Ints:
         """The labels of all samples [N], -1 where unknown."""
-        return np.maximum(self._labels(), offsets.NO_LABEL)
+        labels: Ints = np.maximum(self._column("label"), offsets.NO_LABEL)
+        return labels
+
+    def key_hashes(self) -> NDArray[np.uint64]:
+        """The offsets.key_hash of every sample's key [N]."""
+        return self._column("key")
 
     def unlabelled(self, rows: Ints | None = None) -> str:
         """How many of the samples (or of those in `rows` [K]) have no label and an example, in
         words; "" if all have one.
         """
-        labels = self._labels()
+        labels = self._column("label")
         numbers = np.arange(len(labels)) if rows is None else rows
         lacking = numbers[labels[numbers] < 0]
 
@@ -219,9 +214,9 @@ class Shards:
     def _number(self, sample: int) -> int:
         return int(self._starts.searchsorted(sample, "right")) - 1
 
-    def _labels(self) -> Ints:
-        """The labels of all samples as in the offset tables."""
-        return np.concatenate([self._rows(number)["label"] for number in range(len(self._names))])
+    def _column(self, name: str) -> NDArray[Any]:
+        """A column of the offset tables, of all samples."""
+        return np.concatenate([self._rows(number)[name] for number in range(len(self._names))])
 
     def _rows(self, number: int) -> offsets.OffsetRows:
         return self._shard(number)[1] if self._cached is None else self._cached.rows(number)

@@ -1,8 +1,10 @@
-"""Label subsets: files that list the few samples of a folder of shards whose labels may be used.
+"""Subsets: files that list some samples of the shards of a folder, or of several folders.
 
-Pretraining (SuNCEt) and evaluation read the same file, so that no other label leaks. The file
-contains the checksum of the shards and is refused with other shards. It is made by `choose`
-(class-balanced; nested for one seed) or from a list of names.
+A file of the kind `labels` lists labelled samples whose labels may be used: pretraining (SuNCEt),
+training on a subset and evaluation read the same file, so that no other label leaks. A file of the
+kind `samples` lists any samples, without saying anything about labels. The file contains the
+checksum of the shards and is refused with other shards. It is made by `choose` (class-balanced;
+nested for one seed), by `any_share` (regardless of labels, nested too) or from a list of names.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -20,23 +23,30 @@ from scaletrain import rng
 from scaletrain.data.errors import DataError
 from scaletrain.data.format import index
 from scaletrain.data.format.names import slug
+from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.runtime import local_files
 
 VERSION = 1
+# files of earlier versions have no kind and list labels
+Kind = Literal["labels", "samples"]
 
 
 @dataclass(frozen=True)
-class LabelSubset:
-    """The samples of a subset, in ascending order: `index` [n] into the shards, `labels` [n] of
-    them.
-    """
+class Subset:
+    """The samples of a subset, in ascending order: `index` [n] into the shards."""
 
     index: Ints
-    labels: Ints
     # how the subset was chosen, in words
     rule: str
+
+
+@dataclass(frozen=True)
+class LabelSubset(Subset):
+    """A subset whose labels may be used: `labels` [n] of its samples."""
+
+    labels: Ints
 
 
 def choose(labels: Ints, total: int, seed: int) -> Ints:
@@ -77,6 +87,17 @@ def by_share(labels: Ints, share: float, seed: int) -> Ints:
     return choose(labels, total, seed)
 
 
+def any_share(samples: int, share: float, seed: int) -> Ints:
+    """`share` of all samples, labelled or not, rounded down -> their indices, ascending. With the
+    same seed, a smaller share is a subset of a larger one. Raises DataError.
+    """
+    total = int(share * samples)
+    if not total:
+        raise DataError(f"{100 * share:g}% of {samples:,} samples are none; take a larger share")
+
+    return np.sort(rng.permutation(samples, seed, "subset samples").numpy()[:total])
+
+
 def per_class(labels: Ints, count: int, seed: int) -> Ints:
     """`count` of each class. Raises DataError for a class that has fewer."""
     groups = _by_class(labels)
@@ -87,7 +108,7 @@ def per_class(labels: Ints, count: int, seed: int) -> Ints:
     return choose(labels, count * len(groups), seed)
 
 
-def by_name(shards: Shards, names: Sequence[str]) -> Ints:
+def by_name(shards: Shards | ConcatShards, names: Sequence[str]) -> Ints:
     """The samples made from the files `names`, which may lack folders and suffix, as in SimCLR's
     lists.
 
@@ -108,7 +129,7 @@ def by_name(shards: Shards, names: Sequence[str]) -> Ints:
             if ending in wanted:
                 if ending in samples:
                     raise DataError(
-                        f"{wanted[ending]} is the name of two samples of {shards.folder}; list "
+                        f"{wanted[ending]} is the name of two samples of {place(shards)}; list "
                         "names with their folders"
                     )
 
@@ -116,50 +137,76 @@ def by_name(shards: Shards, names: Sequence[str]) -> Ints:
 
     missing = next((name for key, name in wanted.items() if key not in samples), None)
     if missing is not None:
-        raise DataError(f"{missing} is the name of no sample of {shards.folder}")
+        raise DataError(f"{missing} is the name of no sample of {place(shards)}")
 
     return np.sort(np.array(list(samples.values()), np.int64))
 
 
-def save(path: Path, shards: Shards, chosen: Ints, rule: str) -> LabelSubset:
-    """Write a subset to `path`. Raises DataError if a chosen sample has no label."""
+def save(
+    path: Path, shards: Shards | ConcatShards, chosen: Ints, rule: str, kind: Kind = "labels"
+) -> None:
+    """Write a subset, the samples `chosen` [n] in ascending order, to `path`. Raises DataError if
+    no sample is chosen, or for the kind `labels` one without a label.
+    """
     labels = shards.labels()[chosen]
-    if not len(chosen) or labels.min() < 0:
-        what = (
-            f"sample '{_key(shards, int(chosen[labels.argmin()]))}' has no label"
-            if len(chosen)
-            else "no samples are chosen"
+    if not len(chosen):
+        raise DataError(f"{place(shards)}: no samples are chosen")
+    if kind == "labels" and labels.min() < 0:
+        raise DataError(
+            f"{place(shards)}: sample '{_key(shards, int(chosen[labels.argmin()]))}' has no label; "
+            "--kind samples lists samples without labels"
         )
-        raise DataError(f"{shards.folder}: {what}")
 
     content = {
         "version": VERSION,
+        "kind": kind,
         "shards": {
-            "folder": shards.folder.name,
+            "folder": ", ".join(folder.name for folder in _folders(shards)),
             "samples": len(shards),
             "sha256": shards.fingerprint,
         },
         "rule": rule,
         "index": chosen.tolist(),
-        "label": labels.tolist(),
+        **({"label": labels.tolist()} if kind == "labels" else {}),
         "key": [_key(shards, int(sample)) for sample in chosen],
     }
 
     index.atomic(path, (json.dumps(content) + "\n").encode())
-    return LabelSubset(chosen, labels, rule)
 
 
-def load(path: Path, shards: Shards) -> LabelSubset:
-    """Read the subset at `path`. Raises DataError if it is damaged or was made for other shards."""
+def load(path: Path, shards: Shards | ConcatShards) -> LabelSubset:
+    """Read the label subset at `path`. Raises DataError if it lists samples without labels, is
+    damaged or was made for other shards.
+    """
+    found = load_samples(path, shards)
+    if not isinstance(found, LabelSubset):
+        raise DataError(
+            f"{path} lists samples and says nothing about their labels; make a label subset with "
+            "scaletrain shards subset, without --kind samples"
+        )
+
+    return found
+
+
+def load_samples(path: Path, shards: Shards | ConcatShards) -> Subset:
+    """Read a subset of either kind; a LabelSubset if its labels may be used. Raises DataError if it
+    is damaged or was made for other shards.
+    """
+    labels: Ints | None = None
     try:
         with local_files.reader(path) as file:
             raw = json.load(file)
 
-        chosen, labels = np.array(raw["index"], np.int64), np.array(raw["label"], np.int64)
+        chosen = np.array(raw["index"], np.int64)
+        if (kind := raw.get("kind", "labels")) == "labels":
+            labels = np.array(raw["label"], np.int64)
+
         folder, samples, made_for = (raw["shards"][key] for key in ("folder", "samples", "sha256"))
         sound = (
             raw["version"] == VERSION
-            and chosen.shape == labels.shape == (len(raw["key"]),)
+            and kind in get_args(Kind)
+            and chosen.shape == (len(raw["key"]),)
+            and (labels is None or labels.shape == chosen.shape)
             and len(chosen) > 0
         )
         sound = (
@@ -167,21 +214,41 @@ def load(path: Path, shards: Shards) -> LabelSubset:
         )
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ):
         sound = False
 
     if not sound:
-        raise DataError(f"{path} is no file of labels as scaletrain shards subset writes it")
+        raise DataError(f"{path} is no subset as scaletrain shards subset writes it")
 
     if made_for != shards.fingerprint:
         other = f"'{folder}' with {samples} samples"
-        text = f"{path} was made for other shards ({other}) than {shards.folder} with {len(shards)}"
+        text = f"{path} was made for other shards ({other}) than {place(shards)} with {len(shards)}"
         raise DataError(f"{text}; make one with scaletrain shards subset")
 
+    rule = str(raw["rule"])
+    if labels is None:
+        return Subset(chosen, rule)
     if not np.array_equal(shards.labels()[chosen], labels):
-        raise DataError(f"{path} was altered: its labels are not those of {shards.folder}")
+        raise DataError(f"{path} was altered: its labels are not those of {place(shards)}")
 
-    return LabelSubset(chosen, labels, str(raw["rule"]))
+    return LabelSubset(chosen, rule, labels)
+
+
+def place(shards: Shards | ConcatShards) -> str:
+    """The folders of shards, for messages."""
+    return ", ".join(map(str, _folders(shards)))
+
+
+def _folders(shards: Shards | ConcatShards) -> list[Path]:
+    parts = shards.parts if isinstance(shards, ConcatShards) else [shards]
+    return [part.folder for part in parts]
 
 
 def _by_class(labels: Ints) -> list[Ints]:
@@ -211,7 +278,9 @@ def _quotas(sizes: Ints, total: int) -> list[int]:
     return [int(n) for n in quota]
 
 
-def _key(shards: Shards, sample: int) -> str:
+def _key(shards: Shards | ConcatShards, sample: int) -> str:
+    if isinstance(shards, ConcatShards):
+        return shards.key(sample)
     return shards.name(sample).partition("/")[2]
 
 

@@ -90,6 +90,24 @@ class FolderOrder:
         return samples[(samples >= self.lo) & (samples < self.hi)] - self.lo
 
 
+@dataclass
+class MatchedOrder:
+    """The samples of another data set that match those of an order: `rows` [N], -1 where none
+    does.
+    """
+
+    order: AccessOrder
+    rows: Ints
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MatchedOrder:
+        # the rows are as many as the samples, and never change
+        return MatchedOrder(copy.deepcopy(self.order, memo), self.rows)
+
+    def samples(self, step: int) -> Ints:
+        samples: Ints = self.rows[self.order.samples(step)]
+        return samples[samples >= 0]
+
+
 def manifest(place: ShardSelection) -> ShardManifest:
     """The shards of a remote folder, which must have been indexed before. Raises DataError."""
     url, origin = place.folder, remote.origin(place.folder)

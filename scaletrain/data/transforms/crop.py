@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ LONG = 16
 
 
 def resize(image: Pixels, height: int, width: int, interpolation: str, antialias: bool) -> Pixels:
-    """[H, W, 3] -> [height, width, 3].
+    """[H, W, C] -> [height, width, C], C = 3, or any number with antialiasing.
 
     With antialiasing the filter widens with the reduction, as in Pillow; torch's uint8 kernel
     returns Pillow's values and is faster than OpenCV's INTER_AREA. Without it, four or sixteen
@@ -42,17 +44,60 @@ def resize(image: Pixels, height: int, width: int, interpolation: str, antialias
     return x.permute(0, 2, 3, 1)[0].numpy()
 
 
-def crop(image: Pixels, box: Box, size: int, interpolation: str, antialias: bool) -> Pixels:
-    """Crop the box and resize it to [size, size, 3]."""
+def crop(
+    image: Pixels,
+    box: Box,
+    size: int,
+    interpolation: str,
+    antialias: bool,
+    outside: Sequence[int] = (0, 0, 0),
+) -> Pixels:
+    """Crop the box and resize it to [size, size, 3]; what is not in the image has the colour
+    `outside`.
+    """
+    inner, (top, left, height, width) = visible(box, image.shape, size)
+    part = _cut(image, inner, height, width, interpolation, antialias)
+    if (height, width) == (size, size):
+        return part
+
+    out = np.empty((size, size, 3), np.uint8)
+    out[:] = outside
+    out[top : top + height, left : left + width] = part
+    return out
+
+
+def visible(box: Box, shape: Sequence[int], size: int) -> tuple[Box, Box]:
+    """The part of a box inside of an image [H, W, ...], and where a view [size, size] of the box
+    shows it: all of both, unless the box extends beyond the image.
+    """
+    top, inner_height, top_view, height_view = _overlap(box[0], box[2], shape[0], size)
+    left, inner_width, left_view, width_view = _overlap(box[1], box[3], shape[1], size)
+    inner = top, left, inner_height, inner_width
+    return inner, (top_view, left_view, height_view, width_view)
+
+
+def _overlap(start: int, length: int, limit: int, size: int) -> tuple[int, int, int, int]:
+    """One side of `visible`: start and length in the image, and start and length in the view, where
+    it has a pixel at least.
+    """
+    first, stop = max(start, 0), min(start + length, limit)
+    begin, end = (round((at - start) * size / length) for at in (first, stop))
+    begin = min(begin, size - 1)
+    return first, stop - first, begin, max(end - begin, 1)
+
+
+def _cut(
+    image: Pixels, box: Box, rows_out: int, columns_out: int, interpolation: str, antialias: bool
+) -> Pixels:
+    """Cut out a box inside of the image, resized to [rows_out, columns_out, 3]."""
     top, left, height, width = box
     if interpolation == "keys":
-        out = np.empty((size, size, 3), np.uint8)
+        out = np.empty((rows_out, columns_out, 3), np.uint8)
         tf_bicubic.resize(rows(image), top, left, height, width, rows(out))
         return out
 
-    return resize(
-        image[top : top + height, left : left + width], size, size, interpolation, antialias
-    )
+    part = image[top : top + height, left : left + width]
+    return resize(part, rows_out, columns_out, interpolation, antialias)
 
 
 def prepare() -> None:
@@ -63,18 +108,6 @@ def prepare() -> None:
 def rows(image: Pixels) -> NDArray[np.uint8]:
     """[H, W, 3] -> [H, 3 W], the shape that compiled code uses; the same memory if contiguous."""
     return image.reshape(len(image), -1)
-
-
-def crop_mask(mask: NDArray[np.uint8], box: Box, size: int, flip: bool) -> NDArray[np.uint8]:
-    """[H, W] -> [size, size] by nearest-neighbour interpolation, with the view's box and flip."""
-    top, left, height, width = box
-    out = cv2.resize(
-        mask[top : top + height, left : left + width],
-        (size, size),
-        interpolation=cv2.INTER_NEAREST_EXACT,
-    )
-
-    return cv2.flip(out, 1) if flip else out  # type: ignore[return-value]
 
 
 def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:

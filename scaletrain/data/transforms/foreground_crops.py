@@ -50,7 +50,7 @@ def box(spec: View, first: Box, numbers: list[list[float]], mask: Pixels, cover:
             first if u is None else random_box(spec, u[: 2 * TRIES], u[-2], u[-1], height, width)
         )
         top, left, h, w = candidate
-        inside = int(mask[top : top + h, left : left + w].sum())
+        inside = int(mask[max(top, 0) : top + h, max(left, 0) : left + w].sum())
 
         if inside > most:
             best, most = candidate, inside

@@ -67,10 +67,9 @@ def decode(data: bytes, max_pixels: int) -> Pixels:
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
-def decode_mask(data: bytes, max_pixels: int) -> Pixels:
-    """Decode a mask to [H, W] uint8, 1 where it is not black."""
-    check(data, max_pixels)
-    return (_decode(data, cv2.IMREAD_GRAYSCALE) > 0).view(np.uint8)
+def grey(data: bytes) -> NDArray[np.uint8]:
+    """Decode a checked image to the grey values of its colours, [H, W], as `decode` does."""
+    return _decode(data, cv2.IMREAD_GRAYSCALE)
 
 
 def check(data: bytes, max_pixels: int) -> None:
@@ -87,7 +86,7 @@ def check(data: bytes, max_pixels: int) -> None:
 def strict(data: bytes, max_pixels: int) -> Pixels:
     """As `decode`, but also raises ImageError for files that Pillow cannot read."""
     check(data, max_pixels)
-    _pillow(data, "RGB")
+    upright(data, "RGB")
     return _decode(data, cv2.IMREAD_COLOR_RGB)
 
 
@@ -100,18 +99,21 @@ def _decode(data: bytes, flags: int) -> Pixels:
             if pixels is not None:
                 return pixels  # type: ignore[return-value]
 
-    return _pillow(data, "L" if flags == cv2.IMREAD_GRAYSCALE else "RGB")
+    return np.array(upright(data, "L" if flags == cv2.IMREAD_GRAYSCALE else "RGB"))
 
 
-def _pillow(data: bytes, mode: str) -> Pixels:
-    """Decode with Pillow, which is slower than OpenCV but reports faults. Raises ImageError."""
+def upright(data: bytes, mode: str = "") -> Image.Image:
+    """Decode a checked image with Pillow, which is slower than OpenCV but reports faults, to the
+    mode or as it is stored; rotated by its EXIF orientation. Raises ImageError.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             image.load()
-            return np.array(ImageOps.exif_transpose(image).convert(mode))
+            turned = ImageOps.exif_transpose(image)
+            return turned.convert(mode) if mode else turned
     except Exception as error:  # Pillow raises many types for damaged files
         if kind(data) == "png" and len(plain := _without_texts(data)) < len(data):
-            return _pillow(plain, mode)
+            return upright(plain, mode)
         raise ImageError(f"the image is damaged ({error})") from None
 
 
@@ -199,13 +201,13 @@ def jpeg(pixels: Pixels, quality: int) -> bytes:
         raise ImageError(f"the image cannot be written as JPEG ({error.err})") from None
 
 
-def shrink(pixels: Pixels, side: int, interpolation: int = cv2.INTER_AREA) -> Pixels:
-    """Reduce [H, W, 3] or [H, W], H and W above `side`, so that the short side is `side`. Area
-    averages are antialiased (as in FFCV's writer).
+def shrink(pixels: Pixels, side: int) -> Pixels:
+    """Reduce [H, W, 3], H and W above `side`, so that the short side is `side`. Area averages are
+    antialiased (as in FFCV's writer).
     """
     height, width = pixels.shape[:2]
     scale = side / min(height, width)
 
     return cv2.resize(
-        pixels, (round(width * scale), round(height * scale)), interpolation=interpolation
+        pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA
     )  # type: ignore[return-value]

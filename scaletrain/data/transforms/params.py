@@ -168,20 +168,29 @@ def random_box(
 ) -> Box:
     """torchvision's RandomResizedCrop.get_params: ten tries with a uniform area and a log-uniform
     ratio, then the largest centred box of an allowed ratio.
+
+    With a scale above 1, the first box is taken. On a side where it is longer than the image, it
+    contains the image at a random position.
     """
     low, high = spec.ratio
+    beyond = spec.scale[1] > 1
     logs = math.log(low), math.log(high)
 
     for i in range(0, 2 * TRIES, 2):
         area = height * width * _between(spec.scale, tries[i])
         ratio = math.exp(_between(logs, tries[i + 1]))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
+        if w > 0 and h > 0 and (beyond or (w <= width and h <= height)):
+            return _position(y, height - h), _position(x, width - w), h, w
 
     ratio = min(max(width / height, low), high)
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _position(u: float, room: int) -> int:
+    """A uniform whole number between 0 and `room`, which is negative if a box is too long."""
+    return int(math.copysign(int(u * (abs(room) + 1)), room))
 
 
 def _between(bounds: tuple[float, float], u: float) -> float:

@@ -54,6 +54,10 @@ class Launch:
         elif data.path:
             self.overrides = (*overrides, f"data.path={json.dumps(data.path)}")
 
+        for key in ("subset", "groups"):
+            if place := getattr(data, key):
+                self.overrides = (*self.overrides, f"data.{key}={json.dumps(place)}")
+
         self.folder = run / "launches" / f"{1 + int(max(self._launches(), default='0')):04d}"
 
     def _launches(self) -> list[str]:

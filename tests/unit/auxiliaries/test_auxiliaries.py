@@ -85,7 +85,7 @@ def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
             "views": [{"size": 16, "count": 2}],
             "support": {"labels": str(tmp_path / "few.json"), "classes": 3, "epochs": 1},
         },
-        "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
+        "model": {"name": "resnet10", "width": 0.0625, "stem": "cifar"},
         "method": {"name": "simclr", "dim": 8},
         "auxiliaries": [{"name": "rotation", "hidden": 8}, "suncet"],
         "optim": {"warmup_epochs": 0},
@@ -125,7 +125,7 @@ def test_labels_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> N
         "batch": 12,
         "threads": 1,
         "data": {"path": str(folder), "lanes": 4, "workers": 0, "views": [{"size": 16}]},
-        "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
+        "model": {"name": "resnet10", "width": 0.0625, "stem": "cifar"},
         "method": {"name": "supervised", "classes": 5},
         "optim": {"warmup_epochs": 0},
     }

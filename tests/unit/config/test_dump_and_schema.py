@@ -140,7 +140,13 @@ model: {norm_group: 8}
 batch: 64
 method: byol
 optim: {trust: 0.01, rule: sqrt, lr_batch: 128, final: 0.1}
-data: {views: [{size: 16, count: 2, area: [0.1, 0.9]}]}
+data:
+  views: [{size: 16, count: 2, area: [0.1, 0.9]}]
+  masks: true
+  good_crops: 0.5
+  good_cover: 0.3
+  mask_study: points
+  mask_share: 0.7
 """
 
 
@@ -152,6 +158,13 @@ def test_a_saved_configuration_may_have_the_names_that_keys_had_earlier(write: W
     assert (config.optim.trust_coefficient, config.optim.lr_scaling) == (0.01, "sqrt")
     assert (config.optim.lr_reference_batch, config.optim.min_lr_ratio) == (128, 0.1)
     assert config.data.views[0].scale == (0.1, 0.9)
+    assert config.data.foreground.model_dump() == {
+        "masks": True,
+        "good_crops": 0.5,
+        "good_cover": 0.3,
+        "study": "points",
+        "study_share": 0.7,
+    }
     assert load.load(write(load.dump(config))) == config
 
 
@@ -161,6 +174,8 @@ def test_a_saved_configuration_may_have_the_names_that_keys_had_earlier(write: W
         ("engine.accumulate=2", "engine.grad_accum_steps"),
         ("optim.rule=sqrt", "optim.lr_scaling"),
         ("data.views=[{size: 16, count: 2, area: [0.1, 0.9]}]", "data.views.0.scale"),
+        ("data.masks=true", "data.foreground.masks"),
+        ("data.mask_share=0.2", "data.foreground.study_share"),
     ],
 )
 def test_an_earlier_name_is_refused_with_the_present_one(

@@ -111,7 +111,7 @@ def test_list_override_names_the_items(write: Write) -> None:
         ("batch=on", "batch: Input should be a valid integer"),
         ("data.views=[]", "data: views is empty"),
         ("data.views=[{scale: [0.5, 0.1]}]", "scale is a range (low, high) with 0 < low <= high"),
-        ("data.views=[{scale: [0.5, 1.5]}]", "at most 1, got 1.5"),
+        ("data.views=[{scale: [0.5, 17]}]", "at most 16, got 17"),
         ("base=other.yaml", "unknown key 'base'"),
         ("seed", "an override has the form key.subkey=value"),
         ("=1", "an override has the form"),

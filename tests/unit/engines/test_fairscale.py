@@ -144,7 +144,8 @@ def test_parameters_are_replicas_and_each_rank_keeps_about_half_of_the_optimizer
     assert all(torch.equal(a[k], b[k]) for k in both)
     assert not any("/optim." in k for k in both)
     first, second = (sum(v.nbytes for k, v in rank.items() if "/optim." in k) for rank in (a, b))
-    assert 0.4 < first / (first + second) < 0.6
+    # whole parameters are dealt out, and this network has few large ones
+    assert 0.35 < first / (first + second) < 0.65
 
 
 def test_a_bad_sample_of_one_rank_leaves_no_trace_on_any(

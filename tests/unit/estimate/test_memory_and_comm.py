@@ -78,7 +78,7 @@ CASES: dict[
 
 RANKS = {  # few cases: ranks are slow
     2: ("ddp", "ddp moco", "ddp suncet", "fsdp2", "oss", "zero 0", "zero 1", "zero 3"),
-    4: ("ddp swav", "fsdp2 whole", "hsdp", "oss", "zero 2", "zero 3"),
+    4: ("ddp swav", "fsdp2 whole", "hsdp", "zero 2"),
 }
 ALL = [(world, case) for world, cases in RANKS.items() for case in cases]
 
@@ -190,7 +190,7 @@ class Watched:
         return {
             **self.found,
             "parameters": lasting(trained),
-            "target": lasting(places.keys() - trained),
+            "frozen": lasting(places.keys() - trained),
             "optimizer": elements(states),
             "buffers": size(engine.method.buffers()),
         }
@@ -316,7 +316,7 @@ def test_many_views_take_two_forwards_and_one_message_per_norm_direction_and_siz
         "target_projector": 1,
     }
     sent = sum(call.reason == "batch norm" for call in calls)
-    assert sent == sum(messages[network] * layers for network, layers in norms.items()) > 80
+    assert sent == sum(messages[network] * layers for network, layers in norms.items()) >= 50
 
 
 def run(*arguments: str) -> Any:

@@ -18,14 +18,17 @@ from kit.evals import run_folder, shards, spoil
 from typer.testing import CliRunner
 
 from scaletrain.cli.main import app
+from scaletrain.config import load
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
+from scaletrain.evals import targets
 from scaletrain.evals.benchmarks.linear import held_out
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.features import FeatureConfig, mask
 from scaletrain.evals.targets import EvalError, find
+from scaletrain.report import cards
 
 QUICK = ("features.batch=8", "features.workers=0")
 PROBE = (*QUICK, "linear.epochs=12", "linear.rates=[30,10,3]")
@@ -199,6 +202,43 @@ def test_files_that_do_not_belong(run: Path, tmp_path: Path) -> None:
     ):
         evals.run(run, ["knn"], labels=lacks, overrides=QUICK)
     assert not (run / "evals").exists()
+
+
+def test_a_run_on_a_subset_is_evaluated_with_all_samples_unless_told(run: Path) -> None:
+    """Its result says what the run was trained on; samples without labels are no label subset."""
+    train = run.parent / "data" / "train"
+    whole = shards(run.parent / "whole", [i % 6 for i in range(36)])
+    test = run.parent / "data" / "test"
+    few, any_samples = run.parent / "few.json", run.parent / "samples.json"
+    labels.save(few, Shards(whole), np.arange(12), "by hand")
+    labels.save(any_samples, Shards(whole), np.arange(12), "by hand", "samples")
+    config = run / "config.yaml"
+    config.write_text(
+        config.read_text()
+        .replace(f"path: {train}", f"path: {whole}", 1)
+        .replace("subset: ''", f"subset: {few}", 1)
+    )
+    options: dict[str, Any] = {"test": test, "overrides": QUICK}
+    (result,) = evals.run(run, ["knn"], **options)
+    (same,) = evals.run(run, ["knn"], train=whole, **options)
+    assert same == result
+    assert result["data"]["train"] == {
+        "path": str(whole),
+        "samples": 36,
+        "sha256": Shards(whole).fingerprint,
+    }
+    assert result["trained"]["subset"] == str(few)
+    text = f"the run was trained on the samples of {few} only"
+    hint = "; --labels FILE evaluates with a label subset only"
+    assert f"{text}{hint}" in cards.report([result])
+    (with_labels,) = evals.run(run, ["knn"], labels=few, **options)
+    assert with_labels["data"]["labels"]["samples"] == 12
+    assert text in cards.report([with_labels])
+    with pytest.raises(
+        DataError, match=r"samples\.json lists samples and says nothing about their"
+    ):
+        evals.run(run, ["knn"], labels=any_samples, **options)
+    assert targets.describe(load.load(config), 7)["data"].count(str(few)) == 1
 
 
 def test_few_samples_can_be_held_out() -> None:

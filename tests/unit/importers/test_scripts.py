@@ -19,7 +19,7 @@ from kit.importing import ROOT, contents, run, tree
 
 from scaletrain.data.format import index
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.transforms import image
+from scaletrain.data.transforms import image, maps
 
 # --- folder ---------------------------------------------------------------------------------------
 
@@ -85,7 +85,9 @@ def test_masks_travel_with_their_images(tmp_path: Path) -> None:
         mask.write_bytes(encode(np.full((24, 30), 255, np.uint8)))
     run("folder", source, tmp_path / "out", "--masks", tmp_path / "masks")
     shards = Shards(tmp_path / "out")
-    assert all(image.decode_mask(shards.read(i, mask=True).mask, 10**6).all() for i in range(4))
+    assert all(
+        maps.decode(shards.read(i, mask=True).mask, "foreground", 10**6).all() for i in range(4)
+    )
     odd = tmp_path / "masks" / "a" / "im.1.png"
     odd.write_bytes(encode(np.zeros((3, 3), np.uint8)))
     run(

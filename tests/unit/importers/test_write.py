@@ -21,7 +21,7 @@ from kit.importing import ROOT, contents, files, keys, run, tree
 from PIL import Image
 
 from scaletrain.data.reading.reader import Shards
-from scaletrain.data.transforms import image
+from scaletrain.data.transforms import image, maps
 
 
 def source(folder: Path, count: int = 20) -> Path:
@@ -272,10 +272,33 @@ def test_masks_shrink_with_their_images(tmp_path: Path) -> None:
     run("folder", src, tmp_path / "out", "--masks", tmp_path / "masks", "--resize", 12)
     sample = Shards(tmp_path / "out").read(0, mask=True)
     assert image.size(sample.image) == (12, 15)
-    small = image.decode_mask(sample.mask, 10**6)
+    small = maps.decode(sample.mask, "foreground", 10**6)
     assert small.shape == (12, 15)
     assert not small[:, :7].any()
     assert small[:, 8:].all()
+
+
+def test_class_numbers_survive_the_resize_of_their_images(tmp_path: Path) -> None:
+    """Every second row and column, as grey values and as places in a palette."""
+    src = tree(tmp_path / "src", {"a": 2}, ".jpg")  # 24 x 30
+    numbers = np.random.default_rng(0).integers(0, 256, (24, 30), dtype=np.uint8)
+    folder = tmp_path / "masks" / "a"
+    folder.mkdir(parents=True)
+    (folder / "im.0.png").write_bytes(encode(numbers))
+    coloured = Image.frombytes("P", (30, 24), numbers.tobytes())
+    coloured.putpalette([value for n in range(256) for value in (255 - n, n // 2, 7)])
+    coloured.save(folder / "im.1.png")
+    run("folder", src, tmp_path / "out", "--masks", tmp_path / "masks", "--resize", 12)
+    run("folder", src, tmp_path / "same", "--masks", tmp_path / "masks", "--quality", 90)
+    for number in range(2):
+        small, same = (Shards(tmp_path / name).read(number, mask=True) for name in ("out", "same"))
+        assert image.size(small.image) == (12, 15)
+        assert np.array_equal(maps.decode(small.mask, "classes", 10**6), numbers[1::2, 1::2])
+        assert np.array_equal(maps.decode(same.mask, "classes", 10**6), numbers)
+
+    # a folder of maps alone gets the keys of the images
+    run("folder", tmp_path / "masks", tmp_path / "maps", "--per-shard", 1)
+    assert keys(tmp_path / "maps") == keys(tmp_path / "out")
 
 
 def test_a_sideways_photo_is_upright_after_resize(tmp_path: Path) -> None:

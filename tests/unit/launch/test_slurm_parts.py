@@ -6,11 +6,21 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from kit.data import write_shards
 
 from scaletrain.config.recipe import ConfigError
+from scaletrain.data.errors import DataError
+from scaletrain.data.reading import groups, subset
+from scaletrain.data.reading.reader import Shards
+from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.launch.slurm import queue, task
+from scaletrain.launch.slurm.launch import Launch
+from scaletrain.launch.slurm.submit import Resources
 from scaletrain.report import grid
+
+PLACES = {"path": "train", "subset": "some.json", "groups": "some.safetensors"}
 
 
 def test_torchrun_variables_of_the_last_task_of_an_uneven_job() -> None:
@@ -47,6 +57,27 @@ def test_ports_stay_in_their_range_and_spread() -> None:
 )
 def test_gpus_of_a_node(text: str, gpus: int) -> None:
     assert queue._gpus(text) == gpus
+
+
+def test_what_ranks_would_refuse_of_a_subset_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the nodes are given the absolute places of its files."""
+    shards = Shards(write_shards(tmp_path / "train", (20, 20)))
+    subset.save(tmp_path / "some.json", shards, np.arange(24), "by hand")
+    (tmp_path / "recipe.yaml").write_text("batch: 16\nepochs: 12\ndata: {lanes: 4}\n")
+    monkeypatch.chdir(tmp_path)
+    overrides = ("data.path=train", "data.subset=some.json", "data.groups=some.safetensors")
+    made = Launch(tmp_path / "recipe.yaml", overrides, tmp_path / "run", [()])
+    with pytest.raises(DataError, match=r"some\.safetensors cannot be read"):
+        made.check(Resources())
+    used = SubsetShards(shards, np.arange(24))
+    groups.save(tmp_path / "some.safetensors", used, np.arange(24), "by hand")
+    made.check(Resources())
+    assert {f'data.{key}="{tmp_path}/{name}"' for key, name in PLACES.items()} <= {*made.overrides}
+    made = Launch(tmp_path / "recipe.yaml", (*overrides, "batch=32"), tmp_path / "run", [()])
+    with pytest.raises(DataError, match="the data set has 24 samples, fewer than batch=32"):
+        made.check(Resources())
 
 
 def test_grid_values_are_yaml() -> None:

@@ -141,7 +141,7 @@ def test_zero_init_and_what_does_not_fit() -> None:
     net = resnet.ResNet(ModelConfig(name="resnet18", zero_init=True))
     assert all(not block.bn2.weight.any() for stage in (net.layer1, net.layer4) for block in stage)  # type: ignore[union-attr,operator]
     wrong: list[tuple[dict[str, object], str]] = [
-        ({"name": "resnet19"}, r"there is no 'resnet19'; known: resnet18, .*resnet295, timm/NAME"),
+        ({"name": "resnet19"}, r"there is no 'resnet19'; known: resnet10, .*resnet295, timm/NAME"),
         ({"name": "resnet34", "sk": True}, r"model\.sk needs .* resnet50 or deeper"),
         ({"name": "resnet50", "width": 0.001}, r"model\.width=0\.001 leaves no channel"),
         ({"name": "resnet50", "width": 1 / 64, "sk": True}, r"leaves no channel"),

@@ -84,11 +84,17 @@ def test_clusters_are_described_alike_by_any_number_of_ranks(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["data.mask_study=points"], r"mask_study needs the foreground; add data\.masks=true"),
-        (["data.good_crops=0.5"], r"good_crops needs the foreground; add data\.masks=true"),
+        (
+            ["data.foreground.study=points"],
+            r"study needs the foreground; add data\.foreground\.masks=true",
+        ),
+        (
+            ["data.foreground.good_crops=0.5"],
+            r"good_crops needs the foreground; add data\.foreground\.masks=true",
+        ),
         (
             ["method=byol", "method.mask_probability=0.2"],
-            r"mask_probability needs the foreground; add data\.masks=true",
+            r"mask_probability needs the foreground; add data\.foreground\.masks=true",
         ),
     ],
 )

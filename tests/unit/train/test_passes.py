@@ -46,7 +46,7 @@ def recipe(folder: Path, method: dict[str, object]) -> schema.Config:
             "epochs": 2,
             "threads": 1,
             "data": {"path": str(folder), "lanes": 4, "window": 2, "workers": 0, "views": VIEWS},
-            "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
+            "model": {"name": "resnet10", "width": 0.0625, "stem": "cifar"},
             "method": method,
             "optim": {"warmup_epochs": 0},
         }

@@ -47,7 +47,7 @@ def config(path: Path | str, **changes: object) -> Config:
                 "views": [{"size": 16, "count": 2}],
                 "synthetic_samples": 8,
             },
-            "model": {"name": "resnet18", "width": 0.0625, "stem": "cifar"},
+            "model": {"name": "resnet10", "width": 0.0625, "stem": "cifar"},
             "method": {"name": "byol", "hidden": 16, "dim": 8},
             "optim": {
                 "name": "sgd",

@@ -25,6 +25,7 @@ from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
 
 CPU = torch.device("cpu")
 VIEWS = (View(size=16, count=2, solarize=0.2), View(size=8, scale=(0.05, 0.14)))
+MASKS = {"masks": True}
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -68,7 +69,7 @@ def same(a: Batch, b: Batch) -> None:
 
 
 def test_shapes_and_meaning(folder: Path) -> None:
-    s = stream(folder, masks=True)
+    s = stream(folder, foreground=MASKS)
     assert (s.samples, s.steps_per_epoch) == (48, 4)
     batches = list(s.batches(0, 8))
     for epoch in range(2):
@@ -101,16 +102,18 @@ def test_normalisation_is_that_of_to_tensor(folder: Path) -> None:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_world_sees_the_same_batches(folder: Path, world: int) -> None:
-    whole = list(stream(folder, masks=True).batches(0, 6))
-    ranks = [list(stream(folder, rank, world, masks=True).batches(0, 6)) for rank in range(world)]
+    whole = list(stream(folder, foreground=MASKS).batches(0, 6))
+    ranks = [
+        list(stream(folder, rank, world, foreground=MASKS).batches(0, 6)) for rank in range(world)
+    ]
     for step in range(6):
         same(joined([r[step] for r in ranks]), whole[step])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(folder: Path, workers: int) -> None:
-    one = list(stream(folder, masks=True).batches(0, 6))
-    many = list(stream(folder, masks=True, workers=workers).batches(0, 6))
+    one = list(stream(folder, foreground=MASKS).batches(0, 6))
+    many = list(stream(folder, foreground=MASKS, workers=workers).batches(0, 6))
     for a, b in zip(one, many, strict=True):
         same(a, b)
 
@@ -172,7 +175,11 @@ def test_each_member_is_decoded_once_for_all_views(
         return right(buffer, flags)
 
     views = (View(size=16, count=2), View(size=8, count=6))
-    s = stream(write_shards(tmp_path / "d", (13, 11), masks=masks), views=views, masks=masks)
+    s = stream(
+        write_shards(tmp_path / "d", (13, 11), masks=masks),
+        views=views,
+        foreground={"masks": masks},
+    )
     monkeypatch.setattr(cv2, "imdecode", counted)
     batches = list(s.batches(0, 2))  # an epoch
     assert [tuple(v.shape[:2]) for v in batches[0].views] == [(2, 12), (6, 12)]
@@ -207,7 +214,7 @@ def test_data_sets_can_be_pickled(folder: Path) -> None:
 
 
 def test_synthetic_stream_needs_no_files() -> None:
-    s = stream("synthetic", synthetic_samples=1234, masks=True)
+    s = stream("synthetic", synthetic_samples=1234, foreground=MASKS)
     assert (s.samples, s.steps_per_epoch) == (1234, 102)
     a, b = s.batches(101, 103)
     assert [tuple(v.shape) for v in a.views] == [(2, 12, 3, 16, 16), (1, 12, 3, 8, 8)]
@@ -278,9 +285,10 @@ def test_images_above_the_pixel_limit_are_named(folder: Path) -> None:
 
 def test_missing_and_wrong_masks_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ShardError, match=r"has no .mask.png member; add masks or set data.masks=false"
+        ShardError,
+        match=r"has no .mask.png member; add masks, or read none \(data.foreground.masks=false",
     ):
-        list(stream(write_shards(tmp_path / "a", (12,)), masks=True).batches(0, 1))
+        list(stream(write_shards(tmp_path / "a", (12,)), foreground=MASKS).batches(0, 1))
     import tarfile
 
     (tmp_path / "b").mkdir()
@@ -289,7 +297,7 @@ def test_missing_and_wrong_masks_are_named(tmp_path: Path) -> None:
             add(tar, f"k{i}.png", encode(picture(i)))
             add(tar, f"k{i}.mask.png", encode(np.ones((3, 3), np.uint8)))
     with pytest.raises(ShardError, match=r"the mask is \(3, 3\) and the image \(24, 30\)"):
-        list(stream(tmp_path / "b", masks=True).batches(0, 1))
+        list(stream(tmp_path / "b", foreground=MASKS).batches(0, 1))
 
 
 class _Dying(Images):

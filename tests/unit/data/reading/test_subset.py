@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kit.data import encode, picture, write_shards
+from kit.evals import shards as write_labelled
 from kit.importing import keys, run, tree
 
 from scaletrain.data.errors import DataError
 from scaletrain.data.reading import subset
+from scaletrain.data.reading.concat import shards_of
 from scaletrain.data.reading.reader import Shards
 
 
@@ -108,13 +110,14 @@ def test_files_are_shared_and_refused_for_other_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "fault"),
     [
-        ("version", 2, "is no file of labels"),
-        ("index", [5, 3], "is no file of labels"),
-        ("index", [3, 900], "is no file of labels"),
-        ("index", [-2, 3], "is no file of labels"),
-        ("label", [1], "is no file of labels"),
+        ("version", 2, "is no subset"),
+        ("index", [5, 3], "is no subset"),
+        ("index", [3, 900], "is no subset"),
+        ("index", [-2, 3], "is no subset"),
+        ("label", [1], "is no subset"),
+        ("kind", "pairs", "is no subset"),
         ("label", [0, 0], "was altered"),
-        ("shards", 3, "is no file of labels"),
+        ("shards", 3, "is no subset"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, field: str, value: object, fault: str) -> None:
@@ -126,8 +129,63 @@ def test_damaged_files_are_refused(tmp_path: Path, field: str, value: object, fa
     with pytest.raises(DataError, match=fault):
         subset.load(path, shards)
     path.write_text("[1")
-    with pytest.raises(DataError, match="is no file of labels"):
+    with pytest.raises(DataError, match="is no subset"):
         subset.load(path, shards)
+
+
+def test_samples_are_listed_without_labels(tmp_path: Path) -> None:
+    """Of shards in which few samples have a label: regardless of it, nested for one seed, and no
+    file of labels.
+    """
+    folder = write_labelled(tmp_path / "train", [0, *[None] * 39])
+    for percent in (10, 50):
+        said = run(
+            "subset", folder, tmp_path / f"{percent}.json", "--share", percent, "--kind", "samples"
+        )
+        assert said.strip().endswith(f"{percent}.json: {percent * 40 // 100} of 40 samples")
+    opened = Shards(folder)
+    small, large = (subset.load_samples(tmp_path / f"{n}.json", opened) for n in (10, 50))
+    assert set(small.index.tolist()) < set(large.index.tolist())
+    assert len(large.index) == 20
+    assert small.rule == "10 % of all samples, seed 0"
+    assert "label" not in json.loads((tmp_path / "10.json").read_text())
+    with pytest.raises(DataError, match=r"10\.json lists samples and says nothing about their lab"):
+        subset.load(tmp_path / "10.json", opened)
+    (tmp_path / "names").write_text("00003\n00007")
+    arguments = ("subset", folder, tmp_path / "named.json", "--names", tmp_path / "names")
+    run(*arguments, fails="has no label; --kind samples lists samples without labels")
+    run(*arguments, "--kind", "samples")
+    assert subset.load_samples(tmp_path / "named.json", opened).index.tolist() == [3, 7]
+
+
+def test_files_of_earlier_versions_list_labels(tmp_path: Path) -> None:
+    opened = Shards(write_shards(tmp_path / "train", (20,)))
+    path = tmp_path / "two.json"
+    subset.save(path, opened, np.array([3, 8]), "two")
+    content = json.loads(path.read_text())
+    del content["kind"]
+    path.write_text(json.dumps(content))
+    assert subset.load(path, opened).labels.tolist() == [3, 1]
+
+
+def test_one_file_lists_samples_of_several_folders(tmp_path: Path) -> None:
+    """In the order in which they are named, and only in it."""
+    folders = [
+        str(write_shards(tmp_path / name, counts)) for name, counts in (("a", (5, 5)), ("b", (10,)))
+    ]
+    (tmp_path / "names").write_text("00002")
+    both = f"[{', '.join(folders)}]"
+    run("subset", both, tmp_path / "out.json", "--share", 30, "--kind", "samples")
+    opened = shards_of(both)
+    chosen = subset.load_samples(tmp_path / "out.json", opened).index
+    assert len(chosen) == 6
+    assert json.loads((tmp_path / "out.json").read_text())["key"] == [
+        f"{number % 10:05d}" for number in chosen
+    ]
+    with pytest.raises(DataError, match=r"was made for other shards \('a, b' with 20 samples\)"):
+        subset.load_samples(tmp_path / "out.json", shards_of(folders[::-1]))
+    arguments = ("subset", both, tmp_path / "more.json", "--names", tmp_path / "names")
+    run(*arguments, fails="is the name of two samples")
 
 
 def test_published_lists_of_names(tmp_path: Path) -> None:

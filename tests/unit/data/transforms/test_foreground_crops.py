@@ -45,6 +45,9 @@ def test_a_box_holds_what_is_asked_or_the_most_of_all() -> None:
             10,
         )  # it is good as it is
         assert foreground_crops.box(SPEC, corner, rows[0], 0 * mask, 0.25) == corner
+        # around the whole image, and so around all foreground
+        beyond = (-3, -9, 40, 50)
+        assert foreground_crops.box(SPEC, beyond, rows[0], mask, 1.0) == beyond
 
 
 def test_the_share_is_that_of_the_samples() -> None:
@@ -67,9 +70,7 @@ def batch(folder: Path, share: float) -> Batch:
         window=1,
         workers=0,
         views=views,
-        masks=True,
-        good_crops=share,
-        good_cover=0.15,
+        foreground={"masks": True, "good_crops": share, "good_cover": 0.15},
     )
     stream = open_stream(data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu"))
     return next(iter(stream.batches(0, 1)))
@@ -89,8 +90,8 @@ def test_only_the_chosen_samples_and_their_large_crops_change(folder: Path) -> N
 
 
 def test_masks_are_needed() -> None:
-    with pytest.raises(ValueError, match=r"add data\.masks=true"):
-        DataConfig(good_crops=0.5)
+    with pytest.raises(ValueError, match=r"add data\.foreground\.masks=true"):
+        DataConfig(foreground={"good_crops": 0.5})
 
 
 # --- masks made worse -----------------------------------------------------------------------------
@@ -124,18 +125,26 @@ def test_masks_grow_shrink_and_become_boxes() -> None:
 
 
 def test_the_stream_alters_masks_and_nothing_else(folder: Path) -> None:
-    made = DataConfig(
-        path=str(folder), lanes=4, window=1, workers=0, views=(View(size=16),), masks=True
-    )
+    def data(**study: object) -> DataConfig:
+        foreground = {"masks": True, **study}
+        return DataConfig(
+            path=str(folder),
+            lanes=4,
+            window=1,
+            workers=0,
+            views=(View(size=16),),
+            foreground=foreground,
+        )
+
     plain, other = (
         next(
             iter(
                 open_stream(
-                    data, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu")
+                    config, seed=1, batch=24, rank=0, world=1, device=torch.device("cpu")
                 ).batches(0, 1)
             )
         )
-        for data in (made, made.model_copy(update={"mask_study": "centred", "mask_share": 1.0}))
+        for config in (data(), data(study="centred", study_share=1.0))
     )
     assert torch.equal(plain.views[0], other.views[0])
     assert other.masks is not None

@@ -50,7 +50,7 @@ def test_images_stand_upright_by_exif(form: str, orientation: int) -> None:
     found = image.decode(data, LIMIT)
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).mean() < 1
-    assert image._pillow(data, "RGB").shape == wanted.shape
+    assert image.upright(data, "RGB").size == wanted.shape[1::-1]
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,13 @@ def png(width: int, height: int, *between: bytes, colour: int = 2) -> bytes:
 BOMBS = """
 import resource, sys, pathlib
 import numpy as np
-from scaletrain.data.transforms import crop, image
+from scaletrain.data.transforms import crop, image, maps
 from scaletrain.data.errors import ImageError
 image.decode(pathlib.Path(sys.argv[1]).read_bytes(), 10**6)  # loads the decoders
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[2:]:
-    for decode in (image.decode, image.strict, image.decode_mask):
+    classes = lambda data, limit: maps.decode(data, "classes", limit)
+    for decode in (image.decode, image.strict, classes):
         try:
             decode(pathlib.Path(name).read_bytes(), 50_000_000)
         except ImageError:
@@ -161,7 +162,7 @@ for height, width in ((12000, 1), (1, 12000), (65000, 3), (3, 65000), (131072, 2
         for antialias in (False, True):
             cut = crop.crop(pixels, (0, 0, height, width), 224, kind, antialias)
             assert cut.shape == (224, 224, 3)
-    crop.crop_mask(pixels[..., 0], (0, 0, height, width), 224, flip=True)
+    maps.view(pixels[..., 0], "foreground", (0, 0, height, width), 224, flip=True)
     image.shrink(pixels, 1) if min(height, width) > 1 else None
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
@@ -211,7 +212,7 @@ def test_large_texts_and_profiles_of_a_png_harm_nothing() -> None:
                 found = data[:at] + extra + data[at:]
                 assert np.array_equal(image.strict(found, LIMIT), wanted)
                 assert np.array_equal(image.decode(found, LIMIT), wanted)
-                assert np.array_equal(image._pillow(found, "RGB"), wanted)
+                assert np.array_equal(np.array(image.upright(found, "RGB")), wanted)
                 damaged = bytearray(found)
                 damaged[found.index(b"IDAT") + 30] ^= 0xFF
                 with pytest.raises(ImageError, match="the image is damaged"):

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as TF
 
 from scaletrain.config.schema import View
 from scaletrain.data.loading.dataset import render, sample_keys
-from scaletrain.data.transforms import color, crop
+from scaletrain.data.transforms import color, crop, maps
 from scaletrain.data.transforms.params import DRAWS, ORDERS, draw, expand, random_box, uniforms
 
 
@@ -126,7 +126,7 @@ def test_mask_follows_its_view() -> None:
     mask[10:40, 15:50] = 1
     painted = np.repeat(mask[..., None] * 255, 3, -1)
     for flip in (False, True):
-        cut = crop.crop_mask(mask, (5, 10, 50, 55), 32, flip)
+        cut = maps.view(mask, "foreground", (5, 10, 50, 55), 32, flip)
         out = np.zeros((32, 32, 3), np.uint8)
         render(painted, View(size=32), color.PLAIN._replace(box=(5, 10, 50, 55), flip=flip), out)
         assert set(np.unique(cut)) == {0, 1}

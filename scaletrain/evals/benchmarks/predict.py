@@ -1,0 +1,90 @@
+"""Accuracy of a run's own classifier on the labelled test set: nothing is fitted.
+
+It scores `Method.predict` of the whole network, for methods that were trained with labels such as
+supervised training and fine-tuning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaletrain.config.schema import Frozen
+from scaletrain.core import Method
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.scores import accuracy, ranks
+from scaletrain.evals.targets import EvalError
+
+
+class Config(Frozen):
+    """The benchmark has no settings; `features.*` sets the transform."""
+
+
+class Classifier(nn.Module):
+    """The prediction of a method as a module: images [N, 3, H, W] -> class scores [N, C]."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.method.predict(x)
+        if scores.dim() != 2:
+            raise EvalError(
+                f"predict of method {_name(self.method)} gives {list(scores.shape)}, and this "
+                "benchmark needs one class for each image"
+            )
+
+        return scores
+
+
+def identity(context: EvalContext) -> dict[str, Any]:
+    """The identity of the network in results: its classifier is no part of the encoder. Raises
+    EvalError where the run has no classifier for the training set's classes.
+    """
+    network = context.network
+    if type(network.method).predict is Method.predict:
+        raise EvalError(
+            f"{context.subject.source}: method {_name(network.method)} has no classifier of its "
+            "own (no predict); evaluate its encoder, e.g. with knn or linear"
+        )
+
+    known = network.trained_on
+    if known and context.identity["train"] not in known:
+        raise EvalError(
+            f"{context.train} is not what {context.subject.source} was trained on, so it is "
+            "unknown which class its classifier means by which number; give its own training set "
+            "with --train"
+        )
+
+    return network.identity
+
+
+def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the benchmark: metrics in per cent, and the protocol for the result."""
+    found = context.outputs(Classifier(context.network.method).eval())
+    numbers, outputs = context.matched.numbers, found.x.shape[1]
+    if outputs <= (largest := int(numbers.max())):
+        raise EvalError(
+            f"{context.subject.source}: its classifier tells {outputs} classes apart, and "
+            f"{context.train} has labels up to {largest}; evaluate with the data of its training"
+        )
+
+    labels = numbers[found.labels]
+    rank = torch.cat(
+        [
+            ranks(scores, truth)
+            for scores, truth in zip(found.x.split(4096), labels.split(4096), strict=True)
+        ]
+    )
+    metrics = {
+        "predict" if name == "top1" else f"predict_{name}": value
+        for name, value in accuracy(rank, labels, outputs).items()
+    }
+    return metrics, {"fitted": "nothing: the classifier of the run itself", "outputs": outputs}
+
+
+def _name(method: Method) -> str:
+    return type(method).__module__.rpartition(".")[2]
