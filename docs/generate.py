@@ -24,6 +24,8 @@ import typer
 from scaletrain.config import load
 from scaletrain.config.schema import Frozen, components
 from scaletrain.evals import features, run
+from scaletrain.pipelines import load as pipelines
+from scaletrain.pipelines.schema import PipelineConfig
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- Written by `python docs/generate.py`; do not edit. -->\n"
@@ -38,6 +40,11 @@ recipes extend each other is described in [training](../guides/training.md#recip
 EVALUATION = """## Evaluation settings
 
 They are set by `scaletrain eval --set KEY=VALUE`, see [evaluation](../guides/evaluation.md).
+"""
+PIPELINES = """## Pipelines
+
+Of a pipeline file, see [pipelines](../guides/pipelines.md): its keys, those of a stage, and the
+options of each computation under `set`.
 """
 CLI = """# Command line
 
@@ -95,6 +102,15 @@ def config_page() -> str:
     for name, config in models.items():
         found = {**config.model_json_schema(), "title": name}
         parts += tables(f"{name}.", found, found.get("$defs", {}), level=3)
+
+    parts.append(PIPELINES)
+    models = {"pipeline": PipelineConfig}
+    models |= {
+        f"do: {name}": pipelines.computation(name).Config for name in pipelines.computations()
+    }
+    for name, config in models.items():
+        found = {**config.model_json_schema(), "title": name}
+        parts += tables("", found, found.get("$defs", {}), level=3)
 
     return "\n".join(parts)
 

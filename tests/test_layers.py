@@ -59,6 +59,7 @@ PLUGINS = {  # packages whose files do not know each other, but for what they sh
         "placement",
     ),
     "evals.benchmarks": (),
+    "pipelines.stages": (),
 }
 SOURCES = sorted((ROOT / "scaletrain").rglob("*.py"))
 ALL = [

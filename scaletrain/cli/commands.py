@@ -36,6 +36,14 @@ def train(
         Path | None,
         typer.Option(help="Run, step or safetensors file whose backbone starts a new run."),
     ] = None,
+    continues: Annotated[
+        Path | None,
+        typer.Option(
+            "--continue",
+            help="Run folder, or step of its checkpoints, whose whole state (weights, targets, "
+            "optimizer) starts a new run with a schedule of its own.",
+        ),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a trace of a few steps to RUN/profile.")
     ] = False,
@@ -83,7 +91,15 @@ def train(
     from scaletrain.train.loop import train as start
 
     try:
-        start(config, run, init=init, trace=profile, change=change, umask=umask)
+        start(
+            config,
+            run,
+            init=init,
+            continues=continues,
+            trace=profile,
+            change=change,
+            umask=umask,
+        )
     except Stopped as stop:
         if environment.rank() == 0:
             # the terminal whose end was the signal

@@ -20,7 +20,10 @@ import typer
 from typer.core import TyperGroup
 
 from scaletrain import exit_codes
-from scaletrain.cli import commands, lazy, show
+from scaletrain.cli import commands, lazy, pipeline, show
+
+# Commands that train: they save before they end.
+TRAINING = ("train", "pipeline")
 
 
 class _Guarded(TyperGroup):
@@ -42,7 +45,7 @@ class _Guarded(TyperGroup):
             raise
         except BrokenPipeError as error:
             # nobody reads the output any more, as with head
-            if error.filename is None and ctx.invoked_subcommand != "train":
+            if error.filename is None and ctx.invoked_subcommand not in TRAINING:
                 os._exit(141)
             raise
         except Exception as error:
@@ -80,6 +83,7 @@ app.command()(commands.train)
 app.command("eval")(commands.evaluate)
 app.command("compare")(commands.compare_runs)
 app.command()(commands.export)
+app.command()(pipeline.pipeline)
 app.command()(commands.doctor)
 app.add_typer(show.app, name="show")
 for name, text in lazy.GROUPS.items():
@@ -98,7 +102,7 @@ def _options(
 ) -> None:
     """Self-supervised image pretraining, from shards to an evaluated encoder."""
     # training saves first, and the groups have help that needs no torch
-    if context.invoked_subcommand not in ("train", *lazy.GROUPS):
+    if context.invoked_subcommand not in (*TRAINING, *lazy.GROUPS):
         from scaletrain.runtime.signals import ending_at_once
 
         context.with_resource(ending_at_once())

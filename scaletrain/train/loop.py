@@ -31,6 +31,7 @@ def train(
     run: Path,
     *,
     init: Path | None = None,
+    continues: Path | None = None,
     trace: bool = False,
     change: bool = False,
     umask: str | None = None,
@@ -38,9 +39,10 @@ def train(
     """Train in the run folder, from its newest good checkpoint or from the start. Every rank calls
     it.
 
-    init: a run, step or safetensors file whose backbone a new run starts from. trace: write a
-    profile of some steps. change: accept a configuration or data that differ from those the run was
-    started with. umask: as in run_folder.restrict.
+    init: a run, step or safetensors file whose backbone a new run starts from. continues: a run or
+    step whose whole state a new run starts from, see continuation.py. trace: write a profile of
+    some steps. change: accept a configuration or data that differ from those the run was started
+    with. umask: as in run_folder.restrict.
     """
     with Interrupt() as interrupt, contextlib.ExitStack() as until:
         run_folder.restrict(run, umask, until)
@@ -51,7 +53,9 @@ def train(
         torch.set_num_threads(config.threads or _threads())
         run_folder.on_main(lambda: run_folder.claim(run, config, change, until))
         try:
-            session = open_session(config, run, device, init=init, change=change)
+            session = open_session(
+                config, run, device, init=init, continues=continues, change=change
+            )
             _loop(session, device, interrupt, trace)
         except Stopped as stop:
             announce(stop)

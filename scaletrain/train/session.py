@@ -25,7 +25,7 @@ from scaletrain.nn.bank import Bank
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt
 from scaletrain.runtime.versions import commit
-from scaletrain.train import initial_weights, run_folder
+from scaletrain.train import continuation, initial_weights, run_folder
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.monitor import Monitor
 from scaletrain.train.passes import Passes
@@ -122,11 +122,17 @@ class Session:
 
 
 def open_session(
-    config: Config, run: Path, device: torch.device, *, init: Path | None, change: bool
+    config: Config,
+    run: Path,
+    device: torch.device,
+    *,
+    init: Path | None,
+    continues: Path | None,
+    change: bool,
 ) -> Session:
     """Open the data, build the engine, and restore it from the newest good checkpoint, if any.
 
-    init and change: as in `train`. Every rank calls it.
+    init, continues and change: as in `train`. Every rank calls it.
     """
     stream = _open(config.data, config, device)
     sources = stream.sources()
@@ -142,6 +148,7 @@ def open_session(
     saved = reader.latest(run / "checkpoints")
     total = total_steps(config, stream.steps_per_epoch)
     start, notes = _start(saved, config, stream, data, total, change)
+    continued = continuation.find(continues, init, saved)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     _check_data(config, stream, engine)
     engine.sample_name = stream.name
@@ -150,7 +157,9 @@ def open_session(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     )
-    origin, weights, accepted = _restore(engine, config, start, saved, init, change)
+    origin, weights, accepted = _restore(
+        engine, config, data, start, saved, init, continued, change
+    )
     notes += accepted
     run_folder.on_main(lambda: _accept(run, config, start, notes))
 
@@ -189,6 +198,7 @@ def open_session(
             initial_weights.META: weights,
             "world": dist.world(),
             "versions": _versions(),
+            **({} if continued is None else {"continues": continued.meta}),
         },
         unfinished=unfinished,
     )
@@ -265,9 +275,11 @@ def _check_labels(stream: Stream, classes: int | None) -> None:
 def _restore(
     engine: Engine,
     config: Config,
+    data: Mapping[str, Any],
     start: Start,
     saved: reader.SavedStep | None,
     init: Path | None,
+    continued: continuation.Source | None,
     change: bool,
 ) -> tuple[str, initial_weights.Origins, list[str]]:
     """Give the engine its first state. Returns a line on where that came from, the origins of its
@@ -277,6 +289,10 @@ def _restore(
         weights, notes = initial_weights.load_constant(engine, saved, change)
         engine.restore(saved)
         return f"resumed from step {start.updates}", weights, [f"--change: {n}" for n in notes]
+    if continued is not None:
+        origin = continuation.restore(engine, config, data, continued)
+        assert continued.saved is not None
+        return origin, *initial_weights.load_constant(engine, continued.saved, False)
 
     sources = initial_weights.sources_of(engine.method, init)
     weights, lines = initial_weights.start_from(engine, sources)

@@ -161,6 +161,8 @@ def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> N
         "data.lanes=4",
         "--init",
         "x.st",
+        "--continue",
+        "other",
         "--profile",
         "--change",
     )
@@ -170,7 +172,13 @@ def test_train_passes_on_and_shows_the_changes(recipe: Path, training: Any) -> N
         (
             expected,
             Path("out"),
-            {"init": Path("x.st"), "trace": True, "change": True, "umask": None},
+            {
+                "init": Path("x.st"),
+                "continues": Path("other"),
+                "trace": True,
+                "change": True,
+                "umask": None,
+            },
         )
     ]
     rows = [line.split() for line in result.stdout.splitlines()]
@@ -184,7 +192,7 @@ def test_train_defaults(recipe: Path, training: Any) -> None:
     seen: list[tuple[Any, ...]] = []
     training(lambda *args, **kwargs: seen.append((*args, kwargs)))
     assert call("train", recipe).stdout == f"configuration: {recipe} as it is\n"
-    plain = {"init": None, "trace": False, "change": False, "umask": None}
+    plain = {"init": None, "continues": None, "trace": False, "change": False, "umask": None}
     assert seen == [(load.load(recipe), Path("runs/toy"), plain)]
     assert call("train", recipe, "optim.lr=0.5", RANK="1").stdout == ""
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from scaletrain.config.recipe import ConfigError, find
+from scaletrain.launch.slurm import chain as chains
 from scaletrain.launch.slurm import queue
 from scaletrain.launch.slurm.launch import Launch, show
 from scaletrain.launch.slurm.queue import SlurmError
 from scaletrain.launch.slurm.submit import Resources
+from scaletrain.pipelines import load as pipelines
 from scaletrain.report import grid as grids
 from scaletrain.runtime import tables
 from scaletrain.runtime.tables import plural
@@ -32,6 +34,17 @@ def main(
     ] = None,
     config: Annotated[str | None, typer.Option(help="Another way to name the recipe.")] = None,
     data: Annotated[str | None, typer.Option(help="Short for data.path=DATA.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of a recipe: a pipeline, as a chain of jobs; the arguments change it.",
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder of --pipeline, on storage that all nodes share."),
+    ] = None,
     run: Annotated[
         Path | None,
         typer.Option(help="Run folder, on storage that all nodes share; default runs/RECIPE."),
@@ -97,6 +110,13 @@ def main(
         Path | None,
         typer.Option(help="As for `scaletrain train`: a file whose backbone starts a new run."),
     ] = None,
+    continues: Annotated[
+        Path | None,
+        typer.Option(
+            "--continue",
+            help="As for `scaletrain train`: a run or step whose whole state starts a new run.",
+        ),
+    ] = None,
     change: Annotated[
         bool,
         typer.Option(
@@ -132,14 +152,6 @@ def main(
 
     Rerun the same command to resume a run that has ended before its time.
     """
-    recipe, overrides = _recipe(words or (), config)
-    overrides += (f"data.path={data}",) if data is not None else ()
-    run = (run or Path("runs") / recipe.stem).absolute()
-
-    if table:
-        show(run)
-        return
-
     resources = Resources(
         nodes=nodes,
         tasks_per_node=tasks_per_node,
@@ -160,8 +172,24 @@ def main(
         restarts=restarts,
     )
 
+    if pipeline is not None:
+        others: dict[str, object] = {"--config": config, "--data": data, "--run": run}
+        others |= {"--grid": grid, "--init": init, "--continue": continues}
+        others |= {"--change": change, "--table": table}
+        _pipeline(pipeline, work, words or (), resources, umask, others, follow, dry_run)
+        return
+
+    recipe, overrides = _recipe(words or (), config)
+    overrides += (f"data.path={data}",) if data is not None else ()
+    run = (run or Path("runs") / recipe.stem).absolute()
+
+    if table:
+        show(run)
+        return
+
     options = [*(("--change",) if change else ()), *(("--umask", umask) if umask else ())]
     options += ["--init", str(init.absolute())] if init else []
+    options += ["--continue", str(continues.absolute())] if continues else []
     launch = Launch(recipe, overrides, run, grids.combinations(grid or (), seeds), options)
 
     try:
@@ -219,6 +247,38 @@ def _recipe(words: Sequence[str], option: str | None) -> tuple[Path, tuple[str, 
         raise ConfigError(f"two recipes are named, {named[0]} and --config {option}; leave one out")
 
     return find(next(iter(named), option or DEFAULT)), tuple(words[len(named) :])
+
+
+def _pipeline(
+    name: str,
+    work: Path | None,
+    words: Sequence[str],
+    resources: Resources,
+    umask: str | None,
+    others: Mapping[str, object],
+    follow: bool,
+    dry_run: bool,
+) -> None:
+    """Submit a pipeline, or show the scripts of its jobs."""
+    if given := [option for option, value in others.items() if value]:
+        raise SlurmError(f"{given[0]} is for a recipe and has no meaning with --pipeline")
+    if work is None:
+        raise SlurmError("--pipeline needs --work, the folder of its stages")
+
+    found = pipelines.load(name, work, words)
+    try:
+        place = queue.partition(resources.partition)
+    except queue.UnavailableError as error:
+        if not dry_run:
+            raise
+        place = None
+        typer.echo(f"{error}\nSo the scripts lack what the partition decides", err=True)
+
+    chain = chains.Chain(found, resources, place, umask)
+    if dry_run or place is None:
+        typer.echo("\n".join(chain.show()))
+    else:
+        chains.launch(chain, place, found.work, umask, follow=follow)
 
 
 def preview(launch: Launch, resources: Resources, reason: Exception) -> None:

@@ -79,9 +79,7 @@ class Launch:
                     "share (or data.path=synthetic to try the cluster)"
                 )
 
-            plan = open_plan(config.data, seed=config.seed, batch=config.batch)
-            plan.part(0, resources.nodes * resources.tasks)
-            total_steps(config, plan.steps_per_epoch)
+            check_fits(config, resources)
 
     def script(self, resources: Resources) -> str:
         return submit.script(self.folder, self.run, resources, len(self.runs))
@@ -127,6 +125,13 @@ class Launch:
 
         if failed:
             raise typer.Exit(1)
+
+
+def check_fits(config: Config, resources: Resources) -> None:
+    """Refuse a batch that the processes cannot share, and a schedule that does not fit the data."""
+    plan = open_plan(config.data, seed=config.seed, batch=config.batch)
+    plan.part(0, resources.nodes * resources.tasks)
+    total_steps(config, plan.steps_per_epoch)
 
 
 def show(run: Path, states: dict[Path, str] | None = None) -> None:

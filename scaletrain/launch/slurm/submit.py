@@ -53,6 +53,8 @@ class Resources:
     constraint: str | None = None
     exclude: str | None = None
     mail: str | None = None
+    # e.g. afterok:12:13
+    dependency: str | None = None
     # shell lines before the job's command
     setup: tuple[str, ...] = ()
     # prefix of `python`
@@ -171,6 +173,9 @@ def _executor(folder: Path, run: Path, resources: Resources, count: int, drafts:
         "error": f"{logs}_0_log.err",
         "mem": resources.mem,
         "requeue": True,
+        "dependency": resources.dependency,
+        # a job whose dependency has failed ends as well
+        "kill-on-invalid-dep": "yes" if resources.dependency else None,
     }
     executor = _Executor(folder=drafts)
 
