@@ -1,8 +1,9 @@
 """How far a stage is, and of what its results were made: nothing here needs torch.
 
-A training run is finished when its newest good checkpoint is that of its last step, a computation
-when its folder is there, since that is renamed into place. `stage.json` in the folder records the
-options, the results of other stages and the files that were used, so that a change is noticed.
+A training run is finished when its newest good checkpoint is that of its last step and has the
+result of the method's work after it, a computation when its folder is there, since that is renamed
+into place. `stage.json` in the folder records the options, the results of other stages and the
+files that were used, so that a change is noticed.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class Checkpoint:
     total: int
     # Of the content of its files.
     sha256: str
+    # False where the method still has work to do after the last step (on_end).
+    finished: bool = True
 
     @property
     def last(self) -> bool:
-        return self.step == self.total
+        return self.step == self.total and self.finished
 
 
 def newest(run: Path) -> Checkpoint | None:
@@ -58,10 +61,11 @@ def newest(run: Path) -> Checkpoint | None:
                 continue
 
             manifest = json.loads(body)
-            clock, files = manifest["meta"]["clock"], manifest["files"]
+            meta, files = manifest["meta"], manifest["files"]
             if all((folder / name).stat().st_size == one["bytes"] for name, one in files.items()):
                 digest = _digest(sorted(one["sha256"] for one in files.values()))
-                return Checkpoint(clock["step"], clock["total"], digest)
+                step, total = meta["clock"]["step"], meta["clock"]["total"]
+                return Checkpoint(step, total, digest, meta.get("finished", True))
         except (OSError, ValueError, KeyError, TypeError):
             continue
 

@@ -54,7 +54,7 @@ def test_a_finer_map_costs_its_cells() -> None:
         stride: model.measure(
             recipe(
                 "simclr",
-                model={"stem": "imagenet", "output_stride": stride},
+                model={"name": "resnet18", "stem": "imagenet", "output_stride": stride},
                 data={"views": [{"size": 64, "count": 2}]},
             )
         )
