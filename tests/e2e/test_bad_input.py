@@ -236,7 +236,7 @@ def test_init_takes_a_backbone_and_refuses_another(
         (
             "",
             ("num_batches_tracked",),
-            "20 counters num_batches_tracked are not in it and start at zero",
+            "12 counters num_batches_tracked are not in it and start at zero",
         ),
     ],
 )

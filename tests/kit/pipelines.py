@@ -20,7 +20,7 @@ batch: 8
 steps: 6
 data: {lanes: 4, window: 2, workers: 0,
   views: [{size: 16, count: 2, blur: 0.0, jitter: 0.0, grayscale: 0.0}]}
-model: {name: resnet18, width: 0.0625, stem: cifar}
+model: {name: resnet10, width: 0.0625, stem: cifar}
 method: {name: byol, hidden: 24, dim: 8}
 optim: {lr: 0.3, lr_scaling: none, warmup_epochs: 0, trust_coefficient: 0.02}
 engine: {name: ddp, precision: fp64}

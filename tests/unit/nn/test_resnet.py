@@ -78,7 +78,8 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(
         torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", DEPTHS)
+# one of each block: what is deeper is made of the same
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_training_equals_torchvision(name: str) -> None:
     """Outputs, gradients and running statistics of a step in train mode, in float64."""
     torch.manual_seed(0)
