@@ -4,6 +4,7 @@ Schedules are compared with their sources in tests/golden.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -39,6 +40,7 @@ BOTTLENECKS = (
 )  # shrunken to these; the others to basic blocks
 
 
+@functools.cache
 def recipe(name: str, *overrides: str) -> Config:
     return load.load(CONFIGS / f"{name}.yaml", overrides)
 
@@ -76,7 +78,7 @@ def shrunken(name: str) -> Config:
         *(
             ("model.name=resnet50", "model.width=0.0625")
             if name in BOTTLENECKS
-            else ("model.name=resnet18", "model.width=0.125")
+            else ("model.name=resnet10", "model.width=0.125")
         ),
         *("steps=2", "optim.warmup_epochs=0", "monitor.every=1", "threads=1"),
     )

@@ -21,14 +21,30 @@ from scaletrain.checkpoint.files import export
 from scaletrain.checkpoint.reader import SavedStep, folder_of, open_step
 from scaletrain.checkpoint.writer import Writer
 from scaletrain.config.schema import Config, components
+from scaletrain.core import DeferredState
 from scaletrain.engines.base import Engine
+from scaletrain.nn.norm import BatchNorm
 
 STEPS = 2  # of each link
 METHODS = {  # with targets; with banks and clusterings; with queues and frozen prototypes
     "fp32": ("byol", "deepcluster_v2", "swav"),
     "fp64": ("byol",),
 }
-OBJECTIVES = (*components("methods"), *small.JOINED)
+
+
+# Those that keep more than parameters, targets and running statistics, and two of the others.
+STATEFUL = (
+    "deepcluster",
+    "deepcluster_v2",
+    "densecl",
+    "directpred",
+    "moco",
+    "nnclr",
+    "pcl",
+    "pirl",
+    "swav",
+)
+OBJECTIVES = ("byol", "supcon+suncet", *STATEFUL)
 Chain = tuple[
     Path, dict[str, list[float]]
 ]  # the folder of all checkpoints, and all losses by "precision/method"
@@ -233,3 +249,11 @@ def test_the_state_of_every_method_survives_any_number_of_ranks(name: str, resha
         assert first.names() == other.names()
         for tensor in first.names():
             assert torch.equal(first.read(tensor), other.read(tensor)), tensor
+
+
+def test_every_method_with_more_state_is_here() -> None:
+    def stateful(method: str) -> bool:
+        modules = small.engine(small.config(method)).method.modules()
+        return any(isinstance(m, DeferredState) and not isinstance(m, BatchNorm) for m in modules)
+
+    assert tuple(filter(stateful, components("methods"))) == STATEFUL

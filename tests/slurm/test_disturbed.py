@@ -32,11 +32,7 @@ def rank_process(cluster: Cluster, job: str, rank: int) -> int:
     return min(found)
 
 
-def kill_first_rank(cluster: Cluster, job: str) -> None:
-    os.kill(rank_process(cluster, job, 0), signal.SIGKILL)
-
-
-def kill_other_rank(cluster: Cluster, job: str) -> None:
+def kill_rank(cluster: Cluster, job: str) -> None:
     os.kill(rank_process(cluster, job, 1), signal.SIGKILL)
 
 
@@ -61,8 +57,7 @@ def preempt(cluster: Cluster, job: str) -> None:
     ("disturb", "trace"),
     [
         (preempt, r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;"),
-        (kill_first_rank, CRASHED),
-        (kill_other_rank, CRASHED),
+        (kill_rank, CRASHED),
         (lose_node, r"Node failure on n\d.*resumed from step \d+;"),
     ],
 )
