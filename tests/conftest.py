@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
 # The tensors of tests are tiny, and threads that spin for work slow every other process. Ranks and
 # commands that are started inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A hundred commands are started, and would each compile the package and what they import.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Here a message is matched from its beginning, without a regular expression.
 os.environ["PYTHONWARNINGS"] = "error,ignore:This process:DeprecationWarning"
 

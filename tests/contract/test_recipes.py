@@ -33,11 +33,8 @@ KINDS = {re.sub(r"_r\d+(x\d)?|_\d+ep$", "", name): name for name in reversed(REC
 METHODS = configuration.components("methods")
 BATCH, SAMPLES = 12, 24  # more than ReLICv2's ten negatives; two steps per epoch
 
-BOTTLENECKS = (
-    "relicv2_r50_in1k",
-    "simclrv2_r50sk_in1k",
-    "simclrv2_r152x3sk_in1k",
-)  # shrunken to these; the others to basic blocks
+# shrunken to bottlenecks; the others to basic blocks
+BOTTLENECKS = ("relicv2_r50_in1k", "simclrv2_r50sk_in1k", "simclrv2_r152x3sk_in1k")
 
 
 @functools.cache

@@ -124,10 +124,23 @@ def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path: Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         lock.write("process 7 on n1, job 12\n")
         lock.flush()
-        with start(tmp_path, "run") as process:
-            errors = process.communicate(timeout=120)[1]
+        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        process = subprocess.run(
+            [
+                *(sys.executable, "-m", "scaletrain", "train", str(tmp_path / "recipe.yaml")),
+                *("--run", str(tmp_path / "run")),
+            ],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert process.returncode == 75
-        assert f"error: {tmp_path / 'run'} is being trained by process 7 on n1, job 12\n" == errors
+        assert (
+            f"error: {tmp_path / 'run'} is being trained by process 7 on n1, job 12\n"
+            == process.stderr
+        )
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 

@@ -183,7 +183,8 @@ class Cluster:
                     for p in sorted(self.root.glob("*.log"))
                 ]
                 raise AssertionError("\n".join([problem, *logs]))
-            time.sleep(0.2)
+            # each question takes processor time from the jobs
+            time.sleep(0.5)
 
 
 def _free_ports(count: int) -> int:
