@@ -33,6 +33,7 @@ CHANGES = (
     *(f"{stage}.monitor.every=1" for stage in ("pretrain", "finetune")),
     *(f"{stage}.checkpoint.every_steps=20" for stage in ("pretrain", "finetune")),
     "pretrain.steps=150",
+    "pretrain.optim.schedule=cosine",
     "pretrain.optim.milestones=[]",
     "finetune.steps=100",
 )
