@@ -1,9 +1,10 @@
-"""Write the generated pages of docs/reference: config.md from the schema, cli.md from the commands.
+"""Write the generated pages of docs/reference: config.md from the schema, cli.md from the commands,
+methods.md from the methods and their recipes.
 
     python docs/generate.py [FOLDER]
 
-Run it after a change of a configuration field or a command-line option; tests/e2e/test_docs.py
-compares the committed pages with what it writes.
+Run it after a change of a configuration field, a command-line option, a method or a recipe;
+tests/e2e/test_docs.py compares the committed pages with what it writes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,7 @@ from scaletrain.config.schema import Frozen, components
 from scaletrain.evals import features, run
 from scaletrain.pipelines import load as pipelines
 from scaletrain.pipelines.schema import PipelineConfig
+from scaletrain.report import catalogue
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- Written by `python docs/generate.py`; do not edit. -->\n"
@@ -45,6 +48,23 @@ PIPELINES = """## Pipelines
 
 Of a pipeline file, see [pipelines](../guides/pipelines.md): its keys, those of a stage, and the
 options of each computation under `set`.
+"""
+METHODS = """# Methods
+
+Every method with its paper, and the figures that were published for its recipes. **None of them was
+reproduced here**; the head of each recipe has its command and the source of its values, and marks
+what could not be verified. `scaletrain show methods` prints the same list with all lengths, widths
+and depths. Rotation prediction, alone the method `rotation`, and SuNCEt (few labels) are
+[auxiliary losses](../guides/training.md#auxiliary-losses) of other methods.
+
+What was measured on two CPU cores is in [benchmarks/RESULTS.md](../../benchmarks/RESULTS.md), each
+with its command; what one GPU computes, and how fast, in
+[benchmarks/GPU.md](../../benchmarks/GPU.md). The controlled comparisons of the papers are
+[studies](../guides/studies.md).
+
+PIRL takes two views: the first is cut into nine patches, the other is the image. MoCo, DenseCL,
+NNCLR, PIRL and PCL keep their queues and memories in the order of the global batch. With
+`model.norm_group` set, MoCo, DenseCL and PCL use ShuffleBN ([batch norm](../explain/batchnorm.md)).
 """
 CLI = """# Command line
 
@@ -78,7 +98,7 @@ def main(folder: Path) -> None:
 
 def pages() -> dict[str, str]:
     """The generated pages by file name."""
-    return {"config.md": config_page(), "cli.md": cli_page()}
+    return {"config.md": config_page(), "cli.md": cli_page(), "methods.md": methods_page()}
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -190,6 +210,30 @@ def code(value: Any) -> str:
 def cell(text: str) -> str:
     """Text of a table's cell."""
     return " ".join(text.split()).replace("|", r"\|").replace("<", r"\<")
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+
+def methods_page() -> str:
+    """A table of the methods of each kind."""
+    parts = [METHODS, NOTE]
+    listed = catalogue.entries("methods")
+
+    for kind in dict.fromkeys(entry.kind for entry in listed):
+        parts.append(f"## {kind.capitalize()}\n\n| method | paper | recipe and published figure |")
+        parts.append("|---|---|---|")
+        for entry in (entry for entry in listed if entry.kind == kind):
+            recipes = [
+                f"[{name}](../../configs/{name}.yaml): {cell(figure)}"
+                for name, figure in entry.recipes.items()
+                if name.endswith(("_r50_in1k", "_r18_cifar10"))
+            ]
+            paper = re.sub(r"arXiv\s(\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", entry.paper)
+            parts.append(f"| `{entry.name}` | {cell(paper)} | {'<br>'.join(recipes)} |")
+        parts.append("")
+
+    return "\n".join(parts)
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A catalogue of all methods and auxiliaries, each with its paper, kind, recipes and published
 figures.
 
-The paper is the first line of the file's docstring, the kind the attribute `kind` of its class;
-figures are the key `published` of the recipes. Files are read without being imported.
+The paper is the first paragraph of the file's docstring, the kind the attribute `kind` of its
+class; figures are the key `published` of the recipes. Files are read without being imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scaletrain.config.schema import components
 @dataclass(frozen=True)
 class MethodEntry:
     name: str
-    # first line of the docstring
+    # first paragraph of the docstring
     paper: str
     # as core.Kind; "" for an auxiliary
     kind: str
@@ -66,7 +66,8 @@ def _described(package: str, name: str) -> tuple[str, str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "kind"
     ]
-    return (ast.get_docstring(tree) or "").partition("\n")[0], kinds[0] if kinds else ""
+    paper = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+    return paper, kinds[0] if kinds else ""
 
 
 def lines(package: str, configs: Path = recipe.CONFIGS) -> list[str]:

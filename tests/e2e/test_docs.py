@@ -186,7 +186,7 @@ def test_generated_pages_are_fresh(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         fresh = (DOCS / "reference" / path.name).read_text() == path.read_text()
         assert fresh, f"{path.name} is out of date: run `python docs/generate.py`"
-    assert {path.name for path in tmp_path.iterdir()} == {"cli.md", "config.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cli.md", "config.md", "methods.md"}
 
 
 def test_the_figure_shows_one_line() -> None:
