@@ -15,14 +15,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RANK = """
+# three ranks, forked from one process that has imported what they need
+RANKS = """
 import os, signal, sys, time
 from scaletrain import dist, peers
+how, folder = sys.argv[1:]
+started = []
+for rank in range(3):
+    started.append(os.fork())
+    if not started[-1]:
+        break
+if all(started):
+    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started))
+    sys.exit()
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+os.dup2(os.open(f"{folder}/{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
 peers.GRACE = 1.0
 dist.init()
 dist.barrier()
 dist.barrier()  # with the first one the ranks connect, for which rank 0 must still be there
-rank, how = dist.rank(), sys.argv[1]
 if how == "killed" and rank == 1:
     if os.fork() == 0:  # as a loader worker, which outlives it
         os.closerange(0, 3)
@@ -60,19 +71,16 @@ def run(how: str, folder: Path) -> list[tuple[int, str]]:
         "PYTHONPATH": str(ROOT),
     }
     shared |= {"OMP_NUM_THREADS": "1", "SCALETRAIN_ERROR_FILE": str(folder / "failure")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, how],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    return [
-        (p.returncode, errors)
-        for p, errors in ((p, p.communicate(timeout=60)[1]) for p in processes)
-    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RANKS, how, folder],
+        env=os.environ | shared,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    errors = [(folder / f"{rank}.err").read_text() for rank in range(3)]
+    return list(zip(map(int, done.stdout.split()), errors, strict=True))
 
 
 @pytest.mark.parametrize(("how", "dead"), [("killed", 1), ("first killed", 0)])

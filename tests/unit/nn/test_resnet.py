@@ -58,6 +58,16 @@ def numbers(name: str, width: float, sk: bool = False) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", DEPTHS)
+def test_names_and_shapes_are_torchvisions(name: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = resnet.ResNet(ModelConfig(name=name)), getattr(torchvision.models, name)()
+    theirs.fc = nn.Identity()
+    shapes = [{key: x.shape for key, x in net.state_dict().items()} for net in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+# one of each block: what is deeper is made of the same
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_outputs_equal_torchvision_and_timm_with_exported_weights(
     name: str, tmp_path: Path
 ) -> None:
@@ -78,7 +88,6 @@ def test_outputs_equal_torchvision_and_timm_with_exported_weights(
         torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-5)
 
 
-# one of each block: what is deeper is made of the same
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_training_equals_torchvision(name: str) -> None:
     """Outputs, gradients and running statistics of a step in train mode, in float64."""
