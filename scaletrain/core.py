@@ -383,5 +383,6 @@ class Method(nn.Module):
 
     def on_end(self, clock: Clock, features: Features, write: Write) -> None:
         """Optional: runs once after the last step, whose checkpoint has its result; `clock.step` is
-        `clock.total`.
+        `clock.total`. A run that is then made longer has it again at its new end, on top of the
+        first result.
         """

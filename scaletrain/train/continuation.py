@@ -23,6 +23,7 @@ from scaletrain.engines.base import Engine
 from scaletrain.engines.placement import TrainingError
 from scaletrain.nn.bank import Bank
 from scaletrain.train.resume import other_data
+from scaletrain.train.weight_sources import check_images, images_of
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def restore(engine: Engine, config: Config, data: Mapping[str, Any], source: Sou
                 f"{where}: the momentum of optim.{key}={old} is not that of optim.{key}={new}; "
                 f"set optim.{key}={old}, or start from the encoder alone with --init"
             )
+
+    network = images_of(saved.meta.get("config", {}))
+    check_images(network, images_of(config.model_dump(mode="json")), f"{where}: the network")
 
     banks = any(isinstance(module, Bank) for module in engine.method.modules())
     if banks and (changes := other_data(saved.meta.get("data"), data)):

@@ -29,9 +29,14 @@ _SHOWN = 12
 Origins = dict[str, dict[str, Any]]
 
 
-def start_from(engine: Engine, sources: Mapping[str, Source]) -> tuple[Origins, list[str]]:
+def start_from(
+    engine: Engine, sources: Mapping[str, Source], images: Mapping[str, Any] | None = None
+) -> tuple[Origins, list[str]]:
     """Load the modules of a new run from their sources. Returns where they came from, as
     checkpoints record it, and a line for the log on each. Every rank calls it.
+
+    images: as weight_sources.images_of, what the run's encoder sees. Raises ConfigError for an
+    encoder that saw another model.input.
     """
     origins: Origins = {}
     steps: dict[Path, int | None] = {}
@@ -47,7 +52,12 @@ def start_from(engine: Engine, sources: Mapping[str, Source]) -> tuple[Origins, 
             _write(engine, name, weights)
 
         origins[module] = weights.origin
-        notes = f" ({weights.notes})" if weights.notes else ""
+        remarks = [weights.notes]
+        if module == ENCODER and images and weights.images:
+            what = f"the encoder of {source.path}"
+            remarks.append(weight_sources.check_images(weights.images, images, what))
+
+        notes = f" ({text})" if (text := "; ".join(filter(None, remarks))) else ""
         lines.append(f"{module} from {source.path}{notes}")
 
     return origins, lines

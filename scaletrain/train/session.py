@@ -30,6 +30,7 @@ from scaletrain.train.build import build, total_steps
 from scaletrain.train.monitor import Monitor
 from scaletrain.train.passes import Passes
 from scaletrain.train.resume import BEGINNING, Start, check_end, other_data, start_of
+from scaletrain.train.weight_sources import images_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Session:
     meta: Mapping[str, Any]
     # The method's work after the last step is still to be done.
     unfinished: bool
+    # The newest checkpoint is of the last step without saying so, as a run was shortened to it.
+    unrecorded: bool
 
     @property
     def steps_left(self) -> int:
@@ -87,14 +90,14 @@ class Session:
 
     def finish(self, interrupt: Interrupt) -> None:
         """Let the method do its work after the last step, if it has any that no checkpoint has yet,
-        and save again.
+        and save again; or record that a checkpoint that was there is of the last step.
         """
-        if not self.unfinished:
+        if self.unfinished:
+            clock = self.clock(self.total)
+            with self.passes.features(clock, interrupt, clock.step + self.start.offset) as features:
+                self.engine.method.on_end(clock, features, self.engine.write)
+        elif not self.unrecorded:
             return
-
-        clock = self.clock(self.total)
-        with self.passes.features(clock, interrupt, clock.step + self.start.offset) as features:
-            self.engine.method.on_end(clock, features, self.engine.write)
 
         self.save(self.total - 1, finished=True)
 
@@ -151,6 +154,8 @@ def open_session(
     continued = continuation.find(continues, init, saved)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     _check_data(config, stream, engine)
+    if saved is not None and _has_banks(engine):
+        _check_memories(saved, data)
     engine.sample_name = stream.name
     writer = checkpoint.Writer(
         run / "checkpoints",
@@ -166,7 +171,8 @@ def open_session(
     monitor = Monitor(
         run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start=start
     )
-    ended = start.step == total and saved is not None and saved.meta.get("finished", False)
+    last = saved if start.step == total else None
+    ended = last is not None and last.meta.get("finished", False)
     unfinished = type(engine.method).on_end is not Method.on_end and not ended
     finished = f"nothing left to train: all {total} steps are done"
     finished += "; the method's work after the last one follows" if unfinished else ""
@@ -201,6 +207,8 @@ def open_session(
             **({} if continued is None else {"continues": continued.meta}),
         },
         unfinished=unfinished,
+        unrecorded=last is not None
+        and (last.meta.get("finished") is False or last.meta["clock"].get("total") != total),
     )
 
 
@@ -236,8 +244,7 @@ def _open(data: DataConfig, config: Config, device: torch.device, *, every: bool
 
 def _check_data(config: Config, stream: Stream, engine: Engine) -> None:
     """Raise ConfigError for data that the method cannot be trained on."""
-    banks = any(isinstance(module, Bank) for module in engine.method.modules())
-    if banks and not stream.plan.whole:
+    if _has_banks(engine) and not stream.plan.whole:
         raise ConfigError(
             f"{config.method.name} keeps every sample's embedding from epoch to epoch, so each of "
             "its epochs must be one whole data set: use data.path, without data.mixture and "
@@ -245,6 +252,26 @@ def _check_data(config: Config, stream: Stream, engine: Engine) -> None:
         )
 
     run_folder.on_main(lambda: _check_labels(stream, engine.method.classes))
+
+
+def _has_banks(engine: Engine) -> bool:
+    return any(isinstance(module, Bank) for module in engine.method.modules())
+
+
+def _check_memories(saved: reader.SavedStep, data: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the memories in a checkpoint are of other samples than the data's:
+    --change cannot make them fit.
+    """
+    before, now = (
+        {key: part[key] for key in ("sources", "subset") if key in part}
+        for part in (saved.meta.get("data") or {}, data)
+    )
+    if before and (changes := other_data(before, now)):
+        listed = "".join(f"\n  {line}" for line in changes)
+        raise ConfigError(
+            f"{saved.path} keeps an embedding of every sample, and the samples are others now:"
+            f"{listed}\nRestore the data, or start a new run from its encoder with --init"
+        )
 
 
 def _check_labels(stream: Stream, classes: int | None) -> None:
@@ -295,7 +322,8 @@ def _restore(
         return origin, *initial_weights.load_constant(engine, continued.saved, False)
 
     sources = initial_weights.sources_of(engine.method, init)
-    weights, lines = initial_weights.start_from(engine, sources)
+    images = images_of(config.model_dump(mode="json"))
+    weights, lines = initial_weights.start_from(engine, sources, images)
     return "; ".join([f"started from seed {config.seed}", *lines]), weights, []
 
 

@@ -4,6 +4,7 @@ file that was exported by scaletrain or comes from torchvision, timm or another 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from scaletrain.checkpoint import files, reader
 from scaletrain.checkpoint.files import CheckpointError
+from scaletrain.config import renamed
+from scaletrain.config.recipe import ConfigError
 from scaletrain.core import Source
 from scaletrain.engines.placement import TrainingError
 
@@ -44,6 +47,8 @@ class Weights:
     origin: dict[str, Any]
     # remarks for the log
     notes: str
+    # what its network saw, as `images_of`; None where the source does not say
+    images: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class _Stored:
     shapes: Mapping[str, Shape]
     read: Callable[[str], Tensor]
     step: int | None = None
+    images: dict[str, Any] | None = None
 
 
 def read(source: Source, shapes: Mapping[str, Shape], step: int | None = None) -> Weights:
@@ -91,7 +97,31 @@ def read(source: Source, shapes: Mapping[str, Shape], step: int | None = None) -
     ]
     notes = _notes(source, stored.step if path.is_dir() else None, prefix, without, left_out)
     zero = dict.fromkeys(without, torch.zeros((), dtype=torch.int64))
-    return Weights(tensors | zero, origin, notes)
+    return Weights(tensors | zero, origin, notes, stored.images)
+
+
+def images_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved configuration makes of images before the first layer of its encoder: no tensor
+    shows it.
+    """
+    raw = renamed.translated({section: config.get(section, {}) for section in ("model", "data")})
+    normalised = {key: list(raw["data"][key]) for key in ("mean", "std") if key in raw["data"]}
+    return {"input": raw["model"].get("input", "rgb"), **normalised}
+
+
+def check_images(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str:
+    """Raise ConfigError for weights that were trained on another model.input; a remark on another
+    normalisation, or "".
+    """
+    if before["input"] != now["input"]:
+        raise ConfigError(
+            f"{what} was trained with model.input={before['input']}, and this run has "
+            f"model.input={now['input']}: set model.input={before['input']}"
+        )
+
+    other = [key for key in ("mean", "std") if before.get(key, now[key]) != now[key]]
+    listed = " and ".join(f"data.{key}={before[key]}" for key in other)
+    return f"its images were normalised with {listed}, here they are not" if other else ""
 
 
 def _of_file(path: Path) -> _Stored:
@@ -101,7 +131,19 @@ def _of_file(path: Path) -> _Stored:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         tensors.__getitem__,
         int(step) if step.isdecimal() else None,
+        _images_of_file(path, meta),
     )
+
+
+def _images_of_file(path: Path, meta: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the encoder of a file that scaletrain exported saw; None for a file of others."""
+    if not {"model", "data"} <= meta.keys():
+        return None
+    try:
+        return images_of({key: json.loads(meta[key]) for key in ("model", "data")})
+    except (ValueError, AttributeError, TypeError):
+        # text that others put under these names
+        return None
 
 
 def _of_run(path: Path, step: int | None) -> _Stored:
@@ -130,6 +172,7 @@ def _of_run(path: Path, step: int | None) -> _Stored:
         },
         lambda name: step_read.read(METHOD + name).view(step_read.shape(METHOD + name)),
         saved.step,
+        images_of(saved.meta["config"]) if "config" in saved.meta else None,
     )
 
 

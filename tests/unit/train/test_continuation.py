@@ -13,6 +13,8 @@ from kit import pipelines
 
 from scaletrain.checkpoint import reader
 from scaletrain.config import load
+from scaletrain.config.recipe import ConfigError
+from scaletrain.evals import targets
 from scaletrain.train.loop import train
 
 SYNTHETIC = ("data.path=synthetic", "data.synthetic_samples=16", "steps=2")
@@ -122,3 +124,36 @@ def test_what_is_no_source_is_refused(source: Path, tmp_path: Path) -> None:
         run(tmp_path, "run", continues=tmp_path)
     with pytest.raises(ValueError, match="--init and --continue exclude each other"):
         run(tmp_path, "run", continues=source, init=source)
+
+
+def test_an_encoder_that_saw_other_images_is_refused(source: Path, tmp_path: Path) -> None:
+    """No tensor shows model.input: every shape fits."""
+    sobel = ("model.input=sobel",)
+    says = r"model\.input=rgb, and this run has model\.input=sobel: set model\.input=rgb"
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, "continued", *sobel, continues=source)
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, "run", *sobel, init=source)
+
+    saved = reader.latest(source / "checkpoints")
+    assert saved is not None
+    exported = tmp_path / "encoder.safetensors"
+    targets.export(source, saved, "backbone", exported)
+    with pytest.raises(ConfigError, match=says):
+        run(tmp_path, "file", *sobel, init=exported)
+
+
+def test_another_normalisation_is_said(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "run", "data.mean=[0,0,0]", init=source)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "its images were normalised with data.mean=[0.485, 0.456, 0.406], here they are" in said
+
+
+def test_a_run_that_is_shortened_to_its_newest_step_is_finished(tmp_path: Path) -> None:
+    run(tmp_path, "run", "steps=6")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run(tmp_path, "run", "steps=4", change=True)
+    found = meta(tmp_path / "run")
+    assert (found["clock"]["step"], found["clock"]["total"], found["finished"]) == (4, 4, True)

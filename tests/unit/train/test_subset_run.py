@@ -124,3 +124,19 @@ def test_changed_files_are_refused_until_accepted(tmp_path: Path) -> None:
         "data.subset:" in line and " -> nothing" in line
         for line in json.loads(logged[-1])["changes"]
     )
+
+
+def test_memories_of_other_samples_are_refused_even_with_change(tmp_path: Path) -> None:
+    """Of equally many, every tensor would fit."""
+    opened = Shards(write_shards(tmp_path / "train", (20, 20)))
+    data = {"path": str(tmp_path / "train"), "subset": str(tmp_path / "some.json")}
+    method = {"name": "pirl", "hidden": 16, "dim": 8, "negatives": 4, "patch": 4}
+
+    def go(first: int) -> None:
+        subset.save(tmp_path / "some.json", opened, np.arange(first, first + 20), "by hand")
+        config = recipe({**data, "views": [{"size": 16, "count": 2}]}, method, steps=2)
+        train(config, tmp_path / "run", change=True)
+
+    go(0)
+    with pytest.raises(ConfigError, match="keeps an embedding of every sample, and the samples"):
+        go(20)
