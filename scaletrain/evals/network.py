@@ -42,6 +42,12 @@ class Network:
         data = self.meta.get("data") or {}
         return {source["sha256"] for source in data.get("sources", ()) if source.get("sha256")}
 
+    @property
+    def pretrained_on(self) -> set[str]:
+        """The same of the runs that its modules came from."""
+        origins = (self.meta.get("initial_weights") or {}).values()
+        return {sha256 for origin in origins for sha256 in origin.get("data", ())}
+
 
 def load(target: Path) -> Network:
     """The network of RUN (its newest good checkpoint) or RUN/checkpoints/step-N. Raises EvalError,

@@ -59,6 +59,8 @@ class _Stored:
     read: Callable[[str], Tensor]
     step: int | None = None
     images: dict[str, Any] | None = None
+    # sha256 of the data sets of its training, as far as they are known
+    data: tuple[str, ...] = ()
 
 
 def read(source: Source, shapes: Mapping[str, Shape], step: int | None = None) -> Weights:
@@ -88,6 +90,7 @@ def read(source: Source, shapes: Mapping[str, Shape], step: int | None = None) -
         "module": source.module,
         "step": stored.step,
         "sha256": files.fingerprint(tensors, {}),
+        "data": list(stored.data),
     }
 
     without = [name for name in shapes if name not in taken]
@@ -173,7 +176,20 @@ def _of_run(path: Path, step: int | None) -> _Stored:
         lambda name: step_read.read(METHOD + name).view(step_read.shape(METHOD + name)),
         saved.step,
         images_of(saved.meta["config"]) if "config" in saved.meta else None,
+        _data_of(saved.meta),
     )
+
+
+def _data_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """sha256 of the data sets of a checkpoint's run and of those that its weights came from."""
+    before = (
+        data
+        for origin in meta.get("initial_weights", {}).values()
+        for data in origin.get("data", ())
+    )
+    sources = (meta.get("data") or {}).get("sources", ())
+    own = (source["sha256"] for source in sources if source.get("sha256"))
+    return tuple(dict.fromkeys([*own, *before]))
 
 
 def _step_of(root: Path, step: int) -> reader.SavedStep:

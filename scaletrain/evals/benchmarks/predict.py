@@ -6,6 +6,7 @@ supervised training and fine-tuning.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -83,7 +84,20 @@ def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dic
         "predict" if name == "top1" else f"predict_{name}": value
         for name, value in accuracy(rank, labels, outputs).items()
     }
-    return metrics, {"fitted": "nothing: the classifier of the run itself", "outputs": outputs}
+    network, test = context.network, context.identity["test"]
+    seen = test in network.trained_on | network.pretrained_on
+    if seen:
+        print(
+            f"warning: {context.subject.source} or what it started from was trained on the images "
+            f"of {context.test}: this is no score of unseen images",
+            file=sys.stderr,
+        )
+
+    return metrics, {
+        "fitted": "nothing: the classifier of the run itself",
+        "outputs": outputs,
+        "test_seen_in_training": seen,
+    }
 
 
 def _name(method: Method) -> str:

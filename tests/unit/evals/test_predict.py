@@ -143,6 +143,20 @@ def test_an_encoder_is_fine_tuned_and_scored(tmp_path: Path) -> None:
     assert found.meta["initial_weights"]["backbone"]["step"] == 7
     (result,) = evals.run(tmp_path / "tuned", ["predict"], overrides=QUICK)
     assert set(result["metrics"]) == {"predict", "predict_top5", "predict_per_class"}
+    assert result["protocol"]["test_seen_in_training"] is False
+
+
+def test_a_test_set_of_the_pretraining_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save(tmp_path, method="simclr")
+    short = {"steps": 1, "optim": {"warmup_epochs": 0}}
+    train(settings(tmp_path / "test", {"name": "simclr"}, **short), tmp_path / "before")
+    tune: dict[str, Any] = {"name": "finetune", "classes": 6, "source": str(tmp_path / "before")}
+    train(settings(tmp_path / "train", tune, **short), run.parent / "tuned")
+    (result,) = evals.run(tmp_path / "tuned", ["predict"], overrides=QUICK)
+    assert result["protocol"]["test_seen_in_training"] is True
+    assert "is no score of unseen images" in capsys.readouterr().err
 
 
 def test_what_cannot_be_scored(tmp_path: Path) -> None:
