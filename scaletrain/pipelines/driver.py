@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,18 @@ class Driver:
         with self._private(), _locked(work / LOCK, f"the pipeline in {work}", shared=True):
             if waits := [one for one in stage.after if not self._result(one)]:
                 raise ConfigError(f"stage '{name}' waits for {', '.join(waits)}: run that first")
+
+            self.refuse_changed(self._pipeline.upstream(name))
             self._run(stage)
+
+    def refuse_changed(self, stages: Iterable[Stage]) -> None:
+        """Raise ConfigError where one of these stages is finished and was made from other options,
+        inputs or files than those of the pipeline.
+        """
+        for stage in stages:
+            # Where an input is to be made again, the stage is compared once that is there.
+            if self._done(stage) and all(self._result(name) for name in stage.inputs):
+                self._refuse_changed(stage)
 
     # --- one stage --------------------------------------------------------------------------------
 

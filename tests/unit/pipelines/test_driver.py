@@ -20,6 +20,8 @@ from kit.commands import call
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.launch import local
+from scaletrain.launch.slurm.chain import Chain
+from scaletrain.launch.slurm.submit import Resources
 from scaletrain.pipelines import driver, load
 from scaletrain.pipelines.driver import BusyError, Driver, StageError
 from scaletrain.runtime.signals import Stopped
@@ -93,6 +95,18 @@ def test_other_options_of_a_finished_stage_are_refused(done: Path) -> None:
     file.write_text(text)
     # the same in other words
     assert pipelines.drive(file, work, ["first.optim.name=lars"]) == FINISHED
+
+
+def test_a_single_stage_and_a_chain_of_jobs_refuse_other_options_of_finished_stages(
+    done: Path,
+) -> None:
+    file, work = done / "pipeline.yaml", done / "work"
+    shutil.rmtree(work / "second")
+    pipeline = load.load(file, work, ["first.seed=1"])
+    with pytest.raises(ConfigError, match=r"stage 'first' .*\n.*seed: 0 -> 1"):
+        Driver(pipeline, say=lambda _: None).run_one("second")
+    with pytest.raises(ConfigError, match=r"stage 'first' .*\n.*seed: 0 -> 1"):
+        Chain(pipeline, Resources(), None)
 
 
 def test_a_stage_done_again_makes_its_users_stale(done: Path) -> None:
