@@ -24,6 +24,8 @@ from scaletrain.pipelines.load import Pipeline, Stage
 from scaletrain.runtime import durable, locks
 
 LOCK, EARLIER = ".lock", "earlier"
+# Names of the stages that were set aside by commands of which none has come to its end.
+REDO = ".redo"
 # Attempts to lock, a quarter of a second apart: a driver that is being killed may take a moment.
 PATIENCE = 20
 
@@ -68,14 +70,17 @@ class Driver:
 
         again, work = [self._pipeline.stage(name) for name in redo], self._pipeline.work
         with self._private(), _locked(work / LOCK, f"the pipeline in {work}"):
+            # First, so that nothing is moved away for a command that is then refused.
+            for stage in self._pipeline.stages:
+                if stage in again or not self._done(stage):
+                    _check(stage)
+
+            left = [stage for stage in self._pipeline.stages if stage not in again]
+            self.refuse_changed(one for one in left if not {*one.inputs} & {*redo})
+
             for stage in again:
                 self._set_aside(stage)
-
-            for stage in self._pipeline.stages:
-                if not self._done(stage):
-                    _check(stage)
-                elif all(self._result(name) for name in stage.inputs):
-                    self._refuse_changed(stage)
+            self.refuse_changed(left)
 
             for number, stage in enumerate(self._pipeline.stages):
                 try:
@@ -86,6 +91,8 @@ class Driver:
                         if waits and not self._done(other):
                             self._say(f"{other.name}: waits for {', '.join(waits)}")
                     raise
+
+            (work / REDO).unlink(missing_ok=True)
 
     def run_one(self, name: str) -> None:
         """Run one stage, whose inputs must be finished: by every process of a job."""
@@ -261,16 +268,32 @@ class Driver:
             os.umask(before)
 
     def _set_aside(self, stage: Stage) -> None:
-        """Move the folder of a stage away, so that it is done again."""
-        if not stage.folder.exists():
-            return
+        """Move the folder of a stage away, so that it is done again. A command that is repeated
+        after a kill leaves what it has made of the same options.
+        """
+        work = self._pipeline.work
+        file, earlier = work / REDO, work / EARLIER
+        begun = file.read_text().split() if file.is_file() else []
+        if stage.folder.exists():
+            if stage.name in begun and self._fits(stage):
+                return
 
-        earlier = self._pipeline.work / EARLIER
-        earlier.mkdir(exist_ok=True)
-        number = 1 + sum(path.name.rpartition(".")[0] == stage.name for path in earlier.iterdir())
-        kept = earlier / f"{stage.name}.{number}"
-        stage.folder.rename(kept)
-        self._say(f"{stage.name}: done again; what was there is in {kept}")
+            earlier.mkdir(exist_ok=True)
+            past = [path.name.rpartition(".")[0] for path in earlier.iterdir()]
+            kept = earlier / f"{stage.name}.{1 + past.count(stage.name)}"
+            stage.folder.rename(kept)
+            self._say(f"{stage.name}: done again; what was there is in {kept}")
+
+        # After the move: a kill between them must not keep the earlier result.
+        if stage.name not in begun:
+            durable.write(file, "\n".join([*begun, stage.name]) + "\n")
+
+    def _fits(self, stage: Stage) -> bool:
+        try:
+            self._refuse_changed(stage)
+        except ConfigError:
+            return False
+        return True
 
 
 def status(pipeline: Pipeline) -> list[tuple[str, str, str]]:

@@ -120,6 +120,33 @@ def test_a_stage_done_again_makes_its_users_stale(done: Path) -> None:
     assert said[-1] == "second: finished"
 
 
+def test_a_redo_that_is_refused_moves_nothing_and_a_killed_one_goes_on(done: Path) -> None:
+    file, work = done / "pipeline.yaml", done / "work"
+    for word, says in (("second.optim.lrr=1", "unknown key"), ("first.seed=1", "seed: 0 -> 1")):
+        with pytest.raises(ConfigError, match=says):
+            pipelines.drive(file, work, [word], redo=["second"])
+    assert not (work / "earlier").exists()
+
+    def killed(_: object) -> int:
+        raise KeyboardInterrupt
+
+    pipeline = load.load(file, work)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(pipeline, start=killed, say=lambda _: None).run(["second"])
+    assert pipelines.drive(file, work, redo=["second"])[-1] == "second: finished"
+    assert not (work / ".redo").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        Driver(pipeline, start=killed, say=lambda _: None).run(["second"])
+    shutil.copytree(work / "earlier" / "second.2" / "checkpoints", work / "second" / "checkpoints")
+    manifest = work / "second" / "checkpoints" / "step-00000004" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    said = pipelines.drive(file, work, redo=["second"])
+    assert "second: resumed at step 2 of 4" in said
+    kept = [path.name for path in (work / "earlier").iterdir()]
+    assert sorted(kept) == ["second.1", "second.2"]
+
+
 def test_a_stage_that_has_begun_resumes_or_is_refused(done: Path) -> None:
     file, work = done / "pipeline.yaml", done / "work"
     expected = pipelines.tensors(work / "second")
