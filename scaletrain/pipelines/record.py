@@ -53,23 +53,28 @@ def newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint whose manifest is intact and whose files have their sizes. Content is
     verified by those who read it.
     """
-    for folder in sorted((run / "checkpoints").glob("step-*"), key=_number, reverse=True):
-        try:
-            raw = (folder / "manifest.json").read_bytes()
-            body = raw.partition(b'","body":')[2][:-2]
-            if hashlib.sha256(body).hexdigest() != json.loads(raw)["sha256"]:
-                continue
+    folders = sorted((run / "checkpoints").glob("step-*"), key=_number, reverse=True)
+    return next((found for folder in folders if (found := _checkpoint(folder))), None)
 
-            manifest = json.loads(body)
-            meta, files = manifest["meta"], manifest["files"]
-            if all((folder / name).stat().st_size == one["bytes"] for name, one in files.items()):
-                digest = _digest(sorted(one["sha256"] for one in files.values()))
-                step, total = meta["clock"]["step"], meta["clock"]["total"]
-                return Checkpoint(step, total, digest, meta.get("finished", True))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
 
-    return None
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder of one step; None where it is not a good one."""
+    try:
+        raw = (folder / "manifest.json").read_bytes()
+        body = raw.partition(b'","body":')[2][:-2]
+        if hashlib.sha256(body).hexdigest() != json.loads(raw)["sha256"]:
+            return None
+
+        manifest = json.loads(body)
+        meta, files = manifest["meta"], manifest["files"]
+        if any((folder / name).stat().st_size != one["bytes"] for name, one in files.items()):
+            return None
+
+        digest = _digest(sorted(one["sha256"] for one in files.values()))
+        step, total = meta["clock"]["step"], meta["clock"]["total"]
+        return Checkpoint(step, total, digest, meta.get("finished", True))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _number(folder: Path) -> int:
@@ -175,9 +180,9 @@ def _portable(value: Any, work: str) -> Any:
     return value
 
 
-def _identified(made: Mapping[str, Any], work: Path) -> dict[str, str]:
-    """Digests of the files, and of the indices of the folders of shards, that options name and no
-    stage has made.
+def _identified(made: Any, work: Path) -> dict[str, str]:
+    """Digests of the files, the folders of shards and the runs that options name and no stage has
+    made.
     """
     found = {}
     for value in _texts(made):
@@ -185,13 +190,27 @@ def _identified(made: Mapping[str, Any], work: Path) -> dict[str, str]:
             # Not every text with a slash is a path that the system takes.
             with contextlib.suppress(OSError, ValueError):
                 path = Path(text).expanduser().absolute()
-                file = path / INDEX if path.is_dir() else path
-                if not path.is_relative_to(work) and file.is_file():
-                    size = file.stat().st_size
-                    content = file.read_bytes() if size <= _BYTES else str(size).encode()
-                    found[str(path)] = hashlib.sha256(content).hexdigest()
+                if not path.is_relative_to(work):
+                    found.update(_identity(path))
 
     return found
+
+
+def _identity(path: Path) -> dict[str, str]:
+    """Digest of a file, of the newest checkpoint of a run, or of one step of its checkpoints; of a
+    folder of shards, that of its index.
+    """
+    if path.is_dir() and not (path / INDEX).is_file():
+        saved = _checkpoint(path) or newest(path)
+        return {} if saved is None else {str(path): saved.sha256}
+
+    file = path / INDEX if path.is_dir() else path
+    if not file.is_file():
+        return {}
+
+    size = file.stat().st_size
+    content = file.read_bytes() if size <= _BYTES else str(size).encode()
+    return {str(path): hashlib.sha256(content).hexdigest()}
 
 
 def _texts(value: Any) -> list[str]:
