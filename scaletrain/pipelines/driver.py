@@ -246,7 +246,8 @@ class Driver:
 
     def _completed(self, made: dict[str, Any], stage: Stage) -> dict[str, Any]:
         """A record with the files that the stage itself has made, the indices of shards."""
-        return {**made, "files": {**self._present(stage)["files"], **made["files"]}}
+        known = {path: digest for path, digest in made["files"].items() if digest}
+        return {**made, "files": {**self._present(stage)["files"], **known}}
 
     @contextlib.contextmanager
     def _private(self) -> Iterator[None]:

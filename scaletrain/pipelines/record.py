@@ -19,6 +19,7 @@ from typing import Any
 
 from scaletrain.config import recipe
 from scaletrain.config.recipe import ConfigError
+from scaletrain.pipelines import load
 from scaletrain.pipelines.load import Stage
 from scaletrain.runtime import durable
 
@@ -126,7 +127,7 @@ def present(stage: Stage, work: Path, results: Mapping[str, str]) -> dict[str, A
         "format": FORMAT,
         "stage": _portable(made, str(work)),
         "inputs": {name: results[name] for name in stage.inputs},
-        "files": _identified(made, work),
+        "files": _identified(made, work) | _sources(stage),
     }
 
 
@@ -152,7 +153,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     files = [
         f"{path} has changed since"
         for path, digest in now["files"].items()
-        if before["files"].get(path, digest) != digest
+        if (known := before["files"].get(path)) and known != digest
     ]
 
     own = [line for key, line in changed.items() if key.startswith(("recipe.", "options."))]
@@ -196,21 +197,48 @@ def _identified(made: Any, work: Path) -> dict[str, str]:
     return found
 
 
-def _identity(path: Path) -> dict[str, str]:
-    """Digest of a file, of the newest checkpoint of a run, or of one step of its checkpoints; of a
-    folder of shards, that of its index.
-    """
-    if path.is_dir() and not (path / INDEX).is_file():
-        saved = _checkpoint(path) or newest(path)
-        return {} if saved is None else {str(path): saved.sha256}
+def _sources(stage: Stage) -> dict[str, str]:
+    """Digests of the folders of shards that a computation finds by itself, by what they are."""
+    found = dict[str, str]()
+    if stage.do and (sources := getattr(load.computation(stage.do), "sources", None)):
+        # What cannot be read yet is refused when the stage runs.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for name, folder in sources(stage.config).items():
+                if Path(folder).is_dir():
+                    found[name] = _shards(Path(folder))
 
-    file = path / INDEX if path.is_dir() else path
-    if not file.is_file():
+    return found
+
+
+def _identity(path: Path) -> dict[str, str]:
+    """Digest of a file, of a folder of shards, of the newest checkpoint of a run, or of one step of
+    its checkpoints.
+    """
+    if path.is_dir():
+        if (path / INDEX).is_file():
+            # Not the folder's own name, under which earlier records have the digest of its index.
+            return {f"{path}/*.tar": _shards(path)}
+        if saved := _checkpoint(path) or newest(path):
+            return {str(path): saved.sha256}
+        return {f"{path}/*.tar": ""} if next(path.glob("*.tar"), None) else {}
+
+    if not path.is_file():
         return {}
 
-    size = file.stat().st_size
-    content = file.read_bytes() if size <= _BYTES else str(size).encode()
+    size = path.stat().st_size
+    content = path.read_bytes() if size <= _BYTES else str(size).encode()
     return {str(path): hashlib.sha256(content).hexdigest()}
+
+
+def _shards(folder: Path) -> str:
+    """Digest of the content of a folder's shards, whatever wrote its index; "" without an index:
+    not known yet, or known to have changed where it had one.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        listed = json.loads((folder / INDEX).read_bytes())["shards"]
+        return _digest([[shard["name"], shard["sha256"]] for shard in listed])
+
+    return ""
 
 
 def _texts(value: Any) -> list[str]:

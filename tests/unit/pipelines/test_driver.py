@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import pipelines
+from kit import evals, pipelines
 from kit.commands import call
 
 from scaletrain.config.recipe import ConfigError
@@ -279,8 +279,11 @@ def test_a_computation_is_whole_or_not_there(
         pipelines.drive(file, work, [*words, "share=25"])
     index = tmp_path / "shards" / "train" / "scaletrain-index.json"
     before = index.read_bytes()
-    index.write_bytes(before + b" ")
-    with pytest.raises(ConfigError, match="shards/train has changed since"):
+    index.write_text(json.dumps({**json.loads(before), "version": 1}))
+    # an index of the same shards by another version
+    assert pipelines.drive(file, work, words) == ["labels: finished before"]
+    index.write_bytes(before.replace(b'"sha256": "', b'"sha256": "0'))
+    with pytest.raises(ConfigError, match=r"shards/train/\*\.tar has changed since"):
         pipelines.drive(file, work, words)
     index.write_bytes(before)
     (work / "labels" / "subset.json").write_text("{}")
@@ -291,3 +294,32 @@ def test_a_computation_is_whole_or_not_there(
     with pytest.raises(ConfigError, match="is not a result of this stage: move it away"):
         pipelines.drive(file, work, words)
     assert json.loads(before)["samples"] == 32
+
+
+EVALUATED = """
+options: {data: null, train: ""}
+stages:
+- {name: base, train: recipe.yaml, set: {data.path: "${data}", steps: 1}}
+- name: scores
+  do: evaluate
+  set:
+    {target: "${base.run}", benchmarks: [knn], train: "${train}", settings: {features.workers: 0}}
+"""
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_another_test_set_is_noticed_although_no_option_names_it(
+    named: bool, tmp_path: Path
+) -> None:
+    file, work = pipelines.write(tmp_path, EVALUATED), tmp_path / "work"
+    data = pipelines.shards(tmp_path / "shards")
+    words = [f"data={data}", *([f"train={data}"] if named else [])]
+    assert pipelines.drive(file, work, words)[-1] == "scores: finished"
+    assert pipelines.drive(file, work, words) == [
+        "base: finished before",
+        "scores: finished before",
+    ]
+    shutil.rmtree(tmp_path / "shards" / "test")
+    evals.shards(tmp_path / "shards" / "test", [n % 2 for n in range(12)], seed=9)
+    with pytest.raises(ConfigError, match=r"stage 'scores' (.|\n)*the test set has changed since"):
+        pipelines.drive(file, work, words)
