@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain.config import recipe
+from scaletrain.config.fields import PATHS, absolute
 from scaletrain.config.recipe import ConfigError
 from scaletrain.pipelines import load
 from scaletrain.pipelines.load import Stage
@@ -118,7 +119,7 @@ def present(stage: Stage, work: Path, results: Mapping[str, str]) -> dict[str, A
     if stage.recipe is not None:
         raw = dict(recipe.apply(recipe.read(stage.recipe), stage.overrides))
         raw.pop("published", None)
-        made = {"recipe": raw, "init": stage.init, "continue": stage.continues}
+        made = {"recipe": _absolute(raw), "init": stage.init, "continue": stage.continues}
     else:
         assert stage.config is not None
         made = {"do": stage.do, "options": stage.config.model_dump(mode="json")}
@@ -168,6 +169,18 @@ def _plain(value: Any) -> Any:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    """A recipe whose paths do not depend on the working directory."""
+    if isinstance(value, Mapping):
+        return {inner: _absolute(one, inner) for inner, one in value.items()}
+    if isinstance(value, list | tuple) and not all(isinstance(one, str) for one in value):
+        return [_absolute(one) for one in value]
+    # `none` is a value of method.source.
+    if key in PATHS and value != "none" and isinstance(text := recipe.shards(value), str):
+        return absolute(text)
+    return value
 
 
 def _portable(value: Any, work: str) -> Any:

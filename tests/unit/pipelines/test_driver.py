@@ -109,6 +109,25 @@ def test_a_single_stage_and_a_chain_of_jobs_refuse_other_options_of_finished_sta
         Chain(pipeline, Resources(), None)
 
 
+def test_a_relative_path_is_that_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, work = pipelines.write(tmp_path, EVALUATED.partition("- name: scores")[0]), tmp_path / "w"
+    for name, count in (("a", 32), ("b", 40)):
+        evals.shards(tmp_path / name / "d", [n % 2 for n in range(count)], seed=count)
+
+    monkeypatch.chdir(tmp_path / "a")
+    pipelines.drive(file, work, ["data=d"])
+    made = json.loads((work / "base" / "stage.json").read_text())
+    assert made["stage"]["recipe"]["data"]["path"] == str(tmp_path / "a" / "d")
+    assert f"{tmp_path / 'a' / 'd'}/*.tar" in made["files"]
+
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"data\.path: .*a/d -> .*b/d"):
+        pipelines.drive(file, work, ["data=d"])
+    assert pipelines.drive(file, work, ["data=../a/d"]) == ["base: finished before"]
+
+
 def test_a_stage_done_again_makes_its_users_stale(done: Path) -> None:
     file, work = done / "pipeline.yaml", done / "work"
     with pytest.raises(ConfigError, match="made from another result of stage 'first'"):
