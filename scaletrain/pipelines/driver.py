@@ -144,6 +144,7 @@ class Driver:
             self._say(f"{stage.name}: starts in {run}")
         else:
             self._refuse_changed(stage)
+            self._refuse_moved(stage)
             self._say(f"{stage.name}: resumed at step {saved.step} of {saved.total}")
 
         main = environment.rank() == 0
@@ -231,6 +232,22 @@ class Driver:
                 f"stage '{stage.name}' in {stage.folder} does not fit the pipeline:{listed}\n"
                 f"Restore what it was made from, or --redo {stage.name} does it again"
             )
+
+    def _refuse_moved(self, stage: Stage) -> None:
+        """Raise ConfigError where a training run that has begun reads a result of another stage,
+        and the folder of the pipeline was at another place then.
+        """
+        from scaletrain.train import run_folder
+
+        work = self._pipeline.work
+        config = recipes.load(_recipe(stage), stage.overrides)
+        for key, old, new in run_folder.differences(stage.folder, config):
+            if str(work) in str(new) and str(work) not in str(old):
+                raise ConfigError(
+                    f"stage '{stage.name}' has begun with {key} {old}, which is {new} now: the "
+                    "folder of a pipeline cannot be moved before such a stage is finished. Move it "
+                    f"back, or --redo {stage.name} does the stage again"
+                )
 
     # --- parts ------------------------------------------------------------------------------------
 

@@ -342,3 +342,28 @@ def test_another_test_set_is_noticed_although_no_option_names_it(
     evals.shards(tmp_path / "shards" / "test", [n % 2 for n in range(12)], seed=9)
     with pytest.raises(ConfigError, match=r"stage 'scores' (.|\n)*the test set has changed since"):
         pipelines.drive(file, work, words)
+
+
+MOVED = """
+options: {data: null}
+stages:
+- {name: labels, do: subset, set: {shards: "${data}", share: 50}}
+- name: base
+  train: recipe.yaml
+  set: {data.path: "${data}", data.subset: "${labels.output}/subset.json", steps: 4}
+"""
+
+
+def test_a_pipeline_that_was_moved_before_its_training_was_finished_is_refused(
+    tmp_path: Path,
+) -> None:
+    file, work = pipelines.write(tmp_path, MOVED), tmp_path / "work"
+    words = [f"data={pipelines.shards(tmp_path / 'shards')}"]
+    pipelines.drive(file, work, words)
+    moved = work.rename(tmp_path / "moved")
+    assert len(pipelines.drive(file, moved, words)) == 2
+    shutil.rmtree(moved / "base" / "checkpoints" / "step-00000004")
+    with pytest.raises(ConfigError, match=r"with data\.subset .*/work/labels/.* cannot be moved"):
+        pipelines.drive(file, moved, words)
+    moved.rename(work)
+    assert "base: resumed at step 2 of 4" in pipelines.drive(file, work, words)
