@@ -24,7 +24,7 @@ from scaletrain.pipelines.load import Pipeline, Stage
 from scaletrain.runtime import durable, locks
 
 LOCK, EARLIER = ".lock", "earlier"
-# Names of the stages that were set aside by commands of which none has come to its end.
+# Names of the stages that were set aside by the last commands, if none of them came to its end.
 REDO = ".redo"
 # Attempts to lock, a quarter of a second apart: a driver that is being killed may take a moment.
 PATIENCE = 20
@@ -78,6 +78,8 @@ class Driver:
             left = [stage for stage in self._pipeline.stages if stage not in again]
             self.refuse_changed(one for one in left if not {*one.inputs} & {*redo})
 
+            if not redo:
+                (work / REDO).unlink(missing_ok=True)
             for stage in again:
                 self._set_aside(stage)
             self.refuse_changed(left)
@@ -106,6 +108,7 @@ class Driver:
                 raise ConfigError(f"stage '{name}' waits for {', '.join(waits)}: run that first")
 
             self.refuse_changed(self._pipeline.upstream(name))
+            (work / REDO).unlink(missing_ok=True)
             self._run(stage)
 
     def refuse_changed(self, stages: Iterable[Stage]) -> None:
@@ -239,10 +242,10 @@ class Driver:
         """
         from scaletrain.train import run_folder
 
-        work = self._pipeline.work
+        work = f"{self._pipeline.work}/"
         config = recipes.load(_recipe(stage), stage.overrides)
         for key, old, new in run_folder.differences(stage.folder, config):
-            if str(work) in str(new) and str(work) not in str(old):
+            if work in str(new) and work not in str(old):
                 raise ConfigError(
                     f"stage '{stage.name}' has begun with {key} {old}, which is {new} now: the "
                     "folder of a pipeline cannot be moved before such a stage is finished. Move it "
@@ -294,6 +297,7 @@ class Driver:
         begun = file.read_text().split() if file.is_file() else []
         if stage.folder.exists():
             if stage.name in begun and self._fits(stage):
+                self._say(f"{stage.name}: was set aside before by a command that did not end")
                 return
 
             earlier.mkdir(exist_ok=True)

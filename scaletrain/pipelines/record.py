@@ -175,12 +175,10 @@ def _absolute(value: Any, key: str = "") -> Any:
     """A recipe whose paths do not depend on the working directory."""
     if isinstance(value, Mapping):
         return {inner: _absolute(one, inner) for inner, one in value.items()}
-    if isinstance(value, list | tuple) and not all(isinstance(one, str) for one in value):
-        return [_absolute(one) for one in value]
+    if isinstance(value, list | tuple):
+        return [_absolute(one, key) for one in value]
     # `none` is a value of method.source.
-    if key in PATHS and value != "none" and isinstance(text := recipe.shards(value), str):
-        return absolute(text)
-    return value
+    return absolute(value) if key in PATHS and isinstance(value, str) and value != "none" else value
 
 
 def _portable(value: Any, work: str) -> Any:

@@ -360,7 +360,7 @@ def test_a_pipeline_that_was_moved_before_its_training_was_finished_is_refused(
     file, work = pipelines.write(tmp_path, MOVED), tmp_path / "work"
     words = [f"data={pipelines.shards(tmp_path / 'shards')}"]
     pipelines.drive(file, work, words)
-    moved = work.rename(tmp_path / "moved")
+    moved = work.rename(tmp_path / "wor")
     assert len(pipelines.drive(file, moved, words)) == 2
     shutil.rmtree(moved / "base" / "checkpoints" / "step-00000004")
     with pytest.raises(ConfigError, match=r"with data\.subset .*/work/labels/.* cannot be moved"):
