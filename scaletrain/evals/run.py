@@ -26,7 +26,7 @@ from scaletrain.data.errors import ShardError
 from scaletrain.data.format import selection
 from scaletrain.data.format.names import is_remote
 from scaletrain.evals import benchmarks as package
-from scaletrain.evals import results, targets
+from scaletrain.evals import folders, results, targets
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.targets import Encoder, EncoderUnderTest, EvalError
@@ -71,15 +71,15 @@ def run(
     subject = targets.find(target, encoder)
     features = settings.pop("features")
     assert isinstance(features, FeatureConfig)
-    folders = _folders(subject, train, test)
+    sets = _folders(subject, train, test)
 
     for place in (
         subject.source,
-        *(Path(selection.one_folder(folder).folder) for folder in folders),
+        *(Path(selection.one_folder(folder).folder) for folder in sets),
     ):
         run_folder.warn_if_open(place)
 
-    context = EvalContext(subject, features, *folders, labels, same_numbers)
+    context = EvalContext(subject, features, *sets, labels, same_numbers)
     return [_result(name, chosen, context, notice) for name, chosen in settings.items()]
 
 
@@ -143,9 +143,7 @@ def _folders(
             f"no test set: {source} is remote; give its labelled test shards with --test"
         )
 
-    siblings = [
-        Path(selection.by_folder(source)[0].folder).parent / name for name in ("test", "val")
-    ]
+    siblings = folders.next_to(source)
     for folder in siblings:
         if folder.is_dir():
             return source, str(folder)

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from scaletrain.pipelines.load import Pipeline, Stage
 from scaletrain.runtime import durable, locks
 
 LOCK, EARLIER = ".lock", "earlier"
+# Names of the stages that were set aside by the last commands, if none of them came to its end.
+REDO = ".redo"
 # Attempts to lock, a quarter of a second apart: a driver that is being killed may take a moment.
 PATIENCE = 20
 
@@ -68,14 +70,19 @@ class Driver:
 
         again, work = [self._pipeline.stage(name) for name in redo], self._pipeline.work
         with self._private(), _locked(work / LOCK, f"the pipeline in {work}"):
+            # First, so that nothing is moved away for a command that is then refused.
+            for stage in self._pipeline.stages:
+                if stage in again or not self._done(stage):
+                    _check(stage)
+
+            left = [stage for stage in self._pipeline.stages if stage not in again]
+            self.refuse_changed(one for one in left if not {*one.inputs} & {*redo})
+
+            if not redo:
+                (work / REDO).unlink(missing_ok=True)
             for stage in again:
                 self._set_aside(stage)
-
-            for stage in self._pipeline.stages:
-                if not self._done(stage):
-                    _check(stage)
-                elif all(self._result(name) for name in stage.inputs):
-                    self._refuse_changed(stage)
+            self.refuse_changed(left)
 
             for number, stage in enumerate(self._pipeline.stages):
                 try:
@@ -87,6 +94,8 @@ class Driver:
                             self._say(f"{other.name}: waits for {', '.join(waits)}")
                     raise
 
+            (work / REDO).unlink(missing_ok=True)
+
     def run_one(self, name: str) -> None:
         """Run one stage, whose inputs must be finished: by every process of a job."""
         stage, work = self._pipeline.stage(name), self._pipeline.work
@@ -97,7 +106,19 @@ class Driver:
         with self._private(), _locked(work / LOCK, f"the pipeline in {work}", shared=True):
             if waits := [one for one in stage.after if not self._result(one)]:
                 raise ConfigError(f"stage '{name}' waits for {', '.join(waits)}: run that first")
+
+            self.refuse_changed(self._pipeline.upstream(name))
+            (work / REDO).unlink(missing_ok=True)
             self._run(stage)
+
+    def refuse_changed(self, stages: Iterable[Stage]) -> None:
+        """Raise ConfigError where one of these stages is finished and was made from other options,
+        inputs or files than those of the pipeline.
+        """
+        for stage in stages:
+            # Where an input is to be made again, the stage is compared once that is there.
+            if self._done(stage) and all(self._result(name) for name in stage.inputs):
+                self._refuse_changed(stage)
 
     # --- one stage --------------------------------------------------------------------------------
 
@@ -126,6 +147,7 @@ class Driver:
             self._say(f"{stage.name}: starts in {run}")
         else:
             self._refuse_changed(stage)
+            self._refuse_moved(stage)
             self._say(f"{stage.name}: resumed at step {saved.step} of {saved.total}")
 
         main = environment.rank() == 0
@@ -214,6 +236,22 @@ class Driver:
                 f"Restore what it was made from, or --redo {stage.name} does it again"
             )
 
+    def _refuse_moved(self, stage: Stage) -> None:
+        """Raise ConfigError where a training run that has begun reads a result of another stage,
+        and the folder of the pipeline was at another place then.
+        """
+        from scaletrain.train import run_folder
+
+        work = f"{self._pipeline.work}/"
+        config = recipes.load(_recipe(stage), stage.overrides)
+        for key, old, new in run_folder.differences(stage.folder, config):
+            if work in str(new) and work not in str(old):
+                raise ConfigError(
+                    f"stage '{stage.name}' has begun with {key} {old}, which is {new} now: the "
+                    "folder of a pipeline cannot be moved before such a stage is finished. Move it "
+                    f"back, or --redo {stage.name} does the stage again"
+                )
+
     # --- parts ------------------------------------------------------------------------------------
 
     def _done(self, stage: Stage) -> bool:
@@ -228,7 +266,8 @@ class Driver:
 
     def _completed(self, made: dict[str, Any], stage: Stage) -> dict[str, Any]:
         """A record with the files that the stage itself has made, the indices of shards."""
-        return {**made, "files": {**self._present(stage)["files"], **made["files"]}}
+        known = {path: digest for path, digest in made["files"].items() if digest}
+        return {**made, "files": {**self._present(stage)["files"], **known}}
 
     @contextlib.contextmanager
     def _private(self) -> Iterator[None]:
@@ -250,16 +289,33 @@ class Driver:
             os.umask(before)
 
     def _set_aside(self, stage: Stage) -> None:
-        """Move the folder of a stage away, so that it is done again."""
-        if not stage.folder.exists():
-            return
+        """Move the folder of a stage away, so that it is done again. A command that is repeated
+        after a kill leaves what it has made of the same options.
+        """
+        work = self._pipeline.work
+        file, earlier = work / REDO, work / EARLIER
+        begun = file.read_text().split() if file.is_file() else []
+        if stage.folder.exists():
+            if stage.name in begun and self._fits(stage):
+                self._say(f"{stage.name}: was set aside before by a command that did not end")
+                return
 
-        earlier = self._pipeline.work / EARLIER
-        earlier.mkdir(exist_ok=True)
-        number = 1 + sum(path.name.rpartition(".")[0] == stage.name for path in earlier.iterdir())
-        kept = earlier / f"{stage.name}.{number}"
-        stage.folder.rename(kept)
-        self._say(f"{stage.name}: done again; what was there is in {kept}")
+            earlier.mkdir(exist_ok=True)
+            past = [path.name.rpartition(".")[0] for path in earlier.iterdir()]
+            kept = earlier / f"{stage.name}.{1 + past.count(stage.name)}"
+            stage.folder.rename(kept)
+            self._say(f"{stage.name}: done again; what was there is in {kept}")
+
+        # After the move: a kill between them must not keep the earlier result.
+        if stage.name not in begun:
+            durable.write(file, "\n".join([*begun, stage.name]) + "\n")
+
+    def _fits(self, stage: Stage) -> bool:
+        try:
+            self._refuse_changed(stage)
+        except ConfigError:
+            return False
+        return True
 
 
 def status(pipeline: Pipeline) -> list[tuple[str, str, str]]:

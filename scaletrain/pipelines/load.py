@@ -70,6 +70,15 @@ class Pipeline:
             raise ConfigError(f"{self.file}: {_unknown(name, known)}")
         return known[name]
 
+    def upstream(self, name: str) -> tuple[Stage, ...]:
+        """The stages that must be finished before a stage, those of them before these included."""
+        needed = set(self.stage(name).after)
+        for stage in reversed(self.stages):
+            if stage.name in needed:
+                needed.update(stage.after)
+
+        return tuple(stage for stage in self.stages if stage.name in needed)
+
 
 def load(name: str | Path, work: Path, words: Sequence[str] = ()) -> Pipeline:
     """Read a pipeline, the file or name of configs/pipelines, with changes such as `data=FOLDER` of

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain.config import recipe
+from scaletrain.config.fields import PATHS, absolute
 from scaletrain.config.recipe import ConfigError
+from scaletrain.pipelines import load
 from scaletrain.pipelines.load import Stage
 from scaletrain.runtime import durable
 
@@ -53,23 +55,28 @@ def newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint whose manifest is intact and whose files have their sizes. Content is
     verified by those who read it.
     """
-    for folder in sorted((run / "checkpoints").glob("step-*"), key=_number, reverse=True):
-        try:
-            raw = (folder / "manifest.json").read_bytes()
-            body = raw.partition(b'","body":')[2][:-2]
-            if hashlib.sha256(body).hexdigest() != json.loads(raw)["sha256"]:
-                continue
+    folders = sorted((run / "checkpoints").glob("step-*"), key=_number, reverse=True)
+    return next((found for folder in folders if (found := _checkpoint(folder))), None)
 
-            manifest = json.loads(body)
-            meta, files = manifest["meta"], manifest["files"]
-            if all((folder / name).stat().st_size == one["bytes"] for name, one in files.items()):
-                digest = _digest(sorted(one["sha256"] for one in files.values()))
-                step, total = meta["clock"]["step"], meta["clock"]["total"]
-                return Checkpoint(step, total, digest, meta.get("finished", True))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
 
-    return None
+def _checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder of one step; None where it is not a good one."""
+    try:
+        raw = (folder / "manifest.json").read_bytes()
+        body = raw.partition(b'","body":')[2][:-2]
+        if hashlib.sha256(body).hexdigest() != json.loads(raw)["sha256"]:
+            return None
+
+        manifest = json.loads(body)
+        meta, files = manifest["meta"], manifest["files"]
+        if any((folder / name).stat().st_size != one["bytes"] for name, one in files.items()):
+            return None
+
+        digest = _digest(sorted(one["sha256"] for one in files.values()))
+        step, total = meta["clock"]["step"], meta["clock"]["total"]
+        return Checkpoint(step, total, digest, meta.get("finished", True))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _number(folder: Path) -> int:
@@ -112,7 +119,7 @@ def present(stage: Stage, work: Path, results: Mapping[str, str]) -> dict[str, A
     if stage.recipe is not None:
         raw = dict(recipe.apply(recipe.read(stage.recipe), stage.overrides))
         raw.pop("published", None)
-        made = {"recipe": raw, "init": stage.init, "continue": stage.continues}
+        made = {"recipe": _absolute(raw), "init": stage.init, "continue": stage.continues}
     else:
         assert stage.config is not None
         made = {"do": stage.do, "options": stage.config.model_dump(mode="json")}
@@ -121,7 +128,7 @@ def present(stage: Stage, work: Path, results: Mapping[str, str]) -> dict[str, A
         "format": FORMAT,
         "stage": _portable(made, str(work)),
         "inputs": {name: results[name] for name in stage.inputs},
-        "files": _identified(made, work),
+        "files": _identified(made, work) | _sources(stage),
     }
 
 
@@ -147,7 +154,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     files = [
         f"{path} has changed since"
         for path, digest in now["files"].items()
-        if before["files"].get(path, digest) != digest
+        if (known := before["files"].get(path)) and known != digest
     ]
 
     own = [line for key, line in changed.items() if key.startswith(("recipe.", "options."))]
@@ -164,6 +171,16 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _absolute(value: Any, key: str = "") -> Any:
+    """A recipe whose paths do not depend on the working directory."""
+    if isinstance(value, Mapping):
+        return {inner: _absolute(one, inner) for inner, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_absolute(one, key) for one in value]
+    # `none` is a value of method.source.
+    return absolute(value) if key in PATHS and isinstance(value, str) and value != "none" else value
+
+
 def _portable(value: Any, work: str) -> Any:
     """A value in which paths below the folder of the pipeline do not depend on its place."""
     if isinstance(value, Mapping):
@@ -175,9 +192,9 @@ def _portable(value: Any, work: str) -> Any:
     return value
 
 
-def _identified(made: Mapping[str, Any], work: Path) -> dict[str, str]:
-    """Digests of the files, and of the indices of the folders of shards, that options name and no
-    stage has made.
+def _identified(made: Any, work: Path) -> dict[str, str]:
+    """Digests of the files, the folders of shards and the runs that options name and no stage has
+    made.
     """
     found = {}
     for value in _texts(made):
@@ -185,13 +202,54 @@ def _identified(made: Mapping[str, Any], work: Path) -> dict[str, str]:
             # Not every text with a slash is a path that the system takes.
             with contextlib.suppress(OSError, ValueError):
                 path = Path(text).expanduser().absolute()
-                file = path / INDEX if path.is_dir() else path
-                if not path.is_relative_to(work) and file.is_file():
-                    size = file.stat().st_size
-                    content = file.read_bytes() if size <= _BYTES else str(size).encode()
-                    found[str(path)] = hashlib.sha256(content).hexdigest()
+                if not path.is_relative_to(work):
+                    found.update(_identity(path))
 
     return found
+
+
+def _sources(stage: Stage) -> dict[str, str]:
+    """Digests of the folders of shards that a computation finds by itself, by what they are."""
+    found = dict[str, str]()
+    if stage.do and (sources := getattr(load.computation(stage.do), "sources", None)):
+        # What cannot be read yet is refused when the stage runs.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for name, folder in sources(stage.config).items():
+                if Path(folder).is_dir():
+                    found[name] = _shards(Path(folder))
+
+    return found
+
+
+def _identity(path: Path) -> dict[str, str]:
+    """Digest of a file, of a folder of shards, of the newest checkpoint of a run, or of one step of
+    its checkpoints.
+    """
+    if path.is_dir():
+        if (path / INDEX).is_file():
+            # Not the folder's own name, under which earlier records have the digest of its index.
+            return {f"{path}/*.tar": _shards(path)}
+        if saved := _checkpoint(path) or newest(path):
+            return {str(path): saved.sha256}
+        return {f"{path}/*.tar": ""} if next(path.glob("*.tar"), None) else {}
+
+    if not path.is_file():
+        return {}
+
+    size = path.stat().st_size
+    content = path.read_bytes() if size <= _BYTES else str(size).encode()
+    return {str(path): hashlib.sha256(content).hexdigest()}
+
+
+def _shards(folder: Path) -> str:
+    """Digest of the content of a folder's shards, whatever wrote its index; "" without an index:
+    not known yet, or known to have changed where it had one.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        listed = json.loads((folder / INDEX).read_bytes())["shards"]
+        return _digest([[shard["name"], shard["sha256"]] for shard in listed])
+
+    return ""
 
 
 def _texts(value: Any) -> list[str]:

@@ -23,6 +23,7 @@ from scaletrain.launch.slurm.queue import Partition, SlurmError
 from scaletrain.launch.slurm.submit import Resources
 from scaletrain.launch.slurm.task import Task
 from scaletrain.pipelines import record
+from scaletrain.pipelines.driver import Driver
 from scaletrain.pipelines.load import Pipeline, Stage
 from scaletrain.train import run_folder
 
@@ -43,7 +44,8 @@ class Chain:
     """The jobs of a pipeline. `umask` is passed on to the stages.
 
     partition: whose values are taken where none are asked for; None: not known. Raises SlurmError,
-    also for what every process would refuse after hours in the queue.
+    also for what every process would refuse after hours in the queue, and ConfigError for finished
+    stages that do not fit the pipeline.
     """
 
     def __init__(
@@ -55,6 +57,9 @@ class Chain:
     ) -> None:
         self._pipeline, self._umask = pipeline, umask
         self._jobs: dict[str, str] = {}
+        # Jobs would refuse this too, but hours later.
+        Driver(pipeline).refuse_changed(pipeline.stages)
+
         unfinished = [stage for stage in pipeline.stages if not record.result(stage)]
         left = {stage.name for stage in unfinished}
 

@@ -12,9 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from scaletrain.config import recipe
 from scaletrain.config.fields import Frozen, Place
+from scaletrain.data.format.names import is_remote
 from scaletrain.pipelines.context import StageContext
 from scaletrain.runtime import durable
+
+# Most bytes of the header of an exported file.
+HEAD_BYTES = 64 << 20
 
 
 class Config(Frozen):
@@ -41,6 +46,32 @@ class Config(Frozen):
 
     same_numbers: bool = False
     """Both sets number their classes alike, whatever their classes.json say."""
+
+
+def sources(config: Config) -> dict[str, str]:
+    """The two sets that are used where they are not named either, as far as they are there."""
+    from scaletrain.evals import folders
+
+    train = config.train or _trained_on(Path(config.target))
+    if not train or train == "synthetic" or is_remote(train):
+        return {}
+
+    beside = (str(folder) for folder in folders.next_to(train) if folder.is_dir())
+    return {"the training set": train, "the test set": config.test or next(beside, "")}
+
+
+def _trained_on(target: Path) -> str:
+    """The data.path of a run, of a step or of an exported file."""
+    if target.is_file():
+        with target.open("rb") as opened:
+            # The metadata of a safetensors file are in a JSON text at its beginning.
+            size = int.from_bytes(opened.read(8), "little")
+            head = json.loads(opened.read(min(size, HEAD_BYTES)))
+        return str(json.loads(head["__metadata__"]["data"])["path"])
+
+    run = target.parents[1] if target.parent.name == "checkpoints" else target
+    file = run / "config.yaml"
+    return str(recipe.document(file)["data"]["path"]) if file.is_file() else ""
 
 
 def run(config: Config, context: StageContext) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from kit import pipelines
+from kit import evals, pipelines
 from kit.commands import call
 
 from scaletrain.config.recipe import ConfigError
 from scaletrain.launch import local
+from scaletrain.launch.slurm.chain import Chain
+from scaletrain.launch.slurm.submit import Resources
 from scaletrain.pipelines import driver, load
 from scaletrain.pipelines.driver import BusyError, Driver, StageError
 from scaletrain.runtime.signals import Stopped
@@ -95,6 +97,37 @@ def test_other_options_of_a_finished_stage_are_refused(done: Path) -> None:
     assert pipelines.drive(file, work, ["first.optim.name=lars"]) == FINISHED
 
 
+def test_a_single_stage_and_a_chain_of_jobs_refuse_other_options_of_finished_stages(
+    done: Path,
+) -> None:
+    file, work = done / "pipeline.yaml", done / "work"
+    shutil.rmtree(work / "second")
+    pipeline = load.load(file, work, ["first.seed=1"])
+    with pytest.raises(ConfigError, match=r"stage 'first' .*\n.*seed: 0 -> 1"):
+        Driver(pipeline, say=lambda _: None).run_one("second")
+    with pytest.raises(ConfigError, match=r"stage 'first' .*\n.*seed: 0 -> 1"):
+        Chain(pipeline, Resources(), None)
+
+
+def test_a_relative_path_is_that_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, work = pipelines.write(tmp_path, EVALUATED.partition("- name: scores")[0]), tmp_path / "w"
+    for name, count in (("a", 32), ("b", 40)):
+        evals.shards(tmp_path / name / "d", [n % 2 for n in range(count)], seed=count)
+
+    monkeypatch.chdir(tmp_path / "a")
+    pipelines.drive(file, work, ["data=d"])
+    made = json.loads((work / "base" / "stage.json").read_text())
+    assert made["stage"]["recipe"]["data"]["path"] == str(tmp_path / "a" / "d")
+    assert f"{tmp_path / 'a' / 'd'}/*.tar" in made["files"]
+
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"data\.path: .*a/d -> .*b/d"):
+        pipelines.drive(file, work, ["data=d"])
+    assert pipelines.drive(file, work, ["data=../a/d"]) == ["base: finished before"]
+
+
 def test_a_stage_done_again_makes_its_users_stale(done: Path) -> None:
     file, work = done / "pipeline.yaml", done / "work"
     with pytest.raises(ConfigError, match="made from another result of stage 'first'"):
@@ -104,6 +137,33 @@ def test_a_stage_done_again_makes_its_users_stale(done: Path) -> None:
     assert said[0].startswith("second: done again; what was there is in")
     assert said[1] == FINISHED[0]
     assert said[-1] == "second: finished"
+
+
+def test_a_redo_that_is_refused_moves_nothing_and_a_killed_one_goes_on(done: Path) -> None:
+    file, work = done / "pipeline.yaml", done / "work"
+    for word, says in (("second.optim.lrr=1", "unknown key"), ("first.seed=1", "seed: 0 -> 1")):
+        with pytest.raises(ConfigError, match=says):
+            pipelines.drive(file, work, [word], redo=["second"])
+    assert not (work / "earlier").exists()
+
+    def killed(_: object) -> int:
+        raise KeyboardInterrupt
+
+    pipeline = load.load(file, work)
+    with pytest.raises(KeyboardInterrupt):
+        Driver(pipeline, start=killed, say=lambda _: None).run(["second"])
+    assert pipelines.drive(file, work, redo=["second"])[-1] == "second: finished"
+    assert not (work / ".redo").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        Driver(pipeline, start=killed, say=lambda _: None).run(["second"])
+    shutil.copytree(work / "earlier" / "second.2" / "checkpoints", work / "second" / "checkpoints")
+    manifest = work / "second" / "checkpoints" / "step-00000004" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    said = pipelines.drive(file, work, redo=["second"])
+    assert "second: resumed at step 2 of 4" in said
+    kept = [path.name for path in (work / "earlier").iterdir()]
+    assert sorted(kept) == ["second.1", "second.2"]
 
 
 def test_a_stage_that_has_begun_resumes_or_is_refused(done: Path) -> None:
@@ -238,8 +298,11 @@ def test_a_computation_is_whole_or_not_there(
         pipelines.drive(file, work, [*words, "share=25"])
     index = tmp_path / "shards" / "train" / "scaletrain-index.json"
     before = index.read_bytes()
-    index.write_bytes(before + b" ")
-    with pytest.raises(ConfigError, match="shards/train has changed since"):
+    index.write_text(json.dumps({**json.loads(before), "version": 1}))
+    # an index of the same shards by another version
+    assert pipelines.drive(file, work, words) == ["labels: finished before"]
+    index.write_bytes(before.replace(b'"sha256": "', b'"sha256": "0'))
+    with pytest.raises(ConfigError, match=r"shards/train/\*\.tar has changed since"):
         pipelines.drive(file, work, words)
     index.write_bytes(before)
     (work / "labels" / "subset.json").write_text("{}")
@@ -250,3 +313,57 @@ def test_a_computation_is_whole_or_not_there(
     with pytest.raises(ConfigError, match="is not a result of this stage: move it away"):
         pipelines.drive(file, work, words)
     assert json.loads(before)["samples"] == 32
+
+
+EVALUATED = """
+options: {data: null, train: ""}
+stages:
+- {name: base, train: recipe.yaml, set: {data.path: "${data}", steps: 1}}
+- name: scores
+  do: evaluate
+  set:
+    {target: "${base.run}", benchmarks: [knn], train: "${train}", settings: {features.workers: 0}}
+"""
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_another_test_set_is_noticed_although_no_option_names_it(
+    named: bool, tmp_path: Path
+) -> None:
+    file, work = pipelines.write(tmp_path, EVALUATED), tmp_path / "work"
+    data = pipelines.shards(tmp_path / "shards")
+    words = [f"data={data}", *([f"train={data}"] if named else [])]
+    assert pipelines.drive(file, work, words)[-1] == "scores: finished"
+    assert pipelines.drive(file, work, words) == [
+        "base: finished before",
+        "scores: finished before",
+    ]
+    shutil.rmtree(tmp_path / "shards" / "test")
+    evals.shards(tmp_path / "shards" / "test", [n % 2 for n in range(12)], seed=9)
+    with pytest.raises(ConfigError, match=r"stage 'scores' (.|\n)*the test set has changed since"):
+        pipelines.drive(file, work, words)
+
+
+MOVED = """
+options: {data: null}
+stages:
+- {name: labels, do: subset, set: {shards: "${data}", share: 50}}
+- name: base
+  train: recipe.yaml
+  set: {data.path: "${data}", data.subset: "${labels.output}/subset.json", steps: 4}
+"""
+
+
+def test_a_pipeline_that_was_moved_before_its_training_was_finished_is_refused(
+    tmp_path: Path,
+) -> None:
+    file, work = pipelines.write(tmp_path, MOVED), tmp_path / "work"
+    words = [f"data={pipelines.shards(tmp_path / 'shards')}"]
+    pipelines.drive(file, work, words)
+    moved = work.rename(tmp_path / "wor")
+    assert len(pipelines.drive(file, moved, words)) == 2
+    shutil.rmtree(moved / "base" / "checkpoints" / "step-00000004")
+    with pytest.raises(ConfigError, match=r"with data\.subset .*/work/labels/.* cannot be moved"):
+        pipelines.drive(file, moved, words)
+    moved.rename(work)
+    assert "base: resumed at step 2 of 4" in pipelines.drive(file, work, words)
