@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaletrain import dist, rng
 from scaletrain.core import DeferredState
@@ -194,3 +194,8 @@ class Bank(DeferredState):
 
     def discard(self) -> None:
         self.staged.clear()
+
+
+def has_banks(method: nn.Module) -> bool:
+    """Whether a method keeps a memory of every sample."""
+    return any(isinstance(module, Bank) for module in method.modules())

@@ -2,7 +2,7 @@
 optimizer.
 
 The new run has a recipe and a schedule of its own: its steps, epochs, learning rate and every other
-schedule begin at 0, only what is in tensors goes on (AdamW's own step counter, momentum, queues).
+schedule begin at 0, only what is in tensors is kept (AdamW's own step counter, momentum, queues).
 So it may have other image sizes, rates and lengths, but not another network, method or optimizer.
 Once it has checkpoints of its own, it resumes from those alone.
 """
@@ -21,7 +21,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config
 from scaletrain.engines.base import Engine
 from scaletrain.engines.placement import TrainingError
-from scaletrain.nn.bank import Bank
+from scaletrain.nn.bank import has_banks
 from scaletrain.train.resume import other_data
 from scaletrain.train.weight_sources import check_images, images_of
 
@@ -102,8 +102,7 @@ def restore(engine: Engine, config: Config, data: Mapping[str, Any], source: Sou
     network = images_of(saved.meta.get("config", {}))
     check_images(network, images_of(config.model_dump(mode="json")), f"{where}: the network")
 
-    banks = any(isinstance(module, Bank) for module in engine.method.modules())
-    if banks and (changes := other_data(saved.meta.get("data"), data)):
+    if has_banks(engine.method) and (changes := other_data(saved.meta.get("data"), data)):
         listed = "".join(f"\n  {line}" for line in changes)
         raise TrainingError(
             f"{where}: {config.method.name} keeps every sample's embedding, and the data is not "

@@ -21,7 +21,7 @@ from scaletrain.data.format import selection
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.replacement import ReplacementLog, count_of
 from scaletrain.engines.base import Engine
-from scaletrain.nn.bank import Bank
+from scaletrain.nn.bank import has_banks
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt
 from scaletrain.runtime.versions import commit
@@ -154,7 +154,7 @@ def open_session(
     continued = continuation.find(continues, init, saved)
     engine = build(config, stream.samples, stream.steps_per_epoch, device)
     _check_data(config, stream, engine)
-    if saved is not None and _has_banks(engine):
+    if saved is not None and has_banks(engine.method):
         _check_memories(saved, data)
     engine.sample_name = stream.name
     writer = checkpoint.Writer(
@@ -244,7 +244,7 @@ def _open(data: DataConfig, config: Config, device: torch.device, *, every: bool
 
 def _check_data(config: Config, stream: Stream, engine: Engine) -> None:
     """Raise ConfigError for data that the method cannot be trained on."""
-    if _has_banks(engine) and not stream.plan.whole:
+    if has_banks(engine.method) and not stream.plan.whole:
         raise ConfigError(
             f"{config.method.name} keeps every sample's embedding from epoch to epoch, so each of "
             "its epochs must be one whole data set: use data.path, without data.mixture and "
@@ -252,10 +252,6 @@ def _check_data(config: Config, stream: Stream, engine: Engine) -> None:
         )
 
     run_folder.on_main(lambda: _check_labels(stream, engine.method.classes))
-
-
-def _has_banks(engine: Engine) -> bool:
-    return any(isinstance(module, Bank) for module in engine.method.modules())
 
 
 def _check_memories(saved: reader.SavedStep, data: Mapping[str, Any]) -> None:

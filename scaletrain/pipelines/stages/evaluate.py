@@ -56,8 +56,8 @@ def sources(config: Config) -> dict[str, str]:
     if not train or train == "synthetic" or is_remote(train):
         return {}
 
-    beside = (str(folder) for folder in folders.next_to(train) if folder.is_dir())
-    return {"the training set": train, "the test set": config.test or next(beside, "")}
+    neighbours = (str(folder) for folder in folders.next_to(train) if folder.is_dir())
+    return {"the training set": train, "the test set": config.test or next(neighbours, "")}
 
 
 def _trained_on(target: Path) -> str:
