@@ -24,8 +24,8 @@ from scaletrain.config import load
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals.benchmarks.knn import knn
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders.targets import EncoderKind, find
 from scaletrain.evals.features import FeatureConfig
-from scaletrain.evals.targets import Encoder, find
 
 HERE = Path(__file__).parent
 SETTINGS = ((200, 0.1), (20, 0.07))  # (k, temperature)
@@ -75,7 +75,7 @@ def main(
     )
 
     typer.echo("|---|" + "---|" * (len(SETTINGS) + 1))
-    baselines: tuple[Encoder, ...] = ("pixels", "untrained")
+    baselines: tuple[EncoderKind, ...] = ("pixels", "untrained")
     for name in baselines:
         show(name, score(run, shards, name), "")
 
@@ -118,7 +118,7 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
     return {epoch: samples * sum(values) / len(values) for epoch, values in rates.items()}
 
 
-def score(target: Path, shards: Path, encoder: Encoder) -> list[float]:
+def score(target: Path, shards: Path, encoder: EncoderKind) -> list[float]:
     context = EvalContext(find(target, encoder), FeatureConfig(), shards / "train", shards / "test")
     bank, queries = context.bank(), context.queries()
     found = [

@@ -29,7 +29,7 @@ from scaletrain.data.reading.reader import Shards
 from scaletrain.runtime import locks, tables
 
 if TYPE_CHECKING:
-    from scaletrain.evals.targets import Encoder
+    from scaletrain.evals.encoders.targets import EncoderKind
 
 HOME, RECIPE = Path("demo"), Path("configs/demo_fashion_mnist.yaml")
 SHARDS, RUN, VERIFIED = HOME / "shards", HOME / "run", HOME / "verified.json"
@@ -40,7 +40,7 @@ FILES = tuple(
     for part in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 )
-ENCODERS: dict[Encoder, str] = {
+ENCODERS: dict[EncoderKind, str] = {
     "pixels": "raw pixels",
     "untrained": "untrained encoder",
     "trained": "trained encoder",

@@ -19,7 +19,7 @@ from torch import Tensor
 from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.concat import classes as read_names
 from scaletrain.data.sampling.plan import Ints
-from scaletrain.evals.targets import EvalError
+from scaletrain.evals.errors import EvalError
 
 # Classes that an error lists.
 _SHOWN = 5

@@ -20,9 +20,10 @@ from scaletrain.data.reading.subset import load as load_subset
 from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.classes import LabelledSet, match
+from scaletrain.evals.encoders.targets import Encoder
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features
 from scaletrain.evals.network import Network, load
-from scaletrain.evals.targets import EncoderUnderTest, EvalError
 
 # Features [K, D] of the samples that can be read, and a mask [N] bool of which these are.
 Encoded = tuple[Tensor, Tensor]
@@ -39,7 +40,7 @@ class EvalContext:
 
     def __init__(
         self,
-        subject: EncoderUnderTest,
+        encoder: Encoder,
         settings: FeatureConfig,
         train: str | Path,
         test: str | Path,
@@ -49,8 +50,8 @@ class EvalContext:
         """Raises DataError for a `subset` of other shards than `train`, EvalError where labels do
         not fit together.
         """
-        self.extractor = FeatureExtractor(subject, settings)
-        self.subject, self.settings = subject, settings
+        self.extractor = FeatureExtractor(encoder, settings)
+        self.encoder, self.settings = encoder, settings
         self.skip, self.max_bad = self.extractor.skip, self.extractor.max_bad
         self.train, self.test = str(train), str(test)
 
@@ -139,21 +140,21 @@ class EvalContext:
     @cached_property
     def network(self) -> Network:
         """The whole network of the run under evaluation. Raises EvalError where there is none."""
-        subject = self.subject
-        if subject.encoder != "trained" or subject.run is None:
-            what = subject.source if subject.run is None else f"the {subject.encoder} encoder"
+        encoder = self.encoder
+        if encoder.kind != "trained" or encoder.run is None:
+            what = encoder.source if encoder.run is None else f"the {encoder.kind} encoder"
             raise EvalError(
                 f"{what} is an encoder without the heads of its run; give the run folder or a step "
                 "of it, and no --encoder"
             )
 
-        return load(subject.source)
+        return load(encoder.source)
 
     def outputs(self, module: nn.Module) -> Features:
         """Outputs [N, D] of a module for all test images under the test transform, in place of the
         encoder's features.
         """
-        extractor = FeatureExtractor(replace(self.subject, module=module), self.settings)
+        extractor = FeatureExtractor(replace(self.encoder, module=module), self.settings)
         left_out: list[dict[str, Any]] = []
         shards = self._shards(self.test)
         x, good = extractor.encode(self.test, shards, "test images", left_out)
@@ -178,14 +179,14 @@ class EvalContext:
         wanted: mask [N] bool of the training images to yield.
         """
         batch = min(self.settings.batch, self.samples)
-        data = self.subject.data.plain(
+        data = self.encoder.data.plain(
             path=self.train,
             mixture=(),
             subset="",
             groups="",
             epoch_samples=0,
             # Lanes must divide the batch.
-            lanes=math.gcd(batch, self.subject.data.lanes),
+            lanes=math.gcd(batch, self.encoder.data.lanes),
             workers=self.settings.workers,
             on_bad="skip" if self.skip else "raise",
             views=(self.extractor.view,),
@@ -241,7 +242,7 @@ class EvalContext:
             key: value for key, value in self.transform.items() if key not in ("mean", "std")
         }
         policy = (
-            {"on_bad": "skip", "max_pixels": self.subject.data.max_pixels}
+            {"on_bad": "skip", "max_pixels": self.encoder.data.max_pixels}
             if self.skip
             else {"on_bad": "raise"}
         )
@@ -273,7 +274,7 @@ class EvalContext:
     def _shards(self, path: str) -> Shards:
         """The shards of a folder or address, opened once: remote ones fetch a list."""
         if path not in self._opened:
-            found = Shards(path, cache=self.subject.data.cache, skip=self.skip)
+            found = Shards(path, cache=self.encoder.data.cache, skip=self.skip)
             admit(found.losses, "skip" if self.skip else "raise", self.max_bad, "--set features.")
             self._opened[path] = found
 

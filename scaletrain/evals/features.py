@@ -17,7 +17,8 @@ from scaletrain.core import Batch
 from scaletrain.data.loading import loader
 from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
-from scaletrain.evals.targets import EncoderUnderTest, EvalError
+from scaletrain.evals.encoders.targets import Encoder
+from scaletrain.evals.errors import EvalError
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", int, float)
@@ -72,17 +73,17 @@ class Features:
 class FeatureExtractor:
     """Encodes images with one frozen encoder, through one test transform."""
 
-    def __init__(self, subject: EncoderUnderTest, settings: FeatureConfig) -> None:
-        self.subject, self.settings = subject, settings
+    def __init__(self, encoder: Encoder, settings: FeatureConfig) -> None:
+        self.encoder, self.settings = encoder, settings
         self.skip = (
-            subject.data.on_bad if settings.on_bad == "auto" else settings.on_bad
+            encoder.data.on_bad if settings.on_bad == "auto" else settings.on_bad
         ) == "skip"
-        self.max_bad = subject.data.max_bad if settings.max_bad is None else settings.max_bad
+        self.max_bad = encoder.data.max_bad if settings.max_bad is None else settings.max_bad
         self.size = min(
-            settings.size or subject.size, subject.size if subject.encoder == "pixels" else 1 << 20
+            settings.size or encoder.size, encoder.size if encoder.kind == "pixels" else 1 << 20
         )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.module = subject.module.to(self.device)
+        self.module = encoder.module.to(self.device)
 
     # --- transforms ---
 
@@ -111,7 +112,7 @@ class FeatureExtractor:
     @property
     def transform(self) -> dict[str, Any]:
         """The test transform, as written in results."""
-        data = self.subject.data
+        data = self.encoder.data
         return {
             "resize": self.resize,
             "size": self.size,
@@ -161,7 +162,7 @@ class FeatureExtractor:
                     "--set features.max_bad=SHARE"
                 )
 
-        data = self.subject.data
+        data = self.encoder.data
         images = loader.eval_batches(
             shards,
             size=self.size,

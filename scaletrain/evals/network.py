@@ -13,7 +13,7 @@ from scaletrain.checkpoint import files
 from scaletrain.config import load as configuration
 from scaletrain.config.schema import Config
 from scaletrain.core import Method
-from scaletrain.evals import targets
+from scaletrain.evals.encoders import targets
 from scaletrain.train.build import rebuild
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationEr
 
 from scaletrain.config import validation
 from scaletrain.config.recipe import flat
-from scaletrain.evals.targets import EvalError
+from scaletrain.evals.errors import EvalError
 from scaletrain.runtime import durable
 
 FORMAT = 1

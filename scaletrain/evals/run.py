@@ -26,10 +26,12 @@ from scaletrain.data.errors import ShardError
 from scaletrain.data.format import selection
 from scaletrain.data.format.names import is_remote
 from scaletrain.evals import benchmarks as package
-from scaletrain.evals import folders, results, targets
+from scaletrain.evals import folders, results
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders.targets import Encoder, EncoderKind
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
-from scaletrain.evals.targets import Encoder, EncoderUnderTest, EvalError
 from scaletrain.runtime.versions import installed
 from scaletrain.train import run_folder
 
@@ -46,7 +48,7 @@ def run(
     train: str | Path | None = None,
     test: str | Path | None = None,
     overrides: Iterable[str] = (),
-    encoder: Encoder = "trained",
+    encoder: EncoderKind = "trained",
     labels: Path | None = None,
     same_numbers: bool = False,
     notice: Callable[[str], None] = print,
@@ -68,18 +70,18 @@ def run(
     dist.keep_freed_memory()
 
     settings = _settings(benchmarks, overrides)
-    subject = targets.find(target, encoder)
+    chosen = targets.find(target, encoder)
     features = settings.pop("features")
     assert isinstance(features, FeatureConfig)
-    sets = _folders(subject, train, test)
+    sets = _folders(chosen, train, test)
 
     for place in (
-        subject.source,
+        chosen.source,
         *(Path(selection.one_folder(folder).folder) for folder in sets),
     ):
         run_folder.warn_if_open(place)
 
-    context = EvalContext(subject, features, *sets, labels, same_numbers)
+    context = EvalContext(chosen, features, *sets, labels, same_numbers)
     return [_result(name, chosen, context, notice) for name, chosen in settings.items()]
 
 
@@ -127,13 +129,13 @@ def _hint(key: str, model: type[schema.Frozen]) -> str:
 
 
 def _folders(
-    subject: EncoderUnderTest, train: str | Path | None, test: str | Path | None
+    encoder: Encoder, train: str | Path | None, test: str | Path | None
 ) -> tuple[str, str]:
     """Training and test set: as given, else the run's own data and the folder next to it."""
-    source = schema.absolute(str(train or subject.data.path))
+    source = schema.absolute(str(train or encoder.data.path))
     if source in ("", "synthetic"):
         raise EvalError(
-            f"{subject.source}: its data.path '{source}' has no labels to evaluate with; give "
+            f"{encoder.source}: its data.path '{source}' has no labels to evaluate with; give "
             "--train and --test"
         )
     if test is not None:
@@ -159,23 +161,23 @@ def _result(
     """The result of one benchmark: read if it exists, else measured and written; also plotted in
     TensorBoard.
     """
-    subject, data = context.subject, context.subject.data
+    encoder, data = context.encoder, context.encoder.data
     further = getattr(_benchmark(name), "identity", None)
     defined = {
         "format": results.FORMAT,
         "scaletrain": installed("scaletrain"),
         "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **context.identity},
-        "encoder": subject.identity | (further(context) if further else {}),
+        "encoder": encoder.identity | (further(context) if further else {}),
         # Order of the augmented images.
         "order": {"lanes": data.lanes, "window": data.window},
         "max_bad": context.max_bad if context.skip else None,
     }
 
     # Several exported files may share a folder.
-    prefix = "" if subject.run else f"{subject.source.stem}-"
-    baseline = "" if subject.encoder == "trained" else f"-{subject.encoder}"
+    prefix = "" if encoder.run else f"{encoder.source.stem}-"
+    baseline = "" if encoder.kind == "trained" else f"-{encoder.kind}"
     digest = results.digest(defined)
-    path = subject.home / f"{prefix}{name}-step-{subject.step}{baseline}-{digest}.json"
+    path = encoder.home / f"{prefix}{name}-step-{encoder.step}{baseline}-{digest}.json"
 
     if path.exists():
         content = results.parse(path)[1]
@@ -192,14 +194,14 @@ def _result(
             path, {**_measure(name, chosen, context), "digest": digest, "identity": defined}
         )
 
-    if subject.run is not None:
-        results.plot(subject.run, path)
+    if encoder.run is not None:
+        results.plot(encoder.run, path)
 
     return {**content, "file": str(path)}
 
 
 def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str, Any]:
-    subject, begun = context.subject, time.monotonic()
+    encoder, begun = context.encoder, time.monotonic()
     try:
         metrics, protocol = _benchmark(name).measure(chosen, context)
     except ShardError as fault:
@@ -207,17 +209,17 @@ def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str
         raise ShardError(fault.shard, fault.offset, text) from None
 
     found = protocol.pop("found", {})
-    trained: dict[str, Any] = {"samples": subject.samples, "epochs": subject.epochs}
-    if subject.data.subset:
-        trained["subset"] = subject.data.subset
+    trained: dict[str, Any] = {"samples": encoder.samples, "epochs": encoder.epochs}
+    if encoder.data.subset:
+        trained["subset"] = encoder.data.subset
 
     return {
         "format": results.FORMAT,
         "benchmark": name,
-        "encoder": subject.encoder,
-        "about": subject.about,
-        "source": str(subject.source),
-        "step": subject.step,
+        "encoder": encoder.kind,
+        "about": encoder.about,
+        "source": str(encoder.source),
+        "step": encoder.step,
         "trained": trained,
         "measured": datetime.now(UTC).isoformat(),
         "metrics": metrics,

@@ -21,9 +21,9 @@ from torch import Tensor
 from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import mask, some, watch
 from scaletrain.evals.scores import accuracy, ranks
-from scaletrain.evals.targets import EvalError
 
 # Samples per chunk of scoring.
 _ROWS = 4096

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from scaletrain.config.schema import Frozen
 from scaletrain.core import Method
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.scores import accuracy, ranks
-from scaletrain.evals.targets import EvalError
 
 
 class Config(Frozen):
@@ -48,14 +48,14 @@ def identity(context: EvalContext) -> dict[str, Any]:
     network = context.network
     if type(network.method).predict is Method.predict:
         raise EvalError(
-            f"{context.subject.source}: method {_name(network.method)} has no classifier of its "
+            f"{context.encoder.source}: method {_name(network.method)} has no classifier of its "
             "own (no predict); evaluate its encoder, e.g. with knn or linear"
         )
 
     known = network.trained_on
     if known and context.identity["train"] not in known:
         raise EvalError(
-            f"{context.train} is not what {context.subject.source} was trained on, so it is "
+            f"{context.train} is not what {context.encoder.source} was trained on, so it is "
             "unknown which class its classifier means by which number; give its own training set "
             "with --train"
         )
@@ -69,7 +69,7 @@ def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dic
     numbers, outputs = context.matched.numbers, found.x.shape[1]
     if outputs <= (largest := int(numbers.max())):
         raise EvalError(
-            f"{context.subject.source}: its classifier tells {outputs} classes apart, and "
+            f"{context.encoder.source}: its classifier tells {outputs} classes apart, and "
             f"{context.train} has labels up to {largest}; evaluate with the data of its training"
         )
 
@@ -88,7 +88,7 @@ def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dic
     seen = test in network.trained_on | network.pretrained_on
     if seen:
         print(
-            f"warning: {context.subject.source} or what it started from was trained on the images "
+            f"warning: {context.encoder.source} or what it started from was trained on the images "
             f"of {context.test}: this is no score of unseen images",
             file=sys.stderr,
         )

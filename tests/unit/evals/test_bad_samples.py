@@ -23,8 +23,9 @@ from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders.targets import find
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
-from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
 QUICK = (

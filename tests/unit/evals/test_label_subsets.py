@@ -23,11 +23,12 @@ from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
-from scaletrain.evals import targets
 from scaletrain.evals.benchmarks.linear import held_out
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders.targets import find
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig, mask
-from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
 QUICK = ("features.batch=8", "features.workers=0")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from scaletrain.evals.benchmarks.linear import Config, carve, held_out, measure, shuffled
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import Features
-from scaletrain.evals.targets import EvalError
 
 CLASSES, WIDTH = 4, 6
 

@@ -15,7 +15,7 @@ from kit.evals import run_folder, shards
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
 from scaletrain.evals.classes import Classes, LabelledSet, match
-from scaletrain.evals.targets import EvalError
+from scaletrain.evals.errors import EvalError
 from scaletrain.report import cards
 
 

@@ -19,7 +19,7 @@ from scaletrain.core import Method, Piece
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import network
 from scaletrain.evals import run as evals
-from scaletrain.evals.targets import EvalError
+from scaletrain.evals.errors import EvalError
 from scaletrain.report import cards
 from scaletrain.train.build import build_method, run_info_of
 from scaletrain.train.loop import train

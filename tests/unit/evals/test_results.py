@@ -21,9 +21,10 @@ from scaletrain.checkpoint import files
 from scaletrain.config import load, schema
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
-from scaletrain.evals import results, targets
+from scaletrain.evals import results
 from scaletrain.evals import run as evals
-from scaletrain.evals.targets import EvalError
+from scaletrain.evals.encoders import targets
+from scaletrain.evals.errors import EvalError
 
 QUICK = ("features.workers=0", "features.batch=32")
 

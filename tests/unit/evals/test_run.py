@@ -20,10 +20,11 @@ from scaletrain.checkpoint import files
 from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
-from scaletrain.evals import targets
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders.targets import find
+from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
-from scaletrain.evals.targets import EvalError, find
 from scaletrain.report import cards
 
 QUICK = (

@@ -19,7 +19,7 @@ from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import DataConfig, ModelConfig
 from scaletrain.core import Backbone
-from scaletrain.evals import targets
+from scaletrain.evals.encoders import targets
 from scaletrain.nn import backbone, inputs
 
 MEAN, STD = (0.3, 0.45, 0.6), (0.2, 0.25, 0.3)

@@ -23,7 +23,7 @@ from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config, ModelConfig
 from scaletrain.core import DeferredState
-from scaletrain.evals import targets
+from scaletrain.evals.encoders import targets
 from scaletrain.nn import backbone
 from scaletrain.nn.norm import BatchNorm, per_view
 from scaletrain.optim.groups import parameter_groups

@@ -14,7 +14,7 @@ from kit import pipelines
 from scaletrain.checkpoint import reader
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
-from scaletrain.evals import targets
+from scaletrain.evals.encoders import targets
 from scaletrain.train.loop import train
 
 SYNTHETIC = ("data.path=synthetic", "data.synthetic_samples=16", "steps=2")

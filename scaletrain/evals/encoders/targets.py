@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from scaletrain.checkpoint import files, reader
 from scaletrain.config import load, renamed, schema
 from scaletrain.config.recipe import closest
+from scaletrain.evals.errors import EvalError
 from scaletrain.nn import backbone
 
-Encoder = Literal["trained", "untrained", "pixels"]
+EncoderKind = Literal["trained", "untrained", "pixels"]
 ENCODER = "backbone"
 # Prefix of the encoder's tensors in a checkpoint.
 BACKBONE = f"method.{ENCODER}."
@@ -27,15 +28,11 @@ BACKBONE = f"method.{ENCODER}."
 PIXELS = 32
 
 
-class EvalError(ValueError):
-    """An evaluation that is not possible; the text names the file or field and the fix."""
-
-
 @dataclass(frozen=True)
-class EncoderUnderTest:
+class Encoder:
     """An encoder, where it comes from, and how its images must be prepared."""
 
-    encoder: Encoder
+    kind: EncoderKind
     module: nn.Module  # [N, 3, H, W] normalised -> [N, D], in eval mode
     # optimizer steps of its training; 0 for the two baselines
     step: int
@@ -62,11 +59,11 @@ class EncoderUnderTest:
         """The identity of the encoder in results. The normalisation of images belongs to it, since
         the encoder was trained with it.
         """
-        network = None if self.encoder == "pixels" else self.model.model_dump(mode="json")
+        network = None if self.kind == "pixels" else self.model.model_dump(mode="json")
         normalised = {"mean": self.data.mean, "std": self.data.std}
 
         return {
-            "kind": self.encoder,
+            "kind": self.kind,
             "step": self.step,
             "weights": self.weights,
             "model": network,
@@ -83,7 +80,7 @@ class EncoderUnderTest:
             "(mean 0, variance 1), eval mode",
             "pixels": f"normalised pixels of the {self.size} px image, flattened and divided by "
             "the root of their number",
-        }[self.encoder]
+        }[self.kind]
 
 
 class Pixels(nn.Module):
@@ -145,27 +142,27 @@ def export(run: Path, saved: reader.SavedStep, module: str, path: Path) -> int:
 Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 
 
-def find(target: Path, encoder: Encoder = "trained") -> EncoderUnderTest:
+def find(target: Path, kind: EncoderKind = "trained") -> Encoder:
     """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError
     or CheckpointError.
     """
     # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
     target = target.absolute()
-    subject, weights = (
-        _from_file(target) if target.is_file() else _from_run(target, encoder == "trained")
+    encoder, weights = (
+        _from_file(target) if target.is_file() else _from_run(target, kind == "trained")
     )
 
-    if encoder == "trained":
+    if kind == "trained":
         assert weights is not None, "both sources give weights when asked"
-        _load(subject.module, weights, str(subject.source))
-    elif encoder == "untrained":
-        subject = replace(subject, encoder=encoder, step=0)
+        _load(encoder.module, weights, str(encoder.source))
+    elif kind == "untrained":
+        encoder = replace(encoder, kind=kind, step=0)
     else:
-        subject = replace(
-            subject, encoder=encoder, step=0, module=Pixels().eval(), size=min(subject.size, PIXELS)
+        encoder = replace(
+            encoder, kind=kind, step=0, module=Pixels().eval(), size=min(encoder.size, PIXELS)
         )
 
-    return replace(subject, weights=files.fingerprint(subject.module.state_dict(), {}))
+    return replace(encoder, weights=files.fingerprint(encoder.module.state_dict(), {}))
 
 
 def run_of(target: Path) -> Path:
@@ -195,17 +192,17 @@ def step_of(target: Path) -> reader.SavedStep:
     return saved
 
 
-def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | None]:
+def _from_run(target: Path, trained: bool) -> tuple[Encoder, Weights | None]:
     run = run_of(target)
     settings = load.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.data, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
-    subject = EncoderUnderTest(
+    encoder = Encoder(
         "trained", fresh, 0, settings.seed, size, data, run, home, run, settings.model
     )
 
     if not trained:
-        return subject, None
+        return encoder, None
 
     saved = step_of(target)
     names = {
@@ -218,18 +215,18 @@ def _from_run(target: Path, trained: bool) -> tuple[EncoderUnderTest, Weights | 
     clock = saved.meta.get("clock", {})
     epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
 
-    subject = replace(
-        subject,
+    encoder = replace(
+        encoder,
         step=saved.step,
         source=saved.path,
         samples=saved.meta.get("samples"),
         epochs=epochs,
     )
 
-    return subject, weights
+    return encoder, weights
 
 
-def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
+def _from_file(path: Path) -> tuple[Encoder, Weights]:
     tensors, meta = files.load_file(path)
     if module := meta.get("module"):
         raise EvalError(
@@ -256,10 +253,10 @@ def _from_file(path: Path) -> tuple[EncoderUnderTest, Weights]:
             "`scaletrain export RUN FILE`"
         ) from None
 
-    subject = EncoderUnderTest(
+    encoder = Encoder(
         "trained", _fresh(model, data, seed), step, seed, size, data, path, path.parent, None, model
     )
-    return subject, (
+    return encoder, (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         tensors.__getitem__,
     )

@@ -11,8 +11,9 @@ from kit.evals import backbone, run_folder, save, settings
 
 from scaletrain.checkpoint import files
 from scaletrain.config import load, schema
-from scaletrain.evals import targets
-from scaletrain.evals.targets import EvalError, find
+from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders.targets import find
+from scaletrain.evals.errors import EvalError
 from scaletrain.nn import resnet
 from scaletrain.nn.norm import BatchNorm
 
