@@ -43,3 +43,10 @@ def accuracy(rank: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
 
     # rounded once, so that the order of the classes cannot show in the last digit
     return {**result, "per_class": 100 * math.fsum(recall.tolist()) / len(recall)}
+
+
+def chosen_by(metric: str) -> str:
+    """The accuracy by which classifiers are chosen, and which tables show first, on a data set with
+    this main metric: "per_class" or "top1".
+    """
+    return "per_class" if metric == "per_class" else "top1"
