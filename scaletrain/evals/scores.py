@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+# Samples that are scored at once.
+_ROWS = 4096
+
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """How many other classes score at least as high as the true one: [Q, C] scores and [Q] labels
@@ -23,6 +26,18 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     before = (scores >= own).sum(1) - 1
 
     return before.masked_fill(~scores.isfinite().all(1), scores.shape[1])
+
+
+def place(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of the true class and predicted class of each sample, [Q] int64 on the CPU, from scores
+    [Q, C] and labels [Q]; computed in parts that fit in memory.
+    """
+    parts = [
+        (ranks(some, truth.to(some.device)).cpu(), some.argmax(1).cpu())
+        for some, truth in zip(scores.split(_ROWS), labels.split(_ROWS), strict=True)
+    ]
+
+    return torch.cat([rank for rank, _ in parts]), torch.cat([best for _, best in parts])
 
 
 def accuracy(rank: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
