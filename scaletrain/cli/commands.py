@@ -119,7 +119,9 @@ def evaluate(
     benchmarks: Annotated[list[str], typer.Argument(help="e.g. knn linear")],
     dataset: Annotated[
         str,
-        typer.Option(help="Benchmark dataset: a name of configs/datasets, e.g. cifar10, or a file."),
+        typer.Option(
+            help="Benchmark dataset: a name of configs/datasets, e.g. cifar10, or a file."
+        ),
     ] = "",
     data_root: Annotated[
         Path | None,

@@ -12,14 +12,14 @@ from typing import Any
 
 from scaletrain import dist
 from scaletrain.data.errors import ShardError
-from scaletrain.evals import benchmark, intervals, predictions, request, results
+from scaletrain.evals import benchmark, intervals, request, results
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import EncoderKind
-from scaletrain.evals.features import FeatureConfig
-from scaletrain.evals.predictions import Score
-from scaletrain.evals.request import Request
 from scaletrain.evals.errors import EvalError
+from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals.predictions import Score, named_metrics, pack
+from scaletrain.evals.request import Request
 from scaletrain.runtime import locks
 from scaletrain.runtime.versions import installed
 
@@ -88,7 +88,7 @@ class Evaluation:
 
             content, score = self._measure(name)
             content |= {"digest": digest, "identity": identity}
-            written = results.write(path, content, predictions.pack(score.predictions))
+            written = results.write(path, content, pack(score.predictions))
 
         return {**written, "file": str(path)}
 
@@ -121,15 +121,15 @@ class Evaluation:
         try:
             score: Score = benchmark.load(name).measure(self._settings[name], context)
         except ShardError as fault:
-            text = f"{fault.text}; --set features.on_bad=skip leaves such samples out, and counts them"
+            text = (
+                f"{fault.text}; --set features.on_bad=skip leaves such samples out, counted"
+            )
             raise ShardError(fault.shard, fault.offset, text) from None
 
         metrics, bounds = {}, {}
-        for prefix, predicted in score.predictions.items():
-            for metric, value in predicted.metrics().items():
-                key = prefix if metric in ("top1", "map") else f"{prefix}_{metric}"
-                metrics[key] = value
-                bounds[key] = intervals.interval(predicted, metric)
+        for key, prediction, metric, value in named_metrics(score.predictions):
+            metrics[key] = value
+            bounds[key] = intervals.interval(score.predictions[prediction], metric)
 
         trained: dict[str, Any] = {"samples": encoder.samples, "epochs": encoder.epochs}
         if encoder.data.subset:
@@ -158,9 +158,7 @@ class Evaluation:
         }, score
 
 
-def _existing(
-    name: str, path: Path, digest: str, notice: Callable[[str], None]
-) -> dict[str, Any]:
+def _existing(name: str, path: Path, digest: str, notice: Callable[[str], None]) -> dict[str, Any]:
     content = results.parse(path)[1]
     if content["digest"] != digest:
         raise EvalError(
