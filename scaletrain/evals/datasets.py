@@ -144,11 +144,14 @@ class BenchmarkDataset(Frozen):
     folders of ImageNet-V2.
     """
 
+    border: Natural = 0
+    """Pixels cut from each side of a test image before anything else."""
+
     same_numbers: bool = False
     """Both sets number their classes alike, whatever their classes.json say."""
 
     how: str = ""
-    """Commands that write the shards, for the error where they are missing."""
+    """Commands that write the shards, a line each, for the error where they are missing."""
 
     @model_validator(mode="after")
     def _fitting(self) -> BenchmarkDataset:

@@ -101,6 +101,11 @@ class OpenDataset:
         return self.dataset.metric
 
     @property
+    def border(self) -> int:
+        """Pixels that the test transform cuts from each side of a test image; none of others."""
+        return self.dataset.border
+
+    @property
     def classes(self) -> int:
         """Number of classes of the training images, which a head tells apart."""
         return self.matched.count
@@ -144,6 +149,7 @@ class OpenDataset:
             "held_out": dataset.held_out or None,
             "held_out_per_class": dataset.held_out_per_class or None,
             "test_subset": test.chosen,
+            "border": dataset.border or None,
             "label_map": dataset.label_map,
             "restrict": dataset.restrict or None,
         }

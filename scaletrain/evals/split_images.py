@@ -116,9 +116,10 @@ class Opener:
             for place in places if self.dataset.how else ():
                 folder = selection.one_folder(place).folder
                 if not is_remote(folder) and not Path(folder).is_dir():
+                    how = " && ".join(self.dataset.how.strip().splitlines())
                     raise EvalError(
                         f"data set {self.dataset.name}: there is no folder {folder}; make it with "
-                        f"`{self.dataset.how}`, or say where it is with --data-root or "
+                        f"`{how}`, or say where it is with --data-root or "
                         f"{ROOT_VARIABLE}"
                     )
 
