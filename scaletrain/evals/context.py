@@ -19,7 +19,7 @@ from scaletrain.data.reading.replacement import admit
 from scaletrain.data.reading.subset import load as load_subset
 from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
-from scaletrain.evals.classes import LabelledSet, match
+from scaletrain.evals.classes import LabelledSet, match, read_names
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features
@@ -68,13 +68,18 @@ class EvalContext:
                 self.train,
                 train_shards.labels(),
                 train_shards.fingerprint,
+                None if same_numbers else read_names(self.train),
                 train_shards.unlabelled(),
             )
         else:
             found = load_subset(subset, train_shards)
             self._train = SubsetShards(train_shards, found.index)
             train_labels = LabelledSet(
-                self.train, str(subset), found.labels, train_shards.fingerprint
+                self.train,
+                str(subset),
+                found.labels,
+                train_shards.fingerprint,
+                None if same_numbers else read_names(self.train),
             )
             digest = hashlib.sha256(subset.read_bytes()).hexdigest()
             self._subset = {
@@ -91,6 +96,7 @@ class EvalContext:
             self.test,
             test_shards.labels(),
             test_shards.fingerprint,
+            None if same_numbers else read_names(self.test),
             test_shards.unlabelled(),
         )
         self.matched = match(train_labels, test_labels, same_numbers)
