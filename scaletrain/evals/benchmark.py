@@ -15,13 +15,12 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from scaletrain.config import recipe, schema
 from scaletrain.evals import benchmarks as package
 from scaletrain.evals.errors import EvalError
-
-Split = Literal["train", "val", "trainval", "test"]
+from scaletrain.evals.open_dataset import SplitName
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Needs:
     network of a run, which the encoder alone does not have. gpus: of its job, where there are any.
     """
 
-    splits: tuple[Split, ...]
+    splits: tuple[SplitName, ...]
     augmented: bool = False
     network: bool = False
     gpus: int = 1

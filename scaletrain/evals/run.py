@@ -12,12 +12,14 @@ from typing import Any
 
 from scaletrain import dist
 from scaletrain.data.errors import ShardError
-from scaletrain.evals import benchmark, intervals, request, results
+from scaletrain.evals import benchmark, datasets, intervals, request, results
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.datasets import BenchmarkDataset
 from scaletrain.evals.encoders import targets
-from scaletrain.evals.encoders.targets import EncoderKind
+from scaletrain.evals.encoders.targets import Encoder, EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals.open_dataset import open_dataset
 from scaletrain.evals.predictions import Score, named_metrics, pack
 from scaletrain.evals.request import Request
 from scaletrain.runtime import locks
@@ -47,6 +49,10 @@ def run(
     wanted = Request(tuple(benchmarks), overrides=tuple(overrides), kind=encoder, **options)
     dist.keep_freed_memory()
     evaluation = Evaluation(target, wanted)
+    # Other ranks help to encode, and are done then.
+    evaluation.prepare()
+    if not dist.main():
+        return []
 
     return [evaluation.result(name, notice) for name in wanted.benchmarks]
 
@@ -64,11 +70,32 @@ class Evaluation:
 
         encoder = targets.find(target, wanted.kind)
         self._home = wanted.results or encoder.home
-        self.context = EvalContext(encoder, features, wanted)
+        store = wanted.store or self._home / "features"
+        data = encoder.data
+        skip = (data.on_bad if features.on_bad == "auto" else features.on_bad) == "skip"
+        max_bad = data.max_bad if features.max_bad is None else features.max_bad
+
+        dataset = open_dataset(
+            _described(wanted, encoder), cache=data.cache, skip=skip, max_bad=max_bad
+        )
+        self.context = EvalContext(encoder, dataset, features, store)
 
     def path(self, name: str) -> Path:
         """Where the result of a benchmark is or will be; nothing is measured for it."""
         return self._path(name, results.digest(self._identity(name)))
+
+    def prepare(self) -> None:
+        """Store the features that missing results need, with the devices of all ranks. Every rank
+        calls it; with one there is nothing to share.
+        """
+        if dist.world() == 1:
+            return
+
+        missing = [name for name in self._settings if not self.path(name).exists()]
+        for name in dist.broadcast_object(missing):
+            needs = benchmark.load(name).needs(self._settings[name], self.context.encoder)
+            for split in needs.splits:
+                self.context.prepare(split)
 
     def result(self, name: str, notice: Callable[[str], None] = print) -> dict[str, Any]:
         """The result of a benchmark: read if it exists, else measured and written.
@@ -113,7 +140,7 @@ class Evaluation:
             "encoder": {**context.encoder.identity, **further},
             # Order of the augmented images.
             "order": {"lanes": data.lanes, "window": data.window},
-            "max_bad": context.max_bad if context.skip else None,
+            "max_bad": context.extractor.max_bad if context.extractor.skip else None,
         }
 
     def _measure(self, name: str) -> tuple[dict[str, Any], Score]:
@@ -121,9 +148,7 @@ class Evaluation:
         try:
             score: Score = benchmark.load(name).measure(self._settings[name], context)
         except ShardError as fault:
-            text = (
-                f"{fault.text}; --set features.on_bad=skip leaves such samples out, counted"
-            )
+            text = f"{fault.text}; --set features.on_bad=skip leaves such samples out, counted"
             raise ShardError(fault.shard, fault.offset, text) from None
 
         metrics, bounds = {}, {}
@@ -156,6 +181,27 @@ class Evaluation:
             "device": str(context.device),
             "seconds": round(time.monotonic() - begun, 2),
         }, score
+
+
+def _described(wanted: Request, encoder: Encoder) -> BenchmarkDataset:
+    """The dataset that is asked for. Raises EvalError or ConfigError."""
+    if not wanted.dataset:
+        return datasets.given(
+            encoder.data.path if wanted.train is None else wanted.train,
+            wanted.test,
+            labels=wanted.labels,
+            same_numbers=wanted.same_numbers,
+            source=encoder.source,
+        )
+
+    if wanted.train is not None or wanted.test is not None or wanted.same_numbers:
+        raise EvalError(
+            "--dataset says which training and test images there are, and how their classes are "
+            "numbered: leave out --train, --test and --same-numbers, or --dataset"
+        )
+
+    chosen = datasets.load(wanted.dataset, wanted.data_root)
+    return chosen if wanted.labels is None else chosen.labelled(wanted.labels)
 
 
 def _existing(name: str, path: Path, digest: str, notice: Callable[[str], None]) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def identity(context: EvalContext) -> dict[str, Any]:
     known = network.trained_on
     if known and context.identity["train"] not in known:
         raise EvalError(
-            f"{context.train} is not what {context.encoder.source} was trained on, so it is "
-            "unknown which class its classifier means by which number; give its own training set "
-            "with --train"
+            f"the training images of {context.dataset.name} are not what {context.encoder.source} "
+            "was trained on, so it is unknown which class its classifier means by which number; "
+            "give its own training set with --train"
         )
 
     return network.identity
@@ -73,16 +73,21 @@ def needs(config: Config, encoder: Encoder) -> Needs:
 def measure(config: Config, context: EvalContext) -> Score:
     """Run the benchmark."""
     outputs = context.outputs(Classifier(context.network.method).eval(), "test")
-    numbers, width = context.dataset.numbers, outputs.x.shape[1]
+    numbers, width = context.dataset.matched.numbers, outputs.x.shape[1]
     if width <= (largest := int(numbers.max())):
         raise EvalError(
-            f"{context.encoder.source}: its classifier tells {width} classes apart, and "
-            f"{context.dataset.name} has labels up to {largest}; evaluate with the data of its "
-            "training"
+            f"{context.encoder.source}: its classifier tells {width} classes apart, and the "
+            f"training images of {context.dataset.name} have labels up to {largest}; evaluate with "
+            "the data of its training"
         )
 
-    labels = numbers[outputs.labels]
-    rank, predicted = place(outputs.x, labels)
+    if context.dataset.groups is None:
+        labels = numbers[outputs.labels]
+        rank, predicted = place(outputs.x, labels)
+        prediction = Ranked(outputs.index, labels, rank, predicted, width)
+    else:
+        prediction = context.ranked(outputs, outputs.x[:, numbers])
+
     network, test = context.network, context.identity["test"]
     seen = test in network.trained_on | network.pretrained_on
     if seen:
@@ -94,7 +99,7 @@ def measure(config: Config, context: EvalContext) -> Score:
 
     return Score(
         "predict",
-        {"predict": Ranked(outputs.index, labels, rank, predicted, width)},
+        {"predict": prediction},
         {
             "fitted": "nothing: the classifier of the run itself",
             "outputs": width,
