@@ -234,7 +234,7 @@ def export(
 ) -> None:
     """Write the trained backbone to one file that torchvision, timm and `train --init` load."""
     from scaletrain.checkpoint import files, reader
-    from scaletrain.evals import targets
+    from scaletrain.evals.encoders import targets
 
     root = run / "checkpoints"
     source = reader.latest(root) if step is None else reader.open_step(reader.folder_of(root, step))
