@@ -18,12 +18,13 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from scaletrain.config.schema import Count, Frozen
-from scaletrain.evals.benchmark import Needs, Split
+from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.features import some, watch
 from scaletrain.evals.heads.classifier import resident
 from scaletrain.evals.heads.sgd import Heads, Schedule, Sgd, carve, fit, shuffled
+from scaletrain.evals.open_dataset import SplitName
 from scaletrain.evals.predictions import Score, metric_name
 from scaletrain.evals.scores import accuracy, chosen_by
 
@@ -100,7 +101,7 @@ class Config(Frozen):
         """The fields of the protocol, where they are not given."""
         if not isinstance(given, Mapping) or not isinstance(given.get("protocol"), str):
             return given
-        return {**PROTOCOLS.get(given["protocol"], {}), **given}  # type: ignore[call-overload]
+        return {**PROTOCOLS.get(given["protocol"], {}), **given}
 
     @property
     def chooses(self) -> bool:
@@ -123,9 +124,9 @@ class Config(Frozen):
 
 def needs(config: Config, encoder: Encoder) -> Needs:
     """The splits that it trains on, chooses on and tests on."""
-    trained: tuple[Split, ...] = ("train",) if config.chooses else ()
+    trained: tuple[SplitName, ...] = ("train",) if config.chooses else ()
     trained += ("trainval",) if config.refit else ()
-    held_out: tuple[Split, ...] = ("val",) if config.chooses else ()
+    held_out: tuple[SplitName, ...] = ("val",) if config.chooses else ()
     stored = () if config.augment else trained
     return Needs((*stored, *held_out, "test"), augmented=config.augment)
 
@@ -185,10 +186,10 @@ def measure(config: Config, context: EvalContext) -> Score:
 
 
 def _train(
-    config: Config, context: EvalContext, split: Split, rates: Sequence[float]
+    config: Config, context: EvalContext, split: SplitName, rates: Sequence[float]
 ) -> tuple[Heads, int, int]:
     """Heads of the rates, the number of samples they were trained on, and the batch."""
-    samples = len(context.dataset.part(split).rows)
+    samples = context.samples(split)
     batch = min(config.batch, samples)
     steps = max(1, round(config.epochs * samples / batch))
 
@@ -208,7 +209,7 @@ def _train(
 
 
 def _batches(
-    config: Config, context: EvalContext, split: Split, batch: int
+    config: Config, context: EvalContext, split: SplitName, batch: int
 ) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches of (features, labels) of a split."""
     if config.augment:

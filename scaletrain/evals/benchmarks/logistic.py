@@ -7,11 +7,11 @@ No augmentation. Their transform is `features.resize=simclr-transfer`.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from scaletrain.config.schema import Frozen
@@ -20,7 +20,8 @@ from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.features import watch
 from scaletrain.evals.heads import lbfgs
-from scaletrain.evals.heads.classifier import finite, resident
+from scaletrain.evals.heads.classifier import Linear, finite, resident
+from scaletrain.evals.open_dataset import SplitName
 from scaletrain.evals.predictions import Score, metric_name
 from scaletrain.evals.scores import accuracy, chosen_by, ranks
 
@@ -48,17 +49,11 @@ class Config(Frozen):
     @property
     def path(self) -> list[float]:
         """The strengths, the largest first."""
-        low, high = (torch.tensor(x, dtype=torch.float64).log10().item() for x in self.bounds)
+        high, low = math.log10(self.strongest), math.log10(self.weakest)
+        steps = max(1, self.strengths - 1)
+        exponents = [high + (low - high) * step / steps for step in range(self.strengths)]
         # rounded so that they are the same on every machine
-        return [
-            float(f"{10**exponent:.6e}")
-            for exponent in torch.linspace(high, low, self.strengths, dtype=torch.float64).tolist()
-        ]
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest strength."""
-        return self.weakest, self.strongest
+        return [float(f"{10**exponent:.6e}") for exponent in exponents]
 
 
 def needs(config: Config, encoder: Encoder) -> Needs:
@@ -68,9 +63,70 @@ def needs(config: Config, encoder: Encoder) -> Needs:
 
 def measure(config: Config, context: EvalContext) -> Score:
     """Run the benchmark."""
-    metric, classes = chosen_by(context.dataset.metric), context.classes
-    train, validation = context.features("train"), context.features("val")
-    unfinished = []
+    metric = chosen_by(context.dataset.metric)
+    validation = context.features("val")
+    best, by_strength, unfinished = None, {}, []
 
-    def path(split: str, strengths: Iterable[float], start: lbfgs.Fit | None) -> Iterable[lbfgs.Fit]:
-        ...
+    for fit in watch(_fits(config, context, "train", config.path), "logistic", config.strengths):
+        rank = ranks(fit.head.scores(validation.x), validation.labels)
+        value = accuracy(rank, validation.labels, context.classes)[metric]
+        # of equals the strongest
+        if best is None or value > max(by_strength.values()):
+            best = fit
+
+        by_strength[fit.strength] = value
+        unfinished += [] if fit.converged else [fit.strength]
+
+    assert best is not None, "there is a strength or more"
+    (final,) = _fits(config, context, "trainval", [best.strength], best.head)
+    if unfinished or not final.converged:
+        print(
+            f"warning: logistic: the minimum was not reached in {config.iterations} iterations at "
+            f"strengths {unfinished or [best.strength]}; allow more with --set "
+            "logistic.iterations=N",
+            file=sys.stderr,
+        )
+
+    queries = context.features("test")
+    return Score(
+        metric_name("logistic", metric),
+        {"logistic": context.ranked(queries, final.head.scores(queries.x))},
+        {
+            **config.model_dump(mode="json"),
+            "minimized": "mean cross-entropy + strength / 2 * |weights|^2, biases not penalised",
+            "optimizer": "L-BFGS from the largest strength to the smallest",
+            "standardised": False,
+            "train_transform": context.transform,
+            "chosen_on": "validation images",
+            "refit": "training and validation images",
+        },
+        {
+            "chosen_strength": best.strength,
+            # then a wider range may do better
+            "chosen_at_edge": best.strength in (config.path[0], config.path[-1]),
+            f"held_out_{metric}": {str(key): value for key, value in by_strength.items()},
+            "held_out": by_strength[best.strength],
+            "held_out_images": len(validation.labels),
+            "not_converged": unfinished,
+            "refit_converged": final.converged,
+        },
+    )
+
+
+def _fits(
+    config: Config,
+    context: EvalContext,
+    split: SplitName,
+    strengths: Iterable[float],
+    start: Linear | None = None,
+) -> Iterator[lbfgs.Fit]:
+    features = context.features(split)
+    return lbfgs.path(
+        resident(finite(features.x), context.device),
+        features.labels,
+        context.classes,
+        strengths,
+        start,
+        config.tolerance,
+        config.iterations,
+    )

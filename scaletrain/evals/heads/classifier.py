@@ -21,7 +21,9 @@ class Linear:
 
     def scores(self, x: Tensor) -> Tensor:
         """[N, D] on any device -> [N, C] on the CPU."""
-        parts = [torch.addmm(self.bias, rows.to(self.bias), self.weight.T) for rows in x.split(ROWS)]
+        parts = [
+            torch.addmm(self.bias, rows.to(self.bias), self.weight.T) for rows in x.split(ROWS)
+        ]
         return torch.cat([part.cpu() for part in parts])
 
 

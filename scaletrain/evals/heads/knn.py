@@ -70,8 +70,7 @@ def search(
             else:
                 found[number] = _merge(found[number], (near, where + begin), k)
 
-    near, where = zip(*found, strict=True)
-    return torch.cat(near), torch.cat(where)
+    return torch.cat([near for near, _ in found]), torch.cat([where for _, where in found])
 
 
 def _merge(

@@ -1,4 +1,4 @@
-"""Linear classifiers trained by SGD: one for each of several learning rates, on the same batches."""
+"""Linear classifiers trained by SGD, one for each of several learning rates on the same batches."""
 
 from __future__ import annotations
 

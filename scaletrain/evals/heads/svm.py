@@ -107,7 +107,8 @@ class _SquaredHinge:
 
     def value(self) -> Tensor:
         loss = (self.importance * (1 - self.margin).clamp(min=0).square()).sum(1).double()
-        return self.point.square().sum(1).double() / 2 + loss
+        value: Tensor = self.point.square().sum(1).double() / 2 + loss
+        return value
 
     def gradient(self) -> Tensor:
         pull = -2 * self.importance * self.sign * (1 - self.margin).clamp(min=0)
