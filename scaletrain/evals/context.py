@@ -22,7 +22,7 @@ from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.classes import LabelledSet, match
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features
+from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features, mask
 from scaletrain.evals.network import Network, load
 
 # Features [K, D] of the samples that can be read, and a mask [N] bool of which these are.
@@ -155,12 +155,12 @@ class EvalContext:
         encoder's features.
         """
         extractor = FeatureExtractor(replace(self.encoder, module=module), self.settings)
-        left_out: list[dict[str, Any]] = []
-        shards = self._shards(self.test)
-        x, good = extractor.encode(self.test, shards, "test images", left_out)
-        self._left_out["test"] = left_out
+        found = extractor.encode(
+            self.test, self._shards(self.test), "test images", extractor.transform_of("test")
+        )
+        self._left_out["test"] = list(found.left_out)
 
-        return Features(x, self.matched.test[good])
+        return Features(found.x, self.matched.test[found.index])
 
     def part(self, rows: Tensor) -> Features:
         """Features of the training images `rows` (ascending numbers) under the test transform; no
@@ -287,4 +287,6 @@ class EvalContext:
         read.
         """
         path = self.train if name == "train" else self.test
-        return self.extractor.encode(path, shards, what, self._left_out[name])
+        found = self.extractor.encode(path, shards, what, self.extractor.transform_of(name))
+        self._left_out[name] = list(found.left_out)
+        return found.x, mask(found.index, len(shards))
