@@ -1,4 +1,4 @@
-"""Descriptors of data sets: files of configs/datasets and of the user, and folders of a command
+"""Descriptors of datasets: files of configs/datasets and of the user, and folders of a command
 line.
 """
 
@@ -27,11 +27,9 @@ def test_all_shipped_descriptors_are_complete() -> None:
         assert found.train is not None
         assert found.classes
         shards = found.how.replace("$d", found.test.shards.rpartition("/")[2])
-        for split in (found.test, *((found.train, found.val) if not found.train_from else ())):
-            for path in split.shards.strip("[]").split(", ") if split else ():
-                place = path.removeprefix("/")
-                parent = place.rpartition("/")[0]
-                assert place in shards or parent in shards, (name, path)
+        for place in datasets.missing(found):
+            parent = str(Path(place).parent).removeprefix("/")
+            assert place.removeprefix("/") in shards or parent in shards, (name, place)
 
 
 def test_the_map_of_objectnet() -> None:
@@ -91,7 +89,7 @@ def test_a_test_set_trains_on_another_one(tmp_path: Path) -> None:
     [
         ("test: a\n", r"needs `train`, or `train_from`"),
         ("train: a\n", r"test: Field required"),
-        ("train: a\ntest: b\nmay_train: false\n", r"may_train is false: name the data set"),
+        ("train: a\ntest: b\nmay_train: false\n", r"may_train is false: name the dataset"),
         ("train: a\ntest: b\ntrain_from: cifar10\n", r"give train or train_from, not both"),
         ("test: b\ntrain_from: cifar10\nclasses: 3\n", r"classes and held_out are those of"),
         ("train: a\nval: b\ntest: c\nheld_out: 5\n", r"nothing is held out where there is `val`"),
@@ -146,5 +144,5 @@ def test_a_label_subset_of_a_descriptor(tmp_path: Path) -> None:
     found = datasets.load("cifar10", "/data").labelled(tmp_path / "few.json")
     assert found.train is not None
     assert found.train.subset == str(tmp_path / "few.json")
-    with pytest.raises(EvalError, match=r"of data set caltech101 are a subset already"):
+    with pytest.raises(EvalError, match=r"of dataset caltech101 are a subset already"):
         datasets.load("caltech101").labelled(tmp_path / "few.json")

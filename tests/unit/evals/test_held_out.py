@@ -1,4 +1,4 @@
-"""Held-out images where a data set says how many."""
+"""Held-out images where a dataset says how many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opened data sets: splits as rows of shards, one numbering of classes, and their identity."""
+"""Opened datasets: splits as rows of shards, one numbering of classes, and their identity."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_test_images_that_were_seen_are_said(toy: BenchmarkDataset, tmp_path: Pa
     both = shards_of(f"[{toy.train.shards}, {toy.test.shards}]")
     mixed = open_dataset(described([toy.train.shards, toy.test.shards], toy.test.shards))
     assert mixed.leaks() == [
-        f"4 of 4 test images of {toy.test.shards} are training images of data set toy too"
+        f"4 of 4 test images of {toy.test.shards} are training images of dataset toy too"
     ]
     assert len(open_dataset(described(toy.train.shards, toy.train.shards)).leaks()) == 1
     wide = open_dataset(described(toy.train, SplitConfig(shards=mixed.part("trainval").path)))
@@ -221,14 +221,14 @@ def test_test_images_that_were_seen_are_said(toy: BenchmarkDataset, tmp_path: Pa
 
 
 def test_data_of_another_set_are_refused(toy: BenchmarkDataset, tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"train has samples of 3 classes, and data set toy has 4"):
+    with pytest.raises(EvalError, match=r"train has samples of 3 classes, and dataset toy has 4"):
         open_dataset(toy.model_copy(update={"classes": 4}))
     missing = described(
         str(tmp_path / "none"), toy.test, how="scaletrain shards A\nscaletrain shards B\n"
     )
     with pytest.raises(
         EvalError,
-        match=r"there is no folder .*none; make it with `scaletrain shards A && scaletrain shards "
-        r"B`, or say where it is with --data-root or SCALETRAIN_DATA_ROOT",
+        match=r"there is no folder .*none; its shards are written by `scaletrain shards A && "
+        r"scaletrain shards B`; say where they are with --data-root or SCALETRAIN_DATA_ROOT",
     ):
         open_dataset(missing)
