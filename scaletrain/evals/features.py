@@ -96,6 +96,8 @@ class Features:
 
     x: Tensor  # [N, D] float32, on the CPU
     labels: Tensor  # [N] int64, numbered as in classes.py
+    # numbers of the samples in the folder or folders of the split, ascending
+    index: Tensor  # [N] int64
 
 
 @dataclass(frozen=True)
