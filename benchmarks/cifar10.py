@@ -11,7 +11,6 @@ epoch, seconds per epoch.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from scaletrain.evals.benchmarks.knn import knn
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import EncoderKind, find
 from scaletrain.evals.features import FeatureConfig
+from scaletrain.train import records
 
 HERE = Path(__file__).parent
 SETTINGS = ((200, 0.1), (20, 0.07))  # (k, temperature)
@@ -99,12 +99,7 @@ def train_and_kill(command: list[str], run: Path, step: int) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    path = run / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
+    return [record.model_dump() for record in records.read(run).steps]
 
 
 def seconds_per_epoch(run: Path) -> dict[int, float]:

@@ -21,8 +21,8 @@ from torch import Tensor
 from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
 from scaletrain.evals.context import EvalContext
-from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import mask, some, watch
+from scaletrain.evals.held_out import held_out
 from scaletrain.evals.scores import accuracy, ranks
 
 # Samples per chunk of scoring.
@@ -103,41 +103,6 @@ class Heads:
             )
 
         return torch.cat(parts, 1)
-
-
-def held_out(samples: int, labels: Tensor | None = None) -> Tensor:
-    """Sample numbers [H] that choose the learning rate, H = min(10,009, a tenth): those of the
-    smallest hash, ascending.
-
-    The list depends on the number of samples only, never on a seed, a rank or the order of reading.
-    BYOL holds out 10,009 images of ImageNet's training set (appendix D.1). With `labels` [samples],
-    of a label subset, every class keeps the image of its largest hash for the training: with few
-    images a tenth could be all of a class.
-    """
-    if samples < 2:
-        raise EvalError(
-            f"{samples} training image(s) cannot be split into a training and a held-out part"
-        )
-
-    order = rng.hash64("linear held-out", torch.arange(samples)).argsort(stable=True)
-    if labels is not None:
-        order = order[_occurs_later(labels[order])]
-        if not len(order):
-            raise EvalError(
-                "the label subset has one image per class, which cannot be split into a training "
-                "and a held-out part; "
-                "take at least two per class, or evaluate with knn"
-            )
-
-    return order[: max(1, min(10_009, samples // 10))].sort().values
-
-
-def _occurs_later(values: Tensor) -> Tensor:
-    """[N] bool: the same value comes again in `values` [N]."""
-    last = torch.full((int(values.max()) + 1,), -1).scatter_reduce(
-        0, values, torch.arange(len(values)), "amax"
-    )
-    return last[values] > torch.arange(len(values))
 
 
 def carve(chunks: Iterable[tuple[Tensor, ...]], batch: int) -> Iterator[tuple[Tensor, ...]]:

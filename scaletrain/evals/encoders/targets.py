@@ -26,6 +26,8 @@ ENCODER = "backbone"
 BACKBONE = f"method.{ENCODER}."
 # Image size of the raw-pixel baseline, unless the run's is smaller.
 PIXELS = 32
+# In the metadata of an exported file: the digest of the step's files that it was made from.
+DIGEST = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def export(run: Path, saved: reader.SavedStep, module: str, path: Path) -> int:
 
     settings = load.load(run / "config.yaml")
     if module == ENCODER:
-        meta = describe(settings, saved.step)
+        trained = json.dumps(_trained(saved))
+        meta = describe(settings, saved.step) | {"trained": trained, DIGEST: saved.digest}
     else:
         meta = {
             "module": module,
@@ -142,14 +145,73 @@ def export(run: Path, saved: reader.SavedStep, module: str, path: Path) -> int:
 Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 
 
+# --- places of a run's steps and encoders ---------------------------------------------------------
+
+
+def held(run: Path, step: int) -> Path:
+    """The folder where a step is kept by links while it is evaluated."""
+    return reader.folder_of(run / "evals" / "held", step)
+
+
+def export_of(run: Path, step: int) -> Path:
+    """The file with the encoder of a step, which its evaluations share."""
+    return run / "evals" / "encoders" / f"{held(run, step).name}.safetensors"
+
+
+def run_of(target: Path) -> Path:
+    """The run folder of RUN, of a step in RUN/checkpoints or RUN/evals/held, or of a file in
+    RUN/evals/encoders. Raises EvalError.
+    """
+    run = target.parents[1] if target.parent.name == "checkpoints" else target
+    if target.parent.parts[-2:] in (("evals", "held"), ("evals", "encoders")):
+        run = target.parents[2]
+
+    if not (run / "config.yaml").is_file():
+        raise EvalError(
+            f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported "
+            ".safetensors file"
+        )
+
+    return run
+
+
+def step_of(target: Path, prefix: str = "") -> reader.SavedStep:
+    """The newest good checkpoint of RUN, or a step of it; of a file in RUN/evals/encoders, the step
+    that it was made from. Raises EvalError or CheckpointError.
+
+    prefix: as in reader.open_step.
+    """
+    run = run_of(target)
+    if target.is_file():
+        name = target.stem
+        places = (run / "evals" / "held" / name, run / "checkpoints" / name)
+        target = next((p for p in places if (p / reader.MANIFEST).is_file()), places[1])
+
+    root = target / "checkpoints"
+    saved = reader.latest(root, prefix) if run == target else reader.open_step(target, prefix)
+    if saved is None:
+        raise EvalError(
+            f"{root}: no good checkpoint yet; let the run save one, or evaluate the untrained "
+            "encoder"
+        )
+
+    return saved
+
+
+# --- encoders -------------------------------------------------------------------------------------
+
+
 def find(target: Path, kind: EncoderKind = "trained") -> Encoder:
     """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError
     or CheckpointError.
+
+    A file in RUN/evals/encoders is the same encoder as the step that it was made from.
     """
     # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
     target = target.absolute()
+    own = target.parent.parts[-2:] == ("evals", "encoders")
     encoder, weights = (
-        _from_file(target) if target.is_file() else _from_run(target, kind == "trained")
+        _from_file(target) if target.is_file() and not own else _from_run(target, kind == "trained")
     )
 
     if kind == "trained":
@@ -165,33 +227,6 @@ def find(target: Path, kind: EncoderKind = "trained") -> Encoder:
     return replace(encoder, weights=files.fingerprint(encoder.module.state_dict(), {}))
 
 
-def run_of(target: Path) -> Path:
-    """The run folder of RUN or RUN/checkpoints/step-N. Raises EvalError."""
-    run = target.parents[1] if target.parent.name == "checkpoints" else target
-    if not (run / "config.yaml").is_file():
-        raise EvalError(
-            f"{target}: neither a run folder (no {run / 'config.yaml'}) nor an exported "
-            ".safetensors file"
-        )
-
-    return run
-
-
-def step_of(target: Path) -> reader.SavedStep:
-    """The newest good checkpoint of RUN, or RUN/checkpoints/step-N. Raises EvalError or
-    CheckpointError.
-    """
-    root = target / "checkpoints"
-    saved = reader.latest(root) if run_of(target) == target else reader.open_step(target)
-    if saved is None:
-        raise EvalError(
-            f"{root}: no good checkpoint yet; let the run save one, or evaluate the untrained "
-            "encoder"
-        )
-
-    return saved
-
-
 def _from_run(target: Path, trained: bool) -> tuple[Encoder, Weights | None]:
     run = run_of(target)
     settings = load.load(run / "config.yaml")
@@ -203,27 +238,39 @@ def _from_run(target: Path, trained: bool) -> tuple[Encoder, Weights | None]:
 
     if not trained:
         return encoder, None
+    if target.is_file():
+        return _with_export(encoder, target)
 
-    saved = step_of(target)
-    names = {
-        name.removeprefix(BACKBONE): name for name in saved.names() if name.startswith(BACKBONE)
-    }
+    saved = step_of(target, BACKBONE)
     weights = (
-        {short: tuple(saved.shape(name)) for short, name in names.items()},
-        lambda short: saved.read(names[short]),
+        {name.removeprefix(BACKBONE): tuple(saved.shape(name)) for name in saved.names()},
+        lambda short: saved.read(BACKBONE + short),
     )
+    return replace(encoder, step=saved.step, source=saved.path, **_trained(saved)), weights
+
+
+def _trained(saved: reader.SavedStep) -> dict[str, Any]:
+    """How long a step was trained: samples and epochs, or None."""
     clock = saved.meta.get("clock", {})
     epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
+    return {"samples": saved.meta.get("samples"), "epochs": epochs}
 
-    encoder = replace(
-        encoder,
-        step=saved.step,
-        source=saved.path,
-        samples=saved.meta.get("samples"),
-        epochs=epochs,
-    )
 
-    return encoder, weights
+def _with_export(encoder: Encoder, path: Path) -> tuple[Encoder, Weights]:
+    """The encoder of a run with the weights of a file in RUN/evals/encoders."""
+    tensors, meta = files.load_file(path)
+    try:
+        step, trained = int(meta["step"]), json.loads(meta["trained"])
+        if DIGEST not in meta or path.name != export_of(path, step).name:
+            raise ValueError("it was not made from this step")
+        trained = {key: trained[key] for key in ("samples", "epochs")}
+    except (KeyError, ValueError, TypeError) as error:
+        raise EvalError(
+            f"{path} is not the encoder of a step of {encoder.run} ({error}); move it to another "
+            "folder to evaluate it, or delete it"
+        ) from None
+
+    return replace(encoder, step=step, source=path, **trained), _weights(tensors)
 
 
 def _from_file(path: Path) -> tuple[Encoder, Weights]:
@@ -256,10 +303,11 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
     encoder = Encoder(
         "trained", _fresh(model, data, seed), step, seed, size, data, path, path.parent, None, model
     )
-    return encoder, (
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        tensors.__getitem__,
-    )
+    return encoder, _weights(tensors)
+
+
+def _weights(tensors: dict[str, Tensor]) -> Weights:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
 
 
 def _size(data: schema.DataConfig) -> int:
