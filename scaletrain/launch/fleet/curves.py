@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,11 +30,20 @@ class Curves:
         self._drawn: frozenset[Path] | None = None
 
     def refresh(self) -> None:
-        """Bring them up to date with the results."""
+        """Bring them up to date with the results. Where they cannot be written, one warning says
+        so, and the next results are another occasion.
+        """
         there = frozenset(self._evals.glob("*.json"))
         if there == self._drawn:
             return
 
+        self._drawn = there
+        try:
+            self._draw()
+        except OSError as error:
+            print(f"warning: {self._board} cannot be written: {error}", file=sys.stderr)
+
+    def _draw(self) -> None:
         curves: dict[str, list[Result]] = {}
         for result in results.read(self._evals):
             curves.setdefault(_curve(result), []).append(result)
@@ -47,8 +57,6 @@ class Curves:
         for folder in self._board.glob("*"):
             if folder.name not in curves:
                 shutil.rmtree(folder)
-
-        self._drawn = there
 
 
 def _curve(result: Result) -> str:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scaletrain.launch.fleet import jobs
+from scaletrain.launch.fleet.cells import Cell, State, Status
 from scaletrain.launch.fleet.claims import Claim, Claims, Holder
 from scaletrain.launch.fleet.curves import Curves
 from scaletrain.launch.fleet.jobs import Jobs
-from scaletrain.launch.fleet.plan import Cell, Plan
+from scaletrain.launch.fleet.plan import Plan
 from scaletrain.launch.fleet.pool import Pool
-from scaletrain.launch.fleet.standing import Standing, State, Status, log_of
+from scaletrain.launch.fleet.standing import Standing
 from scaletrain.launch.slurm.queue import SlurmError
 
 
@@ -125,7 +126,7 @@ class Fleet:
         """Start as many processes as there is room for."""
         for cell in self._apart(missing)[: pool.room]:
             claims.write(cell.name, claims.read(cell.name).held_by(Holder(fleet=claims.fleet)))
-            pool.start(cell.arguments, log_of(cell))
+            pool.start(cell.arguments, cell.log)
             self.statuses[cell] = Status("running")
 
     def _apart(self, missing: Sequence[Cell]) -> list[Cell]:

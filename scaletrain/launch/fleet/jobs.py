@@ -12,8 +12,8 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from scaletrain.launch.fleet.cells import Cell
 from scaletrain.launch.fleet.claims import Holder
-from scaletrain.launch.fleet.plan import Cell
 from scaletrain.launch.slurm import submit
 from scaletrain.launch.slurm.queue import Job, Partition
 from scaletrain.launch.slurm.submit import Resources

@@ -8,7 +8,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from scaletrain import exit_codes
@@ -18,35 +18,8 @@ from scaletrain.evals import benchmark, request
 from scaletrain.evals.encoders import exports, targets
 from scaletrain.evals.request import Request
 from scaletrain.evals.run import Evaluation
+from scaletrain.launch.fleet.cells import Cell
 from scaletrain.train import run_folder, status
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One result: a step of a run under one benchmark."""
-
-    run: Path
-    step: int
-    benchmark: str
-    # of the dataset
-    dataset: str
-    # arguments of the command line that measures it
-    arguments: tuple[str, ...]
-    # where the result will be; None where that is not known, since the evaluation is not possible
-    result: Path | None
-    # of its job, where there are any
-    gpus: int = 1
-    # whether it needs the whole step, and not the encoder alone
-    network: bool = False
-    # whether it waits for stored features and does nothing else before
-    shares: bool = False
-    # why it is not possible
-    problem: str = ""
-
-    @property
-    def name(self) -> str:
-        """Of the result, and of its claim."""
-        return self.result.stem if self.result else ""
 
 
 def due(steps: Iterable[int], every: float, per_epoch: int, last: int) -> list[int]:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from scaletrain import exit_codes
 from scaletrain.evals import results
 from scaletrain.evals.errors import EvalError
 from scaletrain.launch.fleet import jobs
+from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.claims import Claim, Claims, Holder
-from scaletrain.launch.fleet.plan import Cell
 from scaletrain.launch.fleet.pool import Pool
 from scaletrain.launch.local import ASKED
 from scaletrain.launch.slurm import queue
 from scaletrain.launch.slurm.queue import Job
 
-State = Literal["measured", "running", "pending", "missing", "failed"]
 # Seconds in which sbatch, whose fleet was killed, may still bring its job into the queue.
 SETTLE = 5.0
-
-
-@dataclass(frozen=True)
-class Status:
-    """Of one cell. text: the value in per cent, who evaluates, or what went wrong."""
-
-    state: State
-    text: str = ""
-    # its last attempt failed, or it was read from the disk with an error
-    tried: bool = False
 
 
 class Standing:
@@ -77,7 +64,7 @@ class Standing:
         if cell.result.exists():
             self._claims.write(cell.name, Claim())
             if self._pool:
-                self._pool.code(log_of(cell))
+                self._pool.code(cell.log)
             return self._measured(cell.result)
 
         if working:
@@ -103,7 +90,7 @@ class Standing:
         """Of a holder that is at work or waits; None for one that has ended."""
         if not holder.launch:
             if holder.fleet == self._claims.fleet:
-                mine = self._pool is not None and self._pool.running(log_of(cell))
+                mine = self._pool is not None and self._pool.running(cell.log)
                 return Status("running") if mine else None
             other = Status("running", f"fleet {holder.fleet}")
             return other if self._claims.alive(holder.fleet) else None
@@ -137,17 +124,12 @@ class Standing:
             code, log = jobs.exit_code(cell.run, holder), jobs.log(cell.run, holder)
             return claim.failed(_complaint(code, log), refused=code == exit_codes.INVALID)
 
-        code = self._pool.code(log_of(cell)) if self._pool else None
+        code = self._pool.code(cell.log) if self._pool else None
         # It ended with its fleet or on request, or was never submitted.
         if holder.launch or code is None or code in ASKED:
             return claim.held_by(None)
 
-        return claim.failed(_complaint(code, log_of(cell)), refused=code == exit_codes.INVALID)
-
-
-def log_of(cell: Cell) -> Path:
-    """The log of the process that evaluates a cell on this machine."""
-    return cell.run / "evals" / "logs" / f"{cell.name}.log"
+        return claim.failed(_complaint(code, cell.log), refused=code == exit_codes.INVALID)
 
 
 def _complaint(code: int | None, log: Path) -> str:

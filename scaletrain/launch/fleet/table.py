@@ -7,9 +7,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.fleet import Fleet
-from scaletrain.launch.fleet.plan import Cell, Plan
-from scaletrain.launch.fleet.standing import Status
+from scaletrain.launch.fleet.plan import Plan
 from scaletrain.runtime import tables
 
 

@@ -74,9 +74,7 @@ def test_claims_are_kept_and_one_that_says_nothing_has_no_file(tmp_path: Path) -
         assert claims.names() == {"knn@a-step-3-x"}
         assert claims.read("knn@a-step-3-x") == claim
         assert (claim.attempts, claim.error) == (1, "out of memory")
-        assert claim.failed("again", refused=True) == Claim(
-            attempts=2, error="again", refused=True
-        )
+        assert claim.failed("again", refused=True) == Claim(attempts=2, error="again", refused=True)
         claims.write("knn@a-step-3-x", Claim())
         assert claims.names() == set()
         assert claims.read("knn@a-step-3-x") == Claim()

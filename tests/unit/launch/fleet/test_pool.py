@@ -58,9 +58,7 @@ def gone(pid: int) -> bool:
     return not status.exists() or "zombie" in status.read_text()
 
 
-def test_a_bounded_number_with_a_device_each(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bounded_number_with_a_device_each(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "SCALETRAIN_STOPPED_FILE"):
         monkeypatch.setenv(name, "of an outer job")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
