@@ -11,7 +11,7 @@ import torch
 from kit.heads import knn
 
 from scaletrain.evals.heads import knn as module
-from scaletrain.evals.heads.knn import nearest, search
+from scaletrain.evals.heads.knn import nearest
 
 
 def cosine(a: list[float], b: list[float]) -> float:
