@@ -168,8 +168,14 @@ class EvalContext:
         return {"features": {**transform, **policy}, **self.dataset.identity}
 
     def provenance(self) -> dict[str, Any]:
-        """The data as written in results, with the samples that were left out."""
+        """The data as written in results, with the samples that were left out and sentences on test
+        images that were seen in training.
+        """
         data = self.dataset.provenance()
+        trained = self.encoder.kind == "trained"
+        if seen := self.dataset.leaks(self.encoder.trained_on if trained else ()):
+            data["seen_in_training"] = seen
+
         if self.extractor.skip:
             for images in ("train", "test"):
                 data[images]["left_out"] = self._left_out.get(images, [])

@@ -116,7 +116,8 @@ class _SquaredHinge:
 
     def precondition(self, gradient: Tensor) -> Tensor:
         """The second derivative is nearly that of samples of the mean importance."""
-        return ((gradient @ self.axes) / (1 + self.curvature * self.scales)) @ self.axes.T
+        scaled: Tensor = (gradient @ self.axes) / (1 + self.curvature * self.scales)
+        return scaled @ self.axes.T
 
     def aim(self, direction: Tensor) -> None:
         self.direction, self.change = direction, self.sign * self._scores(direction)
