@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,5 +105,5 @@ def test_a_class_without_training_samples_and_a_constant_feature() -> None:
 def test_the_strengths_are_those_of_the_papers() -> None:
     strengths = Config().path
     assert (len(strengths), strengths[0], strengths[-1]) == (45, 1e5, 1e-6)
-    ratios = {round(a / b, 4) for a, b in zip(strengths, strengths[1:], strict=False)}
+    ratios = {round(a / b, 4) for a, b in pairwise(strengths)}
     assert ratios == {round(10 ** (11 / 44), 4)}
