@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,7 +110,8 @@ class Evaluation:
             return _existing(name, path, digest, notice)
 
         results.prepare(path)
-        with _alone(path):
+        with _alone(path.parent / "locks" / digest):
+            path = self._path(name, digest)
             if path.exists():
                 return _existing(name, path, digest, notice)
 
@@ -124,8 +126,11 @@ class Evaluation:
         # Several exported files may share a folder.
         prefix = "" if encoder.run else f"{encoder.name}-"
         baseline = "" if encoder.kind == "trained" else f"-{encoder.kind}"
-        file = f"{prefix}{name}@{dataset}-step-{encoder.step}{baseline}-{digest}.json"
-        return self._home / file
+        end = f"-step-{encoder.step}{baseline}-{digest}.json"
+        # The same data may have been evaluated under another name.
+        known = sorted(self._home.glob(f"{glob.escape(prefix)}{name}@*{end}"))
+
+        return known[0] if known else self._home / f"{prefix}{name}@{dataset}{end}"
 
     def _identity(self, name: str) -> dict[str, Any]:
         """All that defines a result."""
@@ -148,7 +153,9 @@ class Evaluation:
         try:
             score: Score = benchmark.load(name).measure(self._settings[name], context)
         except ShardError as fault:
-            text = f"{fault.text}; --set features.on_bad=skip leaves such samples out, counted"
+            text = (
+                f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
+            )
             raise ShardError(fault.shard, fault.offset, text) from None
 
         metrics, bounds = {}, {}
@@ -217,15 +224,14 @@ def _existing(name: str, path: Path, digest: str, notice: Callable[[str], None])
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(lock: Path) -> Iterator[None]:
     """Measure a result only while no other process does; where the file system has no locks, both
     do, and the first result counts.
     """
-    folder = path.parent / "locks"
-    folder.mkdir(exist_ok=True)
+    lock.parent.mkdir(exist_ok=True)
     with contextlib.ExitStack() as until:
         with contextlib.suppress(OSError):
-            until.enter_context(locks.locked(folder / f"{path.stem}.lock", wait=True))
+            until.enter_context(locks.locked(lock, wait=True))
         yield
 
 
