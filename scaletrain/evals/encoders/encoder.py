@@ -59,6 +59,8 @@ class Encoder:
     # drawn by its training, and how many epochs that was; None: not known
     samples: int | None = None
     epochs: float | None = None
+    # sha256 of the datasets of its training and of what it started from, as far as they are known
+    trained_on: tuple[str, ...] = ()
     # of an encoder that is not ours, e.g. tv or moco
     library: str = ""
     # what was done to load it

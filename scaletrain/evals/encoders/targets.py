@@ -5,6 +5,7 @@ the same networks untrained, or raw pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from scaletrain.evals.encoders.encoder import Encoder as Encoder
 from scaletrain.evals.encoders.encoder import EncoderKind as EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.nn import backbone
+from scaletrain.train.weight_sources import data_of
 
 ENCODER = "backbone"
 # Prefix of the encoder's tensors in a checkpoint.
@@ -228,10 +230,14 @@ def _from_run(target: Path, trained: bool) -> tuple[Encoder, Weights | None]:
 
 
 def _trained(saved: reader.SavedStep) -> dict[str, Any]:
-    """How long a step was trained: samples and epochs, or None."""
+    """How long a step was trained, samples and epochs or None, and on which datasets."""
     clock = saved.meta.get("clock", {})
     epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
-    return {"samples": saved.meta.get("samples"), "epochs": epochs}
+    return {
+        "samples": saved.meta.get("samples"),
+        "epochs": epochs,
+        "trained_on": data_of(saved.meta),
+    }
 
 
 def _with_export(encoder: Encoder, path: Path) -> tuple[Encoder, Weights]:
@@ -241,7 +247,7 @@ def _with_export(encoder: Encoder, path: Path) -> tuple[Encoder, Weights]:
         step, trained = int(meta["step"]), json.loads(meta["trained"])
         if DIGEST not in meta or path.name != export_of(path, step).name:
             raise ValueError("it was not made from this step")
-        trained = {key: trained[key] for key in ("samples", "epochs")}
+        trained = {key: trained[key] for key in ("samples", "epochs")} | _trained_on(meta)
     except (KeyError, ValueError, TypeError) as error:
         raise EvalError(
             f"{path} is not the encoder of a step of {encoder.run} ({error}); move it to another "
@@ -267,6 +273,7 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
         data = schema.DataConfig.model_validate(facts)
+        trained = _trained_on(meta)
     except (
         KeyError,
         ValueError,
@@ -281,7 +288,15 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
     encoder = Encoder(
         "trained", _fresh(model, data, seed), step, seed, size, data, path, path.parent, None, model
     )
-    return encoder, _weights(tensors)
+    return replace(encoder, **trained), _weights(tensors)
+
+
+def _trained_on(meta: Mapping[str, str]) -> dict[str, Any]:
+    """The datasets of the training of an exported encoder; files of earlier versions say none."""
+    listed = json.loads(meta.get("trained", "{}")).get("trained_on", [])
+    if not isinstance(listed, list) or not all(isinstance(sha256, str) for sha256 in listed):
+        raise ValueError("`trained_on` is no list of checksums")
+    return {"trained_on": tuple(listed)}
 
 
 def _weights(tensors: dict[str, Tensor]) -> Weights:
