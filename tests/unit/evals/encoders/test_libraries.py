@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from kit.evals import shards
 from torch import nn
 from torchvision import models
 
@@ -14,6 +16,7 @@ from scaletrain.config.recipe import ConfigError
 from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
+from scaletrain.evals.run import run
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 SEVEN = EncoderConfig(seed=7)
@@ -119,3 +122,27 @@ def test_normalisation_of_the_user() -> None:
     encoder = find("tv/resnet18", config=config)
     assert (encoder.data.mean, encoder.data.std) == (config.mean, config.std)
     assert encoder.identity != find("tv/resnet18").identity
+
+
+def test_an_evaluation_of_a_network_of_torchvision(tmp_path: Path) -> None:
+    """From the command's target to a result, with settings of the encoder in its identity."""
+    train, test = shards(tmp_path / "train", [0, 1] * 6), shards(tmp_path / "test", [0, 1] * 3, 1)
+
+    def evaluated(*overrides: str) -> dict[str, Any]:
+        return run(
+            "tv/resnet18",
+            ["knn"],
+            train=train,
+            test=test,
+            overrides=("features.size=32", "features.workers=0", "knn.ks=[1]", *overrides),
+            results=tmp_path / "results",
+            notice=print,
+        )[0]
+
+    plain, seeded = evaluated(), evaluated("encoder.seed=3")
+    file = Path(plain["file"])
+    assert file.parent == tmp_path / "results"
+    assert file.name.startswith("tv-resnet18-knn@")
+    assert "-step-0-untrained-" in file.name
+    assert plain["digest"] != seeded["digest"]
+    assert evaluated()["file"] == plain["file"]
