@@ -17,6 +17,7 @@ from scaletrain.evals import benchmark, datasets, intervals, request, results
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.datasets import BenchmarkDataset
 from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.evals.encoders.targets import Encoder, EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
@@ -68,8 +69,10 @@ class Evaluation:
         self._settings = request.settings(wanted.benchmarks, wanted.overrides)
         features = self._settings.pop("features")
         assert isinstance(features, FeatureConfig)
+        config = self._settings.pop("encoder")
+        assert isinstance(config, EncoderConfig)
 
-        encoder = targets.find(target, wanted.kind)
+        encoder = targets.find(target, wanted.kind, config)
         self._home = wanted.results or encoder.home
         store = wanted.store or self._home / "features"
         data = encoder.data
