@@ -47,6 +47,10 @@ class EvalContext:
         """Number of classes of the training images, which a head tells apart."""
         return self.dataset.classes
 
+    def samples(self, split: SplitName) -> int:
+        """Number of images of a split."""
+        return len(self._part(split).rows)
+
     def features(self, split: SplitName) -> Features:
         """Features of the images of a split under the test transform, on the CPU and as a rule
         memory-mapped.

@@ -1,5 +1,5 @@
-"""Networks of torchvision and timm, tv/NAME[:FILE] and timm/NAME[:FILE]. Without a file, weights are
-drawn from a seed: nothing is downloaded.
+"""Networks of torchvision and timm, tv/NAME[:FILE] and timm/NAME[:FILE]. Without a file, weights
+are drawn from a seed: nothing is downloaded.
 """
 
 from __future__ import annotations
