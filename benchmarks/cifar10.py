@@ -11,7 +11,6 @@ epoch, seconds per epoch.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -22,10 +21,9 @@ import typer
 
 from scaletrain.config import load
 from scaletrain.data.reading.reader import Shards
-from scaletrain.evals.benchmarks.knn import knn
-from scaletrain.evals.context import EvalContext
-from scaletrain.evals.encoders.targets import EncoderKind, find
-from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals import run as evals
+from scaletrain.evals.encoders.targets import EncoderKind
+from scaletrain.train import records
 
 HERE = Path(__file__).parent
 SETTINGS = ((200, 0.1), (20, 0.07))  # (k, temperature)
@@ -99,12 +97,7 @@ def train_and_kill(command: list[str], run: Path, step: int) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    path = run / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
+    return [record.model_dump() for record in records.read(run).steps]
 
 
 def seconds_per_epoch(run: Path) -> dict[int, float]:
@@ -119,14 +112,19 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
 
 
 def score(target: Path, shards: Path, encoder: EncoderKind) -> list[float]:
-    context = EvalContext(find(target, encoder), FeatureConfig(), shards / "train", shards / "test")
-    bank, queries = context.bank(), context.queries()
-    found = [
-        knn(bank.x, bank.labels, queries.x, queries.labels, (k,), t)[f"knn_{k}"]
-        for k, t in SETTINGS
-    ]
+    scores = []
+    for k, t in SETTINGS:
+        (result,) = evals.run(
+            target,
+            ["knn"],
+            train=shards / "train",
+            test=shards / "test",
+            overrides=[f"knn.ks=[{k}]", f"knn.temperature={t}"],
+            encoder=encoder,
+        )
+        scores.append(float(result["metrics"][f"knn_{k}"]))
 
-    return [float(value) for value in found]
+    return scores
 
 
 def show(name: str, scores: list[float], seconds: str) -> None:

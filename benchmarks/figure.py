@@ -10,7 +10,6 @@ one or two minutes on two cores.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -24,6 +23,8 @@ from typing import Annotated
 import cv2
 import numpy as np
 import typer
+
+from scaletrain.train import records
 
 ROOT = Path(__file__).parents[1]
 IMAGES, STEPS, KILLED = 256, 52, 26
@@ -143,11 +144,9 @@ def train_and_kill(work: Path, run: Path) -> int:
 
 
 def losses(run: Path) -> list[float]:
-    """The recorded losses, without a line that is being written."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = (json.loads(line) for line in lines if line.endswith("}"))
-    return [record["train/loss"] for record in records if "train/loss" in record]
+    """The recorded losses."""
+    found = (record.scalars.get("train/loss") for record in records.read(run).steps)
+    return [loss for loss in found if loss is not None]
 
 
 def deviation(curves: Sequence[Sequence[float]]) -> float:

@@ -26,6 +26,8 @@ from typing import Annotated
 
 import typer
 
+from scaletrain.train import records
+
 SAMPLES, BATCH, WARM = 50_000, 256, 5
 RECIPE = f"""
 batch: {BATCH}
@@ -93,7 +95,7 @@ def ours(shards: Path, steps: int) -> list[float]:
         ]
 
         subprocess.run(command, check=True, capture_output=True)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [record.model_dump() for record in records.read(run).steps]
 
     return [BATCH / line["speed/images_per_second"] for line in lines[WARM:]]
 

@@ -24,6 +24,7 @@ import torch
 import typer
 
 from scaletrain.checkpoint import reader
+from scaletrain.train import records
 
 PIPELINE = "rotation_finetune_cifar10"
 # a quarter of the width and a few hundred steps: minutes on two cores
@@ -94,8 +95,7 @@ def _kill(work: Path, folder: Path, stage: str, when: Callable[[], object]) -> N
 
 
 def _steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return len(records.read(run).steps)
 
 
 def _differing(work: Path, run: str) -> list[str]:

@@ -25,7 +25,7 @@ import typer
 
 from scaletrain.config import load
 from scaletrain.config.schema import Frozen, components
-from scaletrain.evals import features, run
+from scaletrain.evals import benchmark, features
 from scaletrain.pipelines import load as pipelines
 from scaletrain.pipelines.schema import PipelineConfig
 from scaletrain.report import catalogue
@@ -118,7 +118,7 @@ def config_page() -> str:
 
     parts.append(EVALUATION)
     models: dict[str, type[Frozen]] = {"features": features.FeatureConfig}
-    models |= {name: type(run._settings([name], ())[name]) for name in run.names()}
+    models |= {name: benchmark.load(name).Config for name in benchmark.names()}
     for name, config in models.items():
         found = {**config.model_json_schema(), "title": name}
         parts += tables(f"{name}.", found, found.get("$defs", {}), level=3)

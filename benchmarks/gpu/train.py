@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks.gpu import shards
 from benchmarks.gpu.report import Settings, attempt, check, python, say
 from benchmarks.gpu.speed import BF16, recipe_row
+from scaletrain.train import records
 
 # of an epoch
 SAMPLES = 50_000
@@ -82,7 +83,7 @@ def workers(settings: Settings) -> int:
 
 def curves(case: Case, folder: Path, seconds: float, *, stopped: bool) -> None:
     """Print how far a run came, what it looked like at its ends, and how fast it was."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [record.model_dump() for record in records.read(folder).steps]
     first, last = lines[0], lines[-1]
     ends = {
         key: [round(line[key], 3) for line in (first, last)]

@@ -4,6 +4,7 @@ from any number of files.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -74,6 +75,21 @@ class StepManifest(Frozen):
     meta: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: dict[FileName, StoredFile]
+
+    def part(self, prefix: str) -> StepManifest:
+        """Only the tensors whose names start with `prefix`, and the files that hold them."""
+        tensors = {name: e for name, e in self.tensors.items() if name.startswith(prefix)}
+        holding = {piece.file for entry in tensors.values() for piece in entry.pieces}
+        listed = {name: file for name, file in self.files.items() if name in holding}
+        return self.model_copy(update={"tensors": tensors, "files": listed})
+
+    @property
+    def digest(self) -> str:
+        """Of the content of all files, whatever their names: saving the same again gives the
+        same.
+        """
+        content = sorted(file.sha256 for file in self.files.values())
+        return hashlib.sha256("".join(content).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> StepManifest:
@@ -173,8 +189,8 @@ def delete(folder: Path) -> None:
 
 
 class SavedStep:
-    """A verified checkpoint, read by ranges of flattened tensors, at any world size and with any
-    engine.
+    """A verified checkpoint or a part of it, read by ranges of flattened tensors, at any world size
+    and with any engine.
     """
 
     def __init__(self, path: Path, manifest: StepManifest) -> None:
@@ -188,6 +204,11 @@ class SavedStep:
     @property
     def meta(self) -> dict[str, Any]:
         return self._manifest.meta
+
+    @property
+    def digest(self) -> str:
+        """Of the content of the files that were opened."""
+        return self._manifest.digest
 
     def names(self) -> list[str]:
         return sorted(self._manifest.tensors)
@@ -245,8 +266,11 @@ class SavedStep:
         return part
 
 
-def _verify(folder: Path) -> StepManifest:
-    """The manifest of a step, once every byte is known to be as written; else CheckpointError."""
+def _verify(folder: Path, prefix: str) -> StepManifest:
+    """The manifest of a step, once every byte is known to be as written; else CheckpointError.
+
+    prefix: only of the tensors with such names and of the files that hold them.
+    """
     try:
         manifest = read_manifest(folder / MANIFEST)
     except OSError as error:
@@ -260,6 +284,8 @@ def _verify(folder: Path) -> StepManifest:
                 f"{folder / MANIFEST} places {name} in {min(strange)}, which it does not list"
             )
 
+    # Without a prefix, files without any tensor are verified too.
+    manifest = manifest.part(prefix) if prefix else manifest
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(
             pool.map(
@@ -271,23 +297,23 @@ def _verify(folder: Path) -> StepManifest:
     return manifest
 
 
-def _patiently(folder: Path) -> StepManifest:
+def _patiently(folder: Path, prefix: str) -> StepManifest:
     """As _verify, with further attempts: a transient failure of storage is not damage, and resuming
     from an older step would lose work.
     """
     for pause in PAUSES:
         try:
-            return _verify(folder)
+            return _verify(folder, prefix)
         except CheckpointError as error:
             if error.exit_code != exit_codes.RETRY:
                 raise
             log.warning("%s; the next attempt is in %g s", error, pause)
             time.sleep(pause)
 
-    return _verify(folder)
+    return _verify(folder, prefix)
 
 
-def _newest(root: Path) -> tuple[Path, StepManifest] | None:
+def _newest(root: Path, prefix: str) -> tuple[Path, StepManifest] | None:
     known, refused = steps(root), ""
     for step in reversed(known):
         folder = folder_of(root, step)
@@ -296,7 +322,7 @@ def _newest(root: Path) -> tuple[Path, StepManifest] | None:
             continue
 
         try:
-            manifest = _patiently(folder)
+            manifest = _patiently(folder, prefix)
             if manifest.step != step:
                 raise CheckpointError(
                     f"{folder} contains step {manifest.step}: the folder was renamed"
@@ -316,16 +342,16 @@ def _newest(root: Path) -> tuple[Path, StepManifest] | None:
     return None
 
 
-def _agreed(decide: Callable[[], T]) -> T:
-    """Rank 0's result or CheckpointError on every rank, so that all ranks resume from the same step
-    and files are hashed once.
+def agreed(decide: Callable[[], T]) -> T:
+    """Rank 0's result or ValueError on every rank, so that all ranks use the same step and files
+    are hashed once. Every rank calls it.
     """
-    answer: tuple[T | None, CheckpointError | None] = (None, None)
+    answer: tuple[T | None, ValueError | None] = (None, None)
 
     if dist.main():
         try:
             answer = (decide(), None)
-        except CheckpointError as error:
+        except ValueError as error:
             answer = (None, error)
 
     value, fault = dist.broadcast_object(answer)
@@ -335,17 +361,25 @@ def _agreed(decide: Callable[[], T]) -> T:
     return value  # type: ignore[no-any-return]
 
 
-def latest(root: Path) -> SavedStep | None:
+def latest(root: Path, prefix: str = "") -> SavedStep | None:
     """The newest intact step; None if no step was ever committed. Every rank calls it.
 
     A damaged step is named in the log and the one before it is used; CheckpointError if all are
-    damaged.
+    damaged. prefix: as in open_step.
     """
-    found = _agreed(lambda: _newest(root))
+    found = agreed(lambda: _newest(root, prefix))
 
     return None if found is None else SavedStep(*found)
 
 
-def open_step(path: Path) -> SavedStep:
-    """Open and verify the folder of a step. Raises CheckpointError. Every rank calls it."""
-    return SavedStep(path, _agreed(lambda: _verify(path)))
+def open_step(path: Path, prefix: str = "") -> SavedStep:
+    """Open and verify the folder of a step. Raises CheckpointError. Every rank calls it.
+
+    prefix: open only the tensors with such names, and verify only the files that hold them.
+    """
+    return SavedStep(path, agreed(lambda: _verify(path, prefix)))
+
+
+def open_alone(path: Path, prefix: str = "") -> SavedStep:
+    """As open_step, for one rank by itself."""
+    return SavedStep(path, _verify(path, prefix))

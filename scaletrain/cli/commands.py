@@ -110,13 +110,30 @@ def train(
 
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(help="Run folder, one step of its checkpoints, or exported file.")
+        str,
+        typer.Argument(
+            help="Run folder, one step of its checkpoints, exported file, tv/NAME or timm/NAME of "
+            "torchvision or timm, or KIND:FILE of another project's checkpoint, e.g. moco:FILE."
+        ),
     ],
     benchmarks: Annotated[list[str], typer.Argument(help="e.g. knn linear")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Benchmark dataset: a name of configs/datasets, e.g. cifar10, or a file."
+        ),
+    ] = "",
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SCALETRAIN_DATA_ROOT", help="Folder of the shards of --dataset; default data."
+        ),
+    ] = None,
     train_data: Annotated[
         str | None,
         typer.Option(
-            "--train", help="Labelled shards, a folder or address; default: the run's own."
+            "--train",
+            help="Without --dataset: labelled shards, a folder or address; default: the run's own.",
         ),
     ] = None,
     test_data: Annotated[
@@ -139,23 +156,37 @@ def evaluate(
             help="Both sets number their classes alike, whatever their classes.json say.",
         ),
     ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; default RUN/evals, or that of the file."),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the stored features; default: `features` in --results."),
+    ] = None,
 ) -> None:
-    """Evaluate a frozen encoder; results go to RUN/evals and to the run's TensorBoard."""
+    """Evaluate a frozen encoder. Results go to RUN/evals; `scaletrain launch fleet RUN` adds them
+    to the run's TensorBoard.
+    """
     from scaletrain.evals import run as evals
     from scaletrain.report import cards
 
-    results = evals.run(
+    measured = evals.run(
         target,
         benchmarks,
+        dataset=dataset,
+        data_root=data_root,
         train=train_data,
         test=test_data,
         overrides=settings or (),
         encoder=encoder,
         labels=labels,
         same_numbers=same_numbers,
+        results=results,
+        store=store,
     )
 
-    typer.echo("\n".join(cards.report(results)))
+    typer.echo("\n".join(cards.report(measured)))
 
 
 def compare_runs(
@@ -203,7 +234,7 @@ def export(
 ) -> None:
     """Write the trained backbone to one file that torchvision, timm and `train --init` load."""
     from scaletrain.checkpoint import files, reader
-    from scaletrain.evals import targets
+    from scaletrain.evals.encoders import targets
 
     root = run / "checkpoints"
     source = reader.latest(root) if step is None else reader.open_step(reader.folder_of(root, step))

@@ -144,6 +144,11 @@ class MonitorConfig(Frozen):
     images_every: Natural = 1000
     """Steps between grids of the views; 0: never."""
 
+    probe: bool = False
+    """Train a linear classifier on the online network's features while it learns, and record its
+    accuracy. It has no influence on the training; the data must have labels.
+    """
+
 
 class Config(Frozen):
     """A whole run. `batch` is global: the number of samples per optimizer step over all ranks."""

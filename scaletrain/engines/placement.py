@@ -14,6 +14,10 @@ from torch import Tensor
 from scaletrain import dist
 from scaletrain.core import DeferredState, Method, Piece
 
+# How the names of the online probe's tensors in a checkpoint begin. They are no part of the state
+# of a method or an engine, which is restored with and without them.
+PROBE = "probe."
+
 
 class TrainingError(ValueError):
     """Training cannot continue; the text says why and what to look at."""
@@ -96,9 +100,11 @@ def pieces(placed: Mapping[str, Shard]) -> dict[str, Piece]:
 def fill(placed: Mapping[str, Shard], saved: SavedTensors, prefix: str = "") -> None:
     """Read all tensors from a checkpoint. Raises TrainingError where names or shapes differ.
 
-    prefix: only tensors with such names are asked for, and others in the checkpoint are ignored.
+    prefix: only tensors with such names are asked for, and others in the checkpoint are ignored, as
+    those of the online probe always are.
     """
-    available = {name for name in saved.names() if name.startswith(prefix)}
+    names = (name for name in saved.names() if not name.startswith(PROBE))
+    available = {name for name in names if name.startswith(prefix)}
 
     for name, shard in placed.items():
         if name not in available or tuple(saved.shape(name)) != shard.shape:

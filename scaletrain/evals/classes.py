@@ -1,7 +1,7 @@
 """One numbering of the classes for training and test set, matched by name where classes have names.
 
 Classes are numbered by first appearance in the training set. So numbers are dense whatever the
-labels are, and no metric depends on how a data set numbers its classes.
+labels are, and no metric depends on how a dataset numbers its classes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaletrain.data.format import selection
 from scaletrain.data.format.names import CLASSES
-from scaletrain.data.reading.concat import classes as read_names
+from scaletrain.data.reading.concat import classes as read_classes
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.errors import EvalError
 
@@ -30,13 +31,15 @@ class LabelledSet:
     """A labelled training or test set.
 
     path: its folder or address. source: the file or folder that the labels [N] come from. sha256:
-    of its shards. unlabelled: a sentence on samples without a label, if any.
+    of its shards. names: of the classes by label; None where they have none, or where numbers are
+    to count. unlabelled: a sentence on samples without a label, if any.
     """
 
     path: str
     source: str
     labels: Ints
     sha256: str
+    names: Sequence[str] | None = None
     unlabelled: str = ""
 
 
@@ -63,9 +66,9 @@ def match(train: LabelledSet, test: LabelledSet, same_numbers: bool = False) -> 
     labels is unknown, and where the test set has a class that the training set lacks.
     """
     for part in (train, test):
-        _labelled(part)
+        labelled(part)
 
-    ours, theirs = (None, None) if same_numbers else (names(train.path), names(test.path))
+    ours, theirs = (None, None) if same_numbers else (train.names, test.names)
     labels, matched, sha256 = test.labels, "by number", None
     if same_numbers:
         matched = "by number, as --same-numbers says"
@@ -76,39 +79,59 @@ def match(train: LabelledSet, test: LabelledSet, same_numbers: bool = False) -> 
             if np.array_equal(labels, test.labels)
             else "by name: the test set numbers them differently"
         )
-        sha256 = hashlib.sha256(json.dumps([ours, theirs]).encode()).hexdigest()
+        sha256 = names_digest(ours, theirs)
     elif (ours is None) != (theirs is None) and train.sha256 != test.sha256:
-        named, bare = (train, test) if theirs is None else (test, train)
+        has, bare = (train, test) if theirs is None else (test, train)
         raise EvalError(
-            f"{named.path} has a {CLASSES} and {bare.path} has none, so it is unknown whether "
+            f"{has.path} has a {CLASSES} and {bare.path} has none, so it is unknown whether "
             "label 0 means the same class in "
             "both; import both alike, or say --same-numbers if you know that they number their "
             "classes alike"
         )
 
-    known, first = np.unique(train.labels, return_index=True)
-    if len(strange := np.setdiff1d(labels, known)):
+    numbering = Numbering(train.labels)
+    if len(strange := np.setdiff1d(labels, numbering.known)):
         raise EvalError(
             f"{test.path} has classes of which {train.source} has no sample: "
-            f"{_listed(_called(strange, ours))}; "
+            f"{listed(_called(strange, ours))}; "
             "give the right sets with --train, --test and --labels"
         )
 
-    place = np.empty(len(known), np.int64)
-    place[first.argsort()] = np.arange(len(known))
     ours_dense, theirs_dense = (
-        torch.from_numpy(place[known.searchsorted(part)]) for part in (train.labels, labels)
+        torch.from_numpy(numbering.dense(part)) for part in (train.labels, labels)
     )
+    count = len(numbering.known)
+    return Classes(ours_dense, theirs_dense, count, numbering.numbers, matched, sha256)
 
-    numbers = torch.from_numpy(known[first.argsort()])
-    return Classes(ours_dense, theirs_dense, len(known), numbers, matched, sha256)
+
+class Numbering:
+    """The classes of labels [N], numbered 0, 1, ... by first appearance.
+
+    known: the labels that occur, ascending. numbers [C]: the label of each class.
+    """
+
+    def __init__(self, labels: Ints) -> None:
+        self.known, first = np.unique(labels, return_index=True)
+        order = first.argsort()
+        self._place = np.empty(len(order), np.int64)
+        self._place[order] = np.arange(len(order))
+        self.numbers = torch.from_numpy(self.known[order])
+
+    def dense(self, labels: Ints) -> Ints:
+        """The classes of labels, all of which are known."""
+        return self._place[self.known.searchsorted(labels)]
 
 
-def names(folder: str) -> list[str] | None:
-    """The class names of a data set in order of label; None without classes.json. Raises EvalError
+def names_digest(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """sha256 of the names of both sets."""
+    return hashlib.sha256(json.dumps([list(ours), list(theirs)]).encode()).hexdigest()
+
+
+def read_names(folder: selection.Paths) -> list[str] | None:
+    """The class names of a dataset in order of label; None without classes.json. Raises EvalError
     or DataError.
     """
-    raw = read_names(folder)
+    raw = read_classes(folder)
     if raw is None:
         return None
 
@@ -119,15 +142,16 @@ def names(folder: str) -> list[str] | None:
 
     if not isinstance(found, list) or not found or not all(isinstance(name, str) for name in found):
         raise EvalError(
-            f"{folder}/{CLASSES} is not a list of the classes' names, as the importers write it; "
-            "restore it, or say "
-            "--same-numbers if both sets number their classes alike"
+            f"{selection.one_folder(folder).folder}/{CLASSES} is not a list of the classes' names, "
+            "as the importers write it; restore it, or say --same-numbers if both sets number "
+            "their classes alike"
         )
 
     return found
 
 
-def _labelled(part: LabelledSet) -> None:
+def labelled(part: LabelledSet) -> None:
+    """Raise EvalError unless every sample has one label."""
     if bare := int((part.labels < 0).sum()):
         text = (
             part.unlabelled or f"{bare:,} of {len(part.labels):,} samples have no label, or several"
@@ -139,20 +163,27 @@ def _labelled(part: LabelledSet) -> None:
         )
 
 
-def _renamed(train: LabelledSet, test: LabelledSet, ours: list[str], theirs: list[str]) -> Ints:
-    """The labels of the test set in the numbering of the training set, matched by name."""
-    for part, listed in ((train, ours), (test, theirs)):
-        if (top := int(part.labels.max())) >= len(listed):
-            raise EvalError(
-                f"{part.source}: label {top} has no name in {part.path}/{CLASSES}, which lists "
-                f"{len(listed):,}"
-            )
+def named(part: LabelledSet, names: Sequence[str]) -> None:
+    """Raise EvalError for a label without a name."""
+    if (top := int(part.labels.max())) >= len(names):
+        raise EvalError(
+            f"{part.source}: label {top} has no name in {part.path}/{CLASSES}, which lists "
+            f"{len(names):,}"
+        )
 
-    if ours == theirs:
+
+def _renamed(
+    train: LabelledSet, test: LabelledSet, ours: Sequence[str], theirs: Sequence[str]
+) -> Ints:
+    """The labels of the test set in the numbering of the training set, matched by name."""
+    for part, names in ((train, ours), (test, theirs)):
+        named(part, names)
+
+    if list(ours) == list(theirs):
         return test.labels
 
-    for part, listed in ((train, ours), (test, theirs)):
-        if len(set(listed)) < len(listed):
+    for part, names in ((train, ours), (test, theirs)):
+        if len(set(names)) < len(names):
             raise EvalError(
                 f"{part.path}/{CLASSES} names a class twice, so {train.path} and {test.path} "
                 "cannot be matched by name"
@@ -163,7 +194,7 @@ def _renamed(train: LabelledSet, test: LabelledSet, ours: list[str], theirs: lis
     if lacking := [theirs[label] for label in used if theirs[label] not in place]:
         raise EvalError(
             f"{test.path} has classes that {train.path}/{CLASSES} does not name: "
-            f"{_listed(lacking)}; "
+            f"{listed(lacking)}; "
             "give the right sets with --train and --test, or say --same-numbers if only the "
             "spelling differs"
         )
@@ -176,6 +207,7 @@ def _called(labels: Ints, listed: Sequence[str] | None) -> list[str]:
     return [str(label) if listed is None else listed[label] for label in labels.tolist()]
 
 
-def _listed(called: Sequence[str]) -> str:
+def listed(called: Sequence[str]) -> str:
+    """The first of some classes, for messages."""
     more = f" and {len(called) - _SHOWN:,} more" if len(called) > _SHOWN else ""
     return ", ".join(repr(name) for name in called[:_SHOWN]) + more

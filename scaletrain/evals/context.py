@@ -1,141 +1,123 @@
-"""What benchmarks work on: an encoder, a labelled training and test set, and their features."""
+"""What benchmarks work on: an encoder, an opened dataset, and the features of its splits."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scaletrain.data.loading import loader
-from scaletrain.data.reading.reader import Shards
-from scaletrain.data.reading.replacement import admit
-from scaletrain.data.reading.subset import load as load_subset
-from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.data.sampling.substitutes import Replaced
-from scaletrain.evals.classes import LabelledSet, match
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.features import FeatureConfig, FeatureExtractor, Features, mask
+from scaletrain.evals.features import Encoded, FeatureConfig, FeatureExtractor, Features
 from scaletrain.evals.network import Network, load
-
-# Features [K, D] of the samples that can be read, and a mask [N] bool of which these are.
-Encoded = tuple[Tensor, Tensor]
+from scaletrain.evals.open_dataset import OpenDataset, Part, SplitName
+from scaletrain.evals.predictions import Ranked
+from scaletrain.evals.scores import place
+from scaletrain.evals.transforms import Transform
 
 
 class EvalContext:
-    """An encoder with a training and a test set. Features are computed once and shared by all
-    benchmarks.
+    """An encoder and a dataset. Features are encoded once and shared by all benchmarks.
 
-    With a label subset, the training set is the samples of the subset, numbered 0, 1, ... in their
-    order, and no other image is read. Samples that are left out because they cannot be read do not
-    belong to their set either.
+    Samples that are left out because they cannot be read belong to no split.
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        settings: FeatureConfig,
-        train: str | Path,
-        test: str | Path,
-        subset: Path | None = None,
-        same_numbers: bool = False,
+        self, encoder: Encoder, dataset: OpenDataset, settings: FeatureConfig, store: Path | None
     ) -> None:
-        """Raises DataError for a `subset` of other shards than `train`, EvalError where labels do
-        not fit together.
-        """
-        self.extractor = FeatureExtractor(encoder, settings)
-        self.encoder, self.settings = encoder, settings
-        self.skip, self.max_bad = self.extractor.skip, self.extractor.max_bad
-        self.train, self.test = str(train), str(test)
-
-        self._opened: dict[str, Shards] = {}
-        train_shards, test_shards = self._shards(self.train), self._shards(self.test)
-        # The shards of the training set, or those of their samples that belong to it.
-        self._train: Shards | SubsetShards = train_shards
-        self._subset: dict[str, Any] | None = None
-        self._subset_sha: str | None = None
-
-        if subset is None:
-            train_labels = LabelledSet(
-                self.train,
-                self.train,
-                train_shards.labels(),
-                train_shards.fingerprint,
-                train_shards.unlabelled(),
-            )
-        else:
-            found = load_subset(subset, train_shards)
-            self._train = SubsetShards(train_shards, found.index)
-            train_labels = LabelledSet(
-                self.train, str(subset), found.labels, train_shards.fingerprint
-            )
-            digest = hashlib.sha256(subset.read_bytes()).hexdigest()
-            self._subset = {
-                "file": subset.name,
-                "sha256": digest,
-                "samples": len(found.index),
-                "rule": found.rule,
-            }
-
-            self._subset_sha = self._train.fingerprint
-
-        test_labels = LabelledSet(
-            self.test,
-            self.test,
-            test_shards.labels(),
-            test_shards.fingerprint,
-            test_shards.unlabelled(),
-        )
-        self.matched = match(train_labels, test_labels, same_numbers)
-        # Labels of the training set.
-        self._labels = self.matched.train
-        self._left_out: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-        self._bank: Features | None = None
-        self._queries: Features | None = None
-
-    @property
-    def samples(self) -> int:
-        """Number of training samples."""
-        if self.skip:
-            # Only a pass over the set shows which samples can be read.
-            self.bank()
-        return len(self._labels)
+        """store: folder of stored features; None: none are stored."""
+        self.extractor = FeatureExtractor(encoder, settings, store)
+        self.encoder, self.dataset, self.settings = encoder, dataset, settings
+        self.device = self.extractor.device
+        # By "train", of the training and validation images, and "test".
+        self._encoded: dict[str, Encoded] = {}
+        self._left_out: dict[str, list[dict[str, Any]]] = {}
 
     @property
     def classes(self) -> int:
-        """Number of classes in the training set."""
-        return self.matched.count
+        """Number of classes of the training images, which a head tells apart."""
+        return self.dataset.classes
 
-    @property
-    def subset_labels(self) -> Tensor | None:
-        """The labels [N] of the label subset; None without one."""
-        return None if self._subset is None else self._labels
+    def samples(self, split: SplitName) -> int:
+        """Number of images of a split."""
+        return len(self._part(split).rows)
 
-    def bank(self) -> Features:
-        """Features of all training images under the test transform."""
-        if self._bank is None:
-            x, good = self._encode("train", "training images", self._train)
-            if not good.all():
-                self._train = SubsetShards(self._train, good.nonzero().flatten().numpy())
-                self._labels = self._labels[good]
+    def features(self, split: SplitName) -> Features:
+        """Features of the images of a split under the test transform, on the CPU and as a rule
+        memory-mapped.
 
-            self._bank = Features(x, self._labels)
+        "trainval" is all training images: "train" and, to choose settings on, "val".
+        """
+        images = _images(split)
+        if split == "val" and images not in self._encoded and not self.extractor.skip:
+            # Few of many; a benchmark that trains on augmented images needs no others.
+            part = self.dataset.part(split)
+            encoded = self.extractor.encode(
+                part.path, part.selected, "validation images", self._transform(images)
+            )
+            return Features(encoded.x, part.labels, part.index)
 
-        return self._bank
+        return self._select(split, self._encode(images))
 
-    def queries(self) -> Features:
-        """Features of all test images under the test transform."""
-        if self._queries is None:
-            x, good = self._encode("test", "test images", self._shards(self.test))
-            self._queries = Features(x, self.matched.test[good])
-        return self._queries
+    def prepare(self, split: SplitName) -> None:
+        """Store the features of a split with the devices of all ranks. Every rank calls it."""
+        part = self.dataset.part(split)
+        shards = part.selected if split == "val" else part.shards
+        self.extractor.prepare(part.path, shards, split, self._transform(_images(split)))
+
+    def views(self, split: SplitName, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """An endless stream of (features [b, D], labels [b]) on the device, of randomly cropped and
+        flipped images of a split; each epoch in a new order.
+        """
+        part = self._part(split)
+        batch = min(self.settings.batch, len(part.rows))
+        data = self.encoder.data.plain(
+            path=part.path,
+            mixture=(),
+            subset="",
+            groups="",
+            epoch_samples=0,
+            # Lanes must divide the batch.
+            lanes=math.gcd(batch, self.encoder.data.lanes),
+            workers=self.settings.workers,
+            on_bad="skip" if self.extractor.skip else "raise",
+            views=(self.extractor.view,),
+        )
+        shards = part.selected
+        stream = loader.stream_of(
+            data, shards, seed=seed, batch=batch, rank=0, world=1, device=self.device
+        )
+
+        def lost(_: int, replaced: Sequence[Replaced]) -> None:
+            """Refuse substitutes: unreadable samples were left out before, and a substitute may lie
+            outside the split.
+            """
+            for one in replaced:
+                raise EvalError(f"{one.fault}; this sample could be read before")
+
+        try:
+            for images in stream.batches(0, sys.maxsize, lost):
+                labels = part.labels[images.index.cpu()]
+                yield self.extractor.forward(images), labels.to(self.device)
+        finally:
+            stream.close()
+            shards.close()
+
+    def ranked(self, features: Features, scores: Tensor) -> Ranked:
+        """Predictions for test images from the scores [Q, classes] that a head gives them."""
+        rank, predicted = place(self.dataset.best(scores), features.labels)
+        return Ranked(features.index, features.labels, rank, predicted, self.dataset.scored)
+
+    # --- whole networks ---
 
     @cached_property
     def network(self) -> Network:
@@ -148,89 +130,27 @@ class EvalContext:
                 "of it, and no --encoder"
             )
 
-        return load(encoder.source)
+        return load(Path(encoder.source))
 
-    def outputs(self, module: nn.Module) -> Features:
-        """Outputs [N, D] of a module for all test images under the test transform, in place of the
-        encoder's features.
+    def outputs(self, module: nn.Module, split: SplitName) -> Features:
+        """Outputs [N, D] of a module for the images of a split under the test transform, in place
+        of the encoder's features; they are not stored.
         """
         extractor = FeatureExtractor(replace(self.encoder, module=module), self.settings)
-        found = extractor.encode(
-            self.test, self._shards(self.test), "test images", extractor.transform_of("test")
-        )
-        self._left_out["test"] = list(found.left_out)
-
-        return Features(found.x, self.matched.test[found.index])
-
-    def part(self, rows: Tensor) -> Features:
-        """Features of the training images `rows` (ascending numbers) under the test transform; no
-        other image is read.
-        """
-        if self.skip or self._bank is not None:
-            return Features(self.bank().x[rows], self._labels[rows])
-
-        x, _ = self._encode("train", "held-out images", SubsetShards(self._train, rows.numpy()))
-        return Features(x, self._labels[rows])
-
-    def augmented(self, wanted: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """An endless stream of (features [b, D], labels [b]) on the device, of randomly cropped and
-        flipped training images; each epoch in a new order.
-
-        wanted: mask [N] bool of the training images to yield.
-        """
-        batch = min(self.settings.batch, self.samples)
-        data = self.encoder.data.plain(
-            path=self.train,
-            mixture=(),
-            subset="",
-            groups="",
-            epoch_samples=0,
-            # Lanes must divide the batch.
-            lanes=math.gcd(batch, self.encoder.data.lanes),
-            workers=self.settings.workers,
-            on_bad="skip" if self.skip else "raise",
-            views=(self.extractor.view,),
-        )
-
-        stream = loader.stream_of(
-            data,
-            self._train,
-            seed=seed,
-            batch=batch,
-            rank=0,
-            world=1,
-            device=self.extractor.device,
-        )
-
-        def lost(_: int, replaced: Sequence[Replaced]) -> None:
-            """Refuse substitutes: unreadable samples were left out before, and a substitute may lie
-            outside the label subset.
-            """
-            for one in replaced:
-                raise EvalError(f"{one.fault}; this sample could be read before")
-
-        try:
-            for part in stream.batches(0, sys.maxsize, lost):
-                number = part.index.cpu()
-                keep = wanted[number]
-                yield (
-                    self.extractor.forward(part, keep.to(self.extractor.device)),
-                    self._labels[number[keep]].to(self.extractor.device),
-                )
-        finally:
-            stream.close()
-            self._train.close()
+        return self._select(split, self._pass(extractor, _images(split)))
 
     # --- for the result ---
 
     @property
     def transform(self) -> dict[str, Any]:
-        """The test transform, as written in results."""
-        return self.extractor.transform
+        """The transform of test images, as written in results."""
+        data = self.encoder.data
+        chosen = self._transform("test").model_dump(mode="json")
+        return {**chosen, "mean": data.mean, "std": data.std, "bf16": self.settings.bf16}
 
     @property
     def augmentation(self) -> dict[str, Any]:
-        """The random view of `augmented`, as written in results."""
+        """The random view of `views`, as written in results."""
         return self.extractor.augmentation
 
     @property
@@ -238,55 +158,72 @@ class EvalContext:
         """All that defines a measurement besides the encoder and the benchmark; known before
         anything is measured.
         """
-        transform = {
-            key: value for key, value in self.transform.items() if key not in ("mean", "std")
-        }
+        transform = {**self._transform("test").model_dump(mode="json"), "bf16": self.settings.bf16}
         policy = (
             {"on_bad": "skip", "max_pixels": self.encoder.data.max_pixels}
-            if self.skip
+            if self.extractor.skip
             else {"on_bad": "raise"}
         )
 
-        return {
-            "features": {**transform, "batch": self.settings.batch, **policy},
-            "train": self._shards(self.train).fingerprint,
-            "test": self._shards(self.test).fingerprint,
-            "labels": self._subset_sha,
-            "classes": {"matched": self.matched.matched, "sha256": self.matched.sha256},
-        }
+        return {"features": {**transform, **policy}, **self.dataset.identity}
 
     def provenance(self) -> dict[str, Any]:
-        """The data as written in results: for both sets the path, the number of samples, the sha256
-        of all bytes and the samples left out; the classes; the label subset.
+        """The data as written in results, with the samples that were left out and sentences on test
+        images that were seen in training.
         """
-        data: dict[str, Any] = {}
+        data = self.dataset.provenance()
+        trained = self.encoder.kind == "trained"
+        if seen := self.dataset.leaks(self.encoder.trained_on if trained else ()):
+            data["seen_in_training"] = seen
 
-        for name, path in (("train", self.train), ("test", self.test)):
-            shards = self._shards(path)
-            data[name] = {"path": path, "samples": len(shards), "sha256": shards.fingerprint}
-            if self.skip:
-                data[name]["left_out"] = self._left_out[name]
-                data[name]["left_out_of_index"] = sum(loss.samples for loss in shards.losses)
+        if self.extractor.skip:
+            for images in ("train", "test"):
+                data[images]["left_out"] = self._left_out.get(images, [])
 
-        data["classes"] = {"count": self.classes, "matched": self.matched.matched}
-        return data | ({} if self._subset is None else {"labels": self._subset})
+        return data
 
-    def _shards(self, path: str) -> Shards:
-        """The shards of a folder or address, opened once: remote ones fetch a list."""
-        if path not in self._opened:
-            found = Shards(path, cache=self.encoder.data.cache, skip=self.skip)
-            admit(found.losses, "skip" if self.skip else "raise", self.max_bad, "--set features.")
-            self._opened[path] = found
-
-        return self._opened[path]
-
-    def _encode(
-        self, name: Literal["train", "test"], what: str, shards: Shards | SubsetShards
-    ) -> Encoded:
-        """Features of all samples of a set or of its subset, and a mask of those that can be
-        read.
+    def _transform(self, images: str) -> Transform:
+        """The test transform, of training or test images; a dataset may have a border that is cut
+        from its test images.
         """
-        path = self.train if name == "train" else self.test
-        found = self.extractor.encode(path, shards, what, self.extractor.transform_of(name))
-        self._left_out[name] = list(found.left_out)
-        return found.x, mask(found.index, len(shards))
+        chosen = self.extractor.transform_of(images)
+        border = self.dataset.border if images == "test" else 0
+        return chosen.model_copy(update={"border": border}) if border else chosen
+
+    def _encode(self, images: str) -> Encoded:
+        """Features of all training or all test images."""
+        if images not in self._encoded:
+            self._encoded[images] = self._pass(self.extractor, images)
+        return self._encoded[images]
+
+    def _pass(self, extractor: FeatureExtractor, images: str) -> Encoded:
+        part = self.dataset.part("test" if images == "test" else "trainval")
+        encoded = extractor.encode(
+            part.path, part.shards, f"{images} images", self._transform(images)
+        )
+        self._left_out[images] = list(encoded.left_out)
+        return encoded
+
+    def _select(self, split: SplitName, encoded: Encoded) -> Features:
+        """Those features of all training or all test images that belong to a split."""
+        part = self._readable(split, encoded)
+        rows = torch.searchsorted(encoded.index, part.rows)
+        x = encoded.x if len(rows) == len(encoded.x) else encoded.x[rows]
+
+        return Features(x, part.labels, part.index)
+
+    def _part(self, split: SplitName) -> Part:
+        """A split without the samples that cannot be read, which only a pass over all shows."""
+        if not self.extractor.skip:
+            return self.dataset.part(split)
+        return self._readable(split, self._encode(_images(split)))
+
+    def _readable(self, split: SplitName, encoded: Encoded) -> Part:
+        samples = len(self.dataset.part(split).shards)
+        readable = torch.zeros(samples, dtype=torch.bool).index_fill(0, encoded.index, True)
+        return self.dataset.part(split, (~readable).nonzero().flatten())
+
+
+def _images(split: SplitName) -> str:
+    """Whose shards a split is a part of."""
+    return "test" if split == "test" else "train"

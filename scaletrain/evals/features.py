@@ -96,6 +96,8 @@ class Features:
 
     x: Tensor  # [N, D] float32, on the CPU
     labels: Tensor  # [N] int64, numbered as in classes.py
+    # numbers of the samples in the folder or folders of the split, ascending
+    index: Tensor  # [N] int64
 
 
 @dataclass(frozen=True)
@@ -246,11 +248,9 @@ class FeatureExtractor:
         if not encoding.on_main(known, world):
             self._stored(path, shards, what, transform, dist.rank(), world)
 
-    @torch.no_grad()
-    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        """Features [K, D] float32 of a batch, or of its samples in the mask `keep` [B] bool."""
-        images = batch.views[0][0]
-        return self._forward(images if keep is None else images[keep])
+    def forward(self, batch: Batch) -> Tensor:
+        """Features [B, D] float32 of a batch."""
+        return self._forward(batch.views[0][0])
 
     @torch.no_grad()
     def _forward(self, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from scaletrain.config.schema import Config
 from scaletrain.core import Method
 from scaletrain.evals.encoders import targets
 from scaletrain.train.build import rebuild
+from scaletrain.train.weight_sources import METHOD
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def load(target: Path) -> Network:
     """
     # `step-N` alone has no parent
     target = target.absolute()
-    saved = targets.step_of(target)
+    saved = targets.step_of(target, METHOD)
     config = configuration.load(targets.run_of(target) / "config.yaml")
     method = rebuild(config, saved)
 

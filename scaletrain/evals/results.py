@@ -1,5 +1,5 @@
 """Result files: one for each encoder, protocol and data, named by a digest of all that defines it,
-and never changed.
+and never changed. The predictions for every test sample are in a file beside it.
 
 The identity of a result is known before anything is measured: `protocol` (benchmark, settings,
 transform, content of the data, how classes were matched), `encoder` (kind, step, weights) and the
@@ -10,6 +10,7 @@ protocol, which includes the samples that could not be read.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -17,14 +18,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
+import numpy as np
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from scaletrain.config import validation
 from scaletrain.config.recipe import flat
 from scaletrain.evals.errors import EvalError
 from scaletrain.runtime import durable
 
-FORMAT = 1
+FORMAT = 2
 # Names become folders, tags and columns.
 Name = Annotated[str, Field(pattern=r"^\w+$")]
 # Larger files are not results.
@@ -75,21 +77,58 @@ class TrainingRecord(BaseModel):
     epochs: FiniteFloat | None = None
 
 
-class Result(BaseModel):
-    """The content of a result file that tables and curves use."""
+class PredictionsRecord(BaseModel):
+    """The file of predictions, which lies beside the result."""
 
-    format: Literal[1]
+    # A plain name, which cannot lead out of the folder.
+    file: Annotated[str, Field(pattern=r"^[\w@+-][\w.@+-]*\.npz$")]
+    sha256: str
+
+
+class Result(BaseModel):
+    """The content of a result file that tables and curves use.
+
+    Those of format 1, which earlier versions wrote, have neither intervals nor predictions.
+    """
+
+    format: Literal[1, 2]
     # of `identity`; the file's name ends with it
     digest: str
     benchmark: Name
+    # Name of the dataset; empty in format 1.
+    dataset: str = ""
     encoder: Literal["trained", "untrained", "pixels"]
     step: NonNegativeInt
     trained: TrainingRecord = TrainingRecord()
     # when, in UTC
     measured: str
+    # The metric that stands for the benchmark where there is room for one.
+    main: Name
+    # in per cent
     metrics: dict[Name, FiniteFloat]
+    # 95 % intervals [low, high] of the metrics
+    intervals: dict[Name, tuple[FiniteFloat, FiniteFloat]] = {}
+    predictions: PredictionsRecord | None = None
     data: DataRecord
     identity: Identity
+    # Where it was read from.
+    file: Path = Path()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _main_of_format_1(cls, content: Any) -> Any:
+        """Its first metric was the main one."""
+        if isinstance(content, dict) and content.get("format") == 1:
+            return {"main": next(iter(content.get("metrics") or {}), ""), **content}
+        return content
+
+    @model_validator(mode="after")
+    def _complete(self) -> Result:
+        if self.main not in self.metrics:
+            raise ValueError(f"its main metric '{self.main}' is not among its metrics")
+        if self.format > 1 and self.intervals.keys() != self.metrics.keys():
+            raise ValueError("its intervals are not those of its metrics")
+        return self
 
     @property
     def protocol(self) -> str:
@@ -127,15 +166,15 @@ def parse(path: Path) -> tuple[Result, dict[str, Any]]:
             raise ValueError("not a regular file of usual size")
 
         content = json.loads(path.read_bytes())
-        found = Result.model_validate(content)
-        if found.digest != digest(content["identity"]):
+        result = Result.model_validate(content).model_copy(update={"file": path})
+        if result.digest != digest(content["identity"]):
             raise ValueError("its `digest` is not that of its `identity`")
     except ValidationError as error:
         reason = validation.first(error)
     except (ValueError, RecursionError) as error:
         reason = str(error)
     else:
-        return found, content
+        return result, content
 
     # Text from a foreign file must not control the terminal.
     plain = reason.encode("unicode_escape").decode()
@@ -148,7 +187,7 @@ def read(folder: Path) -> list[Result]:
 
     Files that are skipped are named on stderr.
     """
-    found: dict[tuple[str, int, str], tuple[Result, Path]] = {}
+    newest: dict[tuple[str, int, str], Result] = {}
 
     for path in sorted(folder.glob("*.json")):
         try:
@@ -158,20 +197,18 @@ def read(folder: Path) -> list[Result]:
             continue
 
         key = result.encoder, result.step, result.protocol
-        older, newer = sorted(
-            (found.get(key, (result, path)), (result, path)), key=lambda pair: pair[0].measured
-        )
+        older, newer = sorted((newest.get(key, result), result), key=lambda one: one.measured)
 
-        if older[1] != newer[1]:
+        if older.file != newer.file:
             print(
-                f"skipped: {older[1]}: {newer[1].name} has the same step and protocol, and is "
+                f"skipped: {older.file}: {newer.file.name} has the same step and protocol, and is "
                 "not older",
                 file=sys.stderr,
             )
 
-        found[key] = newer
+        newest[key] = newer
 
-    return sorted((result for result, _ in found.values()), key=lambda result: result.step)
+    return sorted(newest.values(), key=lambda result: result.step)
 
 
 def prepare(path: Path) -> None:
@@ -187,15 +224,25 @@ def prepare(path: Path) -> None:
         raise EvalError(f"cannot write {path}: the folder is write-protected")
 
 
-def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a result and return the content of its file, which another process may have written
-    first. Raises EvalError.
+def write(
+    path: Path, content: Mapping[str, Any], predictions: Mapping[str, np.ndarray[Any, Any]]
+) -> dict[str, Any]:
+    """Write a result and its predictions, and return the content of the result's file, which
+    another process may have written first. Raises EvalError.
     """
     if not path.exists():
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **predictions)  # type: ignore[arg-type]
+        beside = path.with_suffix(".npz")
+        record = {"file": beside.name, "sha256": hashlib.sha256(packed.getvalue()).hexdigest()}
+        content = {**content, "predictions": record}
         # For people: tables and curves name it.
         named = {"digest": Result.model_validate(content).protocol}
-        content = {**content, "protocol": named | content["protocol"]}
+        content["protocol"] = named | content["protocol"]
+
         try:
+            # First, since a result that exists is complete.
+            durable.write(beside, packed.getvalue())
             durable.write(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             raise EvalError(
@@ -204,35 +251,3 @@ def write(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
             ) from error
 
     return parse(path)[1]
-
-
-def plot(run: Path, path: Path) -> None:
-    """Add the metrics of a result to the run's TensorBoard, with one folder, and so one curve, for
-    each protocol.
-
-    The name of the event file contains the digest of the result, so that it is written once. A
-    failure to write is reported on stderr only.
-    """
-    found = parse(path)[0]
-    baseline = "" if found.encoder == "trained" else f"-{found.encoder}"
-    folder = run / "tensorboard" / "evals" / f"{found.benchmark}-{found.protocol}{baseline}"
-
-    if any(folder.glob(f"*.{found.digest}")):
-        return
-
-    # slow to import
-    from torch.utils.tensorboard import SummaryWriter
-
-    fresh = not folder.exists()
-    try:
-        with SummaryWriter(str(folder), filename_suffix=f".{found.digest}") as writer:
-            if fresh:
-                writer.add_text(
-                    "eval/protocol",
-                    "\n".join(f"- {key}: {value}" for key, value in found.described.items()),
-                )
-
-            for name, value in found.metrics.items():
-                writer.add_scalar(f"eval/{name}", value, found.step)
-    except (OSError, ValueError) as error:  # ValueError: its file was closed by an earlier failure
-        print(f"no TensorBoard scalars of {path}: {error}", file=sys.stderr)

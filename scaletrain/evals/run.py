@@ -1,235 +1,232 @@
-"""Evaluation of frozen encoders: `run` evaluates one encoder on benchmarks and writes results.
-
-A benchmark is a file in benchmarks/, named by its file name, with a frozen `Config` and
-`measure(config, context) -> (metrics, protocol)`. Metrics are in per cent. The protocol describes
-how they were measured, in the same way for every encoder. Further findings, such as a chosen
-learning rate, are under its key `found`, which a result lists separately. A benchmark of more than
-the encoder also has `identity(context)`, which identifies the rest.
-"""
+"""Evaluation of frozen encoders: an encoder on benchmarks, to result files."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from scaletrain import dist
-from scaletrain.config import recipe, schema, validation
 from scaletrain.data.errors import ShardError
-from scaletrain.data.format import selection
-from scaletrain.data.format.names import is_remote
-from scaletrain.evals import benchmarks as package
-from scaletrain.evals import folders, results
+from scaletrain.evals import benchmark, datasets, intervals, request, results
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.datasets import BenchmarkDataset
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import Encoder, EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals.open_dataset import open_dataset
+from scaletrain.evals.predictions import Score, named_metrics, pack
+from scaletrain.evals.request import Request
+from scaletrain.runtime import locks
 from scaletrain.runtime.versions import installed
-from scaletrain.train import run_folder
-
-
-def names() -> tuple[str, ...]:
-    """Names of all benchmarks."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
 
 
 def run(
-    target: Path,
+    target: str | Path,
     benchmarks: Sequence[str],
     *,
-    train: str | Path | None = None,
-    test: str | Path | None = None,
     overrides: Iterable[str] = (),
     encoder: EncoderKind = "trained",
-    labels: Path | None = None,
-    same_numbers: bool = False,
     notice: Callable[[str], None] = print,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Evaluate RUN (its newest good checkpoint), RUN/checkpoints/step-N or an exported FILE; one
-    result per benchmark.
+    """Evaluate a run (its newest good checkpoint), a step, or another encoder that
+    `encoders.targets.find` knows; one result per benchmark.
 
-    `train` and `test` are folders or addresses of labelled shards; by default the run's own data
-    and a folder `test` or `val` next to it. `overrides` such as `linear.epochs=20` or
-    `features.size=224` change settings of a benchmark or of the features. `encoder` selects the
-    trained encoder or a baseline. `labels` is a label subset of the training shards: only its
-    samples are used. Without it all are, also where the run itself was trained on a data.subset,
-    which the result then says. `same_numbers` asserts that both sets number their classes alike,
-    whatever their classes.json say. Results go to RUN/evals or the folder of FILE, scalars to
-    RUN/tensorboard/evals. A result that exists is read, not measured again. Each result is the
-    content of its file, with the path as `file`. Raises EvalError and other ValueErrors whose text
-    says what to do.
+    options: further fields of Request. Results go to the folder RUN/evals or that of the file. A
+    result that exists is read, not measured again. Each result is the content of its file, with the
+    path as `file`. Raises EvalError and other ValueErrors whose text says what to do.
     """
+    for name in ("train", "test"):
+        if options.get(name) is not None:
+            options[name] = str(options[name])
+
+    wanted = Request(tuple(benchmarks), overrides=tuple(overrides), kind=encoder, **options)
     dist.keep_freed_memory()
+    evaluation = Evaluation(target, wanted)
+    # Other ranks help to encode, and are done then.
+    evaluation.prepare()
+    if not dist.main():
+        return []
 
-    settings = _settings(benchmarks, overrides)
-    chosen = targets.find(target, encoder)
-    features = settings.pop("features")
-    assert isinstance(features, FeatureConfig)
-    sets = _folders(chosen, train, test)
-
-    for place in (
-        chosen.source,
-        *(Path(selection.one_folder(folder).folder) for folder in sets),
-    ):
-        run_folder.warn_if_open(place)
-
-    context = EvalContext(chosen, features, *sets, labels, same_numbers)
-    return [_result(name, chosen, context, notice) for name, chosen in settings.items()]
+    return [evaluation.result(name, notice) for name in wanted.benchmarks]
 
 
-def _benchmark(name: str) -> Any:
-    return importlib.import_module(f"{package.__name__}.{name}")
-
-
-def _settings(benchmarks: Sequence[str], overrides: Iterable[str]) -> dict[str, schema.Frozen]:
-    """Validated settings of "features" and of each benchmark, in the given order."""
-    if not benchmarks:
-        raise EvalError(f"no benchmark given; available: {', '.join(names())}")
-
-    for name in benchmarks:
-        if name not in names():
-            raise EvalError(
-                f"unknown benchmark '{name}'{recipe.closest(name, names())}; available: "
-                f"{', '.join(names())}"
-            )
-
-    models: dict[str, type[schema.Frozen]] = {
-        "features": FeatureConfig,
-        **{name: _benchmark(name).Config for name in benchmarks},
-    }
-    raw = recipe.apply({}, overrides)
-
-    for section in raw:
-        if section not in models:
-            hint = recipe.nearest(section, models) or f"; this evaluation has: {', '.join(models)}"
-            raise EvalError(f"override of '{section}', which is not evaluated{hint}")
-
-    return {name: _validate(model, raw.get(name, {}), name) for name, model in models.items()}
-
-
-def _validate(model: type[schema.Frozen], raw: Any, name: str) -> schema.Frozen:
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        text = validation.explain(error, lambda loc: _hint(str(loc[-1]), model), name)
-        raise EvalError(text) from None
-
-
-def _hint(key: str, model: type[schema.Frozen]) -> str:
-    fields = model.model_fields
-    return recipe.nearest(key, fields) or f"; available: {', '.join(fields)}"
-
-
-def _folders(
-    encoder: Encoder, train: str | Path | None, test: str | Path | None
-) -> tuple[str, str]:
-    """Training and test set: as given, else the run's own data and the folder next to it."""
-    source = schema.absolute(str(train or encoder.data.path))
-    if source in ("", "synthetic"):
-        raise EvalError(
-            f"{encoder.source}: its data.path '{source}' has no labels to evaluate with; give "
-            "--train and --test"
-        )
-    if test is not None:
-        return source, schema.absolute(str(test))
-    if is_remote(source):
-        raise EvalError(
-            f"no test set: {source} is remote; give its labelled test shards with --test"
-        )
-
-    siblings = folders.next_to(source)
-    for folder in siblings:
-        if folder.is_dir():
-            return source, str(folder)
-
-    raise EvalError(
-        f"no test set: neither {siblings[0]} nor {siblings[1]} is a folder; give one with --test"
-    )
-
-
-def _result(
-    name: str, chosen: schema.Frozen, context: EvalContext, notice: Callable[[str], None]
-) -> dict[str, Any]:
-    """The result of one benchmark: read if it exists, else measured and written; also plotted in
-    TensorBoard.
+class Evaluation:
+    """An encoder, its dataset and the settings of benchmarks, opened and checked; nothing is
+    measured yet.
     """
-    encoder, data = context.encoder, context.encoder.data
-    further = getattr(_benchmark(name), "identity", None)
-    defined = {
-        "format": results.FORMAT,
-        "scaletrain": installed("scaletrain"),
-        "protocol": {"benchmark": name, name: chosen.model_dump(mode="json"), **context.identity},
-        "encoder": encoder.identity | (further(context) if further else {}),
-        # Order of the augmented images.
-        "order": {"lanes": data.lanes, "window": data.window},
-        "max_bad": context.max_bad if context.skip else None,
-    }
 
-    # Several exported files may share a folder.
-    prefix = "" if encoder.run else f"{encoder.source.stem}-"
-    baseline = "" if encoder.kind == "trained" else f"-{encoder.kind}"
-    digest = results.digest(defined)
-    path = encoder.home / f"{prefix}{name}-step-{encoder.step}{baseline}-{digest}.json"
+    def __init__(self, target: str | Path, wanted: Request) -> None:
+        """Raises EvalError, ConfigError, DataError or CheckpointError."""
+        self._settings = request.settings(wanted.benchmarks, wanted.overrides)
+        features = self._settings.pop("features")
+        assert isinstance(features, FeatureConfig)
 
-    if path.exists():
-        content = results.parse(path)[1]
-        if content["digest"] != digest:
-            raise EvalError(
-                f"{path} contains another result than its name says; move it away, or delete it "
-                "to measure again"
-            )
+        encoder = targets.find(target, wanted.kind)
+        self._home = wanted.results or encoder.home
+        store = wanted.store or self._home / "features"
+        data = encoder.data
+        skip = (data.on_bad if features.on_bad == "auto" else features.on_bad) == "skip"
+        max_bad = data.max_bad if features.max_bad is None else features.max_bad
 
-        notice(f"{name}: read from {path}, measured before; delete this file to measure again")
-    else:
+        dataset = open_dataset(
+            _described(wanted, encoder), cache=data.cache, skip=skip, max_bad=max_bad
+        )
+        self.context = EvalContext(encoder, dataset, features, store)
+
+    def path(self, name: str) -> Path:
+        """Where the result of a benchmark is or will be; nothing is measured for it."""
+        return self._path(name, results.digest(self._identity(name)))
+
+    def prepare(self) -> None:
+        """Store the features that missing results need, with the devices of all ranks. Every rank
+        calls it; with one there is nothing to share.
+        """
+        if dist.world() == 1:
+            return
+
+        missing = [name for name in self._settings if not self.path(name).exists()]
+        for name in dist.broadcast_object(missing):
+            needs = benchmark.load(name).needs(self._settings[name], self.context.encoder)
+            for split in needs.splits:
+                self.context.prepare(split)
+
+    def result(self, name: str, notice: Callable[[str], None] = print) -> dict[str, Any]:
+        """The result of a benchmark: read if it exists, else measured and written.
+
+        Of several processes that want the same result one measures it, and the others wait.
+        """
+        identity = self._identity(name)
+        digest = results.digest(identity)
+        path = self._path(name, digest)
+        if path.exists():
+            return _existing(name, path, digest, notice)
+
         results.prepare(path)
-        content = results.write(
-            path, {**_measure(name, chosen, context), "digest": digest, "identity": defined}
+        with _alone(path):
+            if path.exists():
+                return _existing(name, path, digest, notice)
+
+            content, score = self._measure(name)
+            content |= {"digest": digest, "identity": identity}
+            written = results.write(path, content, pack(score.predictions))
+
+        return {**written, "file": str(path)}
+
+    def _path(self, name: str, digest: str) -> Path:
+        encoder, dataset = self.context.encoder, self.context.dataset.name
+        # Several exported files may share a folder.
+        prefix = "" if encoder.run else f"{encoder.name}-"
+        baseline = "" if encoder.kind == "trained" else f"-{encoder.kind}"
+        file = f"{prefix}{name}@{dataset}-step-{encoder.step}{baseline}-{digest}.json"
+        return self._home / file
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        """All that defines a result."""
+        context, data = self.context, self.context.encoder.data
+        chosen = self._settings[name].model_dump(mode="json")
+        further = benchmark.identity(benchmark.load(name), context)
+
+        return {
+            "format": results.FORMAT,
+            "scaletrain": installed("scaletrain"),
+            "protocol": {"benchmark": name, name: chosen, **context.identity},
+            "encoder": {**context.encoder.identity, **further},
+            # Order of the augmented images.
+            "order": {"lanes": data.lanes, "window": data.window},
+            "max_bad": context.extractor.max_bad if context.extractor.skip else None,
+        }
+
+    def _measure(self, name: str) -> tuple[dict[str, Any], Score]:
+        context, encoder, begun = self.context, self.context.encoder, time.monotonic()
+        try:
+            score: Score = benchmark.load(name).measure(self._settings[name], context)
+        except ShardError as fault:
+            text = f"{fault.text}; --set features.on_bad=skip leaves such samples out, counted"
+            raise ShardError(fault.shard, fault.offset, text) from None
+
+        metrics, bounds = {}, {}
+        for key, prediction, metric, value in named_metrics(score.predictions):
+            metrics[key] = value
+            bounds[key] = intervals.interval(score.predictions[prediction], metric)
+
+        trained: dict[str, Any] = {"samples": encoder.samples, "epochs": encoder.epochs}
+        if encoder.data.subset:
+            trained["subset"] = encoder.data.subset
+
+        return {
+            "format": results.FORMAT,
+            "benchmark": name,
+            "dataset": context.dataset.name,
+            "encoder": encoder.kind,
+            "about": encoder.about,
+            "source": str(encoder.source),
+            "step": encoder.step,
+            "trained": trained,
+            "measured": datetime.now(UTC).isoformat(),
+            "main": score.main,
+            "metrics": metrics,
+            "intervals": bounds,
+            "unit": "per cent",
+            "protocol": {"test_transform": context.transform, **score.protocol},
+            "found": score.found,
+            "data": context.provenance(),
+            "versions": _versions(),
+            "device": str(context.device),
+            "seconds": round(time.monotonic() - begun, 2),
+        }, score
+
+
+def _described(wanted: Request, encoder: Encoder) -> BenchmarkDataset:
+    """The dataset that is asked for. Raises EvalError or ConfigError."""
+    if not wanted.dataset:
+        return datasets.given(
+            encoder.data.path if wanted.train is None else wanted.train,
+            wanted.test,
+            labels=wanted.labels,
+            same_numbers=wanted.same_numbers,
+            source=encoder.source,
         )
 
-    if encoder.run is not None:
-        results.plot(encoder.run, path)
+    if wanted.train is not None or wanted.test is not None or wanted.same_numbers:
+        raise EvalError(
+            "--dataset says which training and test images there are, and how their classes are "
+            "numbered: leave out --train, --test and --same-numbers, or --dataset"
+        )
 
+    chosen = datasets.load(wanted.dataset, wanted.data_root)
+    return chosen if wanted.labels is None else chosen.labelled(wanted.labels)
+
+
+def _existing(name: str, path: Path, digest: str, notice: Callable[[str], None]) -> dict[str, Any]:
+    content = results.parse(path)[1]
+    if content["digest"] != digest:
+        raise EvalError(
+            f"{path} contains another result than its name says; move it away, or delete it "
+            "to measure again"
+        )
+
+    notice(f"{name}: read from {path}, measured before; delete this file to measure again")
     return {**content, "file": str(path)}
 
 
-def _measure(name: str, chosen: schema.Frozen, context: EvalContext) -> dict[str, Any]:
-    encoder, begun = context.encoder, time.monotonic()
-    try:
-        metrics, protocol = _benchmark(name).measure(chosen, context)
-    except ShardError as fault:
-        text = f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
-        raise ShardError(fault.shard, fault.offset, text) from None
-
-    found = protocol.pop("found", {})
-    trained: dict[str, Any] = {"samples": encoder.samples, "epochs": encoder.epochs}
-    if encoder.data.subset:
-        trained["subset"] = encoder.data.subset
-
-    return {
-        "format": results.FORMAT,
-        "benchmark": name,
-        "encoder": encoder.kind,
-        "about": encoder.about,
-        "source": str(encoder.source),
-        "step": encoder.step,
-        "trained": trained,
-        "measured": datetime.now(UTC).isoformat(),
-        "metrics": metrics,
-        "unit": "per cent",
-        "protocol": {"test_transform": context.transform, **protocol},
-        "found": found,
-        "data": context.provenance(),
-        "versions": _versions(),
-        "seconds": round(time.monotonic() - begun, 2),
-    }
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Measure a result only while no other process does; where the file system has no locks, both
+    do, and the first result counts.
+    """
+    folder = path.parent / "locks"
+    folder.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as until:
+        with contextlib.suppress(OSError):
+            until.enter_context(locks.locked(folder / f"{path.stem}.lock", wait=True))
+        yield
 
 
 def _versions() -> dict[str, str]:

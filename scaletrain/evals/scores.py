@@ -1,6 +1,7 @@
-"""Accuracies in per cent from the rank of the true class, for all classification benchmarks.
+"""Accuracies in per cent from the rank of the true class, and average precisions from scores, for
+all classification benchmarks.
 
-No metric depends on how the classes are numbered.
+No metric depends on how the classes are numbered or how the samples are ordered.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ import math
 
 import torch
 from torch import Tensor
+
+# Samples that are scored at once.
+_ROWS = 4096
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -23,6 +27,18 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     before = (scores >= own).sum(1) - 1
 
     return before.masked_fill(~scores.isfinite().all(1), scores.shape[1])
+
+
+def place(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of the true class and predicted class of each sample, [Q] int64 on the CPU, from scores
+    [Q, C] and labels [Q]; computed in parts that fit in memory.
+    """
+    parts = [
+        (ranks(some, truth.to(some.device)).cpu(), some.argmax(1).cpu())
+        for some, truth in zip(scores.split(_ROWS), labels.split(_ROWS), strict=True)
+    ]
+
+    return torch.cat([rank for rank, _ in parts]), torch.cat([best for _, best in parts])
 
 
 def accuracy(rank: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
@@ -43,3 +59,59 @@ def accuracy(rank: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
 
     # rounded once, so that the order of the classes cannot show in the last digit
     return {**result, "per_class": 100 * math.fsum(recall.tolist()) / len(recall)}
+
+
+def average_precision(
+    scores: Tensor, labels: Tensor, counts: Tensor | None = None
+) -> dict[str, Tensor]:
+    """{"map", "map11"}: mean over classes of the average precision, in 0 .. 1, each [].
+
+    scores: [Q, C]. labels: [Q, C]: 1, 0, or -1 for a sample that does not count for a class.
+    counts: [B, Q] how often each sample occurs; results are then [B]. `map` is the area under
+    precision, made monotone, over recall (PASCAL VOC from 2010 on; VISSL), `map11` the mean of the
+    highest precisions at recalls from 0, 0.1, .. to 1 on (PASCAL VOC 2007). Samples with one score
+    are placed together, so that no order of equals matters. A score that is not finite places a
+    sample where it is worst. A class without a positive sample does not count; one class has to
+    have one.
+    """
+    weights = counts if counts is not None else torch.ones(1, len(scores), dtype=torch.int64)
+    found = [
+        _curve_means(score[truth >= 0], truth[truth >= 0] == 1, weights[:, truth >= 0])
+        for score, truth in zip(scores.T, labels.T, strict=True)
+        if (truth == 1).any()
+    ]
+    area, eleven = (torch.stack(part).nanmean(0) for part in zip(*found, strict=True))
+    return {
+        name: value if counts is not None else value[0]
+        for name, value in (("map", area), ("map11", eleven))
+    }
+
+
+def _curve_means(scores: Tensor, positive: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both average precisions of one class: [Q], [Q] bool, [B, Q] -> [B], [B]."""
+    worst = torch.where(positive, -torch.inf, torch.inf)
+    scores, order = torch.where(scores.isfinite(), scores, worst).sort(descending=True)
+    positive, counts = positive[order], counts[:, order]
+
+    # only where a score is one of a positive sample can precision have a peak
+    _, block, sizes = scores.unique_consecutive(return_inverse=True, return_counts=True)
+    own, block = block[positive].unique_consecutive(return_inverse=True)
+    places = counts.cumsum(1)[:, sizes.cumsum(0)[own] - 1]  # [B, P]
+    right = torch.zeros_like(places).index_add_(1, block, counts[:, positive]).cumsum(1)
+    total = right[:, -1:]
+    # the highest precision at this recall or a higher one
+    highest = (right.double() / places.clamp(min=1)).flip(1).cummax(1).values.flip(1)
+
+    steps = right.diff(dim=1, prepend=torch.zeros_like(total))
+    area = (steps * highest).sum(1) / total[:, 0]
+    # in whole numbers: 0.1 * 3 is no multiple of 0.1
+    at = torch.searchsorted(10 * right, total * torch.arange(11))
+    eleven = highest.gather(1, at).mean(1)
+    return area, eleven.masked_fill(total[:, 0] == 0, torch.nan)
+
+
+def chosen_by(metric: str) -> str:
+    """The accuracy by which classifiers are chosen, and which tables show first, on a data set with
+    this main metric: "per_class" or "top1".
+    """
+    return "per_class" if metric == "per_class" else "top1"

@@ -14,29 +14,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from scaletrain.config import load, validation
+from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.evals import results
 from scaletrain.evals.results import Result
 from scaletrain.runtime import tables
+from scaletrain.train import records
 from scaletrain.train.progress import number
+from scaletrain.train.records import StepRecord
 
-
-class _Record(BaseModel):
-    """The fields of a line of metrics.jsonl that are used."""
-
-    step: NonNegativeInt
-    # None: written before records had it
-    steps_per_epoch: PositiveInt | None = None
-    pace: FiniteFloat | None = Field(None, alias="speed/seconds_per_step")
-
-
-M = TypeVar("M", bound=BaseModel)
+# the scalar with the seconds per step
+PACE = "speed/seconds_per_step"
 # by run, metric and protocol
 Found = dict[str, dict[str, dict[str, list[Result]]]]
 
@@ -231,10 +223,12 @@ def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
 
 
 def _points(run: Path, evaluated: Sequence[Result], metric: str) -> list[Point]:
-    settings, records = load.load(run / "config.yaml"), _records(run / "metrics.jsonl")
-    per_epoch = records[-1].steps_per_epoch if records else None
+    settings, metrics = load.load(run / "config.yaml"), records.read(run)
+    metrics.check()
+    recorded = metrics.steps
+    per_epoch = recorded[-1].steps_per_epoch if recorded else None
     points = []
-    hours = _hours(records, [result.step for result in evaluated], settings.monitor.every)
+    hours = _hours(recorded, [result.step for result in evaluated], settings.monitor.every)
     for result, spent in zip(evaluated, hours, strict=True):
         # a checkpoint of before they were kept is of a run whose batch never changed
         images = (
@@ -255,39 +249,23 @@ def _points(run: Path, evaluated: Sequence[Result], metric: str) -> list[Point]:
     return points
 
 
-def _hours(records: Sequence[_Record], steps: Sequence[int], every: int) -> list[float | None]:
+def _hours(found: Sequence[StepRecord], steps: Sequence[int], every: int) -> list[float | None]:
     """What the first `steps` steps took; one is recorded in `every`."""
-    paced = [(n, record.pace) for n, record in enumerate(records) if record.pace is not None]
+    paced = [
+        (n, pace)
+        for n, record in enumerate(found)
+        if (pace := record.scalars.get(PACE)) is not None
+    ]
     # old records have no pace
-    if not paced or any(record.steps_per_epoch is None for record in records):
+    if not paced or any(record.steps_per_epoch is None for record in found):
         return [None] * len(steps)
 
     # a run that was stopped has steps after its last record; they and records without a pace go at
     # that of their neighbours
-    ends = [0, *(record.step + 1 for record in records), records[-1].step + 1 + every]
-    paces = np.interp(np.arange(len(records) + 1), *np.transpose(paced))
+    ends = [0, *(record.step + 1 for record in found), found[-1].step + 1 + every]
+    paces = np.interp(np.arange(len(found) + 1), *np.transpose(paced))
     hours = np.cumsum([0.0, *np.diff(ends) * paces]) / 3600
     return [float(np.interp(step, ends, hours)) if step <= ends[-1] else None for step in steps]
-
-
-def _records(path: Path) -> list[_Record]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-
-    # what follows the last end of a line was cut short by a crash
-    return [
-        _parse(_Record, line, f"{path}, line {n}, is not a record of a run")
-        for n, line in enumerate(lines[:-1], 1)
-    ]
-
-
-def _parse(model: type[M], text: bytes, problem: str) -> M:
-    try:
-        return model.model_validate_json(text)
-    except ValidationError as error:
-        raise ConfigError(f"{problem} ({validation.first(error)})") from None
 
 
 def show(found: dict[str, Any], width: int | None = None) -> list[str]:

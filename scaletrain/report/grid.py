@@ -4,7 +4,6 @@ table of their results.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
@@ -20,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from scaletrain.config.recipe import ConfigError, brief, document, parse, shipped
 from scaletrain.runtime import durable
+from scaletrain.train import records
 
 if TYPE_CHECKING:
     from scaletrain.evals.results import Result
@@ -176,14 +176,11 @@ def _values(axis: str) -> list[tuple[str, ...]]:
 
 def _reached(run: Path) -> dict[str, Any]:
     """Scalars of the last recorded step."""
-    path = run / "metrics.jsonl"
-    last: dict[str, Any] = {}
-    for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
-        # The line may be cut short by a crash, or damaged.
-        with contextlib.suppress(ValueError, TypeError):
-            last = dict(json.loads(line))
-            break
+    found = records.read(run).steps
+    if not found:
+        return {}
 
+    last = {"step": found[-1].step, **found[-1].scalars}
     names = {"step": "step", "train/loss": "loss", "speed/images_per_second": "images/s"}
     return {short: _short(last[name]) for name, short in names.items() if name in last}
 

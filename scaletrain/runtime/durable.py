@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 log = logging.getLogger("scaletrain")
+# The key of a record that describes a start of the process, see train.records.
+START = "start"
 
 
 def sync(folder: Path) -> None:
@@ -40,28 +42,33 @@ def write(path: Path, content: bytes | str, mode: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, tag: str = "") -> Iterator[BinaryIO]:
+def replacing(path: Path, tag: str = "", *, flushed: bool = True) -> Iterator[BinaryIO]:
     """A new binary file, which replaces `path` once it is complete and on disk.
 
     Until then it is a hidden file of the same folder; `tag` tells such files apart, and is random
-    by default. After an error nothing has changed.
+    by default. After an error nothing has changed. flushed=False does not wait for the disk: after
+    a power loss the file may be damaged.
     """
     temporary = path.with_name(f".{path.name}.{tag or secrets.token_hex(4)}.tmp")
 
     try:
         with temporary.open("wb") as file:
             yield file
-            flush(file)
+            if flushed:
+                flush(file)
 
         temporary.replace(path)
-        sync(path.parent)
+        if flushed:
+            sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def drop_records(path: Path, start_step: int) -> None:
-    """Remove the records at or after `start_step`, and damaged ones, from a file of JSON lines."""
+    """Remove the records at or after `start_step`, and damaged ones, from a file of JSON lines.
+    Those of starts, which belong to no step, are kept.
+    """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -70,7 +77,11 @@ def drop_records(path: Path, start_step: int) -> None:
     kept = []
     for line in lines:
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] < start_step:
+            if not line.endswith(b"\n"):
+                continue
+
+            record = json.loads(line)
+            if START in record or record["step"] < start_step:
                 kept.append(line)
         except (ValueError, TypeError, KeyError):  # cut short by a crash, or damaged since
             continue

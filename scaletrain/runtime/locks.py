@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,3 +49,26 @@ def locked(path: Path, *, wait: bool) -> Iterator[int | None]:
         yield file if acquire(file, wait=wait) else None
     finally:
         os.close(file)
+
+
+def held(path: Path) -> bool:
+    """Whether another process holds the exclusive lock `of_process` of a file, which is not taken
+    for that. Raises OSError where the file system has no locks.
+
+    Not for a process that holds the lock itself: it would lose it, as after any closing of the
+    file.
+    """
+    # struct flock of 64-bit Linux: type, whence, start, length, process
+    layout = "hhqqi4x"
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+
+    try:
+        wanted = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind = struct.unpack(layout, fcntl.fcntl(file, fcntl.F_GETLK, wanted))[0]
+    finally:
+        os.close(file)
+
+    return bool(kind != fcntl.F_UNLCK)

@@ -76,6 +76,8 @@ def _loop(session: Session, device: torch.device, interrupt: Interrupt, trace: b
     stop = 0
 
     with contextlib.ExitStack() as stack:
+        # the last thing to be done, when the save in flight has succeeded or failed
+        stack.push(monitor.ended)
         timer = stack.enter_context(measuring(config, run, session.steps_left, device))
         # Also after an error: a save in flight is worth waiting for.
         for part in (writer, session.stream, session.passes, monitor):
@@ -93,7 +95,8 @@ def _loop(session: Session, device: torch.device, interrupt: Interrupt, trace: b
             save = last or bool(stop) or (step + 1) % save_every == 0
 
             replaced = session.count_replaced(clock, save)
-            monitor.step(clock, result, engine.rates(), batch, waited, replaced)
+            more = replaced | session.probed(result, batch)
+            monitor.step(clock, result, engine.rates(), batch, waited, more)
             tracer.step()
             if save:
                 session.save(step, finished=last and not session.unfinished)

@@ -1,4 +1,5 @@
-"""Monitoring of a run: TensorBoard, metrics.jsonl, console progress, speed and collapse indicators.
+"""Monitoring of a run: TensorBoard, metrics.jsonl, status.json, console progress, speed and
+collapse indicators.
 
 Every rank makes a Monitor and calls it; only rank 0 writes. `train/loss` is that of the global
 batch; all other values computed from samples (parts of the loss, embedding statistics, images) are
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -24,9 +26,12 @@ from scaletrain.config import load
 from scaletrain.config import schema as cfg
 from scaletrain.core import Batch, Clock, StepResult
 from scaletrain.runtime import durable
+from scaletrain.runtime.signals import Stopped
 from scaletrain.runtime.tables import plural
+from scaletrain.train import records
 from scaletrain.train.progress import Pace, Screen, duration
 from scaletrain.train.resume import BEGINNING, Start
+from scaletrain.train.status import State, StatusFile
 from scaletrain.train.tensorboard_writer import Board
 
 GRID_SAMPLES = 8
@@ -36,7 +41,7 @@ RANK_SAMPLES = 1024
 
 class Monitor:
     """Records a run under `run`: `tensorboard/`, `metrics.jsonl` (one JSON object per recorded
-    step) and the console.
+    step, and one per start), `status.json` and the console.
 
     Which steps are recorded depends on the step only, so that a resumed run continues the same
     curves. Records at or after the step it resumes from are dropped, since they will be computed
@@ -51,8 +56,10 @@ class Monitor:
         total_steps: int,
         steps_per_epoch: int,
         start: Start = BEGINNING,
+        described: records.StartRecord | None = None,
     ) -> None:
-        self._active = dist.main()
+        """described: the record of this start, if it shall be recorded."""
+        self._active = self._main = dist.main()
         self._every, self._images_every = config.monitor.every, config.monitor.images_every
         self._total, self._start, self._batch = total_steps, start, config.batch
         self._updates = start.updates
@@ -60,8 +67,13 @@ class Monitor:
             return
 
         run.mkdir(parents=True, exist_ok=True)
-        durable.drop_records(run / "metrics.jsonl", start.updates)
-        self._metrics = durable.Records(run / "metrics.jsonl")
+        durable.drop_records(run / records.FILE, start.updates)
+        self._metrics = durable.Records(run / records.FILE)
+        if described is not None:
+            self._metrics.add({durable.START: described.model_dump(mode="json")})
+
+        self._status = StatusFile(run, start.offset + total_steps)
+        self._status.write("running", start.updates)
         self._board = Board(run / "tensorboard", start.updates)
         self._board.text("config", f"```yaml\n{load.dump(config)}```", start.updates)
         self._board.flush()
@@ -78,12 +90,12 @@ class Monitor:
         rates: Mapping[str, float],
         batch: Batch,
         waited: float,
-        more: Mapping[str, float] | None = None,
+        more: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         """Record the step that began at `clock`.
 
         rates: learning rate by group. waited: seconds spent waiting for data. more: further
-        scalars.
+        scalars, also on the device.
         """
         if not self._active:
             return
@@ -101,7 +113,9 @@ class Monitor:
 
         if clock.every(self._every) or clock.step == self._total - 1:
             # Tensors are read here only, since that makes the host wait for the device.
-            self._record(clock, self._scalars(result, rates) | dict(more or {}), rates)
+            further = {name: float(value) for name, value in (more or {}).items()}
+            self._record(clock, self._scalars(result, rates) | further, rates)
+            self._status.write("running", self._updates)
 
     def note(self, text: str) -> None:
         """Print a line on the console and add it to TensorBoard."""
@@ -122,6 +136,20 @@ class Monitor:
             f"({rate:.0f} images/s); "
             f"checkpoint {checkpoint}; next: scaletrain eval {shlex.quote(str(run))} knn"
         )
+
+    def ended(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write how the run ended: an exit callback of contextlib.ExitStack, for the moment when
+        everything else is done.
+        """
+        if self._main:
+            stopped = isinstance(error, Stopped)
+            state: State = "finished" if error is None else "stopped" if stopped else "failed"
+            self._status.write(state, self._updates)
 
     def close(self) -> None:
         """Flush and release everything; may be called twice."""

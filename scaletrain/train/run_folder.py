@@ -238,6 +238,16 @@ class Lease:
         threading.Thread(target=self._go_on, name="lease", daemon=True).start()
         until.callback(self._release)
 
+    def beats(self) -> bool:
+        """Whether a process holds the lease, by watching whether it changes."""
+        before = self._read()
+        for _ in range(12 if before else 0):
+            time.sleep(BEAT / 4)
+            if (now := self._read()) != before:
+                return bool(now)
+
+        return False
+
     def _refuse_if(self, taken: bool) -> None:
         if taken:
             raise BusyError(f"{self._run} is being trained by {self._read().partition(';')[0]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scaletrain import dist
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint import writer as checkpoint
 from scaletrain.config.recipe import ConfigError
 from scaletrain.config.schema import Config, DataConfig
-from scaletrain.core import Batch, Clock, Method
+from scaletrain.core import Batch, Clock, Method, StepResult
 from scaletrain.data.format import selection
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.data.reading.replacement import ReplacementLog, count_of
@@ -24,11 +24,11 @@ from scaletrain.engines.base import Engine
 from scaletrain.nn.bank import has_banks
 from scaletrain.optim import schedule
 from scaletrain.runtime.signals import Interrupt
-from scaletrain.runtime.versions import commit
-from scaletrain.train import continuation, initial_weights, run_folder
+from scaletrain.train import continuation, initial_weights, run_folder, starts
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.monitor import Monitor
 from scaletrain.train.passes import Passes
+from scaletrain.train.probe import OnlineProbe, open_probe
 from scaletrain.train.resume import BEGINNING, Start, check_end, other_data, start_of
 from scaletrain.train.weight_sources import images_of
 
@@ -49,6 +49,8 @@ class Session:
     total: int
     writer: checkpoint.Writer
     monitor: Monitor
+    # None without monitor.probe
+    probe: OnlineProbe | None
     replacements: ReplacementLog
     # What every checkpoint records besides its place in the run.
     meta: Mapping[str, Any]
@@ -101,6 +103,10 @@ class Session:
 
         self.save(self.total - 1, finished=True)
 
+    def probed(self, result: StepResult, batch: Batch) -> dict[str, Tensor]:
+        """Let the online probe learn from a step; its scalars, on the device."""
+        return {} if self.probe is None else self.probe.step(result, batch)
+
     def count_replaced(self, clock: Clock, save: bool) -> dict[str, float]:
         """Scalars of the replaced samples; all ranks agree on them before they are recorded."""
         log = self.replacements
@@ -115,7 +121,8 @@ class Session:
         """
         place = self.start.meta(step, self.total, self.stream.steps_per_epoch, self.config.batch)
         meta = {**place, **self.replacements.meta(), **self.meta, "finished": finished}
-        self.writer.save(self.updates(step), self.engine.state(), meta)
+        probe = {} if self.probe is None else self.probe.state()
+        self.writer.save(self.updates(step), self.engine.state() | probe, meta)
 
     def summarise(self, step: int) -> None:
         """Say how many samples were replaced by the end of the step at this place."""
@@ -166,10 +173,22 @@ def open_session(
         engine, config, data, start, saved, init, continued, change
     )
     notes += accepted
+    probe = None
+    if config.monitor.probe:
+        probe = open_probe(stream, engine.method.backbone.features, device)
+        state = saved or (continued.saved if continued else None)
+        notes += [] if state is None else probe.restore(state)
+
     run_folder.on_main(lambda: _accept(run, config, start, notes))
+    versions = starts.versions()
 
     monitor = Monitor(
-        run, config, total_steps=total, steps_per_epoch=stream.steps_per_epoch, start=start
+        run,
+        config,
+        total_steps=total,
+        steps_per_epoch=stream.steps_per_epoch,
+        start=start,
+        described=starts.describe(start.updates, device, config.engine.name, versions),
     )
     last = saved if start.step == total else None
     ended = last is not None and last.meta.get("finished", False)
@@ -189,6 +208,7 @@ def open_session(
         total=total,
         writer=writer,
         monitor=monitor,
+        probe=probe,
         replacements=ReplacementLog(
             run,
             config.data,
@@ -203,7 +223,7 @@ def open_session(
             "samples_in_use": stream.samples,
             initial_weights.META: weights,
             "world": dist.world(),
-            "versions": _versions(),
+            "versions": versions,
             **({} if continued is None else {"continues": continued.meta}),
         },
         unfinished=unfinished,
@@ -373,11 +393,3 @@ def _accept(run: Path, config: Config, start: Start, notes: Sequence[str]) -> No
         run_folder.log_change(run, start.updates, [*changes, *notes])
 
     run_folder.write_config(run, config)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "git": commit() if dist.main() else "",
-    }

@@ -5,7 +5,6 @@ Schedules are compared with their sources in tests/golden.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from pathlib import Path
@@ -23,6 +22,7 @@ from scaletrain.config.schema import ComponentConfig, Config
 from scaletrain.data.errors import DataError
 from scaletrain.data.loading.sources import open_plan
 from scaletrain.optim import schedule
+from scaletrain.train import records
 from scaletrain.train.build import build, total_steps
 from scaletrain.train.loop import train
 
@@ -378,10 +378,9 @@ def test_multicrop_views() -> None:
 def test_two_steps(name: str, tmp_path: Path) -> None:
     config = shrunken(name)
     train(config, tmp_path / "run")
-    lines = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in lines] == [0, 1]
+    found = records.read(tmp_path / "run").steps
+    assert [record.step for record in found] == [0, 1]
+    lines = [record.scalars for record in found]
     assert all(math.isfinite(line["train/loss"]) and not line["steps/skipped"] for line in lines)
     saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
@@ -22,6 +21,7 @@ from scaletrain.checkpoint import files, reader
 from scaletrain.cli import main as cli
 from scaletrain.config.schema import ModelConfig
 from scaletrain.nn import resnet
+from scaletrain.train import records
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -162,11 +162,7 @@ def test_run_folder(shards: Path, recipe: Path, tmp_path: Path) -> None:
     saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == 6
-    losses = [
-        json.loads(line)["step"]
-        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert losses == [0, 1, 2, 3, 4, 5]
+    assert [r.step for r in records.read(tmp_path / "run").steps] == [0, 1, 2, 3, 4, 5]
 
 
 def test_checkpoint_of_another_model(shards: Path, recipe: Path, tmp_path: Path) -> None:

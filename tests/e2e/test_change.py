@@ -19,6 +19,7 @@ from scaletrain.checkpoint import files, reader
 from scaletrain.cli import main as cli
 from scaletrain.config import load
 from scaletrain.runtime import durable
+from scaletrain.train.records import read
 
 RECIPE = """
 batch: 8
@@ -74,7 +75,7 @@ def train(run: Path, *arguments: object) -> Any:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record.model_dump() for record in read(run).steps]
 
 
 # --- the data -------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import fcntl
 import gzip
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from scaletrain.train import records
 
 ROOT = Path(__file__).parents[2]
 CHANGES = (
@@ -99,9 +100,8 @@ def refused(process: subprocess.Popen[str]) -> str:
     return err
 
 
-def metrics(clone: Path) -> list[str]:
-    path = clone / "demo" / "run" / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+def metrics(clone: Path) -> list[records.StepRecord]:
+    return records.read(clone / "demo" / "run").steps
 
 
 def table(text: str) -> dict[str, tuple[float, ...]]:
@@ -134,7 +134,7 @@ def test_killed_in_training_gone_on_with_and_run_again(images: Path, clone: Path
     assert "skipped: the shards are written" in second
     assert "skipped: these shards were found sound before" in second
     assert metrics(clone)[: int(resumed[1])] == before[: int(resumed[1])], "it began anew"
-    assert [json.loads(line)["step"] for line in metrics(clone)] == list(range(STEPS))
+    assert [record.step for record in metrics(clone)] == list(range(STEPS))
     found = table(second)
     assert list(found) == ["raw pixels", "untrained encoder", "trained encoder"]
     assert all(value > 15 for row in found.values() for value in row), "chance is 10 %"

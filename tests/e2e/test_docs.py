@@ -13,17 +13,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import cv2
 import numpy as np
 import pytest
-import torch
+from kit.evals import run_folder, shards
 from safetensors import safe_open
 
 from scaletrain.config import load
 from scaletrain.config.schema import components
+from scaletrain.evals import run as evals
+from scaletrain.train import records, status
 from scaletrain.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def test_the_figure_shows_one_line() -> None:
 
 
 def example(page: str, language: str) -> str:
-    (found,) = blocks(language, TEXTS[DOCS / "guides" / page])
+    (found,) = blocks(language, TEXTS[(DOCS / "guides" / page).resolve()])
     return found
 
 
@@ -236,16 +237,33 @@ def test_the_evaluation_of_the_guide_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = example("adding-an-evaluation.md", "python")
-    plugged("scaletrain.evals.benchmarks", "nearest_mean", source, tmp_path, monkeypatch)
-    module = importlib.import_module("scaletrain.evals.benchmarks.nearest_mean")
-    labels = torch.tensor([0, 0, 1, 1])
-    features = torch.tensor([[1.0, 0.1], [2.0, 0.0], [0.1, 1.0], [0.0, 3.0]])
-    bank = SimpleNamespace(x=features, labels=labels)
-    queries = SimpleNamespace(x=features, labels=torch.tensor([0, 0, 1, 0]))
-    context = SimpleNamespace(bank=lambda: bank, queries=lambda: queries)
-    metrics, protocol = module.measure(module.Config(), context)
-    assert metrics == {"nearest_mean": 75.0}
-    assert protocol["normalize"] is True
+    plugged("scaletrain.evals.benchmarks", "nearest_center", source, tmp_path, monkeypatch)
+    train = shards(tmp_path / "data" / "train", [i % 6 for i in range(36)])
+    shards(tmp_path / "data" / "test", [i % 6 for i in range(12)], seed=1)
+    (result,) = evals.run(
+        run_folder(tmp_path, train), ["nearest_center"], overrides=["features.workers=0"]
+    )
+    assert result["metrics"]["nearest_center"] > 50
+    assert result["protocol"]["distance"] == "euclidean"
+    low, high = result["intervals"]["nearest_center"]
+    assert low < result["metrics"]["nearest_center"] <= high
+
+
+def test_the_records_of_the_reference_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / RUN
+    run.mkdir(parents=True)
+    begun = example("../reference/metrics.md", "text")
+    (run / records.FILE).write_text(f'{begun}{{"step": 1200, "train/loss": 0.5}}\n')
+    exec(example("../reference/metrics.md", "python"), {})
+    assert capsys.readouterr().out == "1200 0.5 1\n"
+
+    (run / status.FILE).write_text(blocks("text", TEXTS[DOCS / "reference/run-folder.md"])[1])
+    found = status.read(run)
+    assert found is not None
+    assert found.total == 312_800
 
 
 # --- links ----------------------------------------------------------------------------------------

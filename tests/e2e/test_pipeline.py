@@ -15,6 +15,7 @@ from kit import pipelines, ranks
 
 from scaletrain.pipelines import load
 from scaletrain.pipelines.driver import Driver, status
+from scaletrain.train import records
 
 FILE = load.find("rotation_finetune_cifar10")
 TRAINED = ("pretrain", "finetune")
@@ -52,10 +53,7 @@ def results(work: Path) -> list[dict[str, Any]]:
 
 
 def steps(run: Path) -> list[int]:
-    """Of the lines of its metrics that are whole."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+    return [record.step for record in records.read(run).steps]
 
 
 def test_killed_at_three_stages_it_ends_bit_for_bit_the_same(place: Path) -> None:

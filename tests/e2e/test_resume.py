@@ -4,7 +4,6 @@ world size.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import torch
 from kit import importing, ranks, small
 
 from scaletrain.checkpoint import reader
+from scaletrain.train import records
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -92,9 +92,7 @@ def wait_for(run: Path, step: int) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [record.model_dump() for record in records.read(run).steps]
 
 
 def losses(run: Path) -> list[float]:

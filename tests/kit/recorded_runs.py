@@ -8,6 +8,7 @@ from typing import Any
 
 from kit.evals import write_result
 from scaletrain.config import load
+from scaletrain.train import records
 
 PER_EPOCH, EVERY = 40, 7
 
@@ -45,7 +46,7 @@ def result(run: Path, step: int, score: float, **changes: Any) -> Path:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record.model_dump(exclude_unset=True) for record in records.read(run).steps]
 
 
 def write(run: Path, records: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from kit.slurm_cluster import Cluster, missing
 from scaletrain.checkpoint import reader
+from scaletrain.train import records
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -76,8 +77,7 @@ def start(cluster: Cluster, recipe: Path, run: Path, *options: str) -> str:
 
 
 def steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return len(records.read(run).steps)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:

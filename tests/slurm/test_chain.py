@@ -12,6 +12,8 @@ from kit.commands import call
 from kit.slurm_cluster import Cluster
 from kit.slurm_jobs import unavailable, wait_for
 
+from scaletrain.train import records
+
 pytestmark = [unavailable, pytest.mark.timeout(400)]
 PIPELINE = """
 options: {data: null}
@@ -46,8 +48,7 @@ def test_a_chain_of_jobs_equals_one_driver(cluster: Cluster, tmp_path: Path) -> 
     assert f"larger: job {last} was submitted before" in again
     assert not re.search(r"^job \d+:", again, re.MULTILINE)
 
-    metrics = work / "pretrain" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+    wait_for(lambda: len(records.read(work / "pretrain").steps) > 2)
     cluster.run(f"scontrol requeue {first}")
     assert cluster.until(last, "COMPLETED", "FAILED", "CANCELLED", seconds=300) == "COMPLETED"
     log = "".join(path.read_text() for path in (work / "launches").glob("pretrain.*/*_log.out"))

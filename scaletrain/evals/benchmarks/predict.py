@@ -9,14 +9,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from scaletrain.config.schema import Frozen
 from scaletrain.core import Method
+from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.scores import accuracy, ranks
+from scaletrain.evals.predictions import Ranked, Score
+from scaletrain.evals.scores import place
 
 
 class Config(Frozen):
@@ -55,49 +57,55 @@ def identity(context: EvalContext) -> dict[str, Any]:
     known = network.trained_on
     if known and context.identity["train"] not in known:
         raise EvalError(
-            f"{context.train} is not what {context.encoder.source} was trained on, so it is "
-            "unknown which class its classifier means by which number; give its own training set "
-            "with --train"
+            f"the training images of {context.dataset.name} are not what {context.encoder.source} "
+            "was trained on, so it is unknown which class its classifier means by which number; "
+            "give its own training set with --train"
         )
 
     return network.identity
 
 
-def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run the benchmark: metrics in per cent, and the protocol for the result."""
-    found = context.outputs(Classifier(context.network.method).eval())
-    numbers, outputs = context.matched.numbers, found.x.shape[1]
-    if outputs <= (largest := int(numbers.max())):
+def needs(config: Config, encoder: Encoder) -> Needs:
+    """The images go through the whole network, whose outputs are not stored."""
+    return Needs(splits=(), network=True)
+
+
+def measure(config: Config, context: EvalContext) -> Score:
+    """Run the benchmark."""
+    outputs = context.outputs(Classifier(context.network.method).eval(), "test")
+    numbers, width = context.dataset.matched.numbers, outputs.x.shape[1]
+    if width <= (largest := int(numbers.max())):
         raise EvalError(
-            f"{context.encoder.source}: its classifier tells {outputs} classes apart, and "
-            f"{context.train} has labels up to {largest}; evaluate with the data of its training"
+            f"{context.encoder.source}: its classifier tells {width} classes apart, and the "
+            f"training images of {context.dataset.name} have labels up to {largest}; evaluate with "
+            "the data of its training"
         )
 
-    labels = numbers[found.labels]
-    rank = torch.cat(
-        [
-            ranks(scores, truth)
-            for scores, truth in zip(found.x.split(4096), labels.split(4096), strict=True)
-        ]
-    )
-    metrics = {
-        "predict" if name == "top1" else f"predict_{name}": value
-        for name, value in accuracy(rank, labels, outputs).items()
-    }
+    if context.dataset.groups is None:
+        labels = numbers[outputs.labels]
+        rank, predicted = place(outputs.x, labels)
+        prediction = Ranked(outputs.index, labels, rank, predicted, width)
+    else:
+        prediction = context.ranked(outputs, outputs.x[:, numbers])
+
     network, test = context.network, context.identity["test"]
     seen = test in network.trained_on | network.pretrained_on
     if seen:
         print(
-            f"warning: {context.encoder.source} or what it started from was trained on the images "
-            f"of {context.test}: this is no score of unseen images",
+            f"warning: {context.encoder.source} or what it started from was trained on the test "
+            f"images of {context.dataset.name}: this is no score of unseen images",
             file=sys.stderr,
         )
 
-    return metrics, {
-        "fitted": "nothing: the classifier of the run itself",
-        "outputs": outputs,
-        "test_seen_in_training": seen,
-    }
+    return Score(
+        "predict",
+        {"predict": prediction},
+        {
+            "fitted": "nothing: the classifier of the run itself",
+            "outputs": width,
+            "test_seen_in_training": seen,
+        },
+    )
 
 
 def _name(method: Method) -> str:

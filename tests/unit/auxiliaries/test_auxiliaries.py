@@ -5,7 +5,6 @@ through a run.
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +20,7 @@ from scaletrain.core import Kind
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.report import catalogue
+from scaletrain.train import records
 from scaletrain.train.loop import train
 
 
@@ -105,7 +105,7 @@ def test_a_run_with_both_trains_stops_and_goes_on(tmp_path: Path) -> None:
     train(load.build(raw), parts)
 
     def losses(run: Path) -> list[dict[str, float]]:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [record.scalars for record in records.read(run).steps]
         return [{k: v for k, v in line.items() if k.startswith("train/")} for line in lines]
 
     assert len(losses(whole)) == 8

@@ -23,12 +23,12 @@ from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
-from scaletrain.evals.benchmarks.linear import held_out
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig, mask
+from scaletrain.evals.held_out import held_out
 from scaletrain.report import cards
 
 QUICK = ("features.batch=8", "features.workers=0")

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaletrain.evals.benchmarks.linear import Config, carve, held_out, measure, shuffled
+from scaletrain.evals.benchmarks.linear import Config, carve, measure, shuffled
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import Features
+from scaletrain.evals.held_out import held_out
 
 CLASSES, WIDTH = 4, 6
 

@@ -14,16 +14,19 @@ from kit.evals import run_folder, shards
 
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
-from scaletrain.evals.classes import Classes, LabelledSet, match
+from scaletrain.evals.classes import Classes, LabelledSet, match, read_names
 from scaletrain.evals.errors import EvalError
 from scaletrain.report import cards
 
 
-def part(place: Path, labels: list[int], names: Any = None) -> LabelledSet:
+def part(
+    place: Path, labels: list[int], names: Any = None, same_numbers: bool = False
+) -> LabelledSet:
     place.mkdir(exist_ok=True)
     if names is not None:
         (place / "classes.json").write_text(names if isinstance(names, str) else json.dumps(names))
-    return LabelledSet(str(place), str(place), np.array(labels, np.int64), place.name)
+    read = None if same_numbers else read_names(str(place))
+    return LabelledSet(str(place), str(place), np.array(labels, np.int64), place.name, read)
 
 
 def matched(
@@ -34,7 +37,11 @@ def matched(
     theirs: Any = None,
     **options: Any,
 ) -> Classes:
-    return match(part(root / "train", train, ours), part(root / "test", test, theirs), **options)
+    sets = (
+        part(root / "train", train, ours, **options),
+        part(root / "test", test, theirs, **options),
+    )
+    return match(*sets, **options)
 
 
 def test_sparse_labels_are_numbered_densely_by_first_appearance(tmp_path: Path) -> None:

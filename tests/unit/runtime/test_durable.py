@@ -79,7 +79,8 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 def test_damaged_lines_are_dropped_and_the_rest_is_kept_in_one_piece(tmp_path: Path) -> None:
     path = tmp_path / "rank-0.jsonl"
-    good = [b'{"step": 0}\n', '{"step": 1, "fault": "\u00e9"}\n'.encode()]
+    starts = b'{"start": {"step": 7}}\n'
+    good = [b'{"step": 0}\n' + starts, '{"step": 1, "fault": "\u00e9"}\n'.encode()]
     path.write_bytes(good[0] + b'\xff\xfe{"step": 1}\n7\n' + good[1] + b'{"step": 5}\n{"step": 1')
     drop_records(path, 3)
     assert path.read_bytes() == b"".join(good)

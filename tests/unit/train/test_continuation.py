@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from scaletrain.checkpoint import reader
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError
 from scaletrain.evals.encoders import targets
+from scaletrain.train import records
 from scaletrain.train.loop import train
 
 SYNTHETIC = ("data.path=synthetic", "data.synthetic_samples=16", "steps=2")
@@ -61,8 +61,7 @@ def test_all_tensors_are_taken_over_and_the_schedule_begins_again(
         "samples": 16,
     }
     assert len(found["continues"]["sha256"]) == 64
-    first = json.loads((new / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 0
+    assert records.read(new).steps[0].step == 0
 
 
 def test_it_resumes_from_its_own_checkpoints_without_the_source(

@@ -22,6 +22,7 @@ from scaletrain.core import Batch, Clock, Features, Write
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.engines.base import Engine
 from scaletrain.runtime.signals import Interrupt, Stopped
+from scaletrain.train import records
 from scaletrain.train.build import build
 from scaletrain.train.loop import train
 from scaletrain.train.passes import Passes
@@ -272,9 +273,12 @@ def test_a_run_that_ends_before_or_in_the_hook_resumes_with_it(
     assert (saved.step, saved.meta["finished"]) == (8, False)
     assert left != 5
 
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    before = records.read(tmp_path / "run")
     train(config, tmp_path / "run")
     saved, left = final(tmp_path / "run")
     assert (saved.step, saved.meta["finished"], left) == (8, True, 5)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    after = records.read(tmp_path / "run")
+    assert after.steps == before.steps
+    # each with the step that it resumed from
+    assert [start.step for start in after.starts] == [0, 8, 8]
     assert failures == []

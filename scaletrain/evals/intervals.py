@@ -1,0 +1,163 @@
+"""Confidence intervals of scores, computed from the predictions of each test sample.
+
+Accuracies have Wilson's interval, all others the percentiles of a bootstrap over test samples. They
+say how much a score would differ on another test set of this size, drawn alike, with the same
+encoder. How much it differs between trainings is another question: over_runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from scaletrain.evals.predictions import Prediction, Scored
+from scaletrain.evals.scores import average_precision
+
+# Bootstrap samples.
+DRAWS = 2000
+# Elements of these for average precisions, from which on fewer are drawn: half a minute.
+_WORK = 1 << 30
+# Counts of test samples in memory at once: 8 MB.
+_ELEMENTS = 1 << 20
+
+Floats = npt.NDArray[np.float64]
+
+
+def interval(
+    prediction: Prediction, metric: str, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Bounds in per cent of a metric of a prediction: top1, top5, per_class, map or map11."""
+    share = prediction.metrics()[metric] / 100
+
+    if isinstance(prediction, Scored):
+        samples = float((prediction.labels == 1).sum())
+        draws = bootstrap_precisions([prediction], metric, seed)[0]
+    elif metric == "per_class":
+        sizes = torch.bincount(prediction.labels)
+        # as many samples of one class would have this variance if all classes had one recall
+        samples = int((sizes > 0).sum()) ** 2 / float((1 / sizes[sizes > 0]).sum())
+        draws = bootstrap_class_mean((prediction.rank == 0).long(), prediction.labels, seed)
+    else:
+        samples, draws = len(prediction.rank), None
+
+    low, high = wilson(share, samples, level) if draws is None else percentiles(draws, level)
+    # where each bootstrap sample gives the score again, as at 0 and 100, it knows no interval
+    if low == high:
+        low, high = wilson(share, samples, level)
+
+    # the percentiles of a small test set need not include its own score
+    return 100 * min(low, share), 100 * max(high, share)
+
+
+def percentiles(draws: Floats, level: float = 0.95) -> tuple[float, float]:
+    """The interval that holds the share `level` of bootstrap results [B] in its middle."""
+    low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
+
+
+def wilson(share: float, samples: float, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a share of independent samples (Wilson, 1927): near its nominal coverage from few
+    samples on, and never empty or outside 0 .. 1.
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    weight = samples + z**2
+    middle = (samples * share + z**2 / 2) / weight
+    half = z / weight * math.sqrt(samples * share * (1 - share) + z**2 / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def over_runs(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean over trainings that differ by their seed (Student's t), in the unit of
+    the values. Unbounded for a single one.
+    """
+    if len(values) < 2:
+        return -math.inf, math.inf
+
+    mean, freedom = fmean(values), len(values) - 1
+    half = student((1 + level) / 2, freedom) * stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def student(probability: float, freedom: int) -> float:
+    """The quantile, for a probability of one half or more, of Student's t with whole degrees of
+    freedom.
+    """
+    low, high = 0.0, 1.0
+    while student_probability(high, freedom) < probability:
+        high *= 2
+
+    for _ in range(100):
+        middle = (low + high) / 2
+        if student_probability(middle, freedom) < probability:
+            low = middle
+        else:
+            high = middle
+
+    return (low + high) / 2
+
+
+def student_probability(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0 and whole degrees of freedom (Abramowitz & Stegun, 26.7.3 and
+    26.7.4).
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    square = math.cos(angle) ** 2
+    odd = freedom % 2
+    # powers of the cosine up to freedom - 2, each with the product of its odd over even factors
+    term, total = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
+    for power in range(odd, freedom - 1, 2):
+        total += term
+        term *= square * (power + 1) / (power + 2)
+
+    within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + within) / 2
+
+
+def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
+    """Bootstrap results [B] of the mean over classes of the mean of `values` [Q], each -1, 0 or 1.
+
+    Classes are drawn one by one, n - 1 of the n samples of each, which gives the variance that n
+    samples have (Rao & Wu, 1988): with n, intervals of many small classes would be too short.
+    Classes of a single sample, which has no variance, are drawn from all these.
+    """
+    sizes = torch.bincount(labels)
+    # how often each class has each value
+    table = torch.bincount(3 * labels + values + 1, minlength=3 * len(sizes)).view(-1, 3)
+    several, single = (table[part].numpy() for part in (sizes > 1, sizes == 1))
+    random, total = np.random.default_rng(seed), np.zeros(DRAWS)
+
+    for counts in several:
+        drawn = counts.sum() - 1
+        found = random.multinomial(drawn, counts / counts.sum(), DRAWS)  # [B, 3]
+        total += (found[:, 2] - found[:, 0]) / drawn
+
+    if len(single):
+        found = random.multinomial(len(single), single.mean(0), DRAWS)
+        total += found[:, 2] - found[:, 0]
+
+    return total / (len(several) + len(single))
+
+
+def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) -> Floats:
+    """Bootstrap results [P, B] of `map` or `map11` of predictions for the same samples, which are
+    drawn alike for all.
+    """
+    samples, classes = predictions[0].scores.shape
+    draws = max(200, min(DRAWS // 2, _WORK // (samples * classes)))
+    random = np.random.default_rng(seed)
+    rows = max(1, _ELEMENTS // samples)
+    parts = []
+
+    for start in range(0, draws, rows):
+        drawn = random.integers(samples, size=(min(rows, draws - start), samples))
+        counts = torch.from_numpy(np.stack([np.bincount(d, minlength=samples) for d in drawn]))
+        found = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
+        parts.append(torch.stack(found))
+
+    return torch.cat(parts, 1).numpy()
