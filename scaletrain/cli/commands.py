@@ -165,8 +165,8 @@ def evaluate(
         typer.Option(help="Folder of the stored features; default: `features` in --results."),
     ] = None,
 ) -> None:
-    """Evaluate a frozen encoder. Results go to RUN/evals; `scaletrain launch fleet RUN` adds them to
-    the run's TensorBoard.
+    """Evaluate a frozen encoder. Results go to RUN/evals; `scaletrain launch fleet RUN` adds them
+    to the run's TensorBoard.
     """
     from scaletrain.evals import run as evals
     from scaletrain.report import cards

@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 GROUPS = {
     "shards": "Write shards of images, index and verify them, choose labels.",
-    "launch": "Train with several processes, on this machine or on a cluster.",
+    "launch": "Train or evaluate with several processes, on this machine or on a cluster.",
 }
 COMMANDS = {
     "shards": {
@@ -55,6 +55,9 @@ COMMANDS = {
             "scaletrain.launch.local:main", "Train on this machine with several processes", True
         ),
         "slurm": Command("scaletrain.launch.slurm.command:main", "Train on a SLURM cluster"),
+        "fleet": Command(
+            "scaletrain.launch.fleet.command:main", "Evaluate the checkpoints of runs"
+        ),
     },
 }
 

@@ -105,7 +105,8 @@ def _options(
     if context.invoked_subcommand not in (*TRAINING, *lazy.GROUPS):
         from scaletrain.runtime.signals import ending_at_once
 
-        context.with_resource(ending_at_once())
+        resumable = context.invoked_subcommand == "eval"
+        context.with_resource(ending_at_once(resumable=resumable))
 
 
 def _explained(error: Exception, command: str | None) -> tuple[str, int] | None:

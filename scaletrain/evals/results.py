@@ -251,35 +251,3 @@ def write(
             ) from error
 
     return parse(path)[1]
-
-
-def plot(run: Path, path: Path) -> None:
-    """Add the metrics of a result to the run's TensorBoard, with one folder, and so one curve, for
-    each protocol.
-
-    The name of the event file contains the digest of the result, so that it is written once. A
-    failure to write is reported on stderr only.
-    """
-    found = parse(path)[0]
-    baseline = "" if found.encoder == "trained" else f"-{found.encoder}"
-    folder = run / "tensorboard" / "evals" / f"{found.benchmark}-{found.protocol}{baseline}"
-
-    if any(folder.glob(f"*.{found.digest}")):
-        return
-
-    # slow to import
-    from torch.utils.tensorboard import SummaryWriter
-
-    fresh = not folder.exists()
-    try:
-        with SummaryWriter(str(folder), filename_suffix=f".{found.digest}") as writer:
-            if fresh:
-                writer.add_text(
-                    "eval/protocol",
-                    "\n".join(f"- {key}: {value}" for key, value in found.described.items()),
-                )
-
-            for name, value in found.metrics.items():
-                writer.add_scalar(f"eval/{name}", value, found.step)
-    except (OSError, ValueError) as error:  # ValueError: its file was closed by an earlier failure
-        print(f"no TensorBoard scalars of {path}: {error}", file=sys.stderr)

@@ -100,12 +100,19 @@ def announce(stop: Stopped) -> None:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
+def ending_at_once(*, resumable: bool = False) -> Iterator[None]:
     """Context for commands that have nothing to save: a signal ends them, after their cleanup, with
     the exit code 128 + its number.
+
+    resumable: they go on from what they have stored, so the stop is noted for the launcher.
     """
 
     def end(number: int, _: Any) -> None:
+        if resumable and (place := os.environ.get(STOPPED_FILE)):
+            # By every rank, since the first one that ends takes the others with it.
+            with contextlib.suppress(OSError):
+                Path(place).write_text(signal.Signals(number).name)
+
         raise SystemExit(128 + number)
 
     with contextlib.ExitStack() as restored:

@@ -11,7 +11,7 @@ import typer
 
 from scaletrain.config.recipe import ConfigError, find
 from scaletrain.launch.slurm import chain as chains
-from scaletrain.launch.slurm import queue
+from scaletrain.launch.slurm import options, queue
 from scaletrain.launch.slurm.launch import Launch, show
 from scaletrain.launch.slurm.queue import SlurmError
 from scaletrain.launch.slurm.submit import Resources
@@ -56,36 +56,17 @@ def main(
     tasks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: one per GPU, or one.")
     ] = None,
-    cpus_per_task: Annotated[
-        int | None, typer.Option(min=1, help="Default: the node's, divided by its tasks.")
-    ] = None,
-    mem: Annotated[
-        str | None, typer.Option(help="Per node, e.g. 480G; default: the partition's.")
-    ] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(
-            help="Limit, e.g. 1-00:00:00, or minutes; 0: none. The job requeues itself at its end."
-        ),
-    ] = None,
-    partition: Annotated[str | None, typer.Option(help="Default: the cluster's default.")] = None,
-    account: Annotated[str | None, typer.Option()] = None,
-    qos: Annotated[str | None, typer.Option()] = None,
-    constraint: Annotated[str | None, typer.Option(help="Features the nodes must have.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Nodes to avoid, e.g. n[3-4].")] = None,
-    mail: Annotated[
-        str | None, typer.Option(help="Address notified of end, failure and requeue.")
-    ] = None,
-    setup: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Shell line before the command, e.g. 'module load cuda'; may be repeated."
-        ),
-    ] = None,
-    container: Annotated[
-        str | None,
-        typer.Option(help="Command before `python`, e.g. 'apptainer exec --nv image.sif'."),
-    ] = None,
+    cpus_per_task: options.CpusPerTask = None,
+    mem: options.Mem = None,
+    time: options.Time = None,
+    partition: options.Partition = None,
+    account: options.Account = None,
+    qos: options.Qos = None,
+    constraint: options.Constraint = None,
+    exclude: options.Exclude = None,
+    mail: options.Mail = None,
+    setup: options.Setup = None,
+    container: options.Container = None,
     warning: Annotated[
         int,
         typer.Option(
@@ -187,10 +168,10 @@ def main(
         show(run)
         return
 
-    options = [*(("--change",) if change else ()), *(("--umask", umask) if umask else ())]
-    options += ["--init", str(init.absolute())] if init else []
-    options += ["--continue", str(continues.absolute())] if continues else []
-    launch = Launch(recipe, overrides, run, grids.combinations(grid or (), seeds), options)
+    further = [*(("--change",) if change else ()), *(("--umask", umask) if umask else ())]
+    further += ["--init", str(init.absolute())] if init else []
+    further += ["--continue", str(continues.absolute())] if continues else []
+    launch = Launch(recipe, overrides, run, grids.combinations(grid or (), seeds), further)
 
     try:
         place = queue.partition(partition)

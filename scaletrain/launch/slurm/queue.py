@@ -163,10 +163,24 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
     return {job: there.get(job, State("", "")) for job in jobs}
 
 
+@dataclass(frozen=True)
+class Job:
+    """A job, or element of an array, that runs or waits."""
+
+    id: str
+    state: str
+    comment: str
+
+
+def mine() -> list[Job]:
+    """This user's jobs that run or wait."""
+    form = ("-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%k")
+    return [Job(*line.split("|", 2)) for line in ask("squeue", *form).splitlines()]
+
+
 def live(comment: str) -> list[str]:
     """This user's jobs with this comment that run or wait."""
-    lines = ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%k").splitlines()
-    return [job for job, found in (line.split("|", 1) for line in lines) if found == comment]
+    return [job.id for job in mine() if job.comment == comment]
 
 
 def check_shared(folder: Path, nodes: Iterable[str]) -> str | None:

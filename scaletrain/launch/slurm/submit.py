@@ -65,6 +65,8 @@ class Resources:
     warning: int = 120
     # crashes at one and the same checkpoint
     restarts: int = 3
+    # stops on request at one and the same checkpoint; None: any number
+    stops: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -156,9 +158,11 @@ class _Executor(SlurmExecutor):
         return 1
 
 
-def _executor(folder: Path, run: Path, resources: Resources, count: int, drafts: Path) -> _Executor:
+def _executor(
+    folder: Path, run: Path, resources: Resources, count: int, drafts: Path, comment: str | None
+) -> _Executor:
     """Of `count` runs; more than one make an array. `folder` receives the logs, `run` names the
-    job.
+    job, and is its comment unless there is another.
 
     Every text in the script is an option, which Resources has checked, or is checked here. submitit
     replaces %j and the like in the path of its own folder, so it has `drafts`, and the paths of the
@@ -166,6 +170,7 @@ def _executor(folder: Path, run: Path, resources: Resources, count: int, drafts:
     """
     check_text("--run", str(run))
     check_text("--run", str(folder))
+    check_text("--run", comment or "")
 
     logs = _logs(folder, count)
     forced = {
@@ -181,7 +186,7 @@ def _executor(folder: Path, run: Path, resources: Resources, count: int, drafts:
 
     executor.update_parameters(
         job_name=f"scaletrain-{run.name}",
-        comment=str(run),
+        comment=comment or str(run),
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks_per_node,
         cpus_per_task=resources.cpus_per_task,
@@ -200,7 +205,7 @@ def _executor(folder: Path, run: Path, resources: Resources, count: int, drafts:
         # its default is refused where such keys are enforced
         wckey=None,
         setup=_before(folder, resources),
-        teardown=_after(folder, resources.restarts),
+        teardown=_after(folder, resources),
         additional_parameters={key: value for key, value in forced.items() if value is not None},
         # the command has an srun of its own
         use_srun=False,
@@ -240,13 +245,19 @@ def _command(folder: Path, resources: Resources, count: int) -> str:
 def script(folder: Path, run: Path, resources: Resources, count: int) -> str:
     """The batch script of `count` runs, as it would be submitted; more than one make an array."""
     with tempfile.TemporaryDirectory() as drafts:
-        executor = _executor(folder, run, resources, count, Path(drafts))
+        executor = _executor(folder, run, resources, count, Path(drafts), None)
         return executor._make_submission_file_text(_command(folder, resources, count), "")
 
 
-def submit(folder: Path, run: Path, resources: Resources, tasks: Sequence[Task]) -> list[str]:
-    """The ids of the jobs; several tasks make one array. Raises SlurmError with sbatch's
-    own words.
+def submit(
+    folder: Path,
+    run: Path,
+    resources: Resources,
+    tasks: Sequence[Task],
+    comment: str | None = None,
+) -> list[str]:
+    """The ids of the jobs; several tasks make one array. comment: by which queue.live finds them;
+    None: the path of the run. Raises SlurmError with sbatch's own words.
     """
     _make(folder)
     task.write(folder, tasks)
@@ -271,7 +282,7 @@ def submit(folder: Path, run: Path, resources: Resources, tasks: Sequence[Task])
             contextlib.redirect_stderr(io.StringIO()),
         ):
             os.environ.update(kept)
-            executor = _executor(folder, run, resources, count, Path(drafts))
+            executor = _executor(folder, run, resources, count, Path(drafts), comment)
             job = executor._submit_command(_command(folder, resources, count)).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(f"sbatch refused the job: {_reason(str(error))}") from None
@@ -328,10 +339,18 @@ def _before(folder: Path, resources: Resources) -> list[str]:
     ]
 
 
-def _after(folder: Path, restarts: int) -> list[str]:
+def _after(folder: Path, resources: Resources) -> list[str]:
     """Shell lines after the command. Crashes are counted by what this job has saved: others may
-    write to the run folder too.
+    write to the run folder too. A job that ends for good leaves its exit code in a file.
     """
+    restarts, stops = resources.restarts, resources.stops
+    counted = "true"
+    if stops is not None:
+        counted = (
+            f'echo "$when: stopped" >> "$id.stops" && [ "$(grep -cF "$when: " "$id.stops")" -le '
+            f"{stops} ]"
+        )
+
     return f"""\
 code=$?
 cd {shlex.quote(str(folder))}
@@ -346,14 +365,14 @@ again() {{  # the controller may be away for a moment; after success it ends thi
 }}
 # of the first rank that failed; srun tells the last
 if [ -s "$start.failure" ]; then code=$(cat "$start.failure"); fi
-if [ -e "$start.stopped" ]; then
+when="before this job has saved anything"
+if [ -s "$SLURM_JOB_ID.progress" ]; then
+    when="after saving $(head -n 1 "$SLURM_JOB_ID.progress")"
+fi
+if [ -e "$start.stopped" ] && {counted}; then
     echo "$id: saved on request, requeued" >&2
     again
 elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
-    when="before this job has saved anything"
-    if [ -s "$SLURM_JOB_ID.progress" ]; then
-        when="after saving $(head -n 1 "$SLURM_JOB_ID.progress")"
-    fi
     echo "$when: exit code $code" >> "$id.crashes"
     if [ "$(grep -cF "$when: " "$id.crashes")" -le {restarts} ]; then
         echo "$id: exit code $code $when, requeued" >&2
@@ -361,4 +380,5 @@ elif [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
     fi
     echo "error: $id failed {plural(restarts + 1, "time")} $when" >&2
 fi
+echo "$code" > "$id.exit"
 exit "$code\"""".splitlines()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,14 @@ def test_a_command_with_nothing_to_save_ends_through_its_cleanup(number: signal.
         os.kill(os.getpid(), number)
     assert ended.value.code == 128 + number
     assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_the_stop_of_what_can_be_resumed_is_noted_for_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, resumable: bool
+) -> None:
+    monkeypatch.setenv(interrupt.STOPPED_FILE, str(tmp_path / "1.0.stopped"))
+    with pytest.raises(SystemExit), ending_at_once(resumable=resumable):
+        os.kill(os.getpid(), signal.SIGUSR2)
+    noted = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert noted == ({"1.0.stopped": "SIGUSR2"} if resumable else {})

@@ -1,0 +1,81 @@
+"""The table of a fleet: a row for each step, a column for each benchmark and dataset."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+
+from scaletrain.launch.fleet.cells import Cell, Status
+from scaletrain.launch.fleet.fleet import Fleet
+from scaletrain.launch.fleet.plan import Plan
+from scaletrain.runtime import tables
+
+
+def lines(fleet: Fleet) -> list[str]:
+    """The tables of all runs, why results are missing, and a summary."""
+    text: list[str] = []
+    for plan in fleet.plans:
+        training = plan.training()
+        text.append(f"{plan.run}{f': training, {training}' if training else ''}")
+        cells = {cell: fleet.statuses[cell] for cell in plan.cells if cell in fleet.statuses}
+        text += [*(_table(plan, cells) if cells else ["no step to evaluate yet"]), ""]
+
+    texts = {status.text for status in fleet.statuses.values() if status.state == "failed"}
+    text += [*(f"failed: {one}" for one in sorted(texts)), *([""] if texts else [])]
+    counts = [
+        (fleet.count(state), state)
+        for state in ("measured", "running", "pending", "missing", "failed")
+    ]
+    return [*text, ", ".join(f"{count:,} {state}" for count, state in counts if count)]
+
+
+def _table(plan: Plan, cells: dict[Cell, Status]) -> list[str]:
+    several = len({cell.dataset for cell in cells}) > 1
+    columns = list(dict.fromkeys(_column(cell, several) for cell in cells))
+    rows: dict[int, dict[str, str]] = {}
+    for cell, status in cells.items():
+        rows.setdefault(cell.step, {})[_column(cell, several)] = _short(status)
+
+    table = [[f"{step:,}", *(row.get(name, "") for name in columns)] for step, row in rows.items()]
+    return tables.render(("step", *columns), table, width=tables.width()).splitlines()
+
+
+def _column(cell: Cell, several: bool) -> str:
+    return f"{cell.benchmark}@{cell.dataset}" if several else cell.benchmark
+
+
+def _short(status: Status) -> str:
+    if status.state == "measured":
+        return status.text
+    return "-" if status.state == "missing" else status.state
+
+
+class Screen:
+    """Lines on a terminal that take the place of the ones before; elsewhere only `close` prints."""
+
+    def __init__(self) -> None:
+        self._live, self._height = sys.stdout.isatty(), 0
+
+    def show(self, text: Sequence[str]) -> None:
+        if self._live:
+            self.clear()
+            print("\n".join(text), flush=True)
+            wide = shutil.get_terminal_size().columns
+            self._height = sum(max(1, math.ceil(len(line) / wide)) for line in text)
+
+    def say(self, text: str) -> None:
+        """Print a line above."""
+        self.clear()
+        print(text, flush=True)
+
+    def close(self, text: Sequence[str]) -> None:
+        self.clear()
+        print("\n".join(text), flush=True)
+
+    def clear(self) -> None:
+        if self._height:
+            # To the first of the lines, and erase from there.
+            print(f"\033[{self._height}F\033[J", end="")
+        self._height = 0

@@ -1,0 +1,182 @@
+"""Where results stand: what is measured, at work, to be tried again or given up, whoever died."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from kit.evals import write_result
+
+from scaletrain.launch.fleet import jobs, standing
+from scaletrain.launch.fleet.cells import Cell, Status
+from scaletrain.launch.fleet.claims import Claim, Claims, Holder
+from scaletrain.launch.fleet.pool import Pool
+from scaletrain.launch.fleet.standing import Standing
+from scaletrain.launch.slurm import queue
+from scaletrain.launch.slurm.queue import Job, UnavailableError
+
+
+class Ended(Pool):
+    """A pool whose processes have ended with these exit codes, by benchmark."""
+
+    def __init__(self, **codes: int) -> None:
+        super().__init__(1)
+        self.ends = codes
+
+    def code(self, log: Path) -> int | None:
+        return self.ends.pop(log.name.partition("@")[0], None)
+
+
+def cell(run: Path, benchmark: str = "knn") -> Cell:
+    result = run / "evals" / f"{benchmark}@d-step-3-x.json"
+    return Cell(run, 3, benchmark, "d", ("eval",), result)
+
+
+def judge(claims: Claims, pool: Pool | None = None, retries: int = 1) -> Status:
+    watch = Standing(claims, pool, retries)
+    watch.see_queue()
+    return watch.judge(cell(claims._folder.parents[1]))
+
+
+def log(run: Path, text: str) -> None:
+    cell(run).log.parent.mkdir(parents=True)
+    cell(run).log.write_text(text)
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs in the queue."""
+    found: list[Job] = []
+    monkeypatch.setattr(queue, "mine", lambda: found)
+    return found
+
+
+def test_attempts_are_counted_until_they_are_given_up(tmp_path: Path, live: list[Job]) -> None:
+    log(tmp_path, "loading\nerror: no memory\nsomething else\n")
+    with Claims(tmp_path) as claims:
+        assert judge(claims) == Status("missing")
+        mine = Holder(fleet=claims.fleet)
+        for attempt, expected in ((1, "missing"), (2, "failed")):
+            claims.write("knn@d-step-3-x", claims.read("knn@d-step-3-x").held_by(mine))
+            found = judge(claims, Ended(knn=75))
+            text = f"exit code 75; no memory ({cell(tmp_path).log})"
+            assert found == Status(expected, text, tried=True)  # type: ignore[arg-type]
+            kept = claims.read("knn@d-step-3-x")
+            assert (kept.attempts, kept.holder) == (attempt, None)
+
+
+def test_invalid_input_is_given_up_at_once(tmp_path: Path, live: list[Job]) -> None:
+    log(tmp_path, "error: no such folder\n")
+    with Claims(tmp_path) as claims:
+        claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
+        assert judge(claims, Ended(knn=2)).state == "failed"
+        assert claims.read("knn@d-step-3-x").refused
+
+
+@pytest.mark.parametrize("code", [130, 143, 140])
+def test_an_end_on_request_is_no_attempt(tmp_path: Path, live: list[Job], code: int) -> None:
+    with Claims(tmp_path) as claims:
+        claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
+        assert judge(claims, Ended(knn=code)) == Status("missing")
+        assert claims.names() == set()
+
+
+def test_what_a_dead_fleet_had_begun_is_free(tmp_path: Path, live: list[Job]) -> None:
+    with Claims(tmp_path) as claims:
+        with Claims(tmp_path) as other:
+            claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=other.fleet), attempts=1))
+            assert judge(claims) == Status("running", f"fleet {other.fleet}")
+        assert judge(claims) == Status("missing", "", tried=True)
+        assert claims.read("knn@d-step-3-x") == Claim(attempts=1)
+
+
+def test_a_job_is_live_by_the_queue_and_its_end_by_its_exit_code(
+    tmp_path: Path, live: list[Job]
+) -> None:
+    with Claims(tmp_path) as claims:
+        holder = Holder(fleet="dead", launch="0001", element=1, job="7_1")
+        claims.write("knn@d-step-3-x", Claim(holder=holder))
+        live.append(Job("7_1", "PENDING", ""))
+        assert judge(claims) == Status("pending", "job 7_1")
+        live[:] = [Job("7_1", "RUNNING", "")]
+        assert judge(claims) == Status("running", "job 7_1")
+
+        live.clear()
+        folder = jobs._launches(tmp_path) / "0001"
+        folder.mkdir(parents=True)
+        (folder / "7_1_0_log.err").write_text("error: the disk is full\n")
+        (folder / "7_1.exit").write_text("75\n")
+        found = judge(claims)
+        assert (found.state, found.text.partition(" (")[0]) == (
+            "missing",
+            "exit code 75; the disk is full",
+        )
+        claims.write("knn@d-step-3-x", Claim(holder=holder.model_copy(update={"job": "8_1"})))
+        assert judge(claims).text.startswith("it was killed; it wrote nothing")
+        (folder / "9_1.exit").write_text("2\n")
+        claims.write("knn@d-step-3-x", Claim(holder=holder.model_copy(update={"job": "9_1"})))
+        assert judge(claims).state == "failed"
+
+
+def test_a_job_whose_fleet_died_while_submitting_is_adopted_or_free(
+    tmp_path: Path, live: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Claims(tmp_path) as claims:
+        lost = Claim(holder=Holder(fleet="dead", launch="0004", element=1))
+        claims.write("knn@d-step-3-x", lost)
+        live.append(Job("7_1", "PENDING", f"{tmp_path}#evals/0004"))
+        assert judge(claims) == Status("pending", "job 7_1")
+        kept = claims.read("knn@d-step-3-x").holder
+        assert kept is not None
+        assert kept.job == "7_1"
+
+        live.clear()
+        claims.write("knn@d-step-3-x", lost)
+        watch = Standing(claims, None, 1)
+        watch.see_queue()
+        # sbatch may still be at work
+        assert watch.judge(cell(tmp_path)) == Status("pending")
+        assert watch.settling
+        monkeypatch.setattr(standing, "SETTLE", 0.0)
+        assert watch.judge(cell(tmp_path)) == Status("missing")
+        assert not watch.settling
+        assert claims.names() == set()
+
+
+def test_jobs_of_a_queue_that_cannot_be_seen_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> list[Job]:
+        raise UnavailableError("squeue is not installed")
+
+    monkeypatch.setattr(queue, "mine", away)
+    with Claims(tmp_path) as claims:
+        assert judge(claims) == Status("missing")
+        claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet="f", launch="0001", job="7")))
+        assert judge(claims).state == "pending"
+        assert claims.names() == {"knn@d-step-3-x"}
+
+
+def test_a_result_ends_its_claim_whatever_that_says(tmp_path: Path, live: list[Job]) -> None:
+    result = write_result(tmp_path, 3, {"linear": 41.236, "linear_per_class": 40.0})
+    found = Cell(tmp_path, 3, "linear", "d", ("eval",), result)
+    with Claims(tmp_path) as claims:
+        claims.write(found.name, Claim(attempts=9, error="x", refused=True))
+        watch = Standing(claims, None, 1)
+        assert watch.judge(found) == Status("measured", "41.24")
+        assert claims.names() == set()
+
+        result.write_text("{}")
+        assert watch.judge(found) == Status("measured", "41.24"), "results never change"
+        again = Standing(claims, None, 1)
+        assert again.judge(found).state == "failed"
+        assert "is not a result" in again.judge(found).text
+
+
+def test_a_damaged_claim_stops_only_its_result(tmp_path: Path, live: list[Job]) -> None:
+    with Claims(tmp_path) as claims:
+        (tmp_path / "evals" / "claims" / "knn@d-step-3-x.json").write_text(json.dumps([]))
+        assert judge(claims).state == "failed"
+        impossible = Cell(tmp_path, 3, "svm", "d", (), None, problem="no labels")
+        assert Standing(claims, None, 1).judge(impossible) == Status("failed", "no labels")
