@@ -45,7 +45,6 @@ PLUGINS = {  # packages whose files do not know each other, but for what they sh
         "idx",
         "journal",
         "listing_source",
-        "numpy_pickle",
         "sources",
         "tar_source",
         "write",
@@ -59,6 +58,7 @@ PLUGINS = {  # packages whose files do not know each other, but for what they sh
         "placement",
     ),
     "evals.benchmarks": (),
+    "evals.encoders.foreign": (),
     "pipelines.stages": (),
 }
 SOURCES = sorted((ROOT / "scaletrain").rglob("*.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -103,3 +104,16 @@ def show_methods() -> None:
         *catalogue.lines("auxiliaries"),
     ):
         typer.echo(tables.wrap(line, width, 8))
+
+
+@app.command("datasets")
+def show_datasets(
+    data_root: Annotated[
+        Path | None,
+        typer.Option(envvar="SCALETRAIN_DATA_ROOT", help="Folder of their shards; default data."),
+    ] = None,
+) -> None:
+    """Every dataset that `scaletrain eval --dataset` knows by name."""
+    from scaletrain.report import dataset_table
+
+    typer.echo("\n".join(dataset_table.show(data_root)))

@@ -1,7 +1,7 @@
 """One numbering of the classes for training and test set, matched by name where classes have names.
 
 Classes are numbered by first appearance in the training set. So numbers are dense whatever the
-labels are, and no metric depends on how a data set numbers its classes.
+labels are, and no metric depends on how a dataset numbers its classes.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def names_digest(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def read_names(folder: selection.Paths) -> list[str] | None:
-    """The class names of a data set in order of label; None without classes.json. Raises EvalError
+    """The class names of a dataset in order of label; None without classes.json. Raises EvalError
     or DataError.
     """
     raw = read_classes(folder)

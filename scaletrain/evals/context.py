@@ -47,6 +47,10 @@ class EvalContext:
         """Number of classes of the training images, which a head tells apart."""
         return self.dataset.classes
 
+    def samples(self, split: SplitName) -> int:
+        """Number of images of a split."""
+        return len(self._part(split).rows)
+
     def features(self, split: SplitName) -> Features:
         """Features of the images of a split under the test transform, on the CPU and as a rule
         memory-mapped.
@@ -164,8 +168,14 @@ class EvalContext:
         return {"features": {**transform, **policy}, **self.dataset.identity}
 
     def provenance(self) -> dict[str, Any]:
-        """The data as written in results, with the samples that were left out."""
+        """The data as written in results, with the samples that were left out and sentences on test
+        images that were seen in training.
+        """
         data = self.dataset.provenance()
+        trained = self.encoder.kind == "trained"
+        if seen := self.dataset.leaks(self.encoder.trained_on if trained else ()):
+            data["seen_in_training"] = seen
+
         if self.extractor.skip:
             for images in ("train", "test"):
                 data[images]["left_out"] = self._left_out.get(images, [])

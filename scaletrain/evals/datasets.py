@@ -1,4 +1,4 @@
-"""Descriptors of data sets for evaluation: which shards are the training, validation and test
+"""Descriptors of datasets for evaluation: which shards are the training, validation and test
 images, and what is measured on them.
 
 Descriptors are YAML files, by path or by the name of a file in configs/datasets. Their shards are
@@ -84,7 +84,7 @@ ClassName = Annotated[str, Field(min_length=1)]
 
 
 class BenchmarkDataset(Frozen):
-    """A data set for evaluation."""
+    """A dataset for evaluation."""
 
     name: Annotated[str, Field(pattern=r"^\w+$", max_length=64)]
     """Name in results and tables; by default that of the file."""
@@ -99,7 +99,7 @@ class BenchmarkDataset(Frozen):
     """Test images, which are scored once."""
 
     train_from: str = ""
-    """Name of the data set whose training and validation images serve for this one, a set of test
+    """Name of the dataset whose training and validation images serve for this one, a set of test
     images.
     """
 
@@ -160,7 +160,7 @@ class BenchmarkDataset(Frozen):
         if self.val is not None and self.train is None:
             raise ValueError("val: the training images come from another set, and so must these")
         if not self.may_train and not self.train_from:
-            raise ValueError("may_train is false: name the data set to train on with `train_from`")
+            raise ValueError("may_train is false: name the dataset to train on with `train_from`")
         if self.held_out and self.held_out_per_class:
             raise ValueError("give held_out or held_out_per_class, not both")
         if self.val is not None and (self.held_out or self.held_out_per_class):
@@ -175,11 +175,11 @@ class BenchmarkDataset(Frozen):
         return self
 
     def labelled(self, subset: Path) -> BenchmarkDataset:
-        """The same data set with the samples of a label subset as its training images."""
+        """The same dataset with the samples of a label subset as its training images."""
         assert self.train is not None, "load has filled it in"
         if self.train.subset or self.train.without:
             raise EvalError(
-                f"--labels {subset}: the training images of data set {self.name} are a subset "
+                f"--labels {subset}: the training images of dataset {self.name} are a subset "
                 "already; write a descriptor of your own"
             )
         train = SplitConfig(shards=self.train.shards, subset=str(subset.absolute()))
@@ -218,11 +218,14 @@ def load(name: str | Path, root: str | Path | None = None) -> BenchmarkDataset:
     if own.classes or own.held_out or own.held_out_per_class:
         raise ConfigError(f"{name}: classes and held_out are those of {own.train_from}; leave out")
 
-    return own.model_copy(update={**splits, **{key: getattr(other, key) for key in taken}})
+    how = f"{other.how.strip()}\n{own.how}".strip()
+    return own.model_copy(
+        update={**splits, **{key: getattr(other, key) for key in taken}, "how": how}
+    )
 
 
 def load_source(source: str, name: str | Path, root: str | Path | None) -> BenchmarkDataset:
-    """The data set that another one trains on. Raises ConfigError."""
+    """The dataset that another one trains on. Raises ConfigError."""
     other = load(source, root)
     if other.train_from:
         raise ConfigError(
@@ -230,6 +233,17 @@ def load_source(source: str, name: str | Path, root: str | Path | None) -> Bench
             f"'{other.train_from}'"
         )
     return other
+
+
+def missing(dataset: BenchmarkDataset) -> list[str]:
+    """The local folders of its shards that are not there."""
+    splits = [split for split in (dataset.train, dataset.val, dataset.test) if split is not None]
+    places = (place.folder for split in splits for place in selection.by_folder(split.shards))
+    return [
+        folder
+        for folder in dict.fromkeys(places)
+        if not is_remote(folder) and not Path(folder).is_dir()
+    ]
 
 
 def given(
@@ -240,7 +254,7 @@ def given(
     same_numbers: bool = False,
     source: object = "",
 ) -> BenchmarkDataset:
-    """The data set of --train, --test, --labels and --same-numbers. Without `test`, the test images
+    """The dataset of --train, --test, --labels and --same-numbers. Without `test`, the test images
     are the folder `test` or `val` next to the training shards.
 
     train: shards, "" or "synthetic" where there are none. source: the encoder's, for messages.
@@ -313,6 +327,6 @@ def _find(name: str | Path) -> Path:
         return shipped
 
     raise ConfigError(
-        f"there is neither a file nor a data set named '{brief(str(name))}'"
+        f"there is neither a file nor a dataset named '{brief(str(name))}'"
         f"{nearest(short, names())}; available: {', '.join(names())}"
     )

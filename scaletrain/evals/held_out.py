@@ -1,4 +1,4 @@
-"""The training images that choose a setting where a data set has no official validation images."""
+"""The training images that choose a setting where a dataset has no official validation images."""
 
 from __future__ import annotations
 

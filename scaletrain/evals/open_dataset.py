@@ -1,4 +1,4 @@
-"""An opened data set for evaluation: its images and their classes, split by split.
+"""An opened dataset for evaluation: its images and their classes, split by split.
 
     dataset = datasets.load("pets", root) or datasets.given(train, test, labels=..., ...)
     opened = open_dataset(dataset, cache=data.cache, skip=skip, max_bad=max_bad)
@@ -35,7 +35,7 @@ from scaletrain.config.schema import CacheConfig
 from scaletrain.data.reading.reader import DEFAULT_CACHE
 from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.evals.classes import Classes, match
-from scaletrain.evals.datasets import BenchmarkDataset
+from scaletrain.evals.datasets import ROOT_VARIABLE, BenchmarkDataset, missing
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.held_out import held_out
 from scaletrain.evals.label_maps import ClassGroups, by_number, group
@@ -73,7 +73,7 @@ class Part:
 
 
 class OpenDataset:
-    """A data set whose shards are open and whose classes are matched; see the module's text.
+    """A dataset whose shards are open and whose classes are matched; see the module's text.
 
     matched: the classes. groups: of them, which a label map makes the classes of the test set.
     """
@@ -92,12 +92,12 @@ class OpenDataset:
 
     @property
     def name(self) -> str:
-        """Name of the data set in results."""
+        """Name of the dataset in results."""
         return self.dataset.name
 
     @property
     def metric(self) -> str:
-        """The main metric of this data set, as in BenchmarkDataset."""
+        """The main metric of this dataset, as in BenchmarkDataset."""
         return self.dataset.metric
 
     @property
@@ -185,9 +185,9 @@ class OpenDataset:
         return data | ({} if subset is None else {"labels": subset})
 
     def leaks(self, trained_on: Collection[str] = ()) -> list[str]:
-        """Sentences on test images that are training images: of this data set, or of the encoder.
+        """Sentences on test images that are training images: of this dataset, or of the encoder.
 
-        trained_on: sha256 of the data sets of the encoder's training.
+        trained_on: sha256 of the datasets of the encoder's training.
         """
         ours, found = dict(self._train.folders()), []
         test = self._test
@@ -199,7 +199,7 @@ class OpenDataset:
         if seen:
             found.append(
                 f"{seen:,} of {len(test.shards):,} test images of {test.path} are training images "
-                f"of data set {self.name} too"
+                f"of dataset {self.name} too"
             )
 
         known = {test.base.fingerprint, *(sha256 for sha256, _ in test.folders())}
@@ -233,12 +233,19 @@ def open_dataset(
     skip: bool = False,
     max_bad: float = 0.0,
 ) -> OpenDataset:
-    """Open the shards of a data set, as `datasets.load` or `datasets.given` describe it.
+    """Open the shards of a dataset, as `datasets.load` or `datasets.given` describe it.
 
     skip: samples that cannot be read will be left out, and up to the share `max_bad` of those that
     indexing left out is accepted here. Raises EvalError where labels do not fit together, DataError
     for a folder without shards or a subset of other shards.
     """
+    if dataset.how and (lacking := missing(dataset)):
+        commands = " && ".join(dataset.how.strip().splitlines())
+        raise EvalError(
+            f"dataset {dataset.name}: there is no folder {lacking[0]}; its shards are written by "
+            f"`{commands}`; say where they are with --data-root or {ROOT_VARIABLE}"
+        )
+
     opener = Opener(dataset, cache, skip, max_bad)
     assert dataset.train is not None, "load has filled it in"
     train, ours = opener.images(dataset.train, dataset.val)
@@ -258,7 +265,7 @@ def open_dataset(
 
     if dataset.classes and matched.count != dataset.classes:
         raise EvalError(
-            f"{train.path} has samples of {matched.count:,} classes, and data set {dataset.name} "
+            f"{train.path} has samples of {matched.count:,} classes, and dataset {dataset.name} "
             f"has {dataset.classes:,}; import it again, or correct `classes` in its descriptor"
         )
 

@@ -108,3 +108,10 @@ def _curve_means(scores: Tensor, positive: Tensor, counts: Tensor) -> tuple[Tens
     at = torch.searchsorted(10 * right, total * torch.arange(11))
     eleven = highest.gather(1, at).mean(1)
     return area, eleven.masked_fill(total[:, 0] == 0, torch.nan)
+
+
+def chosen_by(metric: str) -> str:
+    """The accuracy by which classifiers are chosen, and which tables show first, on a data set with
+    this main metric: "per_class" or "top1".
+    """
+    return "per_class" if metric == "per_class" else "top1"

@@ -1,4 +1,4 @@
-"""Opens the shards of a data set's splits, with their labels in one numbering."""
+"""Opens the shards of a dataset's splits, with their labels in one numbering."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scaletrain.config.recipe import listed
 from scaletrain.config.recipe import shards as list_of
 from scaletrain.config.schema import CacheConfig
 from scaletrain.data.format import selection
-from scaletrain.data.format.names import CLASSES, is_remote
+from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import admit
@@ -25,7 +25,7 @@ from scaletrain.data.reading.subset import load_samples
 from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.classes import LabelledSet, named, read_names
-from scaletrain.evals.datasets import ROOT_VARIABLE, BenchmarkDataset, SplitConfig
+from scaletrain.evals.datasets import BenchmarkDataset, SplitConfig
 from scaletrain.evals.errors import EvalError
 
 # Paths that select shards of one folder.
@@ -67,7 +67,7 @@ class SplitImages:
 
 
 class Opener:
-    """Opens the shards of a data set, each folder and list of folders once."""
+    """Opens the shards of a dataset, each folder and list of folders once."""
 
     def __init__(
         self, dataset: BenchmarkDataset, cache: CacheConfig, skip: bool, max_bad: float
@@ -96,7 +96,7 @@ class Opener:
         rows = np.unique(np.concatenate(chosen))
         if len(rows) < sum(map(len, chosen)):
             raise EvalError(
-                f"data set {self.dataset.name}: {sum(map(len, chosen)) - len(rows):,} images are "
+                f"dataset {self.dataset.name}: {sum(map(len, chosen)) - len(rows):,} images are "
                 "training and validation images; correct its descriptor"
             )
 
@@ -113,16 +113,6 @@ class Opener:
 
     def _open(self, places: tuple[Place, ...]) -> Shards | ConcatShards:
         if places not in self._opened:
-            for place in places if self.dataset.how else ():
-                folder = selection.one_folder(place).folder
-                if not is_remote(folder) and not Path(folder).is_dir():
-                    how = " && ".join(self.dataset.how.strip().splitlines())
-                    raise EvalError(
-                        f"data set {self.dataset.name}: there is no folder {folder}; make it with "
-                        f"`{how}`, or say where it is with --data-root or "
-                        f"{ROOT_VARIABLE}"
-                    )
-
             self._opened[places] = (
                 Shards(places[0], cache=self.cache, skip=self.skip)
                 if len(places) == 1

@@ -16,7 +16,8 @@ import typer
 from numpy.typing import NDArray
 
 from scaletrain.data.errors import DataError
-from scaletrain.importers import command, numpy_pickle
+from scaletrain.data.format import numpy_pickle
+from scaletrain.importers import command
 from scaletrain.importers.sources import Arrays, Folder
 from scaletrain.importers.write import How
 from scaletrain.runtime import local_files

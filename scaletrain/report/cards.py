@@ -41,6 +41,10 @@ def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
         f"classes: {first['data']['classes']['count']:,}, matched "
         f"{first['data']['classes']['matched']}"
     )
+    text += [
+        f"warning: {seen}: this is no score of unseen images"
+        for seen in first["data"].get("seen_in_training", ())
+    ]
     return [*text, *(f"result: {result['file']}" for result in found)]
 
 

@@ -176,11 +176,11 @@ def _of_run(path: Path, step: int | None) -> _Stored:
         lambda name: step_read.read(METHOD + name).view(step_read.shape(METHOD + name)),
         saved.step,
         images_of(saved.meta["config"]) if "config" in saved.meta else None,
-        _data_of(saved.meta),
+        data_of(saved.meta),
     )
 
 
-def _data_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
+def data_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """sha256 of the data sets of a checkpoint's run and of those that its weights came from."""
     before = (
         data

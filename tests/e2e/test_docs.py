@@ -24,6 +24,7 @@ from safetensors import safe_open
 from scaletrain.config import load
 from scaletrain.config.schema import components
 from scaletrain.evals import run as evals
+from scaletrain.train import records, status
 from scaletrain.train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def test_the_figure_shows_one_line() -> None:
 
 
 def example(page: str, language: str) -> str:
-    (found,) = blocks(language, TEXTS[DOCS / "guides" / page])
+    (found,) = blocks(language, TEXTS[(DOCS / "guides" / page).resolve()])
     return found
 
 
@@ -246,6 +247,23 @@ def test_the_evaluation_of_the_guide_measures(
     assert result["protocol"]["distance"] == "euclidean"
     low, high = result["intervals"]["nearest_center"]
     assert low < result["metrics"]["nearest_center"] <= high
+
+
+def test_the_records_of_the_reference_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / RUN
+    run.mkdir(parents=True)
+    begun = example("../reference/metrics.md", "text")
+    (run / records.FILE).write_text(f'{begun}{{"step": 1200, "train/loss": 0.5}}\n')
+    exec(example("../reference/metrics.md", "python"), {})
+    assert capsys.readouterr().out == "1200 0.5 1\n"
+
+    (run / status.FILE).write_text(blocks("text", TEXTS[DOCS / "reference/run-folder.md"])[1])
+    found = status.read(run)
+    assert found is not None
+    assert found.total == 312_800
 
 
 # --- links ----------------------------------------------------------------------------------------

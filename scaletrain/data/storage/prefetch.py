@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -65,16 +65,19 @@ class EpochOrder:
         return self.plan.batch(*divmod(step, self.plan.steps_per_epoch), self.lo, self.hi)
 
 
-@dataclass
-class SequentialOrder:
-    """The samples 0 .. stop - 1 in order, one in each step."""
+class RangeOrder:
+    """The samples of the ranges [lo, hi), which ascend; a step is named by the number of its one
+    sample, and steps between the ranges have none.
+    """
 
-    stop: int
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._starts, self._stops = np.array(ranges, np.int64).reshape(-1, 2).T
 
     def samples(self, step: int) -> Ints:
-        if step >= self.stop:
+        after = int(self._stops.searchsorted(step, "right"))
+        if after == len(self._stops):
             raise IndexError
-        return np.array([step])
+        return np.array([step] if self._starts[after] <= step else [], np.int64)
 
 
 @dataclass

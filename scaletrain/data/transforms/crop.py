@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from scaletrain.data.errors import ImageError
 from scaletrain.data.transforms import tf_bicubic
 from scaletrain.data.transforms.image import Pixels
 from scaletrain.data.transforms.params import Box
@@ -19,6 +20,8 @@ _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 LARGE = 1 << 24
 # ratio of the sides above which an image is cropped before it is enlarged
 LONG = 16
+# the deterministic views of evaluation
+PROTOCOLS = ("tv", "byol", "simclr-transfer", "native", "none")
 
 
 def resize(image: Pixels, height: int, width: int, interpolation: str, antialias: bool) -> Pixels:
@@ -114,25 +117,24 @@ def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
     """The deterministic view of evaluation, [size, size, 3].
 
     tv: short side to 256/224 of `size` (bilinear, antialiased), centre crop. byol: centre square of
-    224/256 of the short side, then bicubic without antialiasing. none: the whole image, resized.
+    224/256 of the short side, then bicubic without antialiasing. simclr-transfer: short side to
+    `size`, bicubic, centre crop (SimCLR, appendix B.8; antialiased as in Pillow, which the paper
+    does not specify). native: centre crop of the image as it is. none: the whole image, resized.
+    Raises ImageError for an image that is smaller than a native crop.
     """
     height, width = image.shape[:2]
     short = min(height, width)
 
     match protocol:
         case "tv":
-            side = round(size * 256 / 224)
-            if (
-                max(height, width) > LONG * short
-                and side * side * max(height, width) // short > LARGE
-            ):
-                image = _middle(image, 2 * short + 8)
-                height, width = image.shape[:2]
-
-            # Resize() truncates the long side
-            image = resize(
-                image, side * height // short, side * width // short, "bilinear", antialias=True
-            )
+            return _short_side(image, round(size * 256 / 224), size, "bilinear")
+        case "simclr-transfer":
+            return _short_side(image, size, size, "bicubic")
+        case "native":
+            if short < size:
+                raise ImageError(
+                    f"{width} x {height} pixels are less than the {size} of a native crop"
+                )
             return np.ascontiguousarray(_centre(image, size))
         case "byol":
             return resize(
@@ -145,7 +147,20 @@ def evaluate(image: Pixels, size: int, protocol: str) -> Pixels:
         case "none":
             return resize(image, size, size, "bilinear", antialias=True)
 
-    raise ValueError(f"there is no resize protocol '{protocol}'; known: tv, byol, none")
+    raise ValueError(f"there is no resize protocol '{protocol}'; known: {', '.join(PROTOCOLS)}")
+
+
+def _short_side(image: Pixels, side: int, size: int, interpolation: str) -> Pixels:
+    """Resize the short side to `side` with antialiasing, and crop the centre [size, size, 3]."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    if max(height, width) > LONG * short and side * side * max(height, width) // short > LARGE:
+        image = _middle(image, 2 * short + 8)
+        height, width = image.shape[:2]
+
+    # torchvision's Resize() truncates the long side
+    shape = side * height // short, side * width // short
+    return np.ascontiguousarray(_centre(resize(image, *shape, interpolation, antialias=True), size))
 
 
 def _middle(image: Pixels, length: int) -> Pixels:

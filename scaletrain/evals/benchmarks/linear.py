@@ -1,35 +1,72 @@
-"""Linear probe on a frozen backbone, with the protocol of BYOL (appendix C.1) and ReLICv2 (its
-repository's configs/eval.py).
+"""Linear probe on a frozen backbone: SGD on random crops, or on features that are encoded once,
+with the protocol of a paper.
 
-Nesterov SGD without weight decay, cosine without warm-up, a sweep of learning rates whose heads are
-trained in parallel on the same features. The rate is chosen on held-out training images; the test
-set is scored once, by the chosen head at its last epoch. BYOL trains 80 epochs and sweeps; ReLICv2
-trains 100 at rate .3 on all images (`epochs=80`; `rates=[.3] refit=true`).
+Learning rates are trained side by side on the same features, and chosen on held-out training
+images. The test set is scored once, by the chosen head at its last epoch. differs: SwAV reports its
+best epoch on the test set.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from scaletrain import rng
 from scaletrain.config.schema import Count, Frozen
+from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
-from scaletrain.evals.features import mask, some, watch
-from scaletrain.evals.held_out import held_out
-from scaletrain.evals.scores import accuracy, ranks
+from scaletrain.evals.encoders.targets import Encoder
+from scaletrain.evals.features import some, watch
+from scaletrain.evals.heads.classifier import resident
+from scaletrain.evals.heads.sgd import Heads, Schedule, Sgd, carve, fit, shuffled
+from scaletrain.evals.open_dataset import SplitName
+from scaletrain.evals.predictions import Score, metric_name
+from scaletrain.evals.scores import accuracy, chosen_by
 
-# Samples per chunk of scoring.
-_ROWS = 4096
+Protocol = Literal["sweep", "simclr", "byol", "relicv2", "moco", "swav"]
+
+# What the protocols set, in place of the defaults of Config.
+PROTOCOLS: dict[Protocol, dict[str, Any]] = {
+    "sweep": {},
+    # SimCLR, appendix B.6
+    "simclr": {"epochs": 90, "batch": 4096, "rates": (0.1,), "refit": True},
+    # BYOL, appendix C.1
+    "byol": {"epochs": 80},
+    # ReLICv2's configs/eval.py
+    "relicv2": {"rates": (0.3,), "refit": True},
+    # MoCo's main_lincls.py
+    "moco": {
+        "batch": 256,
+        "rates": (30.0,),
+        "nesterov": False,
+        "schedule": "steps",
+        "milestones": (0.6, 0.8),
+        "refit": True,
+    },
+    # SwAV's eval_linear.py
+    "swav": {
+        "batch": 256,
+        "rates": (0.3,),
+        "nesterov": False,
+        "weight_decay": 1e-6,
+        "schedule": "cosine_by_epoch",
+        "refit": True,
+    },
+}
+# The test transforms of their code.
+TRANSFORMS = {"byol": "byol", "relicv2": "byol", "moco": "tv", "swav": "tv"}
 
 
 class Config(Frozen):
+    protocol: Protocol = "sweep"
+    """Of a paper: sets the fields below where they are not given, and says in the result which were
+    given otherwise; sweep: BYOL's rates for ReLICv2's 100 epochs."""
+
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 100
     batch: Count = 1024
     """Samples per step; at most all training images."""
@@ -40,190 +77,144 @@ class Config(Frozen):
     """Per 256 samples of the batch."""
 
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    schedule: Schedule = "cosine"
+    """Of the rate: cosine to zero by step, or by epoch; steps: a tenth after each milestone."""
+
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the training, for the schedule steps."""
+
     augment: bool = True
     """Random crops and flips, encoded again each epoch; false: the test transform, encoded once."""
 
     refit: bool = False
-    """Train again on all training images at the chosen rate before the test."""
+    """Train on all training images at the chosen rate before the test; a single rate is not chosen,
+    and is trained once."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Of the order of samples."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_protocol(cls, given: Any) -> Any:
+        """The fields of the protocol, where they are not given."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("protocol"), str):
+            return given
+        return {**PROTOCOLS.get(given["protocol"], {}), **given}
 
-class Heads:
-    """L linear classifiers with learning rates of their own that see the same batches; weight [L,
-    C, D], bias [L, C].
+    @property
+    def chooses(self) -> bool:
+        """Whether a rate is chosen on held-out images."""
+        return len(self.rates) > 1 or not self.refit
 
-    They start at zero. differs: Haiku draws the weights; the problem is convex and a fixed start
-    makes the rates comparable.
-    """
+    def differences(self, transform: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that differ from those of the protocol of this name."""
+        if self.protocol == "sweep":
+            return {}
 
-    def __init__(self, rates: Tensor, classes: int, width: int, momentum: float) -> None:
-        """`rates` [L] sets device and dtype."""
-        self.rates, self.momentum = rates, momentum
-        self.weight = rates.new_zeros(len(rates), classes, width)
-        self.bias = rates.new_zeros(len(rates), classes)
-        self._moving = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        usual = Config(protocol=self.protocol)
+        own, theirs = (one.model_dump(mode="json", exclude={"seed"}) for one in (self, usual))
+        changed = {key: value for key, value in own.items() if value != theirs[key]}
+        if transform["resize"] != TRANSFORMS.get(self.protocol, transform["resize"]):
+            changed["features.resize"] = transform["resize"]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[B, D] -> [L, C, B]: with the batch innermost, softmax over few classes is several times
-        faster on a CPU.
-        """
-        flat = torch.addmm(self.bias.view(-1, 1), self.weight.flatten(0, 1), x.T)  # [L * C, B]
-        return flat.view(*self.bias.shape, len(x))
-
-    def step(self, x: Tensor, labels: Tensor, share: float) -> None:
-        """One step of SGD (torch.optim.SGD's nesterov) on the mean cross-entropy, at `share` of
-        each head's rate.
-
-        One matrix product forward and one backward serve all heads: the gradient of cross-entropy
-        is softmax - one-hot.
-        """
-        error = self.logits(x).softmax(1)  # [L, C, B]
-        error[:, labels, torch.arange(len(x), device=x.device)] -= 1
-        error /= len(x)
-
-        gradients = ((error.flatten(0, 1) @ x).view_as(self.weight), error.sum(2))
-        rates = self.rates * share
-        for tensor, moving, gradient in zip(
-            (self.weight, self.bias), self._moving, gradients, strict=True
-        ):
-            moving.mul_(self.momentum).add_(gradient)
-            tensor.sub_(
-                (gradient + self.momentum * moving) * rates.view(-1, *[1] * (tensor.ndim - 1))
-            )
-
-    def ranks(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Places of the true class, [L, N] int64 on the CPU."""
-        parts = []
-        for rows, truth in zip(torch.split(x, _ROWS), torch.split(labels, _ROWS), strict=True):
-            truth = truth.to(self.bias.device)
-            parts.append(
-                torch.stack([ranks(one, truth) for one in self.logits(rows.to(self.bias)).mT]).cpu()
-            )
-
-        return torch.cat(parts, 1)
+        return changed
 
 
-def carve(chunks: Iterable[tuple[Tensor, ...]], batch: int) -> Iterator[tuple[Tensor, ...]]:
-    """Chunks of any length -> batches of exactly `batch` rows from the continuing line; the last
-    remainder is dropped.
-    """
-    rest: tuple[Tensor, ...] | None = None
-
-    for chunk in chunks:
-        line = (
-            chunk
-            if rest is None
-            else tuple(torch.cat(pair) for pair in zip(rest, chunk, strict=True))
-        )
-        whole = len(line[0]) // batch * batch
-
-        for start in range(0, whole, batch):
-            yield tuple(part[start : start + batch] for part in line)
-
-        rest = tuple(part[whole:] for part in line)
+def needs(config: Config, encoder: Encoder) -> Needs:
+    """The splits that it trains on, chooses on and tests on."""
+    trained: tuple[SplitName, ...] = ("train",) if config.chooses else ()
+    trained += ("trainval",) if config.refit else ()
+    held_out: tuple[SplitName, ...] = ("val",) if config.chooses else ()
+    stored = () if config.augment else trained
+    return Needs((*stored, *held_out, "test"), augmented=config.augment)
 
 
-def shuffled(
-    x: Tensor, labels: Tensor, rows: Tensor, batch: int, seed: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """Endless batches of (features, labels) drawn from `rows`, each epoch in a new keyed order."""
-
-    def epochs() -> Iterator[tuple[Tensor]]:
-        epoch = 0
-        while True:
-            yield (rows[rng.permutation(len(rows), seed, "linear", epoch)],)
-            epoch += 1
-
-    for (picked,) in carve(epochs(), batch):
-        yield x.index_select(0, picked), labels.index_select(0, picked)
-
-
-def fit(
-    rates: Sequence[float],
-    batches: Iterator[tuple[Tensor, ...]],
-    steps: int,
-    classes: int,
-    config: Config,
-) -> Heads:
-    """Train a head per learning rate (already scaled by the batch) for `steps` batches, cosine to
-    zero.
-    """
-    heads: Heads | None = None
-
-    for step, (x, labels) in enumerate(watch(islice(batches, steps), "linear probe", steps)):
-        if heads is None:
-            heads = Heads(
-                torch.tensor(rates, device=x.device), classes, x.shape[1], config.momentum
-            )
-        heads.step(x, labels.to(x.device), (1 + math.cos(math.pi * step / steps)) / 2)
-
-    assert heads is not None, "steps is at least 1 and the batches do not end"
-    return heads
-
-
-def measure(config: Config, context: EvalContext) -> tuple[dict[str, float], dict[str, Any]]:
-    """Run the benchmark: metrics in per cent, and the protocol for the result."""
-    out = held_out(context.samples, context.subset_labels)
-    validation, classes = context.part(out), context.classes
-    rows = (~mask(out, context.samples)).nonzero().flatten()
-    batch = min(config.batch, len(rows))
-
-    def train(rows: Tensor, rates: Sequence[float]) -> Heads:
-        steps = max(1, round(config.epochs * len(rows) / batch))
-        return fit(
-            [r * batch / 256 for r in rates],
-            _batches(config, context, rows, batch),
-            steps,
-            classes,
-            config,
+def measure(config: Config, context: EvalContext) -> Score:
+    """Run the benchmark."""
+    metric = chosen_by(context.dataset.metric)
+    changed = config.differences(context.transform)
+    if changed:
+        print(
+            f"warning: linear.protocol={config.protocol} with other settings than the paper's: "
+            f"{', '.join(f'{key}={value}' for key, value in changed.items())}; the result says so",
+            file=sys.stderr,
         )
 
-    heads = train(rows, config.rates)
-    by_rate = [
-        accuracy(rank, validation.labels, classes)["top1"]
-        for rank in heads.ranks(validation.x, validation.labels)
-    ]
-    # of equals the first listed
-    best = by_rate.index(max(by_rate))
+    best, found = config.rates[0], {}
+    if config.chooses:
+        heads, samples, batch = _train(config, context, "train", config.rates)
+        validation = context.features("val")
+        by_rate = [
+            accuracy(rank, validation.labels, context.classes)[metric]
+            for rank in heads.ranks(validation.x, validation.labels)
+        ]
+        # of equals the first listed
+        number = by_rate.index(max(by_rate))
+        best = config.rates[number]
+        found = {
+            "chosen_rate": best,
+            # then a wider sweep may do better
+            "chosen_at_edge": best in (min(config.rates), max(config.rates)),
+            f"held_out_{metric}": dict(zip(map(str, config.rates), by_rate, strict=True)),
+            "held_out": by_rate[number],
+            "held_out_images": len(validation.labels),
+        }
 
     if config.refit:
-        heads, best_head = train(torch.arange(context.samples), config.rates[best : best + 1]), 0
-    else:
-        best_head = best
+        heads, samples, batch = _train(config, context, "trainval", (best,))
+        number = 0
 
-    queries = context.queries()
-    scores = accuracy(heads.ranks(queries.x, queries.labels)[best_head], queries.labels, classes)
-    metrics = {
-        "linear" if name == "top1" else f"linear_{name}": value for name, value in scores.items()
-    }
-
-    return {**metrics, "linear_held_out": by_rate[best]}, {
-        **config.model_dump(mode="json"),
-        "batch": batch,
-        "optimizer": "sgd nesterov",
-        "weight_decay": 0.0,
-        "schedule": "cosine to 0 by step, no warm-up",
-        "standardised": False,
-        "train_transform": context.augmentation if config.augment else context.transform,
-        "chosen_on": f"{len(out)} held-out training images",
-        "trained_on": context.samples if config.refit else len(rows),
-        "reported": "test set, last epoch",
-        "found": {
-            "chosen_rate": config.rates[best],
-            # then a wider sweep may do better
-            "chosen_at_edge": config.rates[best] in (min(config.rates), max(config.rates)),
-            "held_out_top1": dict(zip(map(str, config.rates), by_rate, strict=True)),
+    queries = context.features("test")
+    return Score(
+        metric_name("linear", metric),
+        {"linear": context.ranked(queries, heads.scores(queries.x, number))},
+        {
+            **config.model_dump(mode="json"),
+            "differs_from_protocol": changed,
+            "batch": batch,
+            "optimizer": "sgd nesterov" if config.nesterov else "sgd",
+            "standardised": False,
+            "train_transform": context.augmentation if config.augment else context.transform,
+            "chosen_on": "held-out training images" if config.chooses else "nothing",
+            "trained_on": samples,
+            "reported": "test set, last epoch",
         },
-    }
+        found,
+    )
+
+
+def _train(
+    config: Config, context: EvalContext, split: SplitName, rates: Sequence[float]
+) -> tuple[Heads, int, int]:
+    """Heads of the rates, the number of samples they were trained on, and the batch."""
+    samples = context.samples(split)
+    batch = min(config.batch, samples)
+    steps = max(1, round(config.epochs * samples / batch))
+
+    recipe = Sgd(
+        config.momentum,
+        config.nesterov,
+        config.weight_decay,
+        config.schedule,
+        config.milestones,
+        config.epochs,
+    )
+    batches = islice(_batches(config, context, split, batch), steps)
+    scaled = [rate * batch / 256 for rate in rates]
+    heads = fit(watch(batches, "linear probe", steps), steps, context.classes, scaled, recipe)
+
+    return heads, samples, batch
 
 
 def _batches(
-    config: Config, context: EvalContext, rows: Tensor, batch: int
+    config: Config, context: EvalContext, split: SplitName, batch: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Endless batches of (features, labels) of the training images `rows`."""
-    if not config.augment:
-        bank = context.bank()
-        return shuffled(bank.x, bank.labels, rows, batch, config.seed)
-    return carve(context.augmented(mask(rows, context.samples), config.seed), batch)
+    """Endless batches of (features, labels) of a split."""
+    if config.augment:
+        return carve(context.views(split, config.seed), batch)
+
+    features = context.features(split)
+    x, labels = resident(features.x, context.device), features.labels
+    return shuffled(x, labels, torch.arange(len(x)), batch, config.seed)

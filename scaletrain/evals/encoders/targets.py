@@ -1,97 +1,35 @@
-"""The encoder under evaluation: the trained encoder of a run or of an exported file, the same
-network untrained, or raw pixels.
+"""What can be evaluated: the trained encoder of a run or of a file, a network of another library,
+the same networks untrained, or raw pixels.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scaletrain.checkpoint import files, reader
-from scaletrain.config import load, renamed, schema
+from scaletrain.config import load as configuration
+from scaletrain.config import renamed, schema
 from scaletrain.config.recipe import closest
+from scaletrain.evals.encoders import checkpoints, libraries
+from scaletrain.evals.encoders.encoder import PIXELS, EncoderConfig, Pixels, Weights, load
+from scaletrain.evals.encoders.encoder import Encoder as Encoder
+from scaletrain.evals.encoders.encoder import EncoderKind as EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.nn import backbone
+from scaletrain.train.weight_sources import data_of
 
-EncoderKind = Literal["trained", "untrained", "pixels"]
 ENCODER = "backbone"
 # Prefix of the encoder's tensors in a checkpoint.
 BACKBONE = f"method.{ENCODER}."
-# Image size of the raw-pixel baseline, unless the run's is smaller.
-PIXELS = 32
 # In the metadata of an exported file: the digest of the step's files that it was made from.
 DIGEST = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """An encoder, where it comes from, and how its images must be prepared."""
-
-    kind: EncoderKind
-    module: nn.Module  # [N, 3, H, W] normalised -> [N, D], in eval mode
-    # optimizer steps of its training; 0 for the two baselines
-    step: int
-    # of the run
-    seed: int
-    # pixels
-    size: int
-    data: schema.DataConfig
-    # checkpoint folder, exported file, or run folder of a baseline
-    source: Path
-    # where results go
-    home: Path
-    # the run folder, if there is one
-    run: Path | None
-    model: schema.ModelConfig
-    # sha256 of the loaded tensors: names, types, shapes, values
-    weights: str = ""
-    # drawn by its training, and how many epochs that was; None: not known
-    samples: int | None = None
-    epochs: float | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The identity of the encoder in results. The normalisation of images belongs to it, since
-        the encoder was trained with it.
-        """
-        network = None if self.kind == "pixels" else self.model.model_dump(mode="json")
-        normalised = {"mean": self.data.mean, "std": self.data.std}
-
-        return {
-            "kind": self.kind,
-            "step": self.step,
-            "weights": self.weights,
-            "model": network,
-            **normalised,
-        }
-
-    @property
-    def about(self) -> str:
-        """A description for results."""
-        return {
-            "trained": "backbone in eval mode, running batch-norm statistics",
-            "untrained": f"the same network with fresh weights of seed {self.seed}, batch-norm "
-            "statistics as initialised "
-            "(mean 0, variance 1), eval mode",
-            "pixels": f"normalised pixels of the {self.size} px image, flattened and divided by "
-            "the root of their number",
-        }[self.kind]
-
-
-class Pixels(nn.Module):
-    """[N, 3, H, W] -> [N, 3 * H * W] of mean square 1 / (3 * H * W), so that a probe's learning
-    rates suit any image size.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) / math.sqrt(x.shape[1:].numel())
 
 
 def describe(settings: schema.Config, step: int) -> dict[str, str]:
@@ -124,7 +62,7 @@ def export(run: Path, saved: reader.SavedStep, module: str, path: Path) -> int:
             f"{', '.join(known)}"
         )
 
-    settings = load.load(run / "config.yaml")
+    settings = configuration.load(run / "config.yaml")
     if module == ENCODER:
         trained = json.dumps(_trained(saved))
         meta = describe(settings, saved.step) | {"trained": trained, DIGEST: saved.digest}
@@ -139,10 +77,6 @@ def export(run: Path, saved: reader.SavedStep, module: str, path: Path) -> int:
     tensors = {short: saved.read(name).view(saved.shape(name)) for short, name in names.items()}
     files.export(tensors, path, meta)
     return len(tensors)
-
-
-# Shapes by name, and a function that reads a tensor.
-Weights = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 
 
 # --- places of a run's steps and encoders ---------------------------------------------------------
@@ -201,35 +135,81 @@ def step_of(target: Path, prefix: str = "") -> reader.SavedStep:
 # --- encoders -------------------------------------------------------------------------------------
 
 
-def find(target: Path, kind: EncoderKind = "trained") -> Encoder:
-    """The encoder of RUN, RUN/checkpoints/step-N or FILE.safetensors. Raises EvalError, ConfigError
-    or CheckpointError.
+def find(
+    target: str | Path, kind: EncoderKind = "trained", config: EncoderConfig | None = None
+) -> Encoder:
+    """The encoder of a target. Raises EvalError, ConfigError, CheckpointError or DataError.
 
-    A file in RUN/evals/encoders is the same encoder as the step that it was made from.
+    - RUN, RUN/checkpoints/step-N, or a file of `scaletrain export`; a file in RUN/evals/encoders
+      is the same encoder as the step that it was made from
+    - tv/NAME[:FILE], timm/NAME[:FILE]: a network of torchvision or timm with the weights of a file,
+      else with random ones
+    - SOURCE:FILE: a checkpoint of another trainer; a source is a file in foreign/
+
+    A text that begins like one of the latter two is not a path; ./tv/NAME is.
     """
-    # `cd RUN/checkpoints; scaletrain eval step-N` has no parent otherwise
-    target = target.absolute()
-    own = target.parent.parts[-2:] == ("evals", "encoders")
-    encoder, weights = (
-        _from_file(target) if target.is_file() and not own else _from_run(target, kind == "trained")
-    )
+    text = str(target)
+    source, colon, file = text.partition(":")
+    library = text.partition("/")[0] if "/" in text else ""
 
-    if kind == "trained":
-        assert weights is not None, "both sources give weights when asked"
-        _load(encoder.module, weights, str(encoder.source))
-    elif kind == "untrained":
-        encoder = replace(encoder, kind=kind, step=0)
+    if library in libraries.LIBRARIES and not _is_path(target):
+        encoder = libraries.find(text, kind, config or EncoderConfig())
+    elif colon and source in checkpoints.sources() and not _is_path(target):
+        encoder = checkpoints.find(source, Path(file), kind, config or EncoderConfig())
     else:
-        encoder = replace(
-            encoder, kind=kind, step=0, module=Pixels().eval(), size=min(encoder.size, PIXELS)
+        _check_path(target, source if colon else "", config)
+        encoder = _own(Path(target).absolute(), kind)
+
+    if kind == "untrained":
+        encoder = replace(encoder, kind=kind, step=0)
+    elif kind == "pixels":
+        size = min(encoder.size, PIXELS)
+        encoder = replace(encoder, kind=kind, step=0, module=Pixels().eval(), size=size)
+
+    # Networks of other libraries may compute something else from the same tensors.
+    state = encoder.module.state_dict()
+    differs = {"library": encoder.library} if encoder.library and state else {}
+    return replace(encoder, weights=files.fingerprint(state, differs))
+
+
+def _is_path(target: str | Path) -> bool:
+    """Whether a target that looks like another encoder is meant as a path: a Path that exists."""
+    return isinstance(target, Path) and target.exists()
+
+
+def _check_path(target: str | Path, source: str, config: EncoderConfig | None) -> None:
+    """Raise EvalError for what is no path, and for settings that only other encoders have."""
+    if source and not Path(target).exists():
+        known = checkpoints.sources()
+        raise EvalError(
+            f"{target}: there is no such file, and '{source}' is no trainer whose checkpoints are "
+            f"known{closest(source, known)}; known: {', '.join(known)}"
+        )
+    if config not in (None, EncoderConfig()):
+        raise EvalError(
+            f"{target}: the settings encoder.* are for encoders of other libraries; this one says "
+            "itself how its images were prepared"
         )
 
-    return replace(encoder, weights=files.fingerprint(encoder.module.state_dict(), {}))
+
+def _own(target: Path, kind: EncoderKind) -> Encoder:
+    """The encoder of a run, a step or an exported file."""
+    of_run = target.parent.parts[-2:] == ("evals", "encoders")
+    encoder, weights = (
+        _from_file(target)
+        if target.is_file() and not of_run
+        else _from_run(target, kind == "trained")
+    )
+    if kind == "trained":
+        assert weights is not None, "both sources give weights when asked"
+        load(encoder.module, weights, str(encoder.source))
+
+    return encoder
 
 
 def _from_run(target: Path, trained: bool) -> tuple[Encoder, Weights | None]:
     run = run_of(target)
-    settings = load.load(run / "config.yaml")
+    settings = configuration.load(run / "config.yaml")
     fresh = _fresh(settings.model, settings.data, settings.seed)
     size, data, home = _size(settings.data), settings.data, run / "evals"
     encoder = Encoder(
@@ -250,10 +230,14 @@ def _from_run(target: Path, trained: bool) -> tuple[Encoder, Weights | None]:
 
 
 def _trained(saved: reader.SavedStep) -> dict[str, Any]:
-    """How long a step was trained: samples and epochs, or None."""
+    """How long a step was trained, samples and epochs or None, and on which datasets."""
     clock = saved.meta.get("clock", {})
     epochs = clock["step"] / clock["steps_per_epoch"] if clock.get("steps_per_epoch") else None
-    return {"samples": saved.meta.get("samples"), "epochs": epochs}
+    return {
+        "samples": saved.meta.get("samples"),
+        "epochs": epochs,
+        "trained_on": data_of(saved.meta),
+    }
 
 
 def _with_export(encoder: Encoder, path: Path) -> tuple[Encoder, Weights]:
@@ -263,7 +247,7 @@ def _with_export(encoder: Encoder, path: Path) -> tuple[Encoder, Weights]:
         step, trained = int(meta["step"]), json.loads(meta["trained"])
         if DIGEST not in meta or path.name != export_of(path, step).name:
             raise ValueError("it was not made from this step")
-        trained = {key: trained[key] for key in ("samples", "epochs")}
+        trained = {key: trained[key] for key in ("samples", "epochs")} | _trained_on(meta)
     except (KeyError, ValueError, TypeError) as error:
         raise EvalError(
             f"{path} is not the encoder of a step of {encoder.run} ({error}); move it to another "
@@ -289,6 +273,7 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
         data = schema.DataConfig.model_validate(facts)
+        trained = _trained_on(meta)
     except (
         KeyError,
         ValueError,
@@ -303,7 +288,15 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
     encoder = Encoder(
         "trained", _fresh(model, data, seed), step, seed, size, data, path, path.parent, None, model
     )
-    return encoder, _weights(tensors)
+    return replace(encoder, **trained), _weights(tensors)
+
+
+def _trained_on(meta: Mapping[str, str]) -> dict[str, Any]:
+    """The datasets of the training of an exported encoder; files of earlier versions say none."""
+    listed = json.loads(meta.get("trained", "{}")).get("trained_on", [])
+    if not isinstance(listed, list) or not all(isinstance(sha256, str) for sha256 in listed):
+        raise ValueError("`trained_on` is no list of checksums")
+    return {"trained_on": tuple(listed)}
 
 
 def _weights(tensors: dict[str, Tensor]) -> Weights:
@@ -322,31 +315,3 @@ def _fresh(model: schema.ModelConfig, data: schema.DataConfig, seed: int) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return backbone.build(model, data).eval().requires_grad_(False)
-
-
-def _load(model: nn.Module, weights: Weights, source: str) -> None:
-    """Load all tensors. Raises EvalError, before any is read, for the first that is missing, of
-    another shape or unknown.
-    """
-    shapes, read = weights
-    wanted = model.state_dict()
-
-    for name, tensor in wanted.items():
-        if name not in shapes:
-            raise EvalError(
-                f"{source}: does not fit the model: it has no tensor '{name}' {list(tensor.shape)}"
-            )
-        if shapes[name] != tuple(tensor.shape):
-            raise EvalError(
-                f"{source}: does not fit the model: '{name}' is {list(shapes[name])}, the model "
-                f"has {list(tensor.shape)}"
-            )
-
-    if extra := [name for name in shapes if name not in wanted]:
-        raise EvalError(
-            f"{source}: does not fit the model, which has no tensor '{extra[0]}' "
-            f"{list(shapes[extra[0]])}"
-        )
-
-    for name, tensor in wanted.items():
-        tensor.copy_(read(name).view(tensor.shape))

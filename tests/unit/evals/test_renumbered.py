@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from kit.evals import run_folder, shards
+from kit.heads import knn
 from torch import Tensor
 
 from scaletrain.evals import run
-from scaletrain.evals.benchmarks.knn import knn
 from scaletrain.evals.scores import accuracy, ranks
 
 CLASSES = 7

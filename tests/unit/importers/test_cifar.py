@@ -16,8 +16,8 @@ from kit.data import picture
 from kit.importing import contents, run
 
 from scaletrain.data.errors import DataError
+from scaletrain.data.format import numpy_pickle
 from scaletrain.data.transforms import image
-from scaletrain.importers import numpy_pickle
 
 
 def text(value: str) -> bytes:

@@ -25,6 +25,7 @@ from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import ReplacementLog
 from scaletrain.data.sampling.substitutes import Replaced, substitutes
+from scaletrain.evals.transforms import Transform
 
 COUNTS = (8, 8, 8, 8, 8)
 SHARD, FIRST = "s-002.tar", 16  # the damaged one and its first sample
@@ -277,7 +278,7 @@ def test_undecodable_images_are_replaced(tmp_path: Path) -> None:
         list(
             eval_batches(
                 str(tmp_path / "d"),
-                size=8,
+                transform=Transform(resize="tv", size=8),
                 device=torch.device("cpu"),
                 mean=(0.5,) * 3,
                 std=(0.5,) * 3,

@@ -18,6 +18,7 @@ from scaletrain.data.reading import concat
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import ReplacementLog
 from scaletrain.data.sampling.substitutes import Replaced
+from scaletrain.evals.transforms import Transform
 
 
 def quiet(text: str) -> None:
@@ -67,7 +68,11 @@ def test_what_indexing_left_out_is_remembered_and_counts(
         next(
             iter(
                 eval_batches(
-                    str(lossy), size=8, device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3
+                    str(lossy),
+                    transform=Transform(resize="tv", size=8),
+                    device=torch.device("cpu"),
+                    mean=(0.5,) * 3,
+                    std=(0.5,) * 3,
                 )
             )
         )

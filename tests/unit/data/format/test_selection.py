@@ -23,6 +23,7 @@ from scaletrain.data.loading.loader import eval_batches, open_stream
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.concat import ConcatShards, shards_of
 from scaletrain.data.reading.reader import Shards
+from scaletrain.evals.transforms import Transform
 
 CPU = torch.device("cpu")
 
@@ -92,7 +93,7 @@ def test_one_folder_with_several_splits_is_refused(both: Path, tmp_path: Path) -
     for use in (
         lambda: Shards(both),
         lambda: Shards(str(both)),
-        lambda: list(eval_batches(str(both), size=8, **NORM)),
+        lambda: list(eval_batches(str(both), transform=Transform(resize="tv", size=8), **NORM)),
     ):
         with pytest.raises(DataError, match=rf"both holds the shards of several splits, {words}"):
             use()

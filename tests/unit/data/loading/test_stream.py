@@ -22,6 +22,7 @@ from scaletrain.core import Batch
 from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.loading.dataset import Images
 from scaletrain.data.loading.loader import Stream, eval_batches, open_stream
+from scaletrain.evals.transforms import Transform
 
 CPU = torch.device("cpu")
 VIEWS = (View(size=16, count=2, solarize=0.2), View(size=8, scale=(0.05, 0.14)))
@@ -275,7 +276,15 @@ def test_an_undecodable_image_is_named(tmp_path: Path, workers: int) -> None:
         list(stream(folder, workers=workers).batches(0, 1))
     one_line(error)
     with pytest.raises(ShardError, match="sample 'k4'"):
-        list(eval_batches(str(folder), size=8, device=CPU, mean=MEAN, std=STD))
+        list(
+            eval_batches(
+                str(folder),
+                transform=Transform(resize="tv", size=8),
+                device=CPU,
+                mean=MEAN,
+                std=STD,
+            )
+        )
 
 
 def test_images_above_the_pixel_limit_are_named(folder: Path) -> None:
@@ -346,42 +355,3 @@ def test_workers_ignore_the_signals_of_preemption(folder: Path) -> None:
     found += list(batches)
     for a, b in zip(found, stream(folder).batches(0, 8), strict=True):
         same(a, b)
-
-
-# --- evaluation -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("resize", ["tv", "byol", "none"])
-def test_plain_gives_every_sample_once_in_order(folder: Path, workers: int, resize: str) -> None:
-    def read(world: int, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        options = {
-            "size": 16,
-            "resize": resize,
-            "workers": workers,
-            "device": CPU,
-            "mean": MEAN,
-            "std": STD,
-        }
-        found = [
-            b
-            for r in range(world)
-            for b in eval_batches(str(folder), batch=batch, rank=r, world=world, **options)
-        ]
-        assert all(b.views[0].shape == (1, len(b), 3, 16, 16) for b in found)
-        return (
-            torch.cat([b.index for b in found]),
-            torch.cat([b.labels for b in found]),
-            torch.cat([b.views[0] for b in found], 1),
-        )
-
-    index, labels, pixels = read(1, 10)
-    assert index.tolist() == list(range(48))
-    assert labels.tolist() == [i % 7 for i in range(48)]
-    for a, b in zip(read(5, 4), (index, labels, pixels), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_plain_refuses_unknown_protocols(folder: Path) -> None:
-    with pytest.raises(DataError, match="'five'; known: tv, byol, none"):
-        eval_batches(str(folder), size=16, resize="five", device=CPU, mean=MEAN, std=STD)

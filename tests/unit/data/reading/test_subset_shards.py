@@ -9,7 +9,7 @@ from kit.data import write_shards
 from scaletrain.data.reading.concat import shards_of
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.subset_shards import SubsetShards
-from scaletrain.data.storage.prefetch import MatchedOrder, SequentialOrder
+from scaletrain.data.storage.prefetch import MatchedOrder, RangeOrder
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_numbers_count_the_subset_only(folders: list[str]) -> None:
     assert some.name(2) == shards.name(8) == "s-002.tar/00008"
     assert "sample '00011': broken" in str(some.fault(3, "broken"))
     assert some.span(2) == (0, 4)
-    assert MatchedOrder(SequentialOrder(4), some.rows).samples(3).tolist() == [11]
+    assert MatchedOrder(RangeOrder([(0, 4)]), some.rows).samples(3).tolist() == [11]
 
 
 def test_a_subset_of_a_subset(folders: list[str]) -> None:

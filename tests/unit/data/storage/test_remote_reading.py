@@ -18,6 +18,7 @@ from scaletrain.data.format import index
 from scaletrain.data.loading.loader import eval_batches, open_stream
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.storage import http, prefetch, remote
+from scaletrain.evals.transforms import Transform
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (3, 0)])
@@ -49,7 +50,13 @@ def test_resume_takes_only_what_it_needs(folder: Path, web: Server, tmp_path: Pa
 
 
 def test_everything_in_order_as_evaluations_read(folder: Path, web: Server, tmp_path: Path) -> None:
-    options = {"size": 16, "batch": 10, "device": CPU, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    options = {
+        "transform": Transform(resize="tv", size=16),
+        "batch": 10,
+        "device": CPU,
+        "mean": (0, 0, 0),
+        "std": (1, 1, 1),
+    }
     for a, b in zip(
         eval_batches(str(folder), **options),
         eval_batches(web.url, cache=cache(tmp_path), **options),

@@ -1,0 +1,7 @@
+"""Barlow Twins (facebookresearch/barlowtwins): resnet50.pth and checkpoint.pth."""
+
+from __future__ import annotations
+
+from scaletrain.evals.encoders.layout import Layout
+
+LAYOUT = Layout(nests=(("model",), ()), prefixes=("module.backbone.", ""))

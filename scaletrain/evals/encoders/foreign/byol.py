@@ -1,0 +1,10 @@
+"""BYOL (google-deepmind/deepmind-research, byol), published as pickles of Haiku's parameters."""
+
+from __future__ import annotations
+
+from scaletrain.evals.encoders import haiku, tensorflow_padding
+from scaletrain.evals.encoders.layout import Layout
+
+LAYOUT = Layout(
+    nests=((),), prefixes=(haiku.ENCODER,), read=haiku.read, adapt=tensorflow_padding.adapt
+)

@@ -1,0 +1,10 @@
+"""ReLICv2 (google-deepmind/relicv2), published as pickles of Haiku's parameters."""
+
+from __future__ import annotations
+
+from scaletrain.evals.encoders import haiku, tensorflow_padding
+from scaletrain.evals.encoders.layout import Layout
+
+LAYOUT = Layout(
+    nests=((),), prefixes=(haiku.ENCODER,), read=haiku.read, adapt=tensorflow_padding.adapt
+)

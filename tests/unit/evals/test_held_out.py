@@ -1,0 +1,27 @@
+"""Held-out images where a dataset says how many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scaletrain.evals.errors import EvalError
+from scaletrain.evals.held_out import held_out
+
+
+def test_a_number_of_images() -> None:
+    out = held_out(60, count=20)
+    assert len(out) == 20
+    assert set(held_out(60).tolist()) < set(out.tolist())  # the same order, and six of it
+    with pytest.raises(EvalError, match=r"60 training image\(s\) cannot be split .* part of 60"):
+        held_out(60, count=60)
+
+
+def test_a_number_of_each_class() -> None:
+    labels = torch.tensor([0, 1, 2, 1, 0, 2, 2, 0, 1] * 3 + [3] * 2)
+    out = held_out(len(labels), labels, per_class=2)
+    assert labels[out].bincount().tolist() == [2, 2, 2, 1]  # and one of the last for the training
+    assert out.equal(out.unique())
+    more = held_out(len(labels), labels, per_class=3)
+    assert set(out.tolist()) < set(more.tolist())
+    assert len(more) == 10
