@@ -26,8 +26,8 @@ import typer
 from scaletrain.config import load
 from scaletrain.config.schema import Frozen, components
 from scaletrain.evals import benchmark, features
-from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.evals.datasets import BenchmarkDataset
+from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.pipelines import load as pipelines
 from scaletrain.pipelines.schema import PipelineConfig
 from scaletrain.report import catalogue
