@@ -148,8 +148,8 @@ class Opener:
         if not split.file:
             return rows
 
-        listed = self._listed(split).index
-        return rows[listed] if split.subset else np.delete(rows, listed)
+        chosen = self._listed(split).index
+        return rows[chosen] if split.subset else np.delete(rows, chosen)
 
     def _listed(self, split: SplitConfig) -> Subset:
         """The samples in the file of a split."""
