@@ -27,6 +27,7 @@ from scaletrain.config import load
 from scaletrain.config.schema import Frozen, components
 from scaletrain.evals import benchmark, features
 from scaletrain.evals.datasets import BenchmarkDataset
+from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.pipelines import load as pipelines
 from scaletrain.pipelines.schema import PipelineConfig
 from scaletrain.report import catalogue
@@ -123,7 +124,10 @@ def config_page() -> str:
             parts += tables(f"{section}.", model, definitions, level=3, skip=("name",))
 
     parts.append(EVALUATION)
-    models: dict[str, type[Frozen]] = {"features": features.FeatureConfig}
+    models: dict[str, type[Frozen]] = {
+        "encoder": EncoderConfig,
+        "features": features.FeatureConfig,
+    }
     models |= {name: benchmark.load(name).Config for name in benchmark.names()}
     for name, config in models.items():
         found = {**config.model_json_schema(), "title": name}
