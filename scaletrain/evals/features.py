@@ -206,17 +206,17 @@ class FeatureExtractor:
         that of training images. Raises ShardError for a sample that cannot be read where the policy
         is to stop, EvalError where too many are left out or the store cannot be used.
         """
-        transform = transform or self.transform_of("train")
+        transform, samples = transform or self.transform_of("train"), len(shards)
         stored: Stored | None
         if self.store is None:
             encode = partial(self._encoded, path, shards, what, transform)
-            stored = encoding.in_memory(encode, len(shards), self._width(transform))
+            stored = encoding.in_memory(encode, samples, self._width(transform))
         else:
             found = self._part_of_whole(shards, transform)
             stored = found or self._stored(path, shards, what, transform)
             assert stored is not None, "a process alone is rank 0"
 
-        samples, bad = len(shards), list(stored.left_out)
+        bad = list(stored.left_out)
         self._admit(path, samples, stored.left_out)
         if len(bad) == samples:
             raise EvalError(

@@ -17,7 +17,7 @@ INTERVAL = "95 % interval"
 
 def between(low: float | None, high: float | None) -> str:
     """An interval in a table; "-" where there is none."""
-    return "-" if low is None or high is None else f"{low:.2f} - {high:.2f}"
+    return "-" if low is None or high is None else f"{low:.2f}-{high:.2f}"
 
 
 def paired(a: Result, b: Result, metric: str) -> Paired:

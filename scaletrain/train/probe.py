@@ -50,13 +50,15 @@ class OnlineProbe:
         accumulation the samples are those of the last micro-batch. A step that was skipped changes
         nothing.
         """
-        if result.embedding is None:
+        h = result.embedding
+        if h is None or h.shape[1:] != (self.weights.shape[1] - 1,):
             raise ConfigError(
-                "monitor.probe=true: this method reports no features; set it to false"
+                "monitor.probe=true: this method does not report the features of its encoder as "
+                "MethodOutput.embedding; set monitor.probe=false"
             )
 
         assert batch.labels is not None
-        x = F.pad(result.embedding.detach().float(), (0, 1), value=1.0)  # [b, D + 1]
+        x = F.pad(h.detach().float(), (0, 1), value=1.0)  # [b, D + 1]
         labels = batch.labels[-len(x) :]
         known = labels >= 0
 

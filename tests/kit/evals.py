@@ -17,8 +17,12 @@ from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.core import Piece
 from scaletrain.data.reading.reader import Shards
-from scaletrain.evals import results
+from scaletrain.evals import datasets, results
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders.encoder import Encoder
+from scaletrain.evals.features import FeatureConfig
 from scaletrain.evals.intervals import interval
+from scaletrain.evals.open_dataset import open_dataset
 from scaletrain.evals.predictions import named_metrics, pack
 from scaletrain.nn import resnet
 
@@ -108,6 +112,31 @@ def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> 
     )
     save(run, step, backbone(cfg))
     return run
+
+
+def context(
+    encoder: Encoder,
+    train: Path,
+    test: Path,
+    labels: Path | None = None,
+    store: Path | None = None,
+    **settings: Any,
+) -> EvalContext:
+    """An encoder with a training and a test set, and features that are stored only in `store`."""
+    chosen = FeatureConfig(**{"batch": 8, "workers": 0, **settings})
+    data = encoder.data
+    dataset = open_dataset(
+        datasets.given(train, test, labels=labels),
+        cache=data.cache,
+        skip=data.on_bad == "skip",
+        max_bad=data.max_bad,
+    )
+    return EvalContext(encoder, dataset, chosen, store)
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The results in a folder, without the predictions beside them and the stored features."""
+    return sorted(folder.glob("*.json"))
 
 
 def write_result(

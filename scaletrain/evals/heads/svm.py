@@ -107,8 +107,7 @@ class _SquaredHinge:
 
     def value(self) -> Tensor:
         loss = (self.importance * (1 - self.margin).clamp(min=0).square()).sum(1).double()
-        value: Tensor = self.point.square().sum(1).double() / 2 + loss
-        return value
+        return loss + self.point.square().sum(1).double() / 2
 
     def gradient(self) -> Tensor:
         pull = -2 * self.importance * self.sign * (1 - self.margin).clamp(min=0)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.evals import backbone, run_folder, save, settings
+from kit.evals import backbone, run_folder, save, settings, shards
 from torch import Tensor
 
 from scaletrain.checkpoint import reader, writer
@@ -25,6 +25,8 @@ from scaletrain.evals.encoders import exports, targets
 from scaletrain.evals.encoders.exports import exported, hold, release
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
+from scaletrain.evals.request import Request
+from scaletrain.evals.run import Evaluation
 
 
 def saved(run: Path, step: int = 7) -> Path:
@@ -272,8 +274,9 @@ def test_a_file_that_others_put_there(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     run = run_folder(tmp_path, "train")
     (run / "evals").write_text("")
-    with pytest.raises(EvalError, match=r"cannot write .*evals"):
-        hold(run, 7)
+    for keep in (hold, exported, release):
+        with pytest.raises(CheckpointError, match=r"step 7 cannot be kept .*evals"):
+            keep(run, 7)
 
 
 # --- a part of a step
@@ -313,3 +316,14 @@ def test_only_files_with_wanted_tensors_are_verified(tmp_path: Path) -> None:
         part.read("optimizer.momentum")
     other.unlink()
     reader.open_step(folder, "method.backbone.")
+
+
+def test_a_step_and_its_export_share_their_results(tmp_path: Path) -> None:
+    sets = [shards(tmp_path / name, [0, 1] * 4, seed) for seed, name in enumerate("ab")]
+    run = run_folder(tmp_path, sets[0])
+    wanted = Request(("knn",), train=str(sets[0]), test=str(sets[1]))
+    (path,) = {
+        Evaluation(target, wanted).path("knn")
+        for target in (run, saved(run), hold(run, 7), exported(run, 7))
+    }
+    assert path.parent == run / "evals"

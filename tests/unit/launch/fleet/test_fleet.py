@@ -156,7 +156,7 @@ def test_jobs_that_fail_are_submitted_again_a_bounded_number_of_times(
     tmp_path: Path, cluster: Queue
 ) -> None:
     with fleet(tmp_path, steps=(1,)) as one:
-        for attempt in range(3):
+        for attempt in range(2):
             one.look()
             for job in cluster.live:
                 folder = jobs._launches(tmp_path) / job.comment.rpartition("/")[2]
