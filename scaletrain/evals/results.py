@@ -251,4 +251,3 @@ def write(
             ) from error
 
     return parse(path)[1]
-

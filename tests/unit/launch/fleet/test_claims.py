@@ -49,6 +49,12 @@ def test_a_fleet_is_alive_until_it_ends_however_it_ends(
         with Claims(tmp_path) as second:
             assert mine.alive(second.fleet)
         assert not mine.alive(second.fleet)
+
+        _, process = other()
+        process.kill()
+        process.join()
+        with Claims(tmp_path):
+            """It deletes what the dead one has left."""
         assert [path.name for path in (tmp_path / "evals" / "claims").glob("*.fleet")] == [
             f"{mine.fleet}.fleet"
         ]
