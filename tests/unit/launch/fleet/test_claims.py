@@ -63,8 +63,8 @@ def test_a_fleet_is_alive_until_it_ends_however_it_ends(
 def test_a_killed_planner_lets_others_plan(
     tmp_path: Path, other: Callable[..., tuple[str, Any]]
 ) -> None:
-    _, process = other(plan=True)
     with Claims(tmp_path) as mine:
+        _, process = other(plan=True)
         with locks.locked(tmp_path / "evals" / "claims" / ".lock", wait=False) as lock:
             assert lock is None
         process.kill()
