@@ -21,10 +21,8 @@ import typer
 
 from scaletrain.config import load
 from scaletrain.data.reading.reader import Shards
-from scaletrain.evals.benchmarks.knn import knn
-from scaletrain.evals.context import EvalContext
-from scaletrain.evals.encoders.targets import EncoderKind, find
-from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals import run as evals
+from scaletrain.evals.encoders.targets import EncoderKind
 from scaletrain.train import records
 
 HERE = Path(__file__).parent
@@ -114,14 +112,19 @@ def seconds_per_epoch(run: Path) -> dict[int, float]:
 
 
 def score(target: Path, shards: Path, encoder: EncoderKind) -> list[float]:
-    context = EvalContext(find(target, encoder), FeatureConfig(), shards / "train", shards / "test")
-    bank, queries = context.bank(), context.queries()
-    found = [
-        knn(bank.x, bank.labels, queries.x, queries.labels, (k,), t)[f"knn_{k}"]
-        for k, t in SETTINGS
-    ]
+    scores = []
+    for k, t in SETTINGS:
+        (result,) = evals.run(
+            target,
+            ["knn"],
+            train=shards / "train",
+            test=shards / "test",
+            overrides=[f"knn.ks=[{k}]", f"knn.temperature={t}"],
+            encoder=encoder,
+        )
+        scores.append(float(result["metrics"][f"knn_{k}"]))
 
-    return [float(value) for value in found]
+    return scores
 
 
 def show(name: str, scores: list[float], seconds: str) -> None:

@@ -26,6 +26,8 @@ import typer
 from scaletrain.config import load
 from scaletrain.config.schema import Frozen, components
 from scaletrain.evals import benchmark, features
+from scaletrain.evals.datasets import BenchmarkDataset
+from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.pipelines import load as pipelines
 from scaletrain.pipelines.schema import PipelineConfig
 from scaletrain.report import catalogue
@@ -43,6 +45,11 @@ recipes extend each other is described in [training](../guides/training.md#recip
 EVALUATION = """## Evaluation settings
 
 They are set by `scaletrain eval --set KEY=VALUE`, see [evaluation](../guides/evaluation.md).
+"""
+DATASETS = """## Evaluation datasets
+
+Keys of a descriptor in configs/datasets or of your own, see
+[evaluation](../guides/evaluation.md#datasets).
 """
 PIPELINES = """## Pipelines
 
@@ -117,11 +124,19 @@ def config_page() -> str:
             parts += tables(f"{section}.", model, definitions, level=3, skip=("name",))
 
     parts.append(EVALUATION)
-    models: dict[str, type[Frozen]] = {"features": features.FeatureConfig}
+    models: dict[str, type[Frozen]] = {
+        "encoder": EncoderConfig,
+        "features": features.FeatureConfig,
+    }
     models |= {name: benchmark.load(name).Config for name in benchmark.names()}
     for name, config in models.items():
         found = {**config.model_json_schema(), "title": name}
         parts += tables(f"{name}.", found, found.get("$defs", {}), level=3)
+
+    parts.append(DATASETS)
+    found = {**BenchmarkDataset.model_json_schema(), "title": "dataset"}
+    found["properties"]["name"]["default"] = "that of the file"
+    parts += tables("", found, found.get("$defs", {}), level=3)
 
     parts.append(PIPELINES)
     models = {"pipeline": PipelineConfig}

@@ -128,7 +128,8 @@ class MethodOutput:
     losses: dict[str, Tensor]
     # for the monitor, detached, 0-d
     scalars: dict[str, Tensor] = field(default_factory=dict)
-    embedding: Tensor | None = None  # [B, D] detached: watched for collapse
+    # [B, features] detached, of the first view: watched for collapse, and the online probe's input
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -165,8 +165,8 @@ def evaluate(
         typer.Option(help="Folder of the stored features; default: `features` in --results."),
     ] = None,
 ) -> None:
-    """Evaluate a frozen encoder. Results go to RUN/evals; `scaletrain launch fleet RUN` adds them to
-    the run's TensorBoard.
+    """Evaluate a frozen encoder. Results go to RUN/evals; `scaletrain launch fleet RUN` adds them
+    to the run's TensorBoard.
     """
     from scaletrain.evals import run as evals
     from scaletrain.report import cards
@@ -186,7 +186,9 @@ def evaluate(
         store=store,
     )
 
-    typer.echo("\n".join(cards.report(measured)))
+    # ranks that helped have nothing to print
+    if measured:
+        typer.echo("\n".join(cards.report(measured)))
 
 
 def compare_runs(

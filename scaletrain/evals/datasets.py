@@ -87,7 +87,7 @@ class BenchmarkDataset(Frozen):
     """A dataset for evaluation."""
 
     name: Annotated[str, Field(pattern=r"^\w+$", max_length=64)]
-    """Name in results and tables; by default that of the file."""
+    """Name in results and tables."""
 
     train: Split | None = None
     """Training images."""

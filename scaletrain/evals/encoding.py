@@ -89,7 +89,7 @@ def fill(
         stored = on_main(lambda: entry.read(skip) is not None, world)
         if not stored:
             _wait(entry, held, world)
-            layout, missing = on_main(lambda: entry.begin(width, rows, skip), world)
+            layout, missing = on_main(lambda: entry.begin(width, rows, skip, world), world)
             mine = missing[rank * len(missing) // world : (rank + 1) * len(missing) // world]
             together(lambda: _write(entry, layout, mine, encode, rank), world)
 

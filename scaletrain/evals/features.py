@@ -175,17 +175,6 @@ class FeatureExtractor:
         return schema.View(size=self.size, jitter=0.0, grayscale=0.0, blur=0.0, **scaling)
 
     @property
-    def transform(self) -> dict[str, Any]:
-        """The transform of test images, as written in results."""
-        data = self.encoder.data
-        return {
-            **self.transform_of("test").model_dump(mode="json"),
-            "mean": data.mean,
-            "std": data.std,
-            "bf16": self.settings.bf16,
-        }
-
-    @property
     def augmentation(self) -> dict[str, Any]:
         """The random view, as written in results."""
         kept = ("size", "scale", "ratio", "interpolation", "antialias", "flip")
@@ -206,17 +195,17 @@ class FeatureExtractor:
         that of training images. Raises ShardError for a sample that cannot be read where the policy
         is to stop, EvalError where too many are left out or the store cannot be used.
         """
-        transform = transform or self.transform_of("train")
+        transform, samples = transform or self.transform_of("train"), len(shards)
         stored: Stored | None
         if self.store is None:
             encode = partial(self._encoded, path, shards, what, transform)
-            stored = encoding.in_memory(encode, len(shards), self._width(transform))
+            stored = encoding.in_memory(encode, samples, self._width(transform))
         else:
             found = self._part_of_whole(shards, transform)
             stored = found or self._stored(path, shards, what, transform)
             assert stored is not None, "a process alone is rank 0"
 
-        samples, bad = len(shards), list(stored.left_out)
+        bad = list(stored.left_out)
         self._admit(path, samples, stored.left_out)
         if len(bad) == samples:
             raise EvalError(
@@ -248,11 +237,9 @@ class FeatureExtractor:
         if not encoding.on_main(known, world):
             self._stored(path, shards, what, transform, dist.rank(), world)
 
-    @torch.no_grad()
-    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        """Features [K, D] float32 of a batch, or of its samples in the mask `keep` [B] bool."""
-        images = batch.views[0][0]
-        return self._forward(images if keep is None else images[keep])
+    def forward(self, batch: Batch) -> Tensor:
+        """Features [B, D] float32 of a batch."""
+        return self._forward(batch.views[0][0])
 
     @torch.no_grad()
     def _forward(self, images: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Confidence intervals of scores, computed from the predictions of each test sample.
 
-Accuracies have Wilson's interval, all others the percentiles of a bootstrap over test samples. They
-say how much a score would differ on another test set of this size, drawn alike, with the same
-encoder. How much it differs between trainings is another question: over_runs.
+All are Wilson's intervals. Those of other metrics than accuracies take the number of samples with
+which an accuracy of this height would have the standard error that a bootstrap over test samples
+finds (the effective sample size of Korn & Graubard, 1998). They say how much a score would differ
+on another test set of this size, drawn alike, with the same encoder. How much it differs between
+trainings is another question: over_runs.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from scaletrain.evals.predictions import Prediction, Scored
 from scaletrain.evals.scores import average_precision
 
 # Bootstrap samples.
-DRAWS = 2000
-# Elements of these for average precisions, from which on fewer are drawn: half a minute.
-_WORK = 1 << 30
-# Counts of test samples in memory at once: 8 MB.
-_ELEMENTS = 1 << 20
+DRAWS = 1000
+# Scores in all of them, from which on fewer are drawn: about a minute.
+_WORK = 1 << 31
+# Counts of test samples at once: 2 MB, which stay in the cache of a core.
+_ELEMENTS = 1 << 18
 
 Floats = npt.NDArray[np.float64]
 
@@ -34,31 +36,26 @@ def interval(
 ) -> tuple[float, float]:
     """Bounds in per cent of a metric of a prediction: top1, top5, per_class, map or map11."""
     share = prediction.metrics()[metric] / 100
+    error = 0.0
 
     if isinstance(prediction, Scored):
         samples = float((prediction.labels == 1).sum())
-        draws = bootstrap_precisions([prediction], metric, seed)[0]
+        error = float(bootstrap_precisions([prediction], metric, seed)[0].std(ddof=1))
     elif metric == "per_class":
-        sizes = torch.bincount(prediction.labels)
-        # as many samples of one class would have this variance if all classes had one recall
-        samples = int((sizes > 0).sum()) ** 2 / float((1 / sizes[sizes > 0]).sum())
-        draws = bootstrap_class_mean((prediction.rank == 0).long(), prediction.labels, seed)
+        sizes = torch.bincount(prediction.labels).double()
+        # those of which all classes together would have the variance of these
+        samples = float((sizes > 0).sum() ** 2 / (1 / sizes[sizes > 0]).sum())
+        right = (prediction.rank == 0).long()
+        error = float(bootstrap_class_mean(right, prediction.labels, seed).std(ddof=1))
     else:
-        samples, draws = len(prediction.rank), None
+        samples = len(prediction.rank)
 
-    low, high = wilson(share, samples, level) if draws is None else percentiles(draws, level)
-    # where each bootstrap sample gives the score again, as at 0 and 100, it knows no interval
-    if low == high:
-        low, high = wilson(share, samples, level)
+    # a bootstrap only repeats 0 and 100, and tells nothing of how certain they are
+    if error > 0:
+        samples = share * (1 - share) / error**2
 
-    # the percentiles of a small test set need not include its own score
-    return 100 * min(low, share), 100 * max(high, share)
-
-
-def percentiles(draws: Floats, level: float = 0.95) -> tuple[float, float]:
-    """The interval that holds the share `level` of bootstrap results [B] in its middle."""
-    low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    low, high = wilson(share, samples, level)
+    return 100 * low, 100 * high
 
 
 def wilson(share: float, samples: float, level: float = 0.95) -> tuple[float, float]:
@@ -123,8 +120,8 @@ def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
     """Bootstrap results [B] of the mean over classes of the mean of `values` [Q], each -1, 0 or 1.
 
     Classes are drawn one by one, n - 1 of the n samples of each, which gives the variance that n
-    samples have (Rao & Wu, 1988): with n, intervals of many small classes would be too short.
-    Classes of a single sample, which has no variance, are drawn from all these.
+    samples have (Rao & Wu, 1988): n would make intervals of many small classes, as in Birdsnap, too
+    short. Classes of a single sample, which has no variance, are drawn from all of these.
     """
     sizes = torch.bincount(labels)
     # how often each class has each value
@@ -149,7 +146,7 @@ def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) 
     drawn alike for all.
     """
     samples, classes = predictions[0].scores.shape
-    draws = max(200, min(DRAWS // 2, _WORK // (samples * classes)))
+    draws = max(100, min(DRAWS, _WORK // (samples * classes)))
     random = np.random.default_rng(seed)
     rows = max(1, _ELEMENTS // samples)
     parts = []

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from scaletrain.config import recipe, schema, validation
 from scaletrain.evals import benchmark
-from scaletrain.evals.encoders.targets import EncoderKind
+from scaletrain.evals.encoders.encoder import EncoderConfig, EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
 
@@ -25,12 +25,12 @@ class Request:
     dataset: name or file of a descriptor; else `train` and `test` are folders or addresses of
     labelled shards, by default the run's own data and a folder `test` or `val` next to it.
     data_root: folder of the descriptors' shards. overrides: such as `linear.epochs=20` or
-    `features.size=224`, of a benchmark or of the features. kind: the trained encoder or a baseline.
-    labels: a label subset of the training shards; only its samples are used for training. Without
-    it all are, also where the run itself was trained on a data.subset, which the result then says.
-    same_numbers: both sets number their classes alike, whatever their classes.json say. results:
-    folder of the results; None: that of the encoder. store: folder of the features; None: next to
-    the results.
+    `features.size=224`, of a benchmark, of the features or of the encoder. kind: the trained
+    encoder or a baseline. labels: a label subset of the training shards; only its samples are used
+    for training. Without it all are, also where the run itself was trained on a data.subset, which
+    the result then says. same_numbers: both sets number their classes alike, whatever their
+    classes.json say. results: folder of the results; None: that of the encoder. store: folder of
+    the features; None: next to the results.
     """
 
     benchmarks: tuple[str, ...]
@@ -62,20 +62,21 @@ class Request:
 
         for override in self.overrides:
             # Of a benchmark that is left out, it would be refused.
-            if override.partition(".")[0] in (*benchmarks, "features"):
+            if override.partition(".")[0] in (*benchmarks, "encoder", "features"):
                 words += ["--set", override]
 
         return [*words, *(["--same-numbers"] if self.same_numbers else [])]
 
 
 def settings(benchmarks: Sequence[str], overrides: Iterable[str]) -> dict[str, schema.Frozen]:
-    """Validated settings of "features" and of each benchmark, in the given order. Raises
+    """Validated settings of "encoder", "features" and of each benchmark, in the given order. Raises
     EvalError.
     """
     if not benchmarks:
         raise EvalError(f"no benchmark given; available: {', '.join(benchmark.names())}")
 
     models: dict[str, type[schema.Frozen]] = {
+        "encoder": EncoderConfig,
         "features": FeatureConfig,
         **{name: benchmark.load(name).Config for name in benchmarks},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from scaletrain.evals import benchmark, datasets, intervals, request, results
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.datasets import BenchmarkDataset
 from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders.encoder import EncoderConfig
 from scaletrain.evals.encoders.targets import Encoder, EncoderKind
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import FeatureConfig
@@ -48,10 +50,13 @@ def run(
 
     wanted = Request(tuple(benchmarks), overrides=tuple(overrides), kind=encoder, **options)
     dist.keep_freed_memory()
+    dist.init()
     evaluation = Evaluation(target, wanted)
     # Other ranks help to encode, and are done then.
     evaluation.prepare()
-    if not dist.main():
+    helps = not dist.main()
+    dist.shutdown()
+    if helps:
         return []
 
     return [evaluation.result(name, notice) for name in wanted.benchmarks]
@@ -67,8 +72,10 @@ class Evaluation:
         self._settings = request.settings(wanted.benchmarks, wanted.overrides)
         features = self._settings.pop("features")
         assert isinstance(features, FeatureConfig)
+        config = self._settings.pop("encoder")
+        assert isinstance(config, EncoderConfig)
 
-        encoder = targets.find(target, wanted.kind)
+        encoder = targets.find(target, wanted.kind, config)
         self._home = wanted.results or encoder.home
         store = wanted.store or self._home / "features"
         data = encoder.data
@@ -109,7 +116,8 @@ class Evaluation:
             return _existing(name, path, digest, notice)
 
         results.prepare(path)
-        with _alone(path):
+        with _alone(path.parent / "locks" / digest):
+            path = self._path(name, digest)
             if path.exists():
                 return _existing(name, path, digest, notice)
 
@@ -124,8 +132,11 @@ class Evaluation:
         # Several exported files may share a folder.
         prefix = "" if encoder.run else f"{encoder.name}-"
         baseline = "" if encoder.kind == "trained" else f"-{encoder.kind}"
-        file = f"{prefix}{name}@{dataset}-step-{encoder.step}{baseline}-{digest}.json"
-        return self._home / file
+        end = f"-step-{encoder.step}{baseline}-{digest}.json"
+        # The same data may have been evaluated under another name.
+        known = sorted(self._home.glob(f"{glob.escape(prefix)}{name}@*{end}"))
+
+        return known[0] if known else self._home / f"{prefix}{name}@{dataset}{end}"
 
     def _identity(self, name: str) -> dict[str, Any]:
         """All that defines a result."""
@@ -148,7 +159,9 @@ class Evaluation:
         try:
             score: Score = benchmark.load(name).measure(self._settings[name], context)
         except ShardError as fault:
-            text = f"{fault.text}; --set features.on_bad=skip leaves such samples out, counted"
+            text = (
+                f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
+            )
             raise ShardError(fault.shard, fault.offset, text) from None
 
         metrics, bounds = {}, {}
@@ -217,15 +230,14 @@ def _existing(name: str, path: Path, digest: str, notice: Callable[[str], None])
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(lock: Path) -> Iterator[None]:
     """Measure a result only while no other process does; where the file system has no locks, both
     do, and the first result counts.
     """
-    folder = path.parent / "locks"
-    folder.mkdir(exist_ok=True)
+    lock.parent.mkdir(exist_ok=True)
     with contextlib.ExitStack() as until:
         with contextlib.suppress(OSError):
-            until.enter_context(locks.locked(folder / f"{path.stem}.lock", wait=True))
+            until.enter_context(locks.locked(lock, wait=True))
         yield
 
 

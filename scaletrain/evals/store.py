@@ -189,24 +189,10 @@ class Entry:
         """The features, if they are complete. Without `skip`, they are not where samples could not
         be read. Raises EvalError.
         """
-        with ExitStack() as stack:
-            lock = self._used()
-            if lock is None:
-                return None
-            stack.callback(os.close, lock)
-
-            layout = self._layout()
-            good = {} if layout is None else self._good(layout, skip)
-            if layout is None or len(good) < len(layout.chunks):
-                return None
-
-            os.utime(lock)
-            x = self._mapped(layout)
-            # from now on the lock lives as long as the array
-            stack.pop_all()
-            weakref.finalize(x, os.close, lock)
-            left_out = {n: why for one in good.values() for n, why in one.left_out.items()}
-            return Stored(torch.from_numpy(x), dict(sorted(left_out.items())))
+        try:
+            return self._read(skip)
+        except OSError as error:
+            raise self._unusable(error) from error
 
     @contextmanager
     def encoding(self) -> Iterator[bool]:
@@ -227,9 +213,13 @@ class Entry:
 
             yield mine is not None
 
-    def begin(self, width: Callable[[], int], rows: int, skip: bool) -> tuple[Layout, list[int]]:
+    def begin(
+        self, width: Callable[[], int], rows: int, skip: bool, world: int = 1
+    ) -> tuple[Layout, list[int]]:
         """Make the files of [samples, width()] features in chunks of `rows`, or find them as they
         were begun before, and list the chunks that are missing. Raises EvalError.
+
+        world: the ranks that will write; a node may not see at once which files others make.
         """
         layout = self._layout() or Layout(
             format=FORMAT, identity=self.identity, samples=self.samples, width=width(), rows=rows
@@ -237,6 +227,8 @@ class Entry:
         try:
             self.store.make_room(self._x, layout.bytes)
             durable.write(self.folder / "entry.json", layout.model_dump_json(indent=1) + "\n")
+            for rank in range(world):
+                self._records_of(rank).touch()
         except OSError as error:
             raise self._unusable(error) from error
 
@@ -256,11 +248,30 @@ class Entry:
         try:
             with self._x.open("r+b", buffering=0) as file:
                 _write_at(file.fileno(), data.data.cast("B"), 4 * lo * layout.width)
-            with (self.folder / f"chunks-{rank}.jsonl").open("ab") as file:
+            with self._records_of(rank).open("ab") as file:
                 # ends what a killed process may have left of a line
                 file.write(b"\n" + record.model_dump_json().encode() + b"\n")
         except OSError as error:
             raise self._unusable(error) from error
+
+    def _read(self, skip: bool) -> Stored | None:
+        with ExitStack() as stack:
+            if (lock := self._used()) is None:
+                return None
+            stack.callback(os.close, lock)
+
+            layout = self._layout()
+            good = {} if layout is None else self._good(layout, skip)
+            if layout is None or len(good) < len(layout.chunks):
+                return None
+
+            os.utime(lock)
+            x = self._mapped(layout)
+            # from now on the lock lives as long as the array
+            stack.pop_all()
+            weakref.finalize(x, os.close, lock)
+            left_out = {n: why for one in good.values() for n, why in one.left_out.items()}
+            return Stored(torch.from_numpy(x), dict(sorted(left_out.items())))
 
     def _used(self) -> int | None:
         """A descriptor that keeps the entry in the store until it is closed; None if there is no
@@ -324,6 +335,9 @@ class Entry:
                     record = Chunk.model_validate_json(line)
                     if record.fits(layout) and (skip or not record.left_out):
                         yield record
+
+    def _records_of(self, rank: int) -> Path:
+        return self.folder / f"chunks-{rank}.jsonl"
 
     def _mapped(self, layout: Layout) -> NDArray[np.float32]:
         """Writing to it changes this process's copy only."""

@@ -50,13 +50,15 @@ class OnlineProbe:
         accumulation the samples are those of the last micro-batch. A step that was skipped changes
         nothing.
         """
-        if result.embedding is None:
+        h = result.embedding
+        if h is None or h.shape[1:] != (self.weights.shape[1] - 1,):
             raise ConfigError(
-                "monitor.probe=true: this method reports no features; set it to false"
+                "monitor.probe=true: this method does not report the features of its encoder as "
+                "MethodOutput.embedding; set monitor.probe=false"
             )
 
         assert batch.labels is not None
-        x = F.pad(result.embedding.detach().float(), (0, 1), value=1.0)  # [b, D + 1]
+        x = F.pad(h.detach().float(), (0, 1), value=1.0)  # [b, D + 1]
         labels = batch.labels[-len(x) :]
         known = labels >= 0
 
@@ -113,9 +115,10 @@ def open_probe(stream: Stream, features: int, device: torch.device) -> OnlinePro
 
     features: width of the encoder's output.
     """
-    found: list[int] = []
-    run_folder.on_main(lambda: found.append(_classes(stream)))
-    classes: int = dist.broadcast_object(found[0] if found else 0)
+    # of rank 0, which alone looks at every label
+    counted: list[int] = []
+    run_folder.on_main(lambda: counted.append(_classes(stream)))
+    classes: int = dist.broadcast_object(counted[0] if counted else 0)
     return OnlineProbe(features, classes, device)
 
 

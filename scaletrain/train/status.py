@@ -93,16 +93,17 @@ def read(run: Path) -> Status | None:
 
 
 def alive(run: Path) -> bool:
-    """Whether a process trains in the run folder now, whatever its status says. Raises OSError for
-    a folder that cannot be read.
+    """Whether a process trains in the run folder now, whatever its status says; to be asked before
+    the status is read, since the run may end in between. Raises OSError for a folder that cannot be
+    read.
 
     By the lock of the folder; where the file system has none, by the lease in its place, which
     takes up to 15 seconds for a dead run. Where locks are not seen from machine to machine, a run
     of another machine counts as alive until its status is 5 minutes old. Not for the process that
-    trains, see locks.held.
+    trains, see locks.taken.
     """
     try:
-        if locks.held(run / run_folder.LOCK):
+        if locks.taken(run / run_folder.LOCK):
             return True
     except OSError:
         return run_folder.Lease(run).beats()

@@ -17,7 +17,11 @@ from scaletrain.config import load
 from scaletrain.config.schema import Config
 from scaletrain.core import Piece
 from scaletrain.data.reading.reader import Shards
-from scaletrain.evals import results
+from scaletrain.evals import datasets, results
+from scaletrain.evals.context import EvalContext
+from scaletrain.evals.encoders.encoder import Encoder
+from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals.open_dataset import open_dataset
 from scaletrain.nn import resnet
 
 COLOURS = np.array(
@@ -108,6 +112,31 @@ def run_folder(root: Path, train: Path | str, step: int = 7, **data: object) -> 
     return run
 
 
+def context(
+    encoder: Encoder,
+    train: Path,
+    test: Path,
+    labels: Path | None = None,
+    store: Path | None = None,
+    **settings: Any,
+) -> EvalContext:
+    """An encoder with a training and a test set, and features that are stored only in `store`."""
+    chosen = FeatureConfig(**{"batch": 8, "workers": 0, **settings})
+    data = encoder.data
+    dataset = open_dataset(
+        datasets.given(train, test, labels=labels),
+        cache=data.cache,
+        skip=data.on_bad == "skip",
+        max_bad=data.max_bad,
+    )
+    return EvalContext(encoder, dataset, chosen, store)
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The results in a folder, without the predictions beside them and the stored features."""
+    return sorted(folder.glob("*.json"))
+
+
 def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any) -> Path:
     """A file of results of `linear` as an evaluation leaves it.
 
@@ -147,12 +176,14 @@ def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any
         "step": step,
         "trained": trained,
         "measured": "2026-01-01T00:00:00+00:00",
+        "main": next(iter(metrics)),
         "metrics": metrics,
+        "intervals": {name: [value - 1, value + 1] for name, value in metrics.items()},
         "protocol": {},
         "data": sets | labels,
         "identity": identity,
     }
     path = run / "evals" / f"{protocol['benchmark']}-step-{step}-{results.digest(identity)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write(path, content)
+    results.write(path, content, {})
     return path

@@ -11,7 +11,8 @@ import torch
 from kit.heads import knn
 
 from scaletrain.evals.heads import knn as module
-from scaletrain.evals.heads.knn import nearest, search
+from scaletrain.evals.heads.knn import nearest, search, votes
+from scaletrain.evals.scores import ranks
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -115,6 +116,31 @@ def test_equal_neighbours_come_in_bank_order(k: int) -> None:
         order = sorted(range(64), key=lambda i: (-query[i % 4], i))[:k]
         assert where[row].tolist() == order
         assert near[row].tolist() == [query[i % 4] for i in order]
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 40, 64])
+def test_a_bank_in_parts_is_one_bank(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where equals lie in several parts, and where a part has fewer rows than neighbours."""
+    random = torch.Generator().manual_seed(2)
+    # products with these are exact, in whatever order they are summed
+    bank = torch.eye(5)[torch.randint(5, (64,), generator=random)]
+    queries = torch.randn(9, 5, generator=random)
+    near, where = search(queries, bank, k)
+    monkeypatch.setattr(module, "_BANK_ROWS", 7)
+    monkeypatch.setattr(module, "_ELEMENTS", 20)
+    parts = search(queries, bank, k)
+    assert parts[1].equal(where)
+    assert parts[0].equal(near)
+
+
+def test_votes_that_are_rounded_to_zero_still_count() -> None:
+    """At the lowest temperature only the nearest neighbour has a weight above zero in float32."""
+    bank, labels = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), torch.arange(3)
+    query, truth = torch.tensor([[1.0, 0.0]]).expand(2, 2), torch.tensor([1, 2])
+    near, where = search(query, bank, 3)
+    scores = votes(near, labels[where], 3, 1e-6, 3)
+    assert ranks(scores, truth).tolist() == [1, 2]
+    assert (votes(near, labels[where], 2, 1e-6, 3)[:, 2] == 0).all()
 
 
 def test_k_above_the_bank_is_the_whole_bank() -> None:

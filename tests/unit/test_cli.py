@@ -217,18 +217,26 @@ def test_eval_passes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "--labels",
         "c",
         "--same-numbers",
+        "--results",
+        "d",
+        "--store",
+        "e",
     )
     assert call("eval", "run", "knn", "linear", *options).stdout == "first line\nlast line: knn\n"
     overrides = ["knn.k=[1]", "linear.epochs=2"]
     passed = {
+        "dataset": "",
+        "data_root": None,
         "train": "a",
         "test": "b",
         "overrides": overrides,
         "encoder": "pixels",
         "labels": Path("c"),
         "same_numbers": True,
+        "results": Path("d"),
+        "store": Path("e"),
     }
-    assert seen == [(Path("run"), ["knn", "linear"], passed)]
+    assert seen == [("run", ["knn", "linear"], passed)]
 
 
 def test_export_takes_the_backbone_of_the_asked_step(recipe: Path, tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def identity(context: EvalContext) -> dict[str, Any]:
     known = network.trained_on
     if known and context.identity["train"] not in known:
         raise EvalError(
-            f"the training images of {context.dataset.name} are not what {context.encoder.source} "
-            "was trained on, so it is unknown which class its classifier means by which number; "
-            "give its own training set with --train"
+            f"{_train(context)} is not what {context.encoder.source} was trained on, so it is "
+            "unknown which class its classifier means by which number; give its own training set "
+            "with --train"
         )
 
     return network.identity
@@ -76,9 +76,8 @@ def measure(config: Config, context: EvalContext) -> Score:
     numbers, width = context.dataset.matched.numbers, outputs.x.shape[1]
     if width <= (largest := int(numbers.max())):
         raise EvalError(
-            f"{context.encoder.source}: its classifier tells {width} classes apart, and the "
-            f"training images of {context.dataset.name} have labels up to {largest}; evaluate with "
-            "the data of its training"
+            f"{context.encoder.source}: its classifier tells {width} classes apart, and "
+            f"{_train(context)} has labels up to {largest}; evaluate with the data of its training"
         )
 
     if context.dataset.groups is None:
@@ -106,6 +105,10 @@ def measure(config: Config, context: EvalContext) -> Score:
             "test_seen_in_training": seen,
         },
     )
+
+
+def _train(context: EvalContext) -> str:
+    return context.dataset.part("trainval").path
 
 
 def _name(method: Method) -> str:

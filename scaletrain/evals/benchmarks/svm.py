@@ -82,15 +82,15 @@ def measure(config: Config, context: EvalContext) -> Score:
     labels = one_hot(train.labels, context.classes)
 
     fold = folds(train.labels, train.index, config.folds)
+    if int(fold.max()) + 1 < config.folds:
+        raise EvalError(
+            f"svm: no class has {config.folds} training images for {config.folds}-fold "
+            "cross-validation; give fewer with --set svm.folds=N"
+        )
+
     quality, unfinished = [], 0
     for number in watch(range(config.folds), "svm", config.folds):
         rows, out = (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()
-        if not len(out):
-            raise EvalError(
-                f"svm: no class has {config.folds} training images for {config.folds}-fold "
-                "cross-validation; give fewer with --set svm.folds=N"
-            )
-
         held_out, truth = x[out.to(x.device)], train.labels[out]
         for fit in _fits(config, x[rows.to(x.device)], labels[rows], costs):
             scores = fit.head.scores(held_out)

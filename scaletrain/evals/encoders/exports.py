@@ -12,9 +12,10 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from scaletrain import exit_codes
 from scaletrain.checkpoint import files, reader
 from scaletrain.checkpoint.files import CheckpointError
 from scaletrain.config import load
@@ -37,15 +38,15 @@ def hold(run: Path, step: int) -> Path:
     is that of a whole step.
 
     Where the step was saved again with other content since an earlier call, the new content is
-    kept. Raises EvalError where the step is not committed or the folder cannot be written, and
-    LinksRefusedError where only `exported` can keep it.
+    kept. Raises EvalError where the step is not committed, LinksRefusedError where only `exported`
+    can keep it, and CheckpointError where storage fails.
     """
     with _alone(run, step):
         return _hold(run, step)
 
 
 def release(run: Path, step: int) -> None:
-    """Delete the links of a step, if there are any."""
+    """Delete the links of a step, if there are any. Raises CheckpointError where storage fails."""
     with _alone(run, step):
         _delete(targets.held(run, step))
 
@@ -55,7 +56,7 @@ def exported(run: Path, step: int) -> Path:
     saved again with other content since. Every rank calls it.
 
     An existing file is also good when its step is gone. Raises EvalError where the step is not
-    committed or the file cannot be written, and CheckpointError where the step is damaged.
+    committed, and CheckpointError where it is damaged or storage fails.
     """
     return reader.agreed(lambda: _exported(run, step))
 
@@ -134,9 +135,9 @@ def _link(source: Path, kept: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        if error.errno in _REFUSED:
-            raise LinksRefusedError(f"{kept} refuses hard links: {error.strerror}") from None
-        raise _unwritable(kept, error) from None
+        if error.errno not in _REFUSED:
+            raise
+        raise LinksRefusedError(f"{kept} refuses hard links: {error.strerror}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -166,22 +167,39 @@ def _alone(run: Path, step: int) -> Iterator[None]:
     """
     kept = targets.held(run, step)
     lock = run / "evals" / "locks" / f"{kept.name}.encoder"
-    with contextlib.ExitStack() as stack:
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locks.locked(lock, wait=True))
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise _unwritable(lock, error) from None
+            if _locked(lock, stack):
+                _sweep(kept.parent.glob(f".{kept.name}.*"))
+                file = targets.export_of(run, step)
+                _sweep(file.parent.glob(f".{file.name}.*"))
+            yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{run}: step {step} cannot be kept for its evaluation: {error.filename or kept}: "
+            f"{error.strerror}. Evaluate RUN/checkpoints/step-N itself, with --results DIR where "
+            "RUN/evals cannot be written",
+            exit_codes.of(error),
+        ) from None
+
+
+def _sweep(left: Iterable[Path]) -> None:
+    """Delete what killed processes have left."""
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            # of processes that were killed
-            for stale in kept.parent.glob(f".{kept.name}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
-
-        yield
+            path.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> EvalError:
-    return EvalError(
-        f"cannot write {path}: {error.strerror}; evaluate the step itself, RUN/checkpoints/step-N"
-    )
+def _locked(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a file until the stack is closed; False where the file system has no locks."""
+    try:
+        stack.enter_context(locks.locked(path, wait=True))
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return False
+
+    return True

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,7 +118,7 @@ def _tensor(value: Any, kind: str, path: Path) -> Tensor:
         one = values[0] if values.ndim == 5 else values
         if one.ndim != 4:
             raise EvalError(f"{path}: a convolution has the shape {list(values.shape)}")
-        return torch.from_numpy(np.ascontiguousarray(one.transpose(3, 2, 0, 1)))
+        return torch.from_numpy(one.transpose(3, 2, 0, 1).copy(order="C"))
 
     if values.ndim < 1 or not values.size:
         raise EvalError(f"{path}: a batch norm has the shape {list(values.shape)}")

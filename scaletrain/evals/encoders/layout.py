@@ -25,10 +25,10 @@ COUNTER = "num_batches_tracked"
 class Layout:
     """How the checkpoints of a library hold an encoder."""
 
-    # keys that lead to the tensors, of each kind of file; () is the file itself
-    nests: tuple[tuple[str, ...], ...]
     # what precedes the encoder's names, of which the first that occurs is taken
     prefixes: tuple[str, ...]
+    # keys that lead to the tensors, of each kind of file; () is the file itself
+    nests: tuple[tuple[str, ...], ...] = (("state_dict",), ("model",), ())
     # beginnings of names after the prefix that are not of the encoder
     heads: tuple[str, ...] = ("fc.",)
     # first part of a name after the prefix: torchvision's

@@ -1,5 +1,5 @@
-"""Networks of torchvision and timm, tv/NAME[:FILE] and timm/NAME[:FILE]. Without a file, weights are
-drawn from a seed: nothing is downloaded.
+"""Networks of torchvision and timm, tv/NAME[:FILE] and timm/NAME[:FILE]. Without a file, their
+weights are drawn from a seed: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from scaletrain.nn import backbone
 HOME = Path("results")
 # Their published weights expect images that are normalised in another way.
 _OTHER_INPUT = ("googlenet", "inception_v3")
-_NESTS = (("state_dict",), ("model",), ("model_state_dict",), ())
 
 
 class _Built(NamedTuple):
@@ -80,7 +79,7 @@ def _load(built: _Built, path: Path, library: str) -> str:
     """Load a file of weights; returns a note on what was left out."""
     wanted = built.net.state_dict()
     first = [name for name in wanted if not name.endswith(COUNTER)][:1]
-    known = Layout(nests=_NESTS, prefixes=("", "module.", "model."), heads=built.heads)
+    known = Layout(prefixes=("", "module.", "model."), heads=built.heads)
     taken = layout.take(path, known, first, library)
     zero = {n: torch.zeros((), dtype=torch.int64) for n in wanted if n.endswith(COUNTER)}
     tensors = zero | taken.tensors

@@ -17,7 +17,8 @@ def adapt(net: nn.Module) -> None:
             _prepare(module, module.kernel_size[0], module.stride[0], 0.0)
         elif isinstance(module, nn.MaxPool2d):
             kernel, stride = module.kernel_size, module.stride
-            assert isinstance(kernel, int) and isinstance(stride, int)
+            assert isinstance(kernel, int)
+            assert isinstance(stride, int)
             _prepare(module, kernel, stride, -float("inf"))
 
 

@@ -85,7 +85,8 @@ def _reason(error: Exception) -> str:
             "you trust the file, keep only its tensors: "
             'python -c "import torch; '
             "c = torch.load('IN', map_location='cpu', weights_only=False); "
-            "torch.save({'state_dict': c['state_dict']}, 'OUT.pth')\""
+            "torch.save(c['state_dict'], 'OUT.pth')\", with the keys that lead to them in place of "
+            "state_dict where it has others"
         )
 
     first = printable((str(error).splitlines() or [""])[0])[:200]

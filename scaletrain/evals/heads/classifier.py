@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaletrain.evals.errors import EvalError
+
 # Samples per chunk of scoring.
 ROWS = 4096
 
@@ -38,10 +40,10 @@ def resident(x: Tensor, device: torch.device) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """The features. Raises ValueError where some are not finite."""
+    """The features. Raises EvalError where some are not finite."""
     # the sum is not finite if one of them is not, and needs no memory
     if not x.sum(dtype=torch.float64).isfinite():
-        raise ValueError(
+        raise EvalError(
             "some features of the training images are not finite: the encoder has diverged"
         )
 

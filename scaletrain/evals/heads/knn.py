@@ -44,7 +44,7 @@ def _votes(near: Tensor, voters: Tensor, temperature: float, classes: int) -> Te
 
     # In float64 there is room for both: places change a vote by less than neighbours in float32
     # differ, and a vote that was rounded to zero stays above none.
-    scores = (votes.double() + 2.0**-200) * (1 - first * 2.0**-46)
+    scores = (votes.double() + 2.0**-200) * (1 - first.double() * 2.0**-46)
     return scores.masked_fill(first == near.shape[1], 0)
 
 

@@ -75,8 +75,8 @@ class _Softmax:
         self.point = x.new_zeros(1, classes * (self.width + 1))
 
     def put(self, head: Linear) -> None:
-        weight = head.weight.to(self.x)
-        bias = head.bias.to(self.x) + weight @ self.mean
+        weight = _apart(head.weight.to(self.x))
+        bias = _apart(head.bias.to(self.x)) + weight @ self.mean
         self.point = torch.cat((weight.flatten(), bias)).unsqueeze(0)
 
     def head(self) -> Linear:
@@ -111,11 +111,14 @@ class _Softmax:
     def precondition(self, gradient: Tensor) -> Tensor:
         """The second derivative is nearly block-diagonal: for each class its mean curvature times
         the covariance of the features, plus the strength.
+
+        Parameters that all classes have in common change no probability, where only the penalty is
+        curved. Gradients have no such part, and it is taken from the result.
         """
         weight, bias = self._split(gradient)
         scale = torch.outer(self.curvature, self.variances) + self.strength
-        found = ((weight @ self.axes) / scale) @ self.axes.T
-        return torch.cat((found.flatten(), bias / self.curvature)).unsqueeze(0)
+        weight = _apart(((weight @ self.axes) / scale) @ self.axes.T)
+        return torch.cat((weight.flatten(), _apart(bias / self.curvature))).unsqueeze(0)
 
     def aim(self, direction: Tensor) -> None:
         self.direction, self.change = direction, self._scores(direction)  # [C, N]
@@ -147,3 +150,8 @@ class _Softmax:
     def _scores(self, point: Tensor) -> Tensor:
         weight, bias = self._split(point)
         return torch.addmm((bias - weight @ self.mean).unsqueeze(1), weight, self.x.T)
+
+
+def _apart(values: Tensor) -> Tensor:
+    """[C, ...] without what all classes have in common."""
+    return values - values.mean(0)

@@ -107,8 +107,7 @@ class _SquaredHinge:
 
     def value(self) -> Tensor:
         loss = (self.importance * (1 - self.margin).clamp(min=0).square()).sum(1).double()
-        value: Tensor = self.point.square().sum(1).double() / 2 + loss
-        return value
+        return loss + self.point.square().sum(1).double() / 2
 
     def gradient(self) -> Tensor:
         pull = -2 * self.importance * self.sign * (1 - self.margin).clamp(min=0)
@@ -116,7 +115,9 @@ class _SquaredHinge:
 
     def precondition(self, gradient: Tensor) -> Tensor:
         """The second derivative is nearly that of samples of the mean importance."""
-        return ((gradient @ self.axes) / (1 + self.curvature * self.scales)) @ self.axes.T
+        scaled = (gradient @ self.axes) / (1 + self.curvature * self.scales)
+        found: Tensor = scaled @ self.axes.T
+        return found
 
     def aim(self, direction: Tensor) -> None:
         self.direction, self.change = direction, self.sign * self._scores(direction)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kit.data import add
-from kit.evals import run_folder, shards, spoil
+from kit.evals import context, result_files, run_folder, shards, spoil
 from typer.testing import CliRunner
 
 from scaletrain.cli.main import app
@@ -22,10 +22,8 @@ from scaletrain.data.format import index
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
-from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.features import FeatureConfig
 from scaletrain.report import cards
 
 QUICK = (
@@ -69,15 +67,17 @@ def evaluate(run: Path, benchmark: str, *changes: str, **options: Any) -> dict[s
 def test_what_is_left_is_the_data_set(run: Path, workers: int) -> None:
     """Features and labels are those of the good samples, with workers too."""
     train, test = run.parent / "data" / "train", run.parent / "data" / "test"
-    context = EvalContext(find(run), FeatureConfig(batch=8, workers=workers), train, test)
+    opened = context(find(run), train, test, workers=workers)
     whole = shards(run.parent / "whole", LABELS)
-    twin = EvalContext(find(run), FeatureConfig(batch=8, workers=0), whole, whole)
+    twin = context(find(run), whole, whole)
     good = [n for n in range(48) if n not in BAD]
-    assert context.samples == len(good)
-    torch.testing.assert_close(context.bank().x, twin.bank().x[good], rtol=0, atol=1e-5)
-    assert context.bank().labels.tolist() == [LABELS[n] for n in good]
-    assert context.queries().labels.tolist() == [n for i, n in enumerate(LABELS[:24]) if i != 5]
-    stream = context.augmented(torch.ones(len(good), dtype=torch.bool), 0)
+    bank, queries = opened.features("trainval"), opened.features("test")
+    torch.testing.assert_close(bank.x, twin.features("trainval").x[good], rtol=0, atol=1e-5)
+    assert bank.index.tolist() == good
+    assert bank.labels.tolist() == [LABELS[n] for n in good]
+    assert queries.labels.tolist() == [n for i, n in enumerate(LABELS[:24]) if i != 5]
+    assert queries.index.tolist() == [n for n in range(24) if n != 5]
+    stream = opened.views("trainval", 0)
     drawn = [n for _ in range(4) for n in next(stream)[1].tolist()]
     stream.close()
     assert len(drawn) == 32
@@ -131,7 +131,7 @@ def test_more_than_the_limit_ends_it(run: Path) -> None:
         r"fewer; the last: .*max_bad",
     ):
         evaluate(run, "knn", "features.max_bad=0.05")
-    assert not list((run / "evals").iterdir())
+    assert not result_files(run / "evals")
     for sample in range(24):
         if sample != 5:
             spoil(run.parent / "data" / "test", sample)
@@ -143,10 +143,11 @@ def test_another_loss_is_another_protocol(run: Path) -> None:
     """The same shards by their index, yet not the same images: such results share no curve and no
     table.
     """
-    first = evaluate(run, "knn")
+    first = evaluate(run, "knn", "features.store_gb=0")
     spoil(run.parent / "data" / "train", 20)
+    # what was stored is of the whole images
     Path(first["file"]).unlink()
-    second = evaluate(run, "knn")
+    second = evaluate(run, "knn", "features.store_gb=0")
     assert second["file"] == first["file"]
     assert second["protocol"]["digest"] != first["protocol"]["digest"]
 
@@ -168,8 +169,9 @@ def test_with_a_label_subset_nothing_else_is_read(run: Path) -> None:
 
 def test_what_goes_bad_later_stops_the_probe(run: Path) -> None:
     train, test = run.parent / "data" / "train", run.parent / "data" / "test"
-    context = EvalContext(find(run), FeatureConfig(batch=8, workers=0), train, test)
-    stream = context.augmented(torch.ones(context.samples, dtype=torch.bool), 0)
+    opened = context(find(run), train, test)
+    stream = opened.views("trainval", 0)
+    opened.features("trainval")
     for sample in range(1, 30):
         if sample != 13:
             spoil(train, sample)

@@ -43,6 +43,13 @@ def test_the_map_of_objectnet() -> None:
     assert found.train == datasets.load("imagenet", "/data").train
 
 
+def test_the_descriptor_of_the_guide(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "evaluation.md").read_text()
+    text = guide.partition("```yaml\n")[2].partition("```")[0]
+    found = datasets.load(write(tmp_path, text), "/data")
+    assert (found.test.shards, found.test.without) == ("/data/birds/all", "/data/birds/seen.json")
+
+
 def test_paths_are_below_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
         "train: {shards: [a, /there/b], subset: few.json}\nval: c/val-*.tar\n"

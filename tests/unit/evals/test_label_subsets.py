@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from kit.data import add
-from kit.evals import run_folder, shards, spoil
+from kit.evals import context, result_files, run_folder, shards, spoil
 from typer.testing import CliRunner
 
 from scaletrain.cli.main import app
@@ -23,11 +24,10 @@ from scaletrain.data.errors import DataError, ShardError
 from scaletrain.data.reading import subset as labels
 from scaletrain.data.reading.reader import Shards
 from scaletrain.evals import run as evals
-from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.features import FeatureConfig, mask
+from scaletrain.evals.features import mask
 from scaletrain.evals.held_out import held_out
 from scaletrain.report import cards
 
@@ -67,21 +67,17 @@ def alone(run: Path, chosen: list[int]) -> Path:
 def test_a_subset_is_a_data_set_of_its_samples(run: Path) -> None:
     """Bit for bit, though other samples have no labels."""
     file, folder, test = subset(run, CHOSEN), alone(run, CHOSEN), run.parent / "data" / "test"
-    settings = FeatureConfig(batch=8, workers=0)
-    some = EvalContext(find(run), settings, run.parent / "data" / "train", test, file)
-    twin = EvalContext(find(run), settings, folder, test)
-    assert some.samples == twin.samples == 28
-    rows = torch.tensor([0, 7, 27])
-    assert some.part(rows).x.equal(twin.part(rows).x)
-    assert some.bank().x.equal(twin.bank().x)
-    assert some.part(rows).x.equal(some.bank().x[rows])
+    some = context(find(run), run.parent / "data" / "train", test, file)
+    twin = context(find(run), folder, test)
+    bank, other = some.features("trainval"), twin.features("trainval")
+    assert bank.index.tolist() == CHOSEN
+    assert other.index.tolist() == list(range(28))
+    assert bank.x.equal(other.x)
     order = list(
         dict.fromkeys(CLASSES[i] for i in CHOSEN)
     )  # classes are numbered by first appearance
     assert (
-        some.bank().labels.tolist()
-        == twin.bank().labels.tolist()
-        == [order.index(CLASSES[i]) for i in CHOSEN]
+        bank.labels.tolist() == other.labels.tolist() == [order.index(CLASSES[i]) for i in CHOSEN]
     )
     assert some.classes == 6
     ours = evals.run(
@@ -95,7 +91,7 @@ def test_a_subset_is_a_data_set_of_its_samples(run: Path) -> None:
     for result in (*ours, *theirs):
         del result["protocol"]["digest"]  # other shards
     assert ours[0]["protocol"] == theirs[0]["protocol"]
-    assert ours[1]["protocol"]["chosen_on"] == "2 held-out training images"
+    assert ours[1]["protocol"]["chosen_on"] == "held-out training images"
     assert ours[1]["protocol"]["trained_on"] == 26
 
 
@@ -104,6 +100,8 @@ def test_no_other_image_is_read(run: Path) -> None:
     spoil(run.parent / "data" / "train", next(i for i in range(72) if i not in CHOSEN))
     evals.run(run, ["linear", "knn"], labels=file, overrides=PROBE)
     spoil(run.parent / "data" / "train", CHOSEN[3])
+    # what was stored is of the whole images
+    shutil.rmtree(run / "evals" / "features")
     for benchmark, change in (("linear", "linear.epochs=11"), ("knn", "knn.ks=[3]")):
         with pytest.raises(
             ShardError, match=r"not what was indexed.*; --set features\.on_bad=skip leaves such"
@@ -112,22 +110,18 @@ def test_no_other_image_is_read(run: Path) -> None:
 
 
 def test_the_augmented_stream_keeps_to_the_subset(tmp_path: Path) -> None:
-    """Labels are sample numbers here. Held out are every fourth of the subset, by their place in
-    it.
-    """
+    """Labels are sample numbers here."""
     train = shards(tmp_path / "data" / "train", list(range(40)))
     run = run_folder(tmp_path, train)
     chosen = [1, 2, 3, 7, 9, 11, 19, 20, 21, 30, 38, 39]
     test = shards(tmp_path / "data" / "test", chosen)
-    context = EvalContext(
-        find(run, "pixels"), FeatureConfig(batch=4, workers=0), train, test, subset(run, chosen)
-    )
-    stream = context.augmented(torch.arange(12) % 4 != 0, 0)
+    opened = context(find(run, "pixels"), train, test, subset(run, chosen), batch=4)
+    stream = opened.views("trainval", 0)
     epochs = [
         [chosen[n] for _ in range(3) for n in next(stream)[1].tolist()] for _ in range(2)
     ]  # labels are places by now
     stream.close()
-    wanted = [n for place, n in enumerate(chosen) if place % 4]
+    wanted = chosen
     assert [sorted(epoch) for epoch in epochs] == [wanted, wanted]
     assert epochs[0] != epochs[1]
 
@@ -156,7 +150,7 @@ def test_results_and_curves_of_their_own(run: Path) -> None:
     evals.run(run, ["knn"], encoder="pixels", labels=few, **options)
     (result,) = evals.run(run, ["knn"], labels=few, **options)
     assert shown.stdout.endswith(f"result: {result['file']}\n")
-    assert len(list((run / "evals").iterdir())) == 3
+    assert len(result_files(run / "evals")) == 3
     assert Path(whole["file"]).read_bytes() == before
     assert "labels" not in whole["data"]
     digest = hashlib.sha256(few.read_bytes()).hexdigest()
@@ -167,10 +161,7 @@ def test_results_and_curves_of_their_own(run: Path) -> None:
         "rule": "by hand",
     }
     assert result["data"]["train"]["samples"] == 36
-    board = {path.name for path in (run / "tensorboard" / "evals").iterdir()}
-    knn, partly = (f"knn-{r['protocol']['digest']}" for r in (whole, result))
-    assert board == {knn, partly, f"{partly}-pixels"}
-    assert knn != partly
+    assert whole["protocol"]["digest"] != result["protocol"]["digest"]
     # a subset is known by the samples that it names, and not by its file
     renamed = run.parent / "same.json"
     labels.save(renamed, Shards(full), np.arange(12), "in other words")

@@ -1,76 +1,33 @@
-"""The probe's split, its batches, and that the test set has no say in the choice of the learning
-rate.
+"""The probe's protocols, its batches, and that the test set has no say in the choice of the
+learning rate.
 """
 
 from __future__ import annotations
 
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from kit.heads import CLASSES, Context, blobs, measured, skewed
 
-from scaletrain.evals.benchmarks.linear import Config, carve, measure, shuffled
-from scaletrain.evals.errors import EvalError
+from scaletrain.evals.benchmarks.linear import PROTOCOLS, Config, Protocol, needs
 from scaletrain.evals.features import Features
+from scaletrain.evals.heads.sgd import carve, shuffled
 from scaletrain.evals.held_out import held_out
-
-CLASSES, WIDTH = 4, 6
-
-
-def blobs(samples: int, noise: float, seed: int) -> Features:
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.randint(CLASSES, (samples,), generator=random)
-    centres = torch.eye(CLASSES, WIDTH) * 3
-    return Features(centres[labels] + noise * torch.randn(samples, WIDTH, generator=random), labels)
+from scaletrain.evals.predictions import Score
 
 
-class EvalContext:
-    """As much of a EvalContext as the probe uses, with cached features; it notes what was asked
-    for.
-    """
-
-    transform: dict[str, Any] = {}  # noqa: RUF012
-    augmentation: dict[str, Any] = {}  # noqa: RUF012
-    subset_labels = None
-
-    def __init__(self, train: Features, test: Features) -> None:
-        self.train, self.test, self.samples, self.classes = train, test, len(train.labels), CLASSES
-        self.asked: list[str] = []
-
-    def part(self, rows: Tensor) -> Features:
-        self.asked.append("part")
-        return Features(self.train.x[rows], self.train.labels[rows])
-
-    def bank(self) -> Features:
-        self.asked.append("bank")
-        return self.train
-
-    def queries(self) -> Features:
-        self.asked.append("queries")
-        return self.test
-
-
-def probe(context: Any, **changes: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    return measure(Config(**{"epochs": 10, "batch": 32, "augment": False, **changes}), context)
+def probe(context: Context, **changes: Any) -> tuple[dict[str, float], Score]:
+    return measured("linear", context, **{"epochs": 10, "batch": 32, "augment": False} | changes)
 
 
 def test_separable_classes_reach_every_image() -> None:
-    metrics, card = probe(EvalContext(blobs(400, 0.2, 0), blobs(200, 0.2, 1)))
-    assert metrics["linear"] == metrics["linear_per_class"] == metrics["linear_held_out"] == 100.0
-    assert "linear_top5" not in metrics  # four classes
-    assert card["trained_on"] == 360
-    assert card["chosen_on"] == "40 held-out training images"
-
-
-def skewed(samples: int, seed: int) -> Features:
-    """Two dimensions of loud noise, which only a long enough training learns to ignore."""
-    plain = blobs(samples, 1.0, seed)
-    return Features(
-        plain.x * torch.tensor([1.0] * CLASSES + [15.0] * (WIDTH - CLASSES)), plain.labels
-    )
+    metrics, score = probe(Context(blobs(400, 0.2, 0), blobs(200, 0.2, 1)))
+    assert metrics == {"linear": 100.0, "linear_per_class": 100.0}  # four classes: no top 5
+    assert score.found["held_out"] == 100.0
+    assert score.protocol["trained_on"] == 360
+    assert score.found["held_out_images"] == 40
 
 
 def test_the_choice_never_looks_at_the_test_set() -> None:
@@ -79,49 +36,50 @@ def test_the_choice_never_looks_at_the_test_set() -> None:
     """
     train, test = skewed(400, 0), skewed(200, 1)
     rates = (1e-6, 0.05, 300.0)
-    clean, card = probe(EvalContext(train, test), rates=rates)
-    context = EvalContext(train, Features(test.x, (test.labels + 1) % CLASSES))
-    poisoned, poisoned_card = probe(context, rates=rates)
-    assert card == poisoned_card
-    assert clean["linear_held_out"] == poisoned["linear_held_out"]
+    clean, score = probe(Context(train, test), rates=rates)
+    context = Context(train, Features(test.x, (test.labels + 1) % CLASSES, test.index))
+    poisoned, poisoned_score = probe(context, rates=rates)
+    assert (score.protocol, score.found) == (poisoned_score.protocol, poisoned_score.found)
     assert clean["linear"] > poisoned["linear"] + 20
-    assert context.asked[-1] == "queries"
-    assert context.asked.count("queries") == 1
-    found = card["found"]
+    assert context.asked[-1] == "test"
+    assert context.asked.count("test") == 1
+    found = score.found
     held = found["held_out_top1"]
     assert len(set(held.values())) > 1  # else nothing was chosen
-    assert held[str(found["chosen_rate"])] == max(held.values()) == clean["linear_held_out"]
+    assert held[str(found["chosen_rate"])] == max(held.values()) == found["held_out"]
     assert found["chosen_at_edge"] == (found["chosen_rate"] != 0.05)
 
 
 def test_the_score_is_the_chosen_heads() -> None:
     train, test = blobs(400, 2.0, 0), blobs(200, 2.0, 1)
-    rates = (300.0, 0.05, 1e-6)
-    metrics, card = probe(EvalContext(train, test), rates=rates)
-    alone, _ = probe(EvalContext(train, test), rates=(card["found"]["chosen_rate"],))
-    assert metrics["linear"] == alone["linear"]
+    metrics, score = probe(Context(train, test), rates=(300.0, 0.05, 1e-6))
+    alone, _ = probe(Context(train, test), rates=(score.found["chosen_rate"],))
+    assert metrics == alone
+
+
+def test_the_rate_is_chosen_by_the_metric_of_the_data_set() -> None:
+    train, test = blobs(400, 2.0, 0), blobs(200, 2.0, 1)
+    _, score = probe(Context(train, test, metric="per_class"))
+    assert score.main == "linear_per_class"
+    assert score.found["held_out"] == max(score.found["held_out_per_class"].values())
 
 
 def test_refit_uses_every_training_image() -> None:
     train, test = blobs(120, 2.0, 0), blobs(200, 2.0, 1)
-    plain, card = probe(EvalContext(train, test))
-    refitted, refit_card = probe(EvalContext(train, test), refit=True)
-    assert (card["trained_on"], refit_card["trained_on"]) == (108, 120)
-    assert card["found"]["chosen_rate"] == refit_card["found"]["chosen_rate"]
-    assert plain["linear_held_out"] == refitted["linear_held_out"]
+    plain, score = probe(Context(train, test))
+    refitted, refit = probe(Context(train, test), refit=True)
+    assert (score.protocol["trained_on"], refit.protocol["trained_on"]) == (108, 120)
+    assert score.found == refit.found
     assert plain["linear"] != refitted["linear"]
 
 
-def test_the_held_out_list_is_stable_disjoint_and_small() -> None:
-    out = held_out(5000)
-    assert len(out) == 500
-    assert out.unique().equal(out)
-    assert out.equal(held_out(5000))
-    assert out[:5].tolist() == [5, 9, 10, 13, 16]  # changing these changes every published figure
-    assert len(held_out(1_281_167)) == 10_009
-    assert len(held_out(3)) == 1
-    with pytest.raises(EvalError, match="1 training image"):
-        held_out(1)
+def test_a_single_rate_is_trained_once_on_all_images() -> None:
+    context = Context(blobs(120, 2.0, 0), blobs(200, 2.0, 1))
+    metrics, score = probe(context, rates=(0.3,), refit=True)
+    assert context.asked == ["trainval", "test"]
+    assert score.found == {}
+    several, _ = probe(context, rates=(0.3, 0.3), refit=True)
+    assert metrics == several
 
 
 def test_held_out_images_are_never_trained_on() -> None:
@@ -129,9 +87,62 @@ def test_held_out_images_are_never_trained_on() -> None:
     train, test = blobs(400, 0.2, 0), blobs(200, 0.2, 1)
     labels = train.labels.clone()
     labels[held_out(400)] = (labels[held_out(400)] + 1) % CLASSES
-    metrics, _ = probe(EvalContext(Features(train.x, labels), test))
-    assert metrics["linear_held_out"] == 0.0
+    metrics, score = probe(Context(Features(train.x, labels, train.index), test))
+    assert score.found["held_out"] == 0.0
     assert metrics["linear"] == 100.0
+
+
+def test_augmented_images_are_those_of_the_split() -> None:
+    context = Context(blobs(100, 0.2, 0), blobs(50, 0.2, 1))
+    metrics, score = probe(context, augment=True, refit=True)
+    assert metrics["linear"] == 100.0
+    assert score.protocol["train_transform"] == {"name": "crops"}
+    assert context.asked == ["views of train", "val", "views of trainval", "test"]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("augment", [True, False])
+def test_what_is_used_is_what_was_declared(name: Protocol, augment: bool) -> None:
+    context = Context(blobs(100, 0.2, 0), blobs(50, 0.2, 1))
+    config = {"protocol": name, "augment": augment, "epochs": 2}
+    measured("linear", context, **config)
+    declared = needs(Config.model_validate(config), None)  # type: ignore[arg-type]
+    assert declared.splits == tuple(s for s in context.asked if "views" not in s)
+    assert declared.augmented == any("views" in split for split in context.asked) == augment
+
+
+def test_the_protocols_are_those_of_the_papers() -> None:
+    """Rows of the papers' tables and code, and nothing left to the defaults of another."""
+    rows = {
+        "simclr": (90, 4096, (0.1,), True, 0, "cosine", True),
+        "byol": (80, 1024, (0.4, 0.3, 0.2, 0.1, 0.05), True, 0, "cosine", False),
+        "relicv2": (100, 1024, (0.3,), True, 0, "cosine", True),
+        "moco": (100, 256, (30.0,), False, 0, "steps", True),
+        "swav": (100, 256, (0.3,), False, 1e-6, "cosine_by_epoch", True),
+    }
+    for name, row in rows.items():
+        config = Config.model_validate({"protocol": name})
+        found = (config.epochs, config.batch, config.rates, config.nesterov)
+        assert (*found, config.weight_decay, config.schedule, config.refit) == row
+        assert config.momentum == 0.9
+        assert config.augment
+
+
+def test_other_settings_than_the_papers_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    context = Context(blobs(100, 0.2, 0), blobs(50, 0.2, 1))
+    _, score = probe(context, protocol="moco", batch=256, seed=5)
+    differs = {"epochs": 10, "augment": False, "features.resize": "none"}
+    assert score.protocol["differs_from_protocol"] == differs
+    assert "linear.protocol=moco with other settings" in capsys.readouterr().err
+
+    context.transform = {"resize": "tv"}
+    assert Config.model_validate({"protocol": "moco"}).differences(context.transform) == {}
+    assert Config.model_validate({"epochs": 3}).differences(context.transform) == {}
+
+
+def test_a_protocol_of_another_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="moco"):
+        Config.model_validate({"protocol": "mocov4"})
 
 
 def test_batches_are_whole_and_epochs_complete() -> None:
@@ -150,28 +161,3 @@ def test_carve_keeps_the_line() -> None:
     batches = list(carve(chunks, 5))
     assert torch.cat([a for a, _ in batches]).equal(numbers[:20])
     assert torch.cat([b for _, b in batches]).equal(numbers[:20] * 2)
-
-
-def test_augmented_batches_leave_out_what_is_held_out() -> None:
-    train, test = blobs(100, 0.2, 0), blobs(50, 0.2, 1)
-    asked: list[Tensor] = []
-
-    def augmented(wanted: Tensor, seed: int) -> Any:
-        asked.append(wanted)
-        rows = wanted.nonzero().flatten()
-        while True:
-            yield train.x[rows], train.labels[rows]
-
-    context = SimpleNamespace(
-        **vars(EvalContext(train, test)),
-        subset_labels=None,
-        transform={},
-        augmentation={"name": "crops"},
-        augmented=augmented,
-    )
-    context.part, context.queries = EvalContext(train, test).part, EvalContext(train, test).queries
-    metrics, card = probe(context, augment=True)
-    assert metrics["linear"] == 100.0
-    assert card["train_transform"] == {"name": "crops"}
-    assert asked[0].sum() == 90
-    assert not asked[0][held_out(100)].any()

@@ -4,17 +4,18 @@ taken for another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from kit.evals import backbone, run_folder, save, settings, shards
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from kit.evals import backbone, result_files, run_folder, save, settings, shards
 
 from scaletrain import exit_codes
 from scaletrain.checkpoint import files
@@ -25,6 +26,9 @@ from scaletrain.evals import results
 from scaletrain.evals import run as evals
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.errors import EvalError
+from scaletrain.evals.predictions import named_metrics, unpack
+from scaletrain.evals.request import Request
+from scaletrain.evals.run import Evaluation
 
 QUICK = ("features.workers=0", "features.batch=32")
 
@@ -39,16 +43,6 @@ def run(tmp_path: Path) -> Path:
 def knn(target: Path, *changes: str, **options: Any) -> dict[str, Any]:
     (result,) = evals.run(target, ["knn"], overrides=(*QUICK, *changes), **options)
     return result
-
-
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of knn_10, by folder below RUN/tensorboard/evals."""
-    found = {}
-    for folder in (run / "tensorboard" / "evals").iterdir():
-        board = EventAccumulator(str(folder))
-        board.Reload()
-        found[folder.name] = [(event.step, event.value) for event in board.Scalars("eval/knn_10")]
-    return found
 
 
 def test_whatever_defines_a_result_has_a_file_of_its_own(run: Path) -> None:
@@ -78,27 +72,19 @@ def test_whatever_defines_a_result_has_a_file_of_its_own(run: Path) -> None:
                 "features.size=32",
                 "features.resize=tv",
                 "features.bf16=true",
-                "features.batch=8",
                 "features.on_bad=skip",
             )
         ),
     ]
     assert (
-        len({result["file"] for result in found})
-        == len(found)
-        == len(list((run / "evals").iterdir()))
+        len({result["file"] for result in found}) == len(found) == len(result_files(run / "evals"))
     )
     assert all(
         json.loads(Path(r["file"]).read_text()) == {k: v for k, v in r.items() if k != "file"}
         for r in found
     )
-    board = curves(run)
-    assert (
-        len(board) == len(found) - 1
-    )  # a curve goes over steps; whatever else differs has one of its own
-    points = [(r["step"], pytest.approx(r["metrics"]["knn_10"])) for r in found[:2]]
-    assert board[f"knn-{found[0]['protocol']['digest']}"] == points
-    assert {f"knn-{r['protocol']['digest']}-{r['encoder']}" for r in found[6:8]} <= set(board)
+    # how many images a forward pass has does not define a result
+    assert knn(old, "features.batch=8")["file"] == found[0]["file"]
 
 
 def test_weights_of_the_same_step_are_told_apart(run: Path) -> None:
@@ -121,7 +107,7 @@ def test_a_result_that_is_there_is_read(run: Path, monkeypatch: pytest.MonkeyPat
     (run.parent / "data").rename(run.parent / "moved")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured again")
+            "scaletrain.evals.benchmarks.knn.measure", lambda *_: pytest.fail("it measured again")
         )
         again = knn(
             run, "features.workers=1", notice=said.append, train=run.parent / "moved" / "train"
@@ -132,33 +118,10 @@ def test_a_result_that_is_there_is_read(run: Path, monkeypatch: pytest.MonkeyPat
     ]
     now = Path(first["file"]).stat()
     assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
-    assert len(curves(run)[f"knn-{first['protocol']['digest']}"]) == 1
-    shutil.rmtree(run / "tensorboard")
     Path(first["file"]).unlink()
     third = knn(run, train=run.parent / "moved" / "train")
     assert third["metrics"] == first["metrics"]
     assert third["measured"] > first["measured"]
-    assert len(curves(run)) == 1
-
-
-def test_the_curve_says_what_it_stands_for(run: Path) -> None:
-    digest = knn(run, "knn.temperature=0.5")["protocol"]["digest"]
-    board = EventAccumulator(str(run / "tensorboard" / "evals" / f"knn-{digest}"))
-    board.Reload()
-    (event,) = board.Tensors("eval/protocol/text_summary")
-    text = event.tensor_proto.string_val[0].decode().splitlines()
-    assert "- knn.temperature: 0.5" in text
-    assert any(line.startswith("- test: test (") for line in text)
-
-
-def test_a_tensorboard_that_cannot_be_written_costs_no_result(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (run / "tensorboard").mkdir()
-    (run / "tensorboard" / "evals").write_text("a file in the way")
-    result = knn(run)
-    assert Path(result["file"]).is_file()
-    assert f"no TensorBoard scalars of {result['file']}" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_neither_read_nor_overwritten(run: Path) -> None:
@@ -194,7 +157,9 @@ def test_a_file_may_be_renamed_but_not_to_the_name_of_another(
 def test_the_quicker_of_two_processes_stands(tmp_path: Path, run: Path) -> None:
     file = Path(knn(run)["file"])
     first = json.loads(file.read_text())
-    assert results.write(file, first | {"seconds": 1e9}) == first == json.loads(file.read_text())
+    assert (
+        results.write(file, first | {"seconds": 1e9}, {}) == first == json.loads(file.read_text())
+    )
 
 
 def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +169,7 @@ def test_what_cannot_be_written_is_not_lost(run: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(results, "durable", SimpleNamespace(write=full))
     with pytest.raises(
         EvalError,
-        match=r'cannot write .*knn-step-7-.*: No space left on device; measured were \{"knn_10": ',
+        match=r'cannot write .*knn@data-step-7-.*: No space left on device; measured were \{"knn_',
     ) as error:
         knn(run)
     assert exit_codes.of(error.value) == exit_codes.RETRY
@@ -236,7 +201,12 @@ def test_other_forms_are_passed_over_by_name(run: Path, capsys: pytest.CaptureFi
             lambda c: c["identity"]["protocol"].update(train="0" * 64)
         ),
         file.name.replace("knn", "bare"): altered(lambda c: c["data"].pop("test")),
-        file.name.replace("knn", "new"): altered(lambda c: c.update(format=2)),
+        file.name.replace("knn", "new"): altered(lambda c: c.update(format=3)),
+        file.name.replace("knn", "main"): altered(lambda c: c.update(main="svm")),
+        file.name.replace("knn", "half"): altered(lambda c: c["intervals"].popitem()),
+        file.name.replace("knn", "out"): altered(
+            lambda c: c["predictions"].update(file="../../up.npz")
+        ),
         file.name.replace("knn", "up"): altered(lambda c: c.update(benchmark="../../up")),
         file.name.replace("knn", "esc"): altered(lambda c: c["metrics"].update({"\x1b[2J\n": 1.0})),
     }
@@ -298,9 +268,47 @@ def test_exported_files_of_one_folder(run: Path) -> None:
         found.append(Path(knn(file)["file"]))
     digests = [path.stem.rpartition("-")[2] for path in found]
     assert [path.name for path in found] == [
-        f"{n}-knn-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)
+        f"{n}-knn@data-step-7-{d}.json" for n, d in zip("abc", digests, strict=True)
     ]
     assert (
         digests[0] == digests[1] == Path(knn(run)["file"]).stem.rpartition("-")[2]
     )  # the same encoder as the run's
     assert digests[0] != digests[2]
+
+
+def test_predictions_lie_beside_their_result(run: Path) -> None:
+    """The metrics and intervals are those of the predictions, whose bytes the result knows."""
+    result = knn(run)
+    beside = Path(result["file"]).with_suffix(".npz")
+    assert result["predictions"]["file"] == beside.name
+    assert result["predictions"]["sha256"] == hashlib.sha256(beside.read_bytes()).hexdigest()
+    found = unpack(beside)
+    assert found["knn_10"].index.tolist() == list(range(12))
+    assert {name: value for name, _, _, value in named_metrics(found)} == result["metrics"]
+    assert result["main"] == "knn_20"
+    for name, (low, high) in result["intervals"].items():
+        assert 0 <= low <= result["metrics"][name] <= high <= 100
+
+
+def test_results_of_the_first_format_are_read(run: Path) -> None:
+    result = knn(run)
+    file = Path(result["file"])
+    older = json.loads(file.read_text()) | {"format": 1}
+    for key in ("main", "intervals", "predictions", "dataset"):
+        del older[key]
+    file.write_text(json.dumps(older))
+    (found,) = results.read(run / "evals")
+    assert (found.main, found.metrics, found.intervals) == ("knn_10", result["metrics"], {})
+
+
+def test_one_of_two_processes_measures(run: Path) -> None:
+    """The other waits, and reads."""
+    request = Request(("knn",), overrides=QUICK)
+    path = Evaluation(run, request).path("knn")
+    assert not path.exists()
+    said: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(Evaluation(run, request).result, "knn", said.append) for _ in range(2)]
+    first, second = (one.result() for one in both)
+    assert first == second == {**json.loads(path.read_text()), "file": str(path)}
+    assert len(said) == 1

@@ -12,19 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from kit.evals import backbone, run_folder, save, settings, shards
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from kit.evals import backbone, context, result_files, run_folder, save, settings, shards
 from typer.testing import CliRunner
 
 from scaletrain.checkpoint import files
 from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError
 from scaletrain.evals import run as evals
-from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.features import FeatureConfig
 from scaletrain.report import cards
 
 QUICK = (
@@ -55,9 +52,9 @@ def test_results_and_report(run: Path) -> None:
     before = sums(run)
     found = evals.run(run, BOTH, overrides=(*QUICK, "linear.augment=false", "knn.ks=[1,20]"))
     assert before.items() <= sums(run).items()  # nothing of the run was touched
-    assert {path.name.rpartition("-")[0] for path in (run / "evals").iterdir()} == {
-        "knn-step-7",
-        "linear-step-7",
+    assert {path.name.rpartition("-")[0] for path in result_files(run / "evals")} == {
+        "knn@data-step-7",
+        "linear@data-step-7",
     }
     knn, linear = found
     assert knn["metrics"]["knn_20"] > 40  # of random weights; chance is 17
@@ -69,7 +66,6 @@ def test_results_and_report(run: Path) -> None:
         "linear",
         "linear_top5",
         "linear_per_class",
-        "linear_held_out",
     }
     assert linear["protocol"]["epochs"] == 12
     assert linear["protocol"]["test_transform"]["resize"] == "none"
@@ -83,12 +79,8 @@ def test_results_and_report(run: Path) -> None:
         whole = hashlib.sha256("".join(contents).encode()).hexdigest()
         assert result["data"]["train"] == {"path": str(folder), "samples": 72, "sha256": whole}
         assert result["data"]["test"]["samples"] == 24
-    board = EventAccumulator(
-        str(run / "tensorboard" / "evals" / f"linear-{linear['protocol']['digest']}")
-    )
-    board.Reload()
-    (event,) = board.Scalars("eval/linear_held_out")
-    assert (event.step, event.value) == (7, pytest.approx(linear["metrics"]["linear_held_out"]))
+    # one writer of curves: the fleet
+    assert not (run / "tensorboard").exists()
     lines = cards.report(found)
     assert lines[0] == "trained encoder, step 7, per cent"
     rows = {
@@ -132,16 +124,11 @@ def test_the_command_is_readable_at_any_width_and_in_a_pipe(run: Path, columns: 
 @pytest.mark.parametrize("encoder", ["untrained", "pixels"])
 def test_baselines_get_results_of_their_own(run: Path, encoder: Any) -> None:
     (result,) = evals.run(run, ["knn"], encoder=encoder, overrides=QUICK[3:])
-    assert Path(result["file"]).name.startswith(f"knn-step-0-{encoder}-")
+    assert Path(result["file"]).name.startswith(f"knn@data-step-0-{encoder}-")
     assert result["encoder"] == encoder
     assert encoder != "pixels" or result["metrics"]["knn_10"] == 100.0  # the colours are easy
     assert result["about"]
-    assert len(list((run / "evals").iterdir())) == 1
-    board = EventAccumulator(
-        str(run / "tensorboard" / "evals" / f"knn-{result['protocol']['digest']}-{encoder}")
-    )
-    board.Reload()
-    assert "eval/knn_20" in board.Tags()["scalars"]
+    assert len(result_files(run / "evals")) == 1
 
 
 def test_an_exported_file_evaluates_like_its_run(run: Path, tmp_path: Path) -> None:
@@ -151,9 +138,13 @@ def test_an_exported_file_evaluates_like_its_run(run: Path, tmp_path: Path) -> N
     (from_run,) = evals.run(run, ["knn"], overrides=QUICK[3:])
     assert from_file["metrics"] == from_run["metrics"]
     assert from_file["protocol"] == from_run["protocol"]
+    written = Path(from_file["file"])
     assert {p.name for p in file.parent.iterdir()} == {
-        Path(from_file["file"]).name,
+        written.name,
+        written.with_suffix(".npz").name,
         "small.safetensors",
+        "features",
+        "locks",
     }
 
 
@@ -164,50 +155,44 @@ def test_the_augmented_probe_learns(run: Path) -> None:
     assert result["protocol"]["train_transform"]["scale"] == [0.08, 1.0]
 
 
-def test_the_augmented_stream_gives_the_wanted_samples_anew(tmp_path: Path) -> None:
+def test_the_augmented_stream_gives_the_training_images_anew(tmp_path: Path) -> None:
     """Labels are sample numbers here, so the stream tells what it read."""
     train = shards(tmp_path / "train", list(range(40)))
-    context = EvalContext(
-        find(run_folder(tmp_path, train), "pixels"), FeatureConfig(batch=8, workers=0), train, train
-    )
-    wanted = torch.arange(40) % 4 != 0
+    opened = context(find(run_folder(tmp_path, train), "pixels"), train, train, batch=4)
+    wanted = opened.dataset.part("train").rows.tolist()
+    assert len(wanted) == 36
     epochs = [
-        [next(stream) for _ in range(5)]
-        for stream in [context.augmented(wanted, 0)]
-        for _ in range(2)
+        [next(stream) for _ in range(9)] for stream in [opened.views("train", 0)] for _ in range(2)
     ]
     first, second = (
         {int(n): x for part, labels in epoch for n, x in zip(labels, part, strict=True)}
         for epoch in epochs
     )
-    assert sorted(first) == sorted(second) == wanted.nonzero().flatten().tolist()
+    assert sorted(first) == sorted(second) == wanted
     assert list(first) != list(second)  # another order
     assert all(not first[n].equal(second[n]) for n in first)  # another crop
-    again = [labels.tolist() for _, labels in islice(context.augmented(wanted, 0), 5)]
+    again = [labels.tolist() for _, labels in islice(opened.views("train", 0), 9)]
     assert again == [labels.tolist() for _, labels in epochs[0]]
 
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:
-    subject = find(run)
-    context = EvalContext(
-        subject,
-        FeatureConfig(batch=32, workers=0),
-        run.parent / "data" / "train",
-        run.parent / "data" / "test",
-    )
-    rows = torch.tensor([3, 4, 70])
-    part = context.part(rows)
-    bank = context.bank()
-    assert bank.labels.tolist() == [i % 6 for i in range(72)]
-    assert bank.x.shape == (72, 32)
-    assert bank.x.dtype == torch.float32
-    torch.testing.assert_close(part.x, bank.x[rows], rtol=0, atol=1e-5)
-    assert part.labels.equal(bank.labels[rows])
-    assert context.bank() is bank
-    one = EvalContext(
-        subject, FeatureConfig(batch=1, workers=0), context.train, context.test
-    ).bank()  # eval mode: no sample sees another
-    torch.testing.assert_close(one.x, bank.x, rtol=0, atol=1e-5)
+    encoder, data = find(run), run.parent / "data"
+    opened = context(encoder, data / "train", data / "test", batch=32)
+    few = opened.features("val")
+    whole = opened.features("trainval")
+    assert whole.labels.tolist() == [i % 6 for i in range(72)]
+    assert whole.index.tolist() == list(range(72))
+    assert whole.x.shape == (72, 32)
+    assert whole.x.dtype == torch.float32
+    assert len(few.index) == 7
+    torch.testing.assert_close(few.x, whole.x[few.index], rtol=0, atol=1e-5)
+    assert few.labels.equal(whole.labels[few.index])
+    rest = opened.features("train")
+    assert sorted([*rest.index.tolist(), *few.index.tolist()]) == list(range(72))
+    assert rest.x.equal(whole.x[rest.index])
+    # eval mode: no sample sees another
+    one = context(encoder, data / "train", data / "test", batch=1).features("trainval")
+    torch.testing.assert_close(one.x, whole.x, rtol=0, atol=1e-5)
 
 
 def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options: Any) -> None:
@@ -223,9 +208,9 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
         (
             ("linnear",),
             (),
-            "unknown benchmark 'linnear' .did you mean 'linear'.*available: knn, linear",
+            "unknown benchmark 'linnear' .did you mean 'linear'.*available: fewshot, knn, linear",
         ),
-        ((), (), "no benchmark given; available: knn, linear"),
+        ((), (), "no benchmark given; available: fewshot, knn, linear"),
         (BOTH, ("linear.epoch=3",), r"unknown key 'linear\.epoch'; did you mean 'epochs'"),
         (BOTH, ("linear.epochs=0",), r"linear\.epochs: .*greater than or equal to 1"),
         (BOTH, ("feature.size=32",), "override of 'feature'.*did you mean 'features'"),
@@ -332,7 +317,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Path) -> None:
 def test_unwritable_results(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the work is done."""
     monkeypatch.setattr(
-        "scaletrain.evals.benchmarks.knn.knn", lambda *_: pytest.fail("it measured first")
+        "scaletrain.evals.benchmarks.knn.measure", lambda *_: pytest.fail("it measured first")
     )
     (run / "evals").write_text("a file in the way")
     with pytest.raises(EvalError, match=r"cannot write .*evals"):
@@ -342,6 +327,6 @@ def test_unwritable_results(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "os.access", lambda path, mode: Path(path).name != "evals"
     )  # for root may write anywhere
     with pytest.raises(
-        EvalError, match=r"cannot write .*knn-step-7-.*: the folder is write-protected"
+        EvalError, match=r"cannot write .*knn@data-step-7-.*: the folder is write-protected"
     ):
         evals.run(run, ["knn"], overrides=QUICK[3:])

@@ -154,7 +154,13 @@ def test_results_of_one_protocol_stand_together_whatever_came_out(tmp_path: Path
         evals.run(run, ["linear", "knn"], overrides=(*quick, "linear.epochs=3"))[0] for run in runs
     ]
     assert probes[0]["found"] != probes[1]["found"]
-    assert set(probes[0]["found"]) == {"chosen_rate", "chosen_at_edge", "held_out_top1"}
+    assert set(probes[0]["found"]) == {
+        "chosen_rate",
+        "chosen_at_edge",
+        "held_out_top1",
+        "held_out_images",
+        "held_out",
+    }
     assert not set(probes[0]["found"]) & set(probes[0]["protocol"])
     before = [compare(runs, metric) for metric in ("linear", "knn_20")]
     assert (

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kit import evals, pipelines, ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from scaletrain import dist
 from scaletrain.checkpoint import reader
@@ -26,11 +27,11 @@ ENGINES = ("ddp", "fsdp2", "deepspeed", "fairscale")
 CPU = torch.device("cpu")
 
 
-def run(folder: Path, name: str, *overrides: str, change: bool = False) -> Path:
-    """A run of one process on the shards of `labelled`."""
+def run(folder: Path, name: str, *overrides: str, **options: Any) -> Path:
+    """A run on the shards of `labelled`, after which the ranks stay together."""
     words = [f"data.path={folder / 'train'}", "engine.precision=fp32", *overrides]
     with mock.patch.object(dist, "shutdown"):
-        train(load.load(folder / "recipe.yaml", words), folder / name, change=change)
+        train(load.load(folder / "recipe.yaml", words), folder / name, **options)
     return folder / name
 
 
@@ -111,8 +112,8 @@ def test_it_learns_from_the_samples_of_all_ranks(engine: str, trained: Path) -> 
 
 def test_it_draws_no_random_number() -> None:
     before = torch.get_rng_state()
-    found = probe.OnlineProbe(3, 2, CPU)
-    found.step(result(torch.ones(4, 3)), batch([0, 1, 1, 0]))
+    own = probe.OnlineProbe(3, 2, CPU)
+    own.step(result(torch.ones(4, 3)), batch([0, 1, 1, 0]))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -142,9 +143,9 @@ def test_it_is_a_linear_classifier_trained_by_adam() -> None:
         loss = F.cross_entropy(logits := layer(x.float()), labels[12:], ignore_index=-1)
         known = labels[12:] >= 0
         right = (logits.argmax(1) == labels[12:])[known].float().mean()
-        found = own.step(result(x), batch(labels.tolist()))
-        assert float(found["probe/loss"]) == pytest.approx(loss.item(), rel=1e-5)
-        assert float(found["probe/top1"]) == pytest.approx(100 * float(right))
+        scalars = own.step(result(x), batch(labels.tolist()))
+        assert float(scalars["probe/loss"]) == pytest.approx(loss.item(), rel=1e-5)
+        assert float(scalars["probe/top1"]) == pytest.approx(100 * float(right))
 
         adam.zero_grad()
         loss.backward()
@@ -165,22 +166,23 @@ def test_steps_that_teach_nothing_leave_it_finite() -> None:
     own.step(result(x), batch([0, 1]))
     assert own.weights.isfinite().all()
     assert own.weights.any()
-    with pytest.raises(ConfigError, match=r"monitor\.probe=true: this method reports no features"):
-        own.step(result(None), batch([0, 1]))
+    for other in (None, torch.ones(2, 3)):
+        with pytest.raises(ConfigError, match=r"monitor\.probe=true: this method does not report"):
+            own.step(result(other), batch([0, 1]))
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0])
 def test_it_learns_whatever_the_scale_of_the_features(scale: float) -> None:
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(10, 64, generator=draw)
-    own, found = probe.OnlineProbe(64, 10, CPU), []
+    own, seen = probe.OnlineProbe(64, 10, CPU), []
     for _ in range(150):
         labels = torch.randint(0, 10, (64,), generator=draw)
         x = F.relu(centres[labels] + torch.randn(64, 64, generator=draw)) * scale
-        found.append(own.step(result(x), batch(labels.tolist())))
+        seen.append(own.step(result(x), batch(labels.tolist())))
 
-    assert float(found[0]["probe/loss"]) == pytest.approx(math.log(10), rel=1e-6)
-    assert sum(float(scalars["probe/top1"]) for scalars in found[-20:]) / 20 > 90
+    assert float(seen[0]["probe/loss"]) == pytest.approx(math.log(10), rel=1e-6)
+    assert sum(float(scalars["probe/top1"]) for scalars in seen[-20:]) / 20 > 90
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -191,6 +193,14 @@ def cut(run: Path, name: str) -> Path:
     copy = Path(shutil.copytree(run, run.parent / name))
     shutil.rmtree(copy / "checkpoints" / "step-00000006")
     return copy
+
+
+def test_its_curves_are_in_tensorboard_too(whole: Path) -> None:
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    for place, name in enumerate(("probe/loss", "probe/top1"), 2):
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        assert points == [(c[0], pytest.approx(c[place], rel=1e-6)) for c in curve(whole)]
 
 
 def test_it_resumes_bit_for_bit(labelled: Path, whole: Path) -> None:
@@ -219,6 +229,9 @@ def test_a_run_may_begin_and_end_with_or_without_it(
         "monitor.probe: False -> True",
         "the online probe starts at zero: the checkpoint has none",
     ]
+
+    run(labelled, "next", "monitor.probe=true", continues=whole)
+    assert int(tensors(labelled / "next", probe=True)["probe.steps"]) == 12
 
     saved = reader.latest(whole / "checkpoints")
     assert saved is not None

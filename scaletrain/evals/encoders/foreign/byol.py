@@ -5,6 +5,4 @@ from __future__ import annotations
 from scaletrain.evals.encoders import haiku, tensorflow_padding
 from scaletrain.evals.encoders.layout import Layout
 
-LAYOUT = Layout(
-    nests=((),), prefixes=(haiku.ENCODER,), read=haiku.read, adapt=tensorflow_padding.adapt
-)
+LAYOUT = Layout(prefixes=(haiku.ENCODER,), read=haiku.read, adapt=tensorflow_padding.adapt)

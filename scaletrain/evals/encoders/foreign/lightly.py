@@ -7,4 +7,4 @@ from __future__ import annotations
 from scaletrain.evals.encoders.layout import Layout
 
 _LAYERS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-LAYOUT = Layout(nests=(("state_dict",), ()), prefixes=("backbone.", ""), renamed=_LAYERS)
+LAYOUT = Layout(prefixes=("backbone.", ""), renamed=_LAYERS)

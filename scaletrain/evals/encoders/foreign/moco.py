@@ -5,4 +5,4 @@ from __future__ import annotations
 from scaletrain.evals.encoders.layout import Layout
 
 # the online encoder, not the momentum encoder
-LAYOUT = Layout(nests=(("state_dict",),), prefixes=("module.encoder_q.", "module.base_encoder."))
+LAYOUT = Layout(prefixes=("module.encoder_q.", "module.base_encoder."))

@@ -16,4 +16,4 @@ def _adapt(net: nn.Module) -> None:
 
 
 # earlier versions call the backbone encoder
-LAYOUT = Layout(nests=(("state_dict",), ()), prefixes=("backbone.", "encoder.", ""), adapt=_adapt)
+LAYOUT = Layout(prefixes=("backbone.", "encoder.", ""), adapt=_adapt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from scaletrain.evals.encoders.layout import Layout
 
 LAYOUT = Layout(
-    nests=(("state_dict",), ()),
     prefixes=("module.", ""),
     heads=("projection_head.", "prototypes."),
     # Not 0.229: as in their multicropdataset.py and eval_linear.py, so the networks saw this.

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from scaletrain.evals.encoders.layout import Layout
 
-LAYOUT = Layout(nests=(("model",), ()), prefixes=("module.backbone.", "backbone.", ""))
+LAYOUT = Layout(prefixes=("module.backbone.", "backbone.", ""))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from scaletrain.evals.encoders.layout import Layout
 
 LAYOUT = Layout(
-    nests=(("classy_state_dict", "base_model", "model", "trunk"), ("model_state_dict",), ()),
     prefixes=("_feature_blocks.", "base_model._feature_blocks.", ""),
+    nests=(
+        ("classy_state_dict", "base_model", "model", "trunk"),
+        ("model_state_dict",),
+        ("state_dict",),
+        (),
+    ),
 )

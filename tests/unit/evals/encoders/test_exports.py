@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit.evals import backbone, run_folder, save, settings
+from kit.evals import backbone, run_folder, save, settings, shards
 from torch import Tensor
 
-from scaletrain.checkpoint import reader, writer
+from scaletrain.checkpoint import files, reader, writer
 from scaletrain.checkpoint.files import CheckpointError
 from scaletrain.core import Piece
 from scaletrain.evals import network
@@ -25,6 +25,9 @@ from scaletrain.evals.encoders import exports, targets
 from scaletrain.evals.encoders.exports import exported, hold, release
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
+from scaletrain.evals.request import Request
+from scaletrain.evals.run import Evaluation
+from scaletrain.runtime import durable
 
 
 def saved(run: Path, step: int = 7) -> Path:
@@ -180,9 +183,25 @@ def test_an_export_is_the_same_encoder_as_its_step(tmp_path: Path) -> None:
     assert find(file, "untrained").identity == find(run, "untrained").identity
     assert contents(run / "evals" / "held") == []
 
-    moved = shutil.copy(file, tmp_path / "elsewhere.safetensors")
-    assert find(Path(moved)).weights == step.weights
-    assert find(Path(moved)).run is None
+    moved = find(Path(shutil.copy(file, tmp_path / "elsewhere.safetensors")))
+    assert (moved.weights, moved.run, moved.samples) == (step.weights, None, 72)
+
+
+def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_folder(tmp_path, "train")
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(durable, "flush", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(files, "flush", durable.flush)
+        exported(run, 7)
+        os._exit(1)
+
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    folder = targets.export_of(run, 7).parent
+    assert contents(folder)
+    assert not targets.export_of(run, 7).exists()
+    file = exported(run, 7)
+    assert contents(folder) == [file.name]
+    assert find(file).weights == find(saved(run)).weights
 
 
 def test_a_step_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +291,9 @@ def test_a_file_that_others_put_there(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     run = run_folder(tmp_path, "train")
     (run / "evals").write_text("")
-    with pytest.raises(EvalError, match=r"cannot write .*evals"):
-        hold(run, 7)
+    for keep in (hold, exported, release):
+        with pytest.raises(CheckpointError, match=r"step 7 cannot be kept .*evals"):
+            keep(run, 7)
 
 
 # --- a part of a step
@@ -313,3 +333,14 @@ def test_only_files_with_wanted_tensors_are_verified(tmp_path: Path) -> None:
         part.read("optimizer.momentum")
     other.unlink()
     reader.open_step(folder, "method.backbone.")
+
+
+def test_a_step_and_its_export_share_their_results(tmp_path: Path) -> None:
+    sets = [shards(tmp_path / name, [0, 1] * 4, seed) for seed, name in enumerate("ab")]
+    run = run_folder(tmp_path, sets[0])
+    wanted = Request(("knn",), train=str(sets[0]), test=str(sets[1]))
+    (path,) = {
+        Evaluation(target, wanted).path("knn")
+        for target in (run, saved(run), hold(run, 7), exported(run, 7))
+    }
+    assert path.parent == run / "evals"

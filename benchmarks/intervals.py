@@ -1,0 +1,146 @@
+"""How often the intervals of results contain the true value, in simulated test sets.
+
+    python -m benchmarks.intervals [SETTING...]
+
+2,000 test samples of 10 classes that are not equally hard, accuracies from 0.3 to 0.9, 1,000 draws
+of a test set for each. Target: 93 to 97 %. The true value of an accuracy is its probability, that
+of a mean average precision its mean over many test sets of this size: it depends on the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import numpy as np
+import torch
+
+from scaletrain.evals import intervals
+from scaletrain.evals.paired import paired
+from scaletrain.evals.predictions import Ranked, Scored
+
+SAMPLES, CLASSES, DRAWS, LOW, HIGH = 2000, 10, 1000, 0.93, 0.97
+ACCURACIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# How much easier than the average the easiest class is.
+SPREAD = 0.08
+# Of the second encoder of a pair: a fifth of its predictions are its own, and these are better.
+OWN, BETTER = 0.2, 0.05
+# Test sets that give the true mean of an average precision.
+MANY = 2000
+RUNS = 5
+
+
+def coverage(setting: str, accuracy: float, draws: int = DRAWS) -> float:
+    """The share of 95 % intervals that contain the true value, in `draws` test sets."""
+    return float(
+        np.mean([low <= true <= high for low, true, high in SETTINGS[setting](accuracy, draws)])
+    )
+
+
+Found = Iterator[tuple[float, float, float]]
+
+
+def _ranked(metric: str, accuracy: float, draws: int) -> Found:
+    hard = accuracy + SPREAD * np.linspace(-1, 1, CLASSES)
+    # a wrong one is at any of the other places
+    true = accuracy if metric != "top5" else accuracy + (1 - accuracy) * 4 / (CLASSES - 1)
+    for seed in range(draws):
+        random = np.random.default_rng((int(1000 * accuracy), seed))
+        labels = random.integers(CLASSES, size=SAMPLES)
+        right = random.random(SAMPLES) < hard[labels]
+        rank = np.where(right, 0, random.integers(1, CLASSES, SAMPLES))
+        low, high = intervals.interval(_predictions(labels, rank), metric)
+        yield low, 100 * true, high
+
+
+def _pair(metric: str, accuracy: float, draws: int) -> Found:
+    hard = accuracy + SPREAD * np.linspace(-1, 1, CLASSES)
+    for seed in range(draws):
+        random = np.random.default_rng((int(1000 * accuracy), seed))
+        labels = random.integers(CLASSES, size=SAMPLES)
+        first = random.random(SAMPLES) < hard[labels]
+        own = random.random(SAMPLES) < OWN
+        second = np.where(own, random.random(SAMPLES) < hard[labels] + BETTER, first)
+        a, b = (_predictions(labels, 1 - right) for right in (second, first))
+        found = paired(a, b, metric)
+        yield found.low, 100 * OWN * BETTER, found.high
+
+
+def _runs(accuracy: float, draws: int) -> Found:
+    """Trainings whose accuracies differ by half a point."""
+    for seed in range(draws):
+        values = 100 * accuracy + 0.5 * np.random.default_rng(
+            (int(1000 * accuracy), seed)
+        ).standard_normal(RUNS)
+        low, high = intervals.over_runs(values.tolist())
+        yield low, 100 * accuracy, high
+
+
+def _scored(metric: str, accuracy: float, draws: int) -> Found:
+    true = np.mean([_scores(accuracy, DRAWS + seed).metrics()[metric] for seed in range(MANY)])
+    for seed in range(draws):
+        low, high = intervals.interval(_scores(accuracy, seed), metric)
+        yield low, float(true), high
+
+
+def _scores(accuracy: float, seed: int, samples: int = SAMPLES) -> Scored:
+    return _noisy(_distance(accuracy), seed, samples)
+
+
+@cache
+def _distance(accuracy: float) -> float:
+    """How far the score of the true class stands out, for an accuracy of the highest score."""
+    low, high = 0.0, 8.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        found = _noisy(middle, 0, 20_000)
+        right = found.scores.argmax(1) == found.labels.argmax(1)
+        low, high = (middle, high) if float(right.double().mean()) < accuracy else (low, middle)
+
+    return low
+
+
+def _noisy(distance: float, seed: int, samples: int) -> Scored:
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.eye(CLASSES, dtype=torch.int8)[
+        torch.randint(CLASSES, (samples,), generator=random)
+    ]
+    signal = distance * torch.linspace(0.8, 1.2, CLASSES)
+    scores = torch.randn(samples, CLASSES, generator=random) + signal * labels
+    return Scored(torch.arange(samples), labels, scores)
+
+
+def _predictions(labels: np.ndarray, rank: np.ndarray) -> Ranked:
+    truth, places = torch.from_numpy(labels), torch.from_numpy(rank.astype(np.int64))
+    predicted = torch.where(places == 0, truth, (truth + 1) % CLASSES)
+    return Ranked(torch.arange(len(truth)), truth, places, predicted, CLASSES)
+
+
+SETTINGS: dict[str, Callable[[float, int], Found]] = {
+    "top1": partial(_ranked, "top1"),
+    "top5": partial(_ranked, "top5"),
+    "per_class": partial(_ranked, "per_class"),
+    "map": partial(_scored, "map"),
+    "map11": partial(_scored, "map11"),
+    "difference of top1": partial(_pair, "top1"),
+    "difference of per_class": partial(_pair, "per_class"),
+    "mean of five runs": _runs,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", nargs="*", default=list(SETTINGS), metavar="SETTING")
+    chosen = parser.parse_args().settings
+
+    print(f"| accuracy | {' | '.join(f'{a:g}' for a in ACCURACIES)} | 93 to 97 % |")
+    print(f"|---|{'---|' * len(ACCURACIES)}---|")
+    for setting in chosen:
+        shares = [coverage(setting, accuracy) for accuracy in ACCURACIES]
+        met = "yes" if all(LOW <= share <= HIGH for share in shares) else "MISSED"
+        print(f"| {setting} | {' | '.join(f'{100 * s:.1f}' for s in shares)} | {met} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
