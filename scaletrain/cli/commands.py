@@ -186,7 +186,9 @@ def evaluate(
         store=store,
     )
 
-    typer.echo("\n".join(cards.report(measured)))
+    # ranks that helped have nothing to print
+    if measured:
+        typer.echo("\n".join(cards.report(measured)))
 
 
 def compare_runs(

@@ -175,17 +175,6 @@ class FeatureExtractor:
         return schema.View(size=self.size, jitter=0.0, grayscale=0.0, blur=0.0, **scaling)
 
     @property
-    def transform(self) -> dict[str, Any]:
-        """The transform of test images, as written in results."""
-        data = self.encoder.data
-        return {
-            **self.transform_of("test").model_dump(mode="json"),
-            "mean": data.mean,
-            "std": data.std,
-            "bf16": self.settings.bf16,
-        }
-
-    @property
     def augmentation(self) -> dict[str, Any]:
         """The random view, as written in results."""
         kept = ("size", "scale", "ratio", "interpolation", "antialias", "flip")

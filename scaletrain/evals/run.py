@@ -50,10 +50,13 @@ def run(
 
     wanted = Request(tuple(benchmarks), overrides=tuple(overrides), kind=encoder, **options)
     dist.keep_freed_memory()
+    dist.init()
     evaluation = Evaluation(target, wanted)
     # Other ranks help to encode, and are done then.
     evaluation.prepare()
-    if not dist.main():
+    helps = not dist.main()
+    dist.shutdown()
+    if helps:
         return []
 
     return [evaluation.result(name, notice) for name in wanted.benchmarks]

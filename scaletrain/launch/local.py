@@ -34,8 +34,8 @@ def main(
         list[str],
         typer.Argument(
             metavar="RECIPE [KEY=VALUE]...",
-            help="Passed with all other options to `scaletrain train`, or as `doctor ...` to "
-            "`scaletrain doctor`.",
+            help="Passed with all other options to `scaletrain train`, or as `eval ...` or "
+            "`doctor ...` to `scaletrain eval` or `doctor`.",
         ),
     ],
     procs: Annotated[
@@ -61,8 +61,9 @@ def main(
 
 
 def start(arguments: Sequence[str], procs: int, port: int, restarts: int) -> int:
-    """Run `scaletrain train` or `doctor` in `procs` processes; the exit code."""
-    command = arguments if arguments[:1] == ["doctor"] else ["train", *arguments]
+    """Run `scaletrain train`, `eval` or `doctor` in `procs` processes; the exit code."""
+    others = arguments[:1] in (["doctor"], ["eval"])
+    command = arguments if others else ["train", *arguments]
     for left in range(restarts, -1, -1):
         try:
             listener = socket.create_server(("127.0.0.1", port))

@@ -258,7 +258,6 @@ def test_border_and_corruption_are_of_test_images_only(run: Path) -> None:
         == extractor(run, None).transform_of("test")
     )
     assert one.transform_of("test").border == 2
-    assert one.transform["border"] == 2
 
 
 # --- subsets --------------------------------------------------------------------------------------
