@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -45,6 +46,8 @@ FORMAT = 1
 # Rows of the smallest chunk. With a multiple of it, chunks begin at pages of 4 KiB whatever the
 # width, so that several nodes never write to the same page.
 ROWS = 1024
+# Map files that are larger than the memory; Python names this flag of Linux from 3.13 on.
+_MAP_NORESERVE = 0x4000
 _NAME = re.compile(r"[0-9a-f]{24}")
 _JSON_BYTES = 1 << 20
 _RECORD_BYTES = 256 << 20
@@ -341,8 +344,14 @@ class Entry:
 
     def _mapped(self, layout: Layout) -> NDArray[np.float32]:
         """Writing to it changes this process's copy only."""
-        shape = layout.samples, layout.width
-        return np.memmap(self._x, np.float32, mode="c", shape=shape)
+        with self._x.open("rb") as file:
+            memory = mmap.mmap(
+                file.fileno(),
+                layout.bytes,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        return np.frombuffer(memory, np.float32).reshape(layout.samples, layout.width)
 
     def _unusable(self, error: OSError) -> EvalError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
