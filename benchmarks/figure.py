@@ -145,8 +145,8 @@ def train_and_kill(work: Path, run: Path) -> int:
 
 def losses(run: Path) -> list[float]:
     """The recorded losses."""
-    found = (record.scalars.get("train/loss") for record in records.read(run).steps)
-    return [loss for loss in found if loss is not None]
+    recorded = (record.scalars.get("train/loss") for record in records.read(run).steps)
+    return [loss for loss in recorded if loss is not None]
 
 
 def deviation(curves: Sequence[Sequence[float]]) -> float:

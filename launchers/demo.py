@@ -134,18 +134,19 @@ def train(changes: Sequence[str]) -> None:
     _python("launchers/local.py", "--procs", str(procs), str(RECIPE), *settings, "--run", str(RUN))
 
 
-def evaluate() -> dict[str, dict[str, float]]:
-    """Metrics in per cent by encoder."""
+def evaluate() -> dict[str, dict[str, str]]:
+    """Metrics in per cent, each with its 95 % interval, by encoder."""
     _headline(5, "evaluation on frozen features: nearest neighbours and a linear probe")
     from scaletrain.checkpoint import reader
     from scaletrain.evals import run
+    from scaletrain.launch.fleet.curves import Curves
 
     if reader.latest(RUN / "checkpoints") is None:
         raise DemoError(
             f"{RUN} holds no good checkpoint; delete {RUN} and run the demonstration again"
         )
 
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, str]] = {}
     for encoder, label in ENCODERS.items():
         console.print(f"{label} ...")
         results = run.run(
@@ -159,19 +160,24 @@ def evaluate() -> dict[str, dict[str, float]]:
         )
 
         metrics[encoder] = {
-            name: value for result in results for name, value in result["metrics"].items()
+            name: "{:.1f} [{:.1f}, {:.1f}]".format(value, *result["intervals"][name])
+            for result in results
+            for name, value in result["metrics"].items()
         }
 
+    # Evaluations write no TensorBoard: the fleet does.
+    Curves(RUN).refresh()
     return metrics
 
 
-def summary(metrics: dict[str, dict[str, float]]) -> None:
+def summary(metrics: dict[str, dict[str, str]]) -> None:
     rows = [
-        (label, *(f"{metrics[encoder][name]:.1f}" for name in ("knn_20", "linear")))
+        (label, *(metrics[encoder][name] for name in ("knn_20", "linear")))
         for encoder, label in ENCODERS.items()
     ]
     console.print()
-    tables.show(("Fashion-MNIST, top-1 in %", "kNN, k = 20", "linear"), rows)
+    title = "Fashion-MNIST, top-1 in % [95 % interval]"
+    tables.show((title, "kNN, k = 20", "linear"), rows)
     console.print()
 
     tool = (

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,20 +188,15 @@ class OpenDataset:
 
         trained_on: sha256 of the datasets of the encoder's training.
         """
-        ours, found = dict(self._train.folders()), []
-        test = self._test
-        seen = sum(
-            len(np.intersect1d(rows, ours[sha256], assume_unique=True))
-            for sha256, rows in test.folders()
-            if sha256 in ours
-        )
+        train, test, found = self._train, self._test, []
+        seen = test.common(test.rows, train, train.rows)
         if seen:
             found.append(
                 f"{seen:,} of {len(test.shards):,} test images of {test.path} are training images "
                 f"of dataset {self.name} too"
             )
 
-        known = {test.base.fingerprint, *(sha256 for sha256, _ in test.folders())}
+        known = {test.base.fingerprint, *(part.fingerprint for part in test.parts)}
         if known & set(trained_on):
             found.append(
                 f"the encoder, or what it started from, was trained on the images of {test.path}"

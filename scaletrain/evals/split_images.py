@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from scaletrain.data.format.names import CLASSES
 from scaletrain.data.reading.concat import ConcatShards
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.replacement import admit
+from scaletrain.data.reading.subset import Subset, load_samples
 from scaletrain.data.reading.subset import load as load_subset
-from scaletrain.data.reading.subset import load_samples
 from scaletrain.data.reading.subset_shards import AnyShards, SubsetShards
 from scaletrain.data.sampling.plan import Ints
 from scaletrain.evals.classes import LabelledSet, named, read_names
@@ -56,14 +56,32 @@ class SplitImages:
         """Identity of the choice of samples; None where all belong to a split."""
         return self.shards.fingerprint if isinstance(self.shards, SubsetShards) else None
 
-    def folders(self) -> Iterator[tuple[str, Ints]]:
-        """The fingerprint of each folder, and the numbers of the samples in it."""
-        parts = self.base.parts if isinstance(self.base, ConcatShards) else [self.base]
-        ends = np.cumsum([0, *map(len, parts)])
-        rows = self.rows
-        for number, part in enumerate(parts):
-            lo, hi = ends[number : number + 2]
-            yield part.fingerprint, rows[(rows >= lo) & (rows < hi)] - lo
+    @property
+    def parts(self) -> Sequence[Shards]:
+        """The shards of each folder."""
+        return self.base.parts if isinstance(self.base, ConcatShards) else [self.base]
+
+    def common(self, rows: Ints, other: SplitImages, other_rows: Ints) -> int:
+        """How many of the samples `rows` of `base` are among the samples `other_rows` of another
+        base: shards are compared by their content, wherever they are.
+        """
+        ours, theirs = self._by_shard(rows), other._by_shard(other_rows)
+        return sum(
+            len(np.intersect1d(ours[sha256], theirs[sha256])) for sha256 in ours.keys() & theirs
+        )
+
+    def _by_shard(self, rows: Ints) -> dict[bytes, Ints]:
+        """Places of ascending samples within their shards, by the sha256 of these."""
+        ends = np.cumsum(self.base.counts)
+        starts = ends - self.base.counts
+        cuts = rows.searchsorted(ends)[:-1]
+        sums = np.concatenate([part.checksums for part in self.parts])
+        found: dict[bytes, Ints] = {}
+        for sha256, own, start in zip(sums.tolist(), np.split(rows, cuts), starts, strict=True):
+            if len(own):
+                found[sha256] = np.union1d(found.get(sha256, own - start), own - start)
+
+        return found
 
 
 class Opener:
@@ -74,6 +92,7 @@ class Opener:
     ) -> None:
         self.dataset, self.cache, self.skip, self.max_bad = dataset, cache, skip, max_bad
         self._opened: dict[tuple[Place, ...], Shards | ConcatShards] = {}
+        self._files: dict[SplitConfig, Subset] = {}
 
     def images(
         self, split: SplitConfig, val: SplitConfig | None = None
@@ -94,17 +113,18 @@ class Opener:
         }
         chosen = [self._rows(one, ranges) for one in splits]
         rows = np.unique(np.concatenate(chosen))
-        if len(rows) < sum(map(len, chosen)):
-            raise EvalError(
-                f"dataset {self.dataset.name}: {sum(map(len, chosen)) - len(rows):,} images are "
-                "training and validation images; correct its descriptor"
-            )
-
+        shards = base if len(rows) == len(base) else SubsetShards(base, rows)
         paths = dict.fromkeys(path for one in splits for path in listed(one.shards))
         path = split.shards if len(paths) == 1 else str(list_of([*paths]))
-        shards = base if len(rows) == len(base) else SubsetShards(base, rows)
-        official = None if val is None else torch.from_numpy(np.isin(rows, chosen[1]))
-        images = SplitImages(path, base, shards, official, self._subset(split, len(chosen[0])))
+        images = SplitImages(path, base, shards, subset=self._subset(split, len(chosen[0])))
+
+        if val is not None:
+            if twice := images.common(chosen[0], images, chosen[1]):
+                raise EvalError(
+                    f"dataset {self.dataset.name}: {twice:,} images are training and validation "
+                    "images; correct its descriptor"
+                )
+            images = replace(images, val=torch.from_numpy(np.isin(rows, chosen[1])))
 
         labels, names = self._labels(places, parts)
         bare = "" if labels[rows].min(initial=0) >= 0 or split.file else shards.unlabelled()
@@ -125,13 +145,18 @@ class Opener:
         """Numbers of the samples of a split among those of all its folders."""
         places = _places(split)
         rows = np.concatenate([ranges[place] for place in places])
-        if split.subset:
-            return rows[load_subset(Path(split.subset), self._open(places)).index]
-        if split.without:
-            left_out = load_samples(Path(split.without), self._open(places)).index
-            return np.delete(rows, left_out)
+        if not split.file:
+            return rows
 
-        return rows
+        chosen = self._listed(split).index
+        return rows[chosen] if split.subset else np.delete(rows, chosen)
+
+    def _listed(self, split: SplitConfig) -> Subset:
+        """The samples in the file of a split."""
+        if split not in self._files:
+            read = load_subset if split.subset else load_samples
+            self._files[split] = read(Path(split.file), self._open(_places(split)))
+        return self._files[split]
 
     def _labels(
         self, places: tuple[Place, ...], parts: Sequence[Shards]
@@ -175,8 +200,7 @@ class Opener:
         if not split.file:
             return None
 
-        path = Path(split.file)
-        found = load_samples(path, self._open(_places(split)))
+        path, found = Path(split.file), self._listed(split)
         return {
             "file": path.name,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -249,21 +249,21 @@ def _points(run: Path, evaluated: Sequence[Result], metric: str) -> list[Point]:
     return points
 
 
-def _hours(found: Sequence[StepRecord], steps: Sequence[int], every: int) -> list[float | None]:
+def _hours(recorded: Sequence[StepRecord], steps: Sequence[int], every: int) -> list[float | None]:
     """What the first `steps` steps took; one is recorded in `every`."""
     paced = [
         (n, pace)
-        for n, record in enumerate(found)
+        for n, record in enumerate(recorded)
         if (pace := record.scalars.get(PACE)) is not None
     ]
     # old records have no pace
-    if not paced or any(record.steps_per_epoch is None for record in found):
+    if not paced or any(record.steps_per_epoch is None for record in recorded):
         return [None] * len(steps)
 
     # a run that was stopped has steps after its last record; they and records without a pace go at
     # that of their neighbours
-    ends = [0, *(record.step + 1 for record in found), found[-1].step + 1 + every]
-    paces = np.interp(np.arange(len(found) + 1), *np.transpose(paced))
+    ends = [0, *(record.step + 1 for record in recorded), recorded[-1].step + 1 + every]
+    paces = np.interp(np.arange(len(recorded) + 1), *np.transpose(paced))
     hours = np.cumsum([0.0, *np.diff(ends) * paces]) / 3600
     return [float(np.interp(step, ends, hours)) if step <= ends[-1] else None for step in steps]
 

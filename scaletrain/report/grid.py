@@ -176,11 +176,11 @@ def _values(axis: str) -> list[tuple[str, ...]]:
 
 def _reached(run: Path) -> dict[str, Any]:
     """Scalars of the last recorded step."""
-    found = records.read(run).steps
-    if not found:
+    steps = records.read(run).steps
+    if not steps:
         return {}
 
-    last = {"step": found[-1].step, **found[-1].scalars}
+    last = {"step": steps[-1].step, **steps[-1].scalars}
     names = {"step": "step", "train/loss": "loss", "speed/images_per_second": "images/s"}
     return {short: _short(last[name]) for name, short in names.items() if name in last}
 

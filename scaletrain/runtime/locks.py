@@ -51,7 +51,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[int | None]:
         os.close(file)
 
 
-def held(path: Path) -> bool:
+def taken(path: Path) -> bool:
     """Whether another process holds the exclusive lock `of_process` of a file, which is not taken
     for that. Raises OSError where the file system has no locks.
 

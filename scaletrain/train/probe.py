@@ -115,9 +115,10 @@ def open_probe(stream: Stream, features: int, device: torch.device) -> OnlinePro
 
     features: width of the encoder's output.
     """
-    found: list[int] = []
-    run_folder.on_main(lambda: found.append(_classes(stream)))
-    classes: int = dist.broadcast_object(found[0] if found else 0)
+    # of rank 0, which alone looks at every label
+    counted: list[int] = []
+    run_folder.on_main(lambda: counted.append(_classes(stream)))
+    classes: int = dist.broadcast_object(counted[0] if counted else 0)
     return OnlineProbe(features, classes, device)
 
 

@@ -100,10 +100,10 @@ def alive(run: Path) -> bool:
     By the lock of the folder; where the file system has none, by the lease in its place, which
     takes up to 15 seconds for a dead run. Where locks are not seen from machine to machine, a run
     of another machine counts as alive until its status is 5 minutes old. Not for the process that
-    trains, see locks.held.
+    trains, see locks.taken.
     """
     try:
-        if locks.held(run / run_folder.LOCK):
+        if locks.taken(run / run_folder.LOCK):
             return True
     except OSError:
         return run_folder.Lease(run).beats()

@@ -378,9 +378,9 @@ def test_multicrop_views() -> None:
 def test_two_steps(name: str, tmp_path: Path) -> None:
     config = shrunken(name)
     train(config, tmp_path / "run")
-    found = records.read(tmp_path / "run").steps
-    assert [record.step for record in found] == [0, 1]
-    lines = [record.scalars for record in found]
+    recorded = records.read(tmp_path / "run").steps
+    assert [record.step for record in recorded] == [0, 1]
+    lines = [record.scalars for record in recorded]
     assert all(math.isfinite(line["train/loss"]) and not line["steps/skipped"] for line in lines)
     saved = reader.latest(tmp_path / "run" / "checkpoints")
     assert saved is not None

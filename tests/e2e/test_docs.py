@@ -261,9 +261,9 @@ def test_the_records_of_the_reference_are_read(
     assert capsys.readouterr().out == "1200 0.5 1\n"
 
     (run / status.FILE).write_text(blocks("text", TEXTS[DOCS / "reference/run-folder.md"])[1])
-    found = status.read(run)
-    assert found is not None
-    assert found.total == 312_800
+    written = status.read(run)
+    assert written is not None
+    assert written.total == 312_800
 
 
 # --- links ----------------------------------------------------------------------------------------

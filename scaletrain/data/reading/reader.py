@@ -80,7 +80,8 @@ class Shards:
             np.ascontiguousarray(listed.bytes),
         )
         self.counts = np.ascontiguousarray(listed.samples)
-        # of the bytes of all shards in order
+        # sha256 of each shard [S], and of all in order
+        self.checksums: NDArray[np.bytes_] = np.ascontiguousarray(listed.sha256)
         self.fingerprint = hashlib.sha256(listed.sha256.tobytes()).hexdigest()
         self._starts = np.concatenate(([0], np.cumsum(self.counts)))
 

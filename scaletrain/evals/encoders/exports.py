@@ -12,7 +12,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from scaletrain import exit_codes
@@ -171,9 +171,9 @@ def _alone(run: Path, step: int) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             lock.parent.mkdir(parents=True, exist_ok=True)
             if _locked(lock, stack):
-                # of processes that were killed
-                for stale in kept.parent.glob(f".{kept.name}.*"):
-                    shutil.rmtree(stale, ignore_errors=True)
+                _sweep(kept.parent.glob(f".{kept.name}.*"))
+                file = targets.export_of(run, step)
+                _sweep(file.parent.glob(f".{file.name}.*"))
             yield
     except OSError as error:
         raise CheckpointError(
@@ -182,6 +182,15 @@ def _alone(run: Path, step: int) -> Iterator[None]:
             "RUN/evals cannot be written",
             exit_codes.of(error),
         ) from None
+
+
+def _sweep(left: Iterable[Path]) -> None:
+    """Delete what killed processes have left."""
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _locked(path: Path, stack: contextlib.ExitStack) -> bool:

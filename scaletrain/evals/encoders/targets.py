@@ -244,11 +244,10 @@ def _with_export(encoder: Encoder, path: Path) -> tuple[Encoder, Weights]:
     """The encoder of a run with the weights of a file in RUN/evals/encoders."""
     tensors, meta = files.load_file(path)
     try:
-        step, trained = int(meta["step"]), json.loads(meta["trained"])
+        step, trained = int(meta["step"]), _recorded(meta)
         if DIGEST not in meta or path.name != export_of(path, step).name:
             raise ValueError("it was not made from this step")
-        trained = {key: trained[key] for key in ("samples", "epochs")} | _trained_on(meta)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, AttributeError) as error:
         raise EvalError(
             f"{path} is not the encoder of a step of {encoder.run} ({error}); move it to another "
             "folder to evaluate it, or delete it"
@@ -273,7 +272,7 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
         size = schema.View.model_validate({"size": facts.pop("size")}).size
         step, seed = int(meta.get("step", "0")), int(meta.get("seed", "0"))
         data = schema.DataConfig.model_validate(facts)
-        trained = _trained_on(meta)
+        trained = _recorded(meta)
     except (
         KeyError,
         ValueError,
@@ -291,12 +290,18 @@ def _from_file(path: Path) -> tuple[Encoder, Weights]:
     return replace(encoder, **trained), _weights(tensors)
 
 
-def _trained_on(meta: Mapping[str, str]) -> dict[str, Any]:
-    """The datasets of the training of an exported encoder; files of earlier versions say none."""
-    listed = json.loads(meta.get("trained", "{}")).get("trained_on", [])
+def _recorded(meta: Mapping[str, str]) -> dict[str, Any]:
+    """The training of an exported encoder, as `_trained`; files of earlier versions say nothing."""
+    said = json.loads(meta.get("trained", "{}"))
+    samples, epochs = said.get("samples"), said.get("epochs")
+    if not isinstance(samples, int | None) or not isinstance(epochs, int | float | None):
+        raise ValueError("`samples` and `epochs` are no numbers")
+
+    listed = said.get("trained_on", [])
     if not isinstance(listed, list) or not all(isinstance(sha256, str) for sha256 in listed):
         raise ValueError("`trained_on` is no list of checksums")
-    return {"trained_on": tuple(listed)}
+
+    return {"samples": samples, "epochs": epochs, "trained_on": tuple(listed)}
 
 
 def _weights(tensors: dict[str, Tensor]) -> Weights:

@@ -115,8 +115,9 @@ class _SquaredHinge:
 
     def precondition(self, gradient: Tensor) -> Tensor:
         """The second derivative is nearly that of samples of the mean importance."""
-        scaled: Tensor = (gradient @ self.axes) / (1 + self.curvature * self.scales)
-        return scaled @ self.axes.T
+        scaled = (gradient @ self.axes) / (1 + self.curvature * self.scales)
+        found: Tensor = scaled @ self.axes.T
+        return found
 
     def aim(self, direction: Tensor) -> None:
         self.direction, self.change = direction, self.sign * self._scores(direction)

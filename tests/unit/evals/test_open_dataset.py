@@ -220,6 +220,24 @@ def test_test_images_that_were_seen_are_said(toy: BenchmarkDataset, tmp_path: Pa
     assert wide.leaks()[0].startswith("30 of 34 test images")
 
 
+def test_images_are_the_same_wherever_their_shards_are(
+    toy: BenchmarkDataset, tmp_path: Path
+) -> None:
+    """A shard in another folder, or chosen by another pattern."""
+    assert toy.train is not None
+    train = toy.train.shards
+    copy = shutil.copytree(train, tmp_path / "copy")
+    (copy / "s-0.tar").unlink()
+    (seen,) = open_dataset(described(train, str(copy))).leaks()
+    assert seen.startswith("15 of 15 test images")
+    (seen,) = open_dataset(described(f"{train}/s-*.tar", f"{train}/s-0.tar")).leaks()
+    assert seen.startswith("15 of 15 test images")
+    with pytest.raises(EvalError, match="toy: 15 images are training and validation images"):
+        open_dataset(described(f"{train}/s-*.tar", toy.test.shards, f"{train}/s-1.tar"))
+    halves = described(f"{train}/s-0.tar", toy.test.shards, f"{train}/s-1.tar")
+    assert rows(open_dataset(halves), "train", "val") == [[*range(15)], [*range(15, 30)]]
+
+
 def test_data_of_another_set_are_refused(toy: BenchmarkDataset, tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"train has samples of 3 classes, and dataset toy has 4"):
         open_dataset(toy.model_copy(update={"classes": 4}))

@@ -10,7 +10,7 @@ from kit.evals import run_folder, shards
 from kit.heads import knn
 from torch import Tensor
 
-from scaletrain.evals import run
+from scaletrain.evals import benchmark, run
 from scaletrain.evals.scores import accuracy, ranks
 
 CLASSES = 7
@@ -59,8 +59,9 @@ def test_every_benchmark_from_the_shards_on(tmp_path: Path, changes: tuple[str, 
     """
     numbers, queries = [*range(6), *(i * i % 6 for i in range(42))], [i % 6 for i in range(18)]
     # the classifier of a run is bound to the numbers that it was trained with
-    names = [name for name in run.names() if name != "predict"]
+    names = [name for name in benchmark.names() if name != "predict"]
     quick = ("features.workers=0", "linear.epochs=2", "linear.batch=12", "linear.rates=[3,1]")
+    quick += ("logistic.strengths=5", "svm.costs=[1,10]", "fewshot.shots=[1]")
     found = []
     for trial in range(3):
         new = renumbered(trial).tolist() if trial else range(6)
@@ -72,6 +73,6 @@ def test_every_benchmark_from_the_shards_on(tmp_path: Path, changes: tuple[str, 
             {name: value for result in results for name, value in result["metrics"].items()}
         )
     assert found[0] == found[1] == found[2]
-    assert {"knn_20_per_class", "linear_per_class", "linear_top5", "linear_held_out"} <= set(
+    assert {"knn_20_per_class", "linear_top5", "logistic", "svm", "fewshot_ridge_1_draw_0"} <= set(
         found[0]
     )

@@ -208,9 +208,9 @@ def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options:
         (
             ("linnear",),
             (),
-            "unknown benchmark 'linnear' .did you mean 'linear'.*available: knn, linear",
+            "unknown benchmark 'linnear' .did you mean 'linear'.*available: fewshot, knn, linear",
         ),
-        ((), (), "no benchmark given; available: knn, linear"),
+        ((), (), "no benchmark given; available: fewshot, knn, linear"),
         (BOTH, ("linear.epoch=3",), r"unknown key 'linear\.epoch'; did you mean 'epochs'"),
         (BOTH, ("linear.epochs=0",), r"linear\.epochs: .*greater than or equal to 1"),
         (BOTH, ("feature.size=32",), "override of 'feature'.*did you mean 'features'"),

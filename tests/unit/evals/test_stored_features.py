@@ -22,6 +22,7 @@ from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.evals import encoding, store, transforms
 from scaletrain.evals import run as evals
+from scaletrain.evals.encoders.exports import exported
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import Encoded, FeatureConfig, FeatureExtractor
@@ -163,7 +164,9 @@ def test_a_killed_process_leaves_what_it_has_done(run: Path, tmp_path: Path) -> 
 
 def on_ranks(run: Path, folder: Path, bad: Path) -> dict[str, Tensor]:
     store.ROWS = ROWS
-    one = extractor(run, folder)
+    # one rank writes it for all
+    target = exported(run, 7)
+    one = FeatureExtractor(find(target), FeatureConfig(batch=BATCH, workers=0), folder)
     data = Shards(run.parent / "train")
     one.prepare(str(data.folder), data, "images")
     shared = one.forwards

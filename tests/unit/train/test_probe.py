@@ -112,8 +112,8 @@ def test_it_learns_from_the_samples_of_all_ranks(engine: str, trained: Path) -> 
 
 def test_it_draws_no_random_number() -> None:
     before = torch.get_rng_state()
-    found = probe.OnlineProbe(3, 2, CPU)
-    found.step(result(torch.ones(4, 3)), batch([0, 1, 1, 0]))
+    own = probe.OnlineProbe(3, 2, CPU)
+    own.step(result(torch.ones(4, 3)), batch([0, 1, 1, 0]))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -143,9 +143,9 @@ def test_it_is_a_linear_classifier_trained_by_adam() -> None:
         loss = F.cross_entropy(logits := layer(x.float()), labels[12:], ignore_index=-1)
         known = labels[12:] >= 0
         right = (logits.argmax(1) == labels[12:])[known].float().mean()
-        found = own.step(result(x), batch(labels.tolist()))
-        assert float(found["probe/loss"]) == pytest.approx(loss.item(), rel=1e-5)
-        assert float(found["probe/top1"]) == pytest.approx(100 * float(right))
+        scalars = own.step(result(x), batch(labels.tolist()))
+        assert float(scalars["probe/loss"]) == pytest.approx(loss.item(), rel=1e-5)
+        assert float(scalars["probe/top1"]) == pytest.approx(100 * float(right))
 
         adam.zero_grad()
         loss.backward()
@@ -175,14 +175,14 @@ def test_steps_that_teach_nothing_leave_it_finite() -> None:
 def test_it_learns_whatever_the_scale_of_the_features(scale: float) -> None:
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(10, 64, generator=draw)
-    own, found = probe.OnlineProbe(64, 10, CPU), []
+    own, seen = probe.OnlineProbe(64, 10, CPU), []
     for _ in range(150):
         labels = torch.randint(0, 10, (64,), generator=draw)
         x = F.relu(centres[labels] + torch.randn(64, 64, generator=draw)) * scale
-        found.append(own.step(result(x), batch(labels.tolist())))
+        seen.append(own.step(result(x), batch(labels.tolist())))
 
-    assert float(found[0]["probe/loss"]) == pytest.approx(math.log(10), rel=1e-6)
-    assert sum(float(scalars["probe/top1"]) for scalars in found[-20:]) / 20 > 90
+    assert float(seen[0]["probe/loss"]) == pytest.approx(math.log(10), rel=1e-6)
+    assert sum(float(scalars["probe/top1"]) for scalars in seen[-20:]) / 20 > 90
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

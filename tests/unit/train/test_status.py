@@ -97,9 +97,9 @@ def test_a_status_that_cannot_be_written_ends_no_run(
     ]
     (tmp_path / status.FILE).rmdir()
     file.write("running", 3)
-    found = status.read(tmp_path)
-    assert found is not None
-    assert found.step == 3
+    now = status.read(tmp_path)
+    assert now is not None
+    assert now.step == 3
 
 
 def test_no_status_and_a_damaged_one_are_none(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_alive_is_who_holds_the_lock_whatever_the_status_says(tmp_path: Path) ->
         # to ask does not take the lock away
         assert status.alive(tmp_path)
     # killed: nothing could be written
-    found = status.read(tmp_path)
-    assert found is not None
-    assert found.state == "running"
+    now = status.read(tmp_path)
+    assert now is not None
+    assert now.state == "running"
     assert not status.alive(tmp_path)
 
 
@@ -147,7 +147,7 @@ def test_without_locks_it_is_who_renews_the_lease(
     def none(path: Path) -> bool:
         raise OSError("no locks available")
 
-    monkeypatch.setattr(locks, "held", none)
+    monkeypatch.setattr(locks, "taken", none)
     monkeypatch.setattr(run_folder, "BEAT", 0.04)
     assert not status.alive(tmp_path)
     (tmp_path / run_folder.LEASE).write_text("of a killed process")
@@ -180,6 +180,6 @@ def test_without_locks_it_is_who_renews_the_lease(
 def test_where_locks_are_not_seen_a_recent_status_counts(
     state: Any, host: str, age: float, alive: bool, tmp_path: Path
 ) -> None:
-    found = Status(state=state, step=1, total=2, job="", host=host, time=time.time() - age)
-    (tmp_path / status.FILE).write_text(found.model_dump_json())
+    now = Status(state=state, step=1, total=2, job="", host=host, time=time.time() - age)
+    (tmp_path / status.FILE).write_text(now.model_dump_json())
     assert status.alive(tmp_path) is alive

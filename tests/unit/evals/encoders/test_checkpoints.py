@@ -255,7 +255,7 @@ def test_another_content_is_refused_by_name(tmp_path: Path, content: Any, text: 
 def test_a_huge_network_takes_no_memory(tmp_path: Path) -> None:
     """The file says a width of 16 and has one value for each of its tensors."""
     with torch.device("meta"):
-        wide = resnet.ResNet(NETWORK.model_copy(update={"name": "resnet200", "width": 16.0}))
+        wide = resnet.ResNet(NETWORK.model_copy(update={"name": "resnet50", "width": 16.0}))
     state = {n: torch.zeros(t.shape[:1]) for n, t in wide.state_dict().items()}
     state["conv1.weight"] = torch.zeros(1024, 3, 7, 7)
     torch.save(state, tmp_path / "a.pth")

@@ -17,7 +17,7 @@ import torch
 from kit.evals import backbone, run_folder, save, settings, shards
 from torch import Tensor
 
-from scaletrain.checkpoint import reader, writer
+from scaletrain.checkpoint import files, reader, writer
 from scaletrain.checkpoint.files import CheckpointError
 from scaletrain.core import Piece
 from scaletrain.evals import network
@@ -27,6 +27,7 @@ from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.request import Request
 from scaletrain.evals.run import Evaluation
+from scaletrain.runtime import durable
 
 
 def saved(run: Path, step: int = 7) -> Path:
@@ -182,9 +183,25 @@ def test_an_export_is_the_same_encoder_as_its_step(tmp_path: Path) -> None:
     assert find(file, "untrained").identity == find(run, "untrained").identity
     assert contents(run / "evals" / "held") == []
 
-    moved = shutil.copy(file, tmp_path / "elsewhere.safetensors")
-    assert find(Path(moved)).weights == step.weights
-    assert find(Path(moved)).run is None
+    moved = find(Path(shutil.copy(file, tmp_path / "elsewhere.safetensors")))
+    assert (moved.weights, moved.run, moved.samples) == (step.weights, None, 72)
+
+
+def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_folder(tmp_path, "train")
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(durable, "flush", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(files, "flush", durable.flush)
+        exported(run, 7)
+        os._exit(1)
+
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    folder = targets.export_of(run, 7).parent
+    assert contents(folder)
+    assert not targets.export_of(run, 7).exists()
+    file = exported(run, 7)
+    assert contents(folder) == [file.name]
+    assert find(file).weights == find(saved(run)).weights
 
 
 def test_a_step_is_exported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
