@@ -180,7 +180,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     moments, x, counts = random.Random(0), features(), set[int]()
     fork = multiprocessing.get_context("fork")
 
-    for number in range(24):
+    for number in range(12):
         one = entry(tmp_path / str(number // 3))
         ours, theirs = fork.Pipe()
         process = fork.Process(target=encode_all, args=(one.store.folder, x, theirs))
