@@ -46,7 +46,7 @@ def features(samples: int, width: int, classes: int, seed: int = 0) -> tuple[Ten
     )
     centres = torch.randn(classes, 64, generator=random)
     labels = torch.randint(classes, (samples,), generator=random)
-    blobs = centres[labels] + 1.5 * torch.randn(samples, 64, generator=random)
+    blobs = centres[labels] + 3 * torch.randn(samples, 64, generator=random)
     return F.relu(F.relu(blobs @ first) @ second), labels
 
 
