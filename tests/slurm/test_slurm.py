@@ -176,7 +176,7 @@ def test_dry_run_shows_the_script_and_leaves_nothing(
         assert f"#SBATCH {'--mail-user' if name == '--mail' else name}={value}\n" in done.stdout
     assert "\nmodule load cuda\n" in done.stdout
     assert (
-        f"apptainer exec x.sif {sys.executable} -u -m scaletrain.launch.slurm.task" in done.stdout
+        f"apptainer exec x.sif {sys.executable} -u -m scaletrain.launch.slurm.start" in done.stdout
     )
     assert "#SBATCH --time" not in launch(cluster, recipe, run, "--dry-run").stdout, (
         "the partition's"

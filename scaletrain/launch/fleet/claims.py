@@ -84,7 +84,11 @@ class Claims:
     def __enter__(self) -> Claims:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._until.enter_context(locks.locked(self._life(self.fleet), wait=True))
+            # So that no other fleet finds the file before it is locked.
+            with self.alone():
+                for path in self._folder.glob("*.fleet"):
+                    self.alive(path.stem)
+                self._until.enter_context(locks.locked(self._life(self.fleet), wait=True))
         except OSError as error:
             self._without_locks(error)
             self._say(

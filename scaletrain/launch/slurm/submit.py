@@ -22,7 +22,7 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
-from scaletrain.launch.slurm import queue, task
+from scaletrain.launch.slurm import queue, start, task
 from scaletrain.launch.slurm.queue import Partition, SlurmError
 from scaletrain.launch.slurm.task import Task
 from scaletrain.runtime.tables import plural
@@ -239,7 +239,7 @@ def _command(folder: Path, resources: Resources, count: int) -> str:
     python = f"{resources.container or ''} {shlex.quote(sys.executable)}".strip()
     # since SLURM 22.05 srun does not take the number of CPUs from sbatch
     cpus = '--cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"'
-    return f"{shlex.join(step)} {cpus} {python} -u -m {task.__name__} {shlex.quote(str(folder))}"
+    return f"{shlex.join(step)} {cpus} {python} -u -m {start.__name__} {shlex.quote(str(folder))}"
 
 
 def script(folder: Path, run: Path, resources: Resources, count: int) -> str:

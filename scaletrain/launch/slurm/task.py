@@ -1,7 +1,5 @@
 """What each process of a SLURM job does: SLURM's variables to torchrun's, then it becomes `python
 -m scaletrain ...`.
-
-python -m scaletrain.launch.slurm.task FOLDER      inside a job; FOLDER is that of the launch
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +15,7 @@ from typing import NoReturn
 
 from scaletrain import dist, exit_codes, rng
 from scaletrain.runtime.durable import replacing
-from scaletrain.runtime.signals import PROGRESS_FILE, SIGNALS, STOPPED_FILE
+from scaletrain.runtime.signals import PROGRESS_FILE, STOPPED_FILE
 
 # in the folder of a launch: what each element of the array runs, in order
 TASKS = "tasks.json"
@@ -48,8 +45,7 @@ def read(folder: Path) -> list[Task]:
 
 
 def main(folder: Path) -> NoReturn:
-    # kept pending until training handles them: before that they would kill
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Signals are blocked, and stay so until the command handles them."""
     task = read(folder)[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]
     variables = environment(os.environ, str(folder))
     if variables["RANK"] == "0" and (
@@ -104,7 +100,3 @@ def tasks_per_node(text: str) -> list[int]:
     """SLURM's short form, e.g. '8(x3),4' -> [8, 8, 8, 4]."""
     found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
     return [int(m[1]) for m in found if m for _ in range(int(m[2] or 1))]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -104,7 +104,7 @@ def test_what_stands_in_the_script_is_not_run(
     assert (done.returncode, done.stderr) == (0, "")
     assert look[-3:] == ["test", "-d", str(folder)]
     assert step[step.index("--output") + 1] == f"{folder}/%A_%a_%t_log.out"
-    assert step[-5:] == [f"/bin/{text}", "-u", "-m", "scaletrain.launch.slurm.task", str(folder)]
+    assert step[-5:] == [f"/bin/{text}", "-u", "-m", "scaletrain.launch.slurm.start", str(folder)]
     assert not list(tmp_path.rglob("planted"))
 
 
@@ -125,7 +125,7 @@ def bash(
     """
     note = f'printf "%s\\x1f" "$@" >> {place}/calls; echo >> {place}/calls'
     tools = {
-        "srun": f'{note}\ncase "$*" in *scaletrain.launch.slurm.task*) exit {code};; esac',
+        "srun": f'{note}\ncase "$*" in *scaletrain.launch.slurm.start*) exit {code};; esac',
         "scontrol": "kill $PPID",
         "sleep": "",
     }

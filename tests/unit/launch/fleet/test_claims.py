@@ -49,6 +49,12 @@ def test_a_fleet_is_alive_until_it_ends_however_it_ends(
         with Claims(tmp_path) as second:
             assert mine.alive(second.fleet)
         assert not mine.alive(second.fleet)
+
+        _, process = other()
+        process.kill()
+        process.join()
+        with Claims(tmp_path):
+            """It deletes what the dead one has left."""
         assert [path.name for path in (tmp_path / "evals" / "claims").glob("*.fleet")] == [
             f"{mine.fleet}.fleet"
         ]
@@ -57,8 +63,8 @@ def test_a_fleet_is_alive_until_it_ends_however_it_ends(
 def test_a_killed_planner_lets_others_plan(
     tmp_path: Path, other: Callable[..., tuple[str, Any]]
 ) -> None:
-    _, process = other(plan=True)
     with Claims(tmp_path) as mine:
+        _, process = other(plan=True)
         with locks.locked(tmp_path / "evals" / "claims" / ".lock", wait=False) as lock:
             assert lock is None
         process.kill()
