@@ -210,8 +210,8 @@ def compare_runs(
         bool, typer.Option("--json", help="Print JSON in place of the tables.")
     ] = False,
 ) -> None:
-    """Accuracy of several runs against epochs, images and time, and when each reaches the other's
-    final one.
+    """Scores of several runs against epochs, images and time, when each reaches the other's final
+    one, and whether their final ones differ beyond chance.
     """
     from scaletrain.report import compare
     from scaletrain.runtime import tables
@@ -220,6 +220,35 @@ def compare_runs(
     typer.echo(
         json.dumps(found, indent=1) if as_json else "\n".join(compare.show(found, tables.width()))
     )
+
+
+def rank_encoders(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders that were evaluated, and folders of results of other encoders.",
+        ),
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="e.g. linear_top5; default: the main metric of each benchmark."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write all places to FILE.")
+    ] = None,
+) -> None:
+    """Rank encoders by their newest results, a table for each benchmark and dataset.
+
+    Those that the test samples cannot tell apart share their places.
+    """
+    from scaletrain.report import leaderboard
+    from scaletrain.runtime import tables
+
+    found = leaderboard.boards(folders, metric)
+    if file is not None:
+        leaderboard.save(found, file)
+    typer.echo("\n".join(leaderboard.show(found, tables.width())))
 
 
 def export(

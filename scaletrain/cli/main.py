@@ -82,6 +82,7 @@ app = typer.Typer(
 app.command()(commands.train)
 app.command("eval")(commands.evaluate)
 app.command("compare")(commands.compare_runs)
+app.command("leaderboard")(commands.rank_encoders)
 app.command()(commands.export)
 app.command()(pipeline.pipeline)
 app.command()(commands.doctor)

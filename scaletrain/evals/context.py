@@ -71,14 +71,17 @@ class EvalContext:
     def prepare(self, split: SplitName) -> None:
         """Store the features of a split with the devices of all ranks. Every rank calls it."""
         part = self.dataset.part(split)
-        shards = part.selected if split == "val" else part.shards
+        shards = part.selected if split == "val" and not self.extractor.skip else part.shards
         self.extractor.prepare(part.path, shards, split, self._transform(_images(split)))
 
     def views(self, split: SplitName, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An endless stream of (features [b, D], labels [b]) on the device, of randomly cropped and
-        flipped images of a split; each epoch in a new order.
+        flipped training images of a split; each epoch in a new order.
         """
-        part = self._part(split)
+        # All training images are read, and those of other splits passed over: so the crops of an
+        # image and the order do not depend on which images are held out.
+        part = self._part("trainval")
+        kept = torch.isin(part.rows, self._part(split).rows)
         batch = min(self.settings.batch, len(part.rows))
         data = self.encoder.data.plain(
             path=part.path,
@@ -106,8 +109,12 @@ class EvalContext:
 
         try:
             for images in stream.batches(0, sys.maxsize, lost):
-                labels = part.labels[images.index.cpu()]
-                yield self.extractor.forward(images), labels.to(self.device)
+                number = images.index.cpu()
+                keep = kept[number]
+                yield (
+                    self.extractor.forward(images, keep.to(self.device)),
+                    part.labels[number[keep]].to(self.device),
+                )
         finally:
             stream.close()
             shards.close()

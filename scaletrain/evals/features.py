@@ -237,9 +237,10 @@ class FeatureExtractor:
         if not encoding.on_main(known, world):
             self._stored(path, shards, what, transform, dist.rank(), world)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Features [B, D] float32 of a batch."""
-        return self._forward(batch.views[0][0])
+    def forward(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        """Features [K, D] float32 of a batch, or of its samples in the mask `keep` [B] bool."""
+        images = batch.views[0][0]
+        return self._forward(images if keep is None else images[keep])
 
     @torch.no_grad()
     def _forward(self, images: Tensor) -> Tensor:

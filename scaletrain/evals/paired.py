@@ -7,6 +7,7 @@ leaves them out resolves far smaller differences than the intervals of two score
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -120,6 +121,20 @@ def permutation(gain: Tensor, labels: Tensor, seed: int = 0, resamples: int = RE
     # rounding must not make an equal sum a smaller one
     as_large = int((np.abs(total) >= observed - 1e-9).sum())
     return (1 + as_large) / (1 + resamples)
+
+
+def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests are significant if an error in any of them is to have a probability of
+    at most `level` (Holm, 1979).
+    """
+    order = sorted(range(len(ps)), key=lambda n: ps[n])
+    significant = [False] * len(ps)
+    for place, number in enumerate(order):
+        if ps[number] > level / (len(ps) - place):
+            break
+        significant[number] = True
+
+    return significant
 
 
 # Bounds of the difference, p, name of the test and standard error; shares, not per cent.

@@ -8,6 +8,7 @@ below 32,768 classes, so 50,000 ImageNet images of one prediction are about 200 
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -124,12 +125,12 @@ def pack(predictions: Mapping[str, Prediction]) -> Arrays:
     return arrays
 
 
-def unpack(path: Path) -> dict[str, Prediction]:
+def unpack(path: Path, sha256: str | None = None) -> dict[str, Prediction]:
     """Read a file of predictions by name. Raises EvalError, naming the file, if it is damaged,
-    inconsistent or of another version.
+    inconsistent, of another version, or has another checksum than `sha256`.
     """
     try:
-        return _unpacked(_arrays(path))
+        return _unpacked(_arrays(path, sha256))
     except (
         OSError,
         ValueError,
@@ -150,9 +151,11 @@ def unpack(path: Path) -> dict[str, Prediction]:
     )
 
 
-def _arrays(path: Path) -> Arrays:
+def _arrays(path: Path, sha256: str | None) -> Arrays:
     if not path.is_file() or path.stat().st_size > _BYTES:
         raise ValueError("not a regular file of usual size")
+    if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError("its checksum is not that in its .json")
 
     with zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > _BYTES:

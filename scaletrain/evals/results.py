@@ -97,6 +97,8 @@ class Result(BaseModel):
     benchmark: Name
     # Name of the dataset; empty in format 1.
     dataset: str = ""
+    # Name of an encoder that is no run's; a folder may have results of several.
+    name: str = ""
     encoder: Literal["trained", "untrained", "pixels"]
     step: NonNegativeInt
     trained: TrainingRecord = TrainingRecord()
@@ -182,12 +184,12 @@ def parse(path: Path) -> tuple[Result, dict[str, Any]]:
 
 
 def read(folder: Path) -> list[Result]:
-    """The results in RUN/evals, ascending by step; of several with the same encoder, step and
-    protocol the newest.
+    """The results in RUN/evals or another folder, ascending by step; of several with the same
+    encoder, step and protocol the newest.
 
     Files that are skipped are named on stderr.
     """
-    newest: dict[tuple[str, int, str], Result] = {}
+    newest: dict[tuple[str, str, int, str], Result] = {}
 
     for path in sorted(folder.glob("*.json")):
         try:
@@ -196,7 +198,7 @@ def read(folder: Path) -> list[Result]:
             print(f"skipped: {error}", file=sys.stderr)
             continue
 
-        key = result.encoder, result.step, result.protocol
+        key = result.name, result.encoder, result.step, result.protocol
         older, newer = sorted((newest.get(key, result), result), key=lambda one: one.measured)
 
         if older.file != newer.file:

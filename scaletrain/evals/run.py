@@ -177,6 +177,7 @@ class Evaluation:
             "format": results.FORMAT,
             "benchmark": name,
             "dataset": context.dataset.name,
+            "name": "" if encoder.run else encoder.name,
             "encoder": encoder.kind,
             "about": encoder.about,
             "source": str(encoder.source),

@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scaletrain.report.scores import INTERVAL, between
 from scaletrain.runtime import tables
 from scaletrain.runtime.tables import plural
 
 
 def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Describe the results of one evaluation: accuracies, data and result files."""
+    """Describe the results of one evaluation: scores with intervals, data and result files."""
     first = found[0]
-    metrics = {name: value for result in found for name, value in result["metrics"].items()}
-    # every accuracy comes with its mean over classes; the bare name is the top-1
-    parts = [
-        (name, [metrics.get(name + part) for part in ("", "_top5", "_per_class")])
-        for name in metrics
-    ]
-
     rows = [
-        (name, *("-" if x is None else f"{x:.2f}" for x in values))
-        for name, values in parts
-        if values[-1] is not None
+        (name, f"{value:.2f}", between(*result.get("intervals", {}).get(name, (None, None))))
+        for result in found
+        for name, value in result["metrics"].items()
     ]
     text = [f"{first['encoder']} encoder, step {first['step']}, per cent", ""]
-    text += tables.render(
-        ("", "top-1", "top-5", "per class"), rows, width=tables.width()
-    ).splitlines()
+    text += tables.render(("", "score", INTERVAL), rows, width=tables.width()).splitlines()
 
     text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]
     if subset := first["data"].get("labels"):

@@ -1,7 +1,7 @@
-"""Comparison of runs: accuracy against epochs, images and time, and when each reaches another's
-final accuracy.
+"""Comparison of runs: scores against epochs, images and time, when each reaches another's final
+score, and whether their final scores differ beyond chance.
 
-Accuracies are those of the results in RUN/evals, all with one protocol and the same data, at the
+Scores are those of the results in RUN/evals, all with one protocol and the same data, at the
 evaluated steps only. Hours are those of training, with every step counted once: the steps between
 two records of RUN/metrics.jsonl take the seconds per step of the latter. So queueing, start-up and
 steps that a resume repeats do not count; the first step of a start, with compilation, counts as an
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ import numpy as np
 from scaletrain.config import load
 from scaletrain.config.recipe import ConfigError, nearest
 from scaletrain.evals import results
+from scaletrain.evals.errors import EvalError
+from scaletrain.evals.paired import holm
 from scaletrain.evals.results import Result
+from scaletrain.report import scores
 from scaletrain.runtime import tables
 from scaletrain.train import records
 from scaletrain.train.progress import number
@@ -43,8 +46,10 @@ class Point:
     images: int
     # None: the records do not tell
     hours: float | None
-    # per cent
-    accuracy: float
+    # per cent, with its 95 % interval; None: a result of an earlier version
+    score: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Reach:
     run: str
     other: str
     # per cent, of the other's last checkpoint
-    accuracy: float
+    score: float
     # None: not reached
     point: Point | None
     # of what the other took
@@ -65,8 +70,8 @@ class Reach:
 def compare(
     runs: Sequence[Path], metric: str | None = None, protocol: str | None = None
 ) -> dict[str, Any]:
-    """`metric` of the trained encoders, by default the first that all runs have; points per run,
-    reaches per ordered pair.
+    """`metric` of the trained encoders, by default the first main one that all runs have; points
+    per run, reaches per ordered pair, and a paired test per pair of the last checkpoints.
 
     All are of one protocol: the one that all runs have results of, with the whole training set, or
     the one whose digest begins with `protocol`. Raises ConfigError where there is none or more than
@@ -121,6 +126,7 @@ def compare(
         "left_out": sum(others),
         "points": {run: [asdict(p) for p in of] for run, of in points.items()},
         "reached": [asdict(_reach(a, b, points)) for a, b in permutations(points, 2)],
+        "paired": _paired({run: steps[-1] for run, steps in compared.items()}, metric),
     }
 
 
@@ -198,28 +204,50 @@ def _listed(found: Mapping[str, Result]) -> str:
 
 def _reach(run: str, other: str, points: dict[str, list[Point]]) -> Reach:
     last = points[other][-1]
-    point = next((p for p in points[run] if p.accuracy >= last.accuracy), None)
+    point = next((p for p in points[run] if p.score >= last.score), None)
     if point is None:
-        return Reach(run, other, last.accuracy, None, None, None)
+        return Reach(run, other, last.score, None, None, None)
 
     hours = point.hours / last.hours if point.hours is not None and last.hours else None
     return Reach(
-        run, other, last.accuracy, point, point.images / last.images if last.images else None, hours
+        run, other, last.score, point, point.images / last.images if last.images else None, hours
     )
 
 
+def _paired(last: Mapping[str, Result], metric: str) -> list[dict[str, Any]]:
+    """Whether the last checkpoints differ, pair by pair; `missing` says why there is no test.
+
+    `differ` is corrected for the number of pairs.
+    """
+    found: list[dict[str, Any]] = []
+    for a, b in combinations(last, 2):
+        steps = {"run": a, "step": last[a].step, "other": b, "other_step": last[b].step}
+        try:
+            found.append(steps | asdict(scores.paired(last[a], last[b], metric)))
+        except EvalError as error:
+            found.append(steps | {"missing": str(error)})
+
+    tested = [one for one in found if "p" in one]
+    for one, differ in zip(tested, holm([one["p"] for one in tested]), strict=True):
+        one["differ"] = differ
+
+    return found
+
+
 def _results(run: Path) -> dict[str, dict[str, list[Result]]]:
-    """The results of the trained encoder by the name of each top-1 accuracy in them, then by
-    protocol, ascending by step.
+    """The results of the run's trained encoder by metric, the main ones first, then by protocol,
+    ascending by step.
     """
     found: dict[str, dict[str, list[Result]]] = {}
+    main = set()
 
     for result in results.read(run / "evals"):
-        for name in result.metrics if result.encoder == "trained" else ():
-            if f"{name}_per_class" in result.metrics:
+        if result.encoder == "trained" and not result.name:
+            main.add(result.main)
+            for name in result.metrics:
                 found.setdefault(name, {}).setdefault(result.protocol, []).append(result)
 
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: (item[0] not in main, item[0])))
 
 
 def _points(run: Path, evaluated: Sequence[Result], metric: str) -> list[Point]:
@@ -244,7 +272,8 @@ def _points(run: Path, evaluated: Sequence[Result], metric: str) -> list[Point]:
             else None
         )
 
-        points.append(Point(result.step, epochs, images, spent, result.metrics[metric]))
+        bounds = result.intervals.get(metric, (None, None))
+        points.append(Point(result.step, epochs, images, spent, result.metrics[metric], *bounds))
 
     return points
 
@@ -269,20 +298,25 @@ def _hours(recorded: Sequence[StepRecord], steps: Sequence[int], every: int) -> 
 
 
 def show(found: dict[str, Any], width: int | None = None) -> list[str]:
-    """The result of compare() as text: all points, then which run reaches which."""
+    """The result of compare() as text: all points, which run reaches which, and which differ."""
     sets = ", ".join(f"{name} {found['described'][name]}" for name in ("train", "test"))
-    text = [
-        f"{found['metric']}, top-1 accuracy in per cent",
-        f"protocol {found['protocol']}: {sets}",
-    ]
+    text = [f"{found['metric']} in per cent", f"protocol {found['protocol']}: {sets}"]
+    columns = ("step", "epochs", "images", "hours", "score", scores.INTERVAL)
 
     for run, points in found["points"].items():
-        rows = [(str(p["step"]), *_cells(p), f"{p['accuracy']:.2f}") for p in points]
-        shown = tables.render(("step", "epochs", "images", "hours", "accuracy"), rows, width=width)
-        text += ["", run, *shown.splitlines()]
+        rows = [
+            (
+                str(p["step"]),
+                *_cells(p),
+                f"{p['score']:.2f}",
+                scores.between(p["low"], p["high"]),
+            )
+            for p in points
+        ]
+        text += ["", run, *tables.render(columns, rows, width=width).splitlines()]
 
     for reach in found["reached"]:
-        text += ["", f"{reach['run']} to the final {reach['accuracy']:.2f} of {reach['other']}"]
+        text += ["", f"{reach['run']} to the final {reach['score']:.2f} of {reach['other']}"]
         if reach["point"] is None:
             text.append("never")
             continue
@@ -302,6 +336,9 @@ def show(found: dict[str, Any], width: int | None = None) -> list[str]:
             ("", "it takes", "share of the other's"), costs, width=width
         ).splitlines()
 
+    for pair in found["paired"]:
+        text += ["", *_difference(pair, width)]
+
     if found["left_out"]:
         text += [
             "",
@@ -310,6 +347,23 @@ def show(found: dict[str, Any], width: int | None = None) -> list[str]:
         ]
 
     return text
+
+
+def _difference(pair: Mapping[str, Any], width: int | None) -> list[str]:
+    """Whether the last checkpoints of two runs differ."""
+    named = f"{pair['run']}, step {pair['step']}, and {pair['other']}, step {pair['other_step']}"
+    if "missing" in pair:
+        return [named, *tables.wrap(pair["missing"], width).splitlines()]
+
+    rows = [
+        ("difference", f"{pair['difference']:+.2f}"),
+        (scores.INTERVAL, f"{pair['low']:+.2f} to {pair['high']:+.2f}"),
+        ("p", f"{pair['p']:.2g} ({pair['test']})"),
+        ("test samples", number(pair["samples"])),
+        ("they resolve", f"{pair['resolvable']:.2f}"),
+        ("so it is", "a difference" if pair["differ"] else "a tie"),
+    ]
+    return [named, *tables.render(("", ""), rows, width=width).splitlines()]
 
 
 def _cells(point: dict[str, Any]) -> tuple[str, str, str]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Files in the folder of the runs.
 SPEC, TABLE = "grid.json", "grid.csv"
+# What the columns of a metric's 95 % interval end with.
+BOUNDS = ("_low", "_high")
 # Most runs of a grid.
 MOST = 10_000
 
@@ -92,8 +94,8 @@ def elements(run: Path) -> list[list[str]]:
 
 
 def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str, Any]]:
-    """A row for each run of the grid in `run`: its overrides, state, last scalars and evaluations;
-    also as grid.csv.
+    """A row for each run of the grid in `run`: its overrides, state, last scalars and evaluations
+    with their intervals; also as grid.csv.
     """
     evaluated = {
         overrides: _evaluated(folder(run, overrides)) for overrides in map(tuple, elements(run))
@@ -128,6 +130,21 @@ def table(run: Path, states: Mapping[Path, str] | None = None) -> list[dict[str,
     durable.write(run / TABLE, text.getvalue())
 
     return [{column: row.get(column, "") for column in columns} for row in rows]
+
+
+def printed(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and cells of a table for a terminal: of accuracies the top-1 alone, each with its
+    interval.
+    """
+    hidden = ("_top5", "_per_class", *BOUNDS)
+    columns = [name for name in rows[0] if not name.split()[0].endswith(hidden)]
+    return columns, [[_cell(row, name) for name in columns] for row in rows]
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    name, space, digest = column.partition(" ")
+    low, high = (row.get(f"{name}{bound}{space}{digest}", "") for bound in BOUNDS)
+    return row[column] if low == "" else f"{row[column]:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _study(axis: str) -> Path | None:
@@ -191,12 +208,21 @@ def _evaluated(run: Path) -> list[Result]:
 
     found = results.read(run / "evals")
     return list(
-        {result.protocol: result for result in found if result.encoder == "trained"}.values()
+        {
+            result.protocol: result
+            for result in found
+            if result.encoder == "trained" and not result.name
+        }.values()
     )
 
 
 def _figures(result: Result) -> list[tuple[str, Any]]:
-    return [*result.metrics.items(), (f"{result.benchmark}_step", result.step)]
+    bounds = (
+        (f"{name}{bound}", value)
+        for name, interval in result.intervals.items()
+        for bound, value in zip(BOUNDS, interval, strict=True)
+    )
+    return [*result.metrics.items(), *bounds, (f"{result.benchmark}_step", result.step)]
 
 
 def _columns(found: Iterable[Result]) -> dict[tuple[str, str], str]:

@@ -21,7 +21,9 @@ from scaletrain.evals import datasets, results
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.encoder import Encoder
 from scaletrain.evals.features import FeatureConfig
+from scaletrain.evals.intervals import interval
 from scaletrain.evals.open_dataset import open_dataset
+from scaletrain.evals.predictions import named_metrics, pack
 from scaletrain.nn import resnet
 
 COLOURS = np.array(
@@ -137,13 +139,18 @@ def result_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.json"))
 
 
-def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any) -> Path:
-    """A file of results of `linear` as an evaluation leaves it.
+def write_result(
+    run: Path, step: int, metrics: dict[str, float] | None = None, **changes: Any
+) -> Path:
+    """A file of results of `linear` as an evaluation leaves it, with its predictions.
 
-    `changes` of its protocol, of `encoder`, `trained` and `left_out`.
+    `changes` of its protocol, of `dataset`, `name`, `encoder`, `trained`, `left_out` and
+    `predictions`, which have the metrics if none are given.
     """
     kind, left_out = changes.pop("encoder", "trained"), changes.pop("left_out", [])
-    trained = changes.pop("trained", {})
+    predictions = changes.pop("predictions", {})
+    own = {key: changes.pop(key, default) for key, default in (("name", ""), ("trained", {}))}
+    dataset = changes.pop("dataset", "data")
     protocol = {
         "benchmark": "linear",
         "linear": {"epochs": 5},
@@ -154,36 +161,45 @@ def write_result(run: Path, step: int, metrics: dict[str, float], **changes: Any
     identity = {
         "format": results.FORMAT,
         "protocol": protocol,
-        "encoder": {"kind": kind, "step": step, "run": str(run)},
+        "encoder": {"kind": kind, "step": step, "run": str(run), "name": own["name"]},
     }
     sets = {
-        name: {
-            "path": f"/data/{name}",
+        part: {
+            "path": f"/data/{part}",
             "samples": 9,
-            "sha256": protocol[name],
+            "sha256": protocol[part],
             "left_out": left_out,
         }
-        for name in ("train", "test")
+        for part in ("train", "test")
     }
     labels = (
         {"labels": {"file": "few.json", "sha256": protocol["labels"]}} if protocol["labels"] else {}
     )
+    if metrics is None:
+        named = list(named_metrics(predictions))
+        metrics = {key: value for key, _, _, value in named}
+        bounds = {key: interval(predictions[part], metric) for key, part, metric, _ in named}
+    else:
+        bounds = {key: (max(0.0, x - 2), min(100.0, x + 2)) for key, x in metrics.items()}
+
     content = {
         "format": results.FORMAT,
         "digest": results.digest(identity),
         "benchmark": protocol["benchmark"],
+        "dataset": dataset,
         "encoder": kind,
         "step": step,
-        "trained": trained,
         "measured": "2026-01-01T00:00:00+00:00",
         "main": next(iter(metrics)),
         "metrics": metrics,
-        "intervals": {name: [value - 1, value + 1] for name, value in metrics.items()},
+        "intervals": bounds,
         "protocol": {},
         "data": sets | labels,
         "identity": identity,
+        **own,
     }
-    path = run / "evals" / f"{protocol['benchmark']}-step-{step}-{results.digest(identity)}.json"
+    stem = f"{protocol['benchmark']}@{dataset}-step-{step}-{results.digest(identity)}"
+    path = run / "evals" / f"{stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write(path, content, {})
+    results.write(path, content, pack(predictions))
     return path

@@ -136,7 +136,7 @@ def check_fits(config: Config, resources: Resources) -> None:
 
 def show(run: Path, states: dict[Path, str] | None = None) -> None:
     rows = grids.table(run, states)
-    names = [name for name in rows[0] if not name.split()[0].endswith(("_top5", "_per_class"))]
+    names, cells = grids.printed(rows)
     notes = [f"all figures as CSV: {run / grids.TABLE}"]
     if any(" " in name for name in names):
         notes.insert(
@@ -145,4 +145,4 @@ def show(run: Path, states: dict[Path, str] | None = None) -> None:
             "there are others",
         )
 
-    tables.show(names, [[row[name] for name in names] for row in rows], notes=notes)
+    tables.show(names, cells, notes=notes)

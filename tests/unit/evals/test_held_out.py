@@ -25,3 +25,15 @@ def test_a_number_of_each_class() -> None:
     more = held_out(len(labels), labels, per_class=3)
     assert set(out.tolist()) < set(more.tolist())
     assert len(more) == 10
+
+
+def test_the_usual_list_is_stable_and_small() -> None:
+    out = held_out(5000)
+    assert len(out) == 500
+    assert out.unique().equal(out)
+    assert out.equal(held_out(5000))
+    assert out[:5].tolist() == [5, 9, 10, 13, 16]  # changing these changes every published figure
+    assert len(held_out(1_281_167)) == 10_009
+    assert len(held_out(3)) == 1
+    with pytest.raises(EvalError, match="1 training image"):
+        held_out(1)

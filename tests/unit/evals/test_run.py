@@ -87,12 +87,9 @@ def test_results_and_report(run: Path) -> None:
         line.split()[0]: line.split()[1:] for line in lines if line.startswith(("knn", "linear"))
     }
     assert rows == {
-        name: [f"{metrics[name + part]:.2f}" for part in ("", "_top5", "_per_class")]
-        for name, metrics in (
-            ("knn_1", knn["metrics"]),
-            ("knn_20", knn["metrics"]),
-            ("linear", linear["metrics"]),
-        )
+        name: [f"{value:.2f}", "{:.2f}-{:.2f}".format(*result["intervals"][name])]
+        for result in found
+        for name, value in result["metrics"].items()
     }
     assert lines[-2:] == [f"result: {knn['file']}", f"result: {linear['file']}"]
 
@@ -107,17 +104,15 @@ def test_the_command_is_readable_at_any_width_and_in_a_pipe(run: Path, columns: 
     assert shown.exit_code == 0, shown.output
     lines = shown.stdout.splitlines()
     (file,) = (run / "evals").glob("*.json")
-    metrics = json.loads(file.read_text())["metrics"]
+    content = json.loads(file.read_text())
     start = lines.index(
-        next(line for line in lines if line.split() == ["top-1", "top-5", "per", "class"])
+        next(line for line in lines if line.split() == ["score", "95", "%", "interval"])
     )
-    table = lines[start : start + 5]
+    table = lines[start : start + 13]
     assert max(map(len, table)) <= 40
-    for line, k in zip(table[1:], (10, 20, 100, 200), strict=True):
-        assert line.split() == [
-            f"knn_{k}",
-            *(f"{metrics[f'knn_{k}{part}']:.2f}" for part in ("", "_top5", "_per_class")),
-        ]
+    for line, (name, value) in zip(table[1:], content["metrics"].items(), strict=True):
+        low, high = content["intervals"][name]
+        assert line.split() == [name, f"{value:.2f}", f"{low:.2f}-{high:.2f}"]
     assert lines[-1] == f"result: {file}"
 
 

@@ -35,6 +35,8 @@ def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> 
         "step": 8,
         "loss": 2.1235,
         "knn_20": 50.0,
+        "knn_20_low": 48.0,
+        "knn_20_high": 52.0,
         "knn_step": 100,
     }
     assert second == {
@@ -43,9 +45,13 @@ def test_table_takes_the_last_step_and_the_newest_evaluation(tmp_path: Path) -> 
         "step": "",
         "loss": "",
         "knn_20": "",
+        "knn_20_low": "",
+        "knn_20_high": "",
         "knn_step": "",
     }
-    assert (tmp_path / "grid.csv").read_text().splitlines()[1] == "0.1,completed,8,2.1235,50.0,100"
+    assert (tmp_path / "grid.csv").read_text().splitlines()[1] == (
+        "0.1,completed,8,2.1235,50.0,48.0,52.0,100"
+    )
 
 
 def test_no_column_of_a_table_holds_two_protocols(
@@ -109,16 +115,17 @@ def test_the_shown_table_is_readable_at_any_width_and_in_a_pipe(
     assert last.split()[-1] == str(tmp_path / "grid.csv")
     names = ["optim.lr", "seed", "knn_10", "knn_20", "knn_100", "knn_200", "knn_step"]
     values = [
-        [lr, seed, *(str(k + n / 4) for k in (10, 20, 100, 200)), "8"]
+        [lr, seed, *(f"{s:.2f} ({max(0, s - 2):.2f}-{min(100, s + 2):.2f})" for s in scores), "8"]
         for n, (lr, seed) in enumerate((("0.1", "0"), ("0.1", "1"), ("0.2", "0"), ("0.2", "1")))
+        for scores in [[k + n / 4 for k in (10, 20, 100, 200)]]
     ]
-    words = [line.split() for line in lines]
-    if width == "40":  # a block for each run
+    found = [" ".join(line.split()) for line in lines]
+    if width:  # a block for each run
         blocks = [
-            [[value[0]], *map(list, zip(names[1:], value[1:], strict=True))] for value in values
+            [value[0], *(f"{a} {b}" for a, b in zip(names[1:], value[1:], strict=True))]
+            for value in values
         ]
-        assert words[: len(names) * len(values)] == [line for block in blocks for line in block]
+        assert found[: len(names) * len(values)] == [line for block in blocks for line in block]
         assert max(map(len, lines[: len(names) * len(values)])) <= 40
     else:
-        assert words[: len(values) + 1] == [names, *values]
-        assert max(map(len, lines)) <= 80
+        assert found[: len(values) + 1] == [" ".join(row) for row in (names, *values)]
