@@ -28,6 +28,9 @@ _WORK = 1 << 31
 # Counts of test samples at once: 2 MB, which stay in the cache of a core.
 _ELEMENTS = 1 << 18
 
+# A standard error below this is none.
+_ROUNDING = 1e-9
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -58,7 +61,7 @@ def interval(
         samples = len(prediction.rank)
 
     # a bootstrap only repeats 0 and 100, and tells nothing of how certain they are
-    if error > 0:
+    if error > _ROUNDING:
         samples = share * (1 - share) / error**2
 
     low, high = wilson(share, samples, level)
@@ -73,7 +76,8 @@ def wilson(share: float, samples: float, level: float = 0.95) -> tuple[float, fl
     weight = samples + z**2
     middle = (samples * share + z**2 / 2) / weight
     half = z / weight * math.sqrt(samples * share * (1 - share) + z**2 / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # rounding must not exclude the share itself
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def over_runs(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -177,7 +181,7 @@ def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
 
 def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) -> Floats:
     """Bootstrap results [P, B] of `map` or `map11` of predictions for the same samples, which are
-    drawn alike for all.
+    drawn alike for all. Draws in which no sample shows a class are left out.
     """
     samples, classes = predictions[0].scores.shape
     draws = max(100, min(DRAWS // 2, _WORK // (samples * classes)))
@@ -188,7 +192,8 @@ def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) 
     for start in range(0, draws, rows):
         drawn = random.integers(samples, size=(min(rows, draws - start), samples))
         counts = torch.from_numpy(np.stack([np.bincount(d, minlength=samples) for d in drawn]))
-        found = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
-        parts.append(torch.stack(found))
+        scores = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
+        parts.append(torch.stack(scores))
 
-    return torch.cat(parts, 1).numpy()
+    found = torch.cat(parts, 1)
+    return found[:, found.isfinite().all(0)].numpy()
