@@ -141,13 +141,12 @@ def test_every_constant_of_a_protocol_is_part_of_the_settings() -> None:
 def test_other_settings_than_the_papers_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     context = Context(blobs(100, 0.2, 0), blobs(50, 0.2, 1))
     _, score = probe(context, protocol="moco", batch=256, seed=5)
-    differs = {"epochs": 10, "augment": False, "features.resize": "none"}
+    differs = {"epochs": 10, "augment": False, "features.resize": "none", "batch": 100}
     assert score.protocol["differs_from_protocol"] == differs
     assert "linear.protocol=moco with other settings" in capsys.readouterr().err
 
-    context.transform = {"resize": "tv"}
-    assert Config.model_validate({"protocol": "moco"}).differences(context.transform) == {}
-    assert Config.model_validate({"epochs": 3}).differences(context.transform) == {}
+    assert Config.model_validate({"protocol": "moco"}).differences({"resize": "tv"}, 256) == {}
+    assert Config.model_validate({"epochs": 3}).differences({"resize": "tv"}, 9) == {}
 
 
 def test_a_protocol_of_another_name_is_refused() -> None:
