@@ -71,7 +71,7 @@ class EvalContext:
     def prepare(self, split: SplitName) -> None:
         """Store the features of a split with the devices of all ranks. Every rank calls it."""
         part = self.dataset.part(split)
-        shards = part.selected if split == "val" else part.shards
+        shards = part.selected if split == "val" and not self.extractor.skip else part.shards
         self.extractor.prepare(part.path, shards, split, self._transform(_images(split)))
 
     def views(self, split: SplitName, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

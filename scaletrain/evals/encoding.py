@@ -17,6 +17,7 @@ from scaletrain import dist
 from scaletrain.core import Batch
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.store import ROWS, Entry, Layout, Stored
+from scaletrain.runtime.signals import note_progress
 
 T = TypeVar("T")
 # Number of a range [lo, hi) of samples, its features [hi - lo, D] float32, which are 0 where a
@@ -121,6 +122,8 @@ def _write(
     parts = [layout.part(chunk) for chunk in chunks]
     for number, x, left_out in encode(parts, layout.width):
         entry.write(layout, chunks[number], x, left_out, rank)
+        if rank == 0:
+            note_progress(f"chunk {chunks[number]} of {entry.folder.name}")
 
 
 def _opened(entry: Entry, skip: bool, world: int) -> Stored | None:

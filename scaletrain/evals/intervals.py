@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scaletrain.evals.predictions import Prediction, Scored
+from scaletrain.evals.predictions import Drawn, Prediction, Scored
 from scaletrain.evals.scores import average_precision
 
 # Bootstrap samples of class means; half as many of average precisions, which take longer.
@@ -41,7 +41,14 @@ def interval(
     share = prediction.metrics()[metric] / 100
     error = 0.0
 
-    if isinstance(prediction, Scored):
+    if isinstance(prediction, Drawn):
+        samples = float(len(prediction.labels))
+        right = (prediction.rank < (5 if metric == "top5" else 1)).long()
+        _, error, freedom = over_draws(right, prediction.labels, metric)
+        # Wilson's interval has the normal distribution's quantile
+        half = (1 + level) / 2
+        error *= student(half, freedom) / NormalDist().inv_cdf(half)
+    elif isinstance(prediction, Scored):
         samples = float((prediction.labels == 1).sum())
         error = float(bootstrap_precisions([prediction], metric, seed)[0].std(ddof=1))
     elif metric == "per_class":
@@ -83,6 +90,33 @@ def over_runs(values: Sequence[float], level: float = 0.95) -> tuple[float, floa
     mean, freedom = fmean(values), len(values) - 1
     half = student((1 + level) / 2, freedom) * stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def over_draws(values: Tensor, labels: Tensor, metric: str) -> tuple[float, float, int]:
+    """Mean over R draws and Q samples of `values` [R, Q], or over classes of their means where the
+    metric is per_class; its standard error; and the degrees of freedom of that.
+
+    The error is that of other draws and of other test samples: both variances are added, with
+    Welch's degrees of freedom. That of a single draw knows the test samples only.
+    """
+    group = labels if metric == "per_class" else torch.zeros_like(labels)
+    sizes = torch.bincount(group).double()
+    weight = 1 / (int((sizes > 0).sum()) * sizes[group])  # [Q]
+
+    draws, samples = values.shape
+    by_draw, by_sample = values.double() @ weight, values.double().mean(0)
+    means = torch.zeros_like(sizes).index_add(0, group, by_sample) / sizes.clamp(min=1)
+    correction = sizes / (sizes - 1).clamp(min=1)
+    spread = correction[group] * (by_sample - means[group]).square()
+
+    of_samples = float((weight.square() * spread).sum())
+    of_draws = float(by_draw.var()) / draws if draws > 1 else 0.0
+    total = of_samples + of_draws
+    parts = of_samples**2 / max(1, samples - 1) + of_draws**2 / max(1, draws - 1)
+    # more make no difference
+    freedom = max(1, min(1000, int(total**2 / parts))) if parts else 1000
+
+    return float(by_draw.mean()), math.sqrt(total), freedom
 
 
 def student(probability: float, freedom: int) -> float:

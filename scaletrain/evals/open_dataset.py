@@ -263,4 +263,6 @@ def open_dataset(
             f"has {dataset.classes:,}; import it again, or correct `classes` in its descriptor"
         )
 
+    # The files were opened for their labels; a fleet has many datasets open.
+    opener.close()
     return OpenDataset(dataset, train, test, matched, groups, skip)

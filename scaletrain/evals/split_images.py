@@ -131,6 +131,11 @@ class Opener:
         source = split.file or path
         return images, LabelledSet(path, source, labels[rows], base.fingerprint, names, bare)
 
+    def close(self) -> None:
+        """Close all files; they are opened again when a sample is read."""
+        for shards in self._opened.values():
+            shards.close()
+
     def _open(self, places: tuple[Place, ...]) -> Shards | ConcatShards:
         if places not in self._opened:
             self._opened[places] = (

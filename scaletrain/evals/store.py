@@ -19,8 +19,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import re
+import secrets
 import shutil
 import weakref
 import zlib
@@ -45,6 +47,8 @@ FORMAT = 1
 # Rows of the smallest chunk. With a multiple of it, chunks begin at pages of 4 KiB whatever the
 # width, so that several nodes never write to the same page.
 ROWS = 1024
+# Map files that are larger than the memory; Python names this flag of Linux from 3.13 on.
+_MAP_NORESERVE = 0x4000
 _NAME = re.compile(r"[0-9a-f]{24}")
 _JSON_BYTES = 1 << 20
 _RECORD_BYTES = 256 << 20
@@ -162,13 +166,19 @@ class FeatureStore:
 
     def _deleted(self, folder: Path) -> bool:
         """Delete an entry; False if it is in use."""
-        with _opened(folder / "use.lock", os.O_RDWR) as file:
-            if file is None or not locks.acquire(file, wait=False):
+        try:
+            lock = (folder / "use.lock").open("r+b")
+        except FileNotFoundError:
+            return False
+
+        with lock:
+            if not locks.acquire(lock.fileno(), wait=False):
                 return False
 
-            aside = folder.with_name(f".{folder.name}.deleted")
+            aside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.deleted")
             folder.rename(aside)
-            shutil.rmtree(aside)
+            # NFS keeps the open lock file a little longer; the next one removes it
+            shutil.rmtree(aside, ignore_errors=True)
             return True
 
 
@@ -265,7 +275,9 @@ class Entry:
             if layout is None or len(good) < len(layout.chunks):
                 return None
 
-            os.utime(lock)
+            # that it was used; of a foreign store this cannot be noted
+            with suppress(OSError):
+                os.utime(lock)
             x = self._mapped(layout)
             # from now on the lock lives as long as the array
             stack.pop_all()
@@ -279,17 +291,14 @@ class Entry:
         """
         path = self.folder / "use.lock"
         while self.folder.is_dir():
-            with suppress(FileNotFoundError):
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-                try:
-                    locks.acquire(file, wait=True, shared=True)
-                    if os.path.samestat(path.stat(), os.fstat(file)):
-                        return file
-                    # deleted between the opening and the lock
-                    os.close(file)
-                except BaseException:
-                    os.close(file)
-                    raise
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                file = _lock_file(path)
+                stack.callback(os.close, file)
+                locks.acquire(file, wait=True, shared=True)
+                # otherwise it was deleted between the opening and the lock
+                if os.path.samestat(path.stat(), os.fstat(file)):
+                    stack.pop_all()
+                    return file
 
         return None
 
@@ -341,8 +350,14 @@ class Entry:
 
     def _mapped(self, layout: Layout) -> NDArray[np.float32]:
         """Writing to it changes this process's copy only."""
-        shape = layout.samples, layout.width
-        return np.memmap(self._x, np.float32, mode="c", shape=shape)
+        with self._x.open("rb") as file:
+            memory = mmap.mmap(
+                file.fileno(),
+                layout.bytes,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        return np.frombuffer(memory, np.float32).reshape(layout.samples, layout.width)
 
     def _unusable(self, error: OSError) -> EvalError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -363,21 +378,18 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _lock_file(path: Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    except OSError as error:
+        # a store that this user may only read
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return os.open(path, os.O_RDONLY | flags)
+
+
 def _write_at(file: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int | None]:
-    try:
-        file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        yield None
-        return
-
-    try:
-        yield file
-    finally:
-        os.close(file)

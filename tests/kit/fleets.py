@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kit import evals, pipelines, ranks
 from kit.slurm_cluster import Cluster
+from scaletrain.checkpoint import reader
 from scaletrain.evals import results
 from scaletrain.evals.request import Request
 from scaletrain.evals.run import Evaluation
@@ -130,12 +131,22 @@ def log(run: Path) -> str:
 
 def evaluating(cluster: Cluster, job: str) -> list[int]:
     """The processes of a job that evaluate."""
-    found = []
+    return commands(cluster, job, "eval")
+
+
+def commands(cluster: Cluster, job: str, command: str) -> list[int]:
+    """The processes of a job that run a command of scaletrain."""
+    mark, found = f"\0scaletrain\0{command}\0".encode(), []
     for pid in processes(cluster, job):
         with contextlib.suppress(OSError):
-            if b"\0scaletrain\0eval\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if mark in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
+
+
+def saved(run: Path) -> list[int]:
+    """The steps that are on disk."""
+    return [step for step, whole in reader.steps(run / "checkpoints").items() if whole]
 
 
 def processes(cluster: Cluster, job: str) -> list[int]:

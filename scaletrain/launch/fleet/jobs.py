@@ -51,20 +51,24 @@ class Jobs:
 
     def script(self, batch: Sequence[Cell]) -> str:
         """The batch script of an array."""
-        run = batch[0].run
-        return submit.script(new_launch(run), run, self.resources(batch), len(batch))
+        launch = new_launch(batch[0].run)
+        return submit.script(launch, _named(batch), self.resources(batch), len(batch), _of(launch))
 
     def submit(self, launch: Path, batch: Sequence[Cell], after: str) -> list[str]:
         """The ids of the jobs. after: the job or array that they wait for, since it stores the
         features that they use, or "". Raises SlurmError.
         """
-        run, wanted = batch[0].run, self.resources(batch)
+        wanted = self.resources(batch)
         if after:
             wanted = replace(wanted, dependency=f"afterany:{after}")
 
-        tasks = [Task(list(cell.arguments), str(run)) for cell in batch]
-        named = Path(f"{run.name}-{batch[0].benchmark}")
-        return submit.submit(launch, named, wanted, tasks, _comment(run, launch.name))
+        tasks = [Task(list(cell.arguments), str(cell.run)) for cell in batch]
+        return submit.submit(launch, _named(batch), wanted, tasks, _of(launch))
+
+
+def _named(batch: Sequence[Cell]) -> Path:
+    """What names the jobs."""
+    return Path(f"{batch[0].run.name}-{batch[0].benchmark}")
 
 
 def new_launch(run: Path) -> Path:
@@ -79,7 +83,8 @@ def find(live: Sequence[Job], run: Path, holder: Holder) -> Job | None:
         return next((job for job in live if job.id == holder.job), None)
 
     # The fleet was killed before sbatch had answered.
-    mine = [job for job in live if job.comment == _comment(run, holder.launch)]
+    comment = _of(_launches(run) / holder.launch)
+    mine = [job for job in live if job.comment == comment]
     ids = ("", str(holder.element))
     return next((job for job in mine if job.id.partition("_")[2] in ids), None)
 
@@ -101,6 +106,6 @@ def _launches(run: Path) -> Path:
     return run / "evals" / "launches"
 
 
-def _comment(run: Path, launch: str) -> str:
-    """Of the jobs of a launch."""
-    return f"{run}#evals/{launch}"
+def _of(launch: Path) -> str:
+    """The comment of the jobs of a launch."""
+    return f"{launch.parents[2]}#evals/{launch.name}"

@@ -242,10 +242,12 @@ def _command(folder: Path, resources: Resources, count: int) -> str:
     return f"{shlex.join(step)} {cpus} {python} -u -m {start.__name__} {shlex.quote(str(folder))}"
 
 
-def script(folder: Path, run: Path, resources: Resources, count: int) -> str:
+def script(
+    folder: Path, run: Path, resources: Resources, count: int, comment: str | None = None
+) -> str:
     """The batch script of `count` runs, as it would be submitted; more than one make an array."""
     with tempfile.TemporaryDirectory() as drafts:
-        executor = _executor(folder, run, resources, count, Path(drafts), None)
+        executor = _executor(folder, run, resources, count, Path(drafts), comment)
         return executor._make_submission_file_text(_command(folder, resources, count), "")
 
 
@@ -264,7 +266,8 @@ def submit(
     count = len(tasks)
 
     # for people
-    (folder / SCRIPT).write_text(script(folder, run, resources, count), encoding="utf-8")
+    text = script(folder, run, resources, count, comment)
+    (folder / SCRIPT).write_text(text, encoding="utf-8")
 
     # then what that job was given is not for this one
     inside = "SLURM_JOB_ID" in os.environ

@@ -63,6 +63,15 @@ def test_validation_images_are_held_out(toy: BenchmarkDataset) -> None:
     assert (found.classes, found.scored, found.metric, found.border) == (3, 3, "top1", 0)
 
 
+def test_no_file_stays_open(toy: BenchmarkDataset) -> None:
+    """A fleet has many datasets open, and a process may have a thousand files."""
+    files = Path("/proc/self/fd")
+    before = len([*files.iterdir()])
+    found = open_dataset(toy)
+    assert len([*files.iterdir()]) == before
+    assert found.part("test").shards.read(1).image
+
+
 def test_the_descriptor_says_how_many_are_held_out(toy: BenchmarkDataset) -> None:
     few = open_dataset(toy.model_copy(update={"held_out": 7}))
     each = open_dataset(toy.model_copy(update={"held_out_per_class": 4}))

@@ -16,10 +16,12 @@ from kit import ranks
 from kit.evals import run_folder, shards, spoil
 from torch import Tensor
 
+from scaletrain import dist
 from scaletrain.data.errors import ShardError
 from scaletrain.data.reading.reader import Shards
 from scaletrain.data.reading.subset_shards import SubsetShards
 from scaletrain.evals import encoding, store, transforms
+from scaletrain.evals import run as evals
 from scaletrain.evals.encoders.exports import exported
 from scaletrain.evals.encoders.targets import find
 from scaletrain.evals.errors import EvalError
@@ -177,17 +179,27 @@ def on_ranks(run: Path, folder: Path, bad: Path) -> dict[str, Tensor]:
         one.prepare(str(bad), Shards(bad), "images")
     except ShardError as error:
         said = str(error)
-    return {"forwards": torch.tensor([shared, again, "s-0.tar at byte" in said])}
+
+    quick = ("features.workers=0", "knn.ks=[3]")
+    results = evals.run(run, ["knn"], overrides=quick, train=data.folder, test=data.folder)
+    return {
+        "forwards": torch.tensor([shared, again, "s-0.tar at byte" in said]),
+        "results": torch.tensor([len(results), dist.world()]),
+    }
 
 
 def test_every_rank_encodes_a_part(run: Path, tmp_path: Path) -> None:
-    """And learns of the error of another."""
+    """And learns of the error of another; an evaluation is then measured by the first alone."""
     bad = shards(tmp_path / "bad", [0] * 40)
     spoil(bad, 3)
     found = ranks.run(2, on_ranks, tmp_path, run, tmp_path / "features", bad)
     first, second = (one["forwards"].tolist() for one in found)
     assert first == [12 + PROBE, 0, True]
     assert second == [11, 0, True]
+
+    assert [one["results"].tolist() for one in found] == [[1, 1], [0, 1]]
+    records = (run / "evals" / "features").glob("*/chunks-1.jsonl")
+    assert any(path.stat().st_size for path in records)
 
     one = extractor(run, tmp_path / "features")
     assert encoded(one, run).x.equal(encoded(extractor(run, None), run).x)
