@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scaletrain.evals.predictions import Prediction, Scored
+from scaletrain.evals.predictions import Drawn, Prediction, Scored
 from scaletrain.evals.scores import average_precision
 
 # Bootstrap samples of class means; half as many of average precisions, which take longer.
@@ -27,6 +27,9 @@ DRAWS = 1000
 _WORK = 1 << 31
 # Counts of test samples at once: 2 MB, which stay in the cache of a core.
 _ELEMENTS = 1 << 18
+
+# A standard error below this is none.
+_ROUNDING = 1e-9
 
 Floats = npt.NDArray[np.float64]
 
@@ -38,7 +41,14 @@ def interval(
     share = prediction.metrics()[metric] / 100
     error = 0.0
 
-    if isinstance(prediction, Scored):
+    if isinstance(prediction, Drawn):
+        samples = float(len(prediction.labels))
+        right = (prediction.rank < (5 if metric == "top5" else 1)).long()
+        _, error, freedom = over_draws(right, prediction.labels, metric)
+        # Wilson's interval has the normal distribution's quantile
+        half = (1 + level) / 2
+        error *= student(half, freedom) / NormalDist().inv_cdf(half)
+    elif isinstance(prediction, Scored):
         samples = float((prediction.labels == 1).sum())
         error = float(bootstrap_precisions([prediction], metric, seed)[0].std(ddof=1))
     elif metric == "per_class":
@@ -51,7 +61,7 @@ def interval(
         samples = len(prediction.rank)
 
     # a bootstrap only repeats 0 and 100, and tells nothing of how certain they are
-    if error > 0:
+    if error > _ROUNDING:
         samples = share * (1 - share) / error**2
 
     low, high = wilson(share, samples, level)
@@ -66,7 +76,8 @@ def wilson(share: float, samples: float, level: float = 0.95) -> tuple[float, fl
     weight = samples + z**2
     middle = (samples * share + z**2 / 2) / weight
     half = z / weight * math.sqrt(samples * share * (1 - share) + z**2 / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # rounding must not exclude the share itself
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def over_runs(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -79,6 +90,33 @@ def over_runs(values: Sequence[float], level: float = 0.95) -> tuple[float, floa
     mean, freedom = fmean(values), len(values) - 1
     half = student((1 + level) / 2, freedom) * stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def over_draws(values: Tensor, labels: Tensor, metric: str) -> tuple[float, float, int]:
+    """Mean over R draws and Q samples of `values` [R, Q], or over classes of their means where the
+    metric is per_class; its standard error; and the degrees of freedom of that.
+
+    The error is that of other draws and of other test samples: both variances are added, with
+    Welch's degrees of freedom. That of a single draw knows the test samples only.
+    """
+    group = labels if metric == "per_class" else torch.zeros_like(labels)
+    sizes = torch.bincount(group).double()
+    weight = 1 / (int((sizes > 0).sum()) * sizes[group])  # [Q]
+
+    draws, samples = values.shape
+    by_draw, by_sample = values.double() @ weight, values.double().mean(0)
+    means = torch.zeros_like(sizes).index_add(0, group, by_sample) / sizes.clamp(min=1)
+    correction = sizes / (sizes - 1).clamp(min=1)
+    spread = correction[group] * (by_sample - means[group]).square()
+
+    of_samples = float((weight.square() * spread).sum())
+    of_draws = float(by_draw.var()) / draws if draws > 1 else 0.0
+    total = of_samples + of_draws
+    parts = of_samples**2 / max(1, samples - 1) + of_draws**2 / max(1, draws - 1)
+    # more make no difference
+    freedom = max(1, min(1000, int(total**2 / parts))) if parts else 1000
+
+    return float(by_draw.mean()), math.sqrt(total), freedom
 
 
 def student(probability: float, freedom: int) -> float:
@@ -143,7 +181,7 @@ def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
 
 def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) -> Floats:
     """Bootstrap results [P, B] of `map` or `map11` of predictions for the same samples, which are
-    drawn alike for all.
+    drawn alike for all. Draws in which no sample shows a class are left out.
     """
     samples, classes = predictions[0].scores.shape
     draws = max(100, min(DRAWS // 2, _WORK // (samples * classes)))
@@ -154,7 +192,8 @@ def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) 
     for start in range(0, draws, rows):
         drawn = random.integers(samples, size=(min(rows, draws - start), samples))
         counts = torch.from_numpy(np.stack([np.bincount(d, minlength=samples) for d in drawn]))
-        found = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
-        parts.append(torch.stack(found))
+        scores = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
+        parts.append(torch.stack(scores))
 
-    return torch.cat(parts, 1).numpy()
+    found = torch.cat(parts, 1)
+    return found[:, found.isfinite().all(0)].numpy()

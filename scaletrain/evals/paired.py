@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scaletrain.evals import intervals
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.predictions import Prediction, Ranked, Scored
+from scaletrain.evals.predictions import Drawn, Prediction, Ranked, Scored
 
 # Of the permutation test, as in Kornblith et al. (2019) and BYOL.
 RESAMPLES = 100_000
@@ -52,15 +52,20 @@ class Paired:
 
 def paired(a: Prediction, b: Prediction, metric: str, seed: int = 0) -> Paired:
     """Compare a metric of two predictions for the same samples: accuracies by McNemar's exact test,
-    the mean over classes by a permutation test, average precisions by a bootstrap.
+    the mean over classes by a permutation test, average precisions by a bootstrap, and means over
+    draws of training images by a t test.
 
-    Raises EvalError where they are not of the same samples with the same labels.
+    Raises EvalError where they are not of the same samples with the same labels, or not of as many
+    draws.
     """
     _check(a, b)
     scores = a.metrics()[metric], b.metrics()[metric]
 
-    if isinstance(a, Ranked) and isinstance(b, Ranked):
-        depth = 5 if metric == "top5" else 1
+    depth = 5 if metric == "top5" else 1
+    if isinstance(a, Drawn) and isinstance(b, Drawn):
+        gain = (a.rank < depth).long() - (b.rank < depth).long()  # [R, Q]: -1, 0, 1
+        found, fewest = _draws(gain, a.labels, metric), 0.0
+    elif isinstance(a, Ranked) and isinstance(b, Ranked):
         gain = (a.rank < depth).long() - (b.rank < depth).long()  # [Q]: -1, 0, 1
         compared = _class_means if metric == "per_class" else _accuracies
         found = compared(gain, a.labels, seed)
@@ -165,6 +170,17 @@ def _class_means(gain: Tensor, labels: Tensor, seed: int) -> _Found:
     return difference - half, difference + half, p, f"permutation, {RESAMPLES:,} times", error
 
 
+def _draws(gain: Tensor, labels: Tensor, metric: str) -> _Found:
+    """Draws are paired too: both encoders had the same training images."""
+    difference, error, freedom = intervals.over_draws(gain, labels, metric)
+    half = intervals.student(0.975, freedom) * error
+    p = float(difference == 0)
+    if error:
+        p = 2 * (1 - intervals.student_probability(abs(difference) / error, freedom))
+
+    return difference - half, difference + half, p, f"t test, {len(gain):,} draws", error
+
+
 def _precisions(a: Scored, b: Scored, metric: str, seed: int) -> _Found:
     """Normal around the difference, with the bootstrap's standard error."""
     drawn = intervals.bootstrap_precisions([a, b], metric, seed)
@@ -184,6 +200,10 @@ def _check(a: Prediction, b: Prediction) -> None:
         raise EvalError(
             f"they are not of the same test samples: {len(a.index):,} and {len(b.index):,}, with "
             f"{common:,} in common"
+        )
+    if isinstance(a, Drawn) and isinstance(b, Drawn) and len(a.rank) != len(b.rank):
+        raise EvalError(
+            f"one has {len(a.rank)} draws of training images and the other {len(b.rank)}"
         )
     if not torch.equal(a.labels, b.labels):
         raise EvalError("the test samples have other labels in one than in the other")

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,6 +51,26 @@ class Ranked:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Predictions of R classifiers for the same Q samples, which differ by the training images that
+    were drawn for them.
+    """
+
+    # numbers of the samples in the shards of the test split, ascending
+    index: Tensor  # [Q] int64
+    labels: Tensor  # [Q] int64, in 0 .. classes - 1
+    # as in Ranked
+    rank: Tensor  # [R, Q] int64
+    predicted: Tensor  # [R, Q] int64
+    classes: int
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the draws in per cent: top1, top5 from five classes on, per_class."""
+        found = [accuracy(rank, self.labels, self.classes) for rank in self.rank]
+        return {name: fmean(one[name] for one in found) for name in found[0]}
+
+
+@dataclass(frozen=True)
 class Scored:
     """Scores of every class for each of Q samples, which may show several classes or none."""
 
@@ -66,7 +87,7 @@ class Scored:
         return {name: 100 * float(value) for name, value in found.items()}
 
 
-Prediction: TypeAlias = Ranked | Scored
+Prediction: TypeAlias = Ranked | Drawn | Scored
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,7 @@ def pack(predictions: Mapping[str, Prediction]) -> Arrays:
         if fault := _fault(prediction):
             raise EvalError(f"prediction '{name}' of a benchmark is inconsistent: {fault}")
 
-        if isinstance(prediction, Ranked):
+        if isinstance(prediction, Ranked | Drawn):
             classes = prediction.classes
             own = {"rank": prediction.rank, "predicted": prediction.predicted}
             packed = {key: _smallest(part, classes) for key, part in own.items()}
@@ -192,7 +213,8 @@ def _unpacked(arrays: Arrays) -> dict[str, Prediction]:
                 part(key, "iu").long() for key in ("index", "labels", "rank", "predicted")
             )
             (classes,) = part("classes", "iu").flatten().tolist()
-            prediction = Ranked(index, labels, rank, predicted, classes)
+            kind = Drawn if rank.dim() == 2 else Ranked
+            prediction = kind(index, labels, rank, predicted, classes)
 
         if fault := _fault(prediction):
             raise ValueError(f"'{name}': {fault}")
@@ -207,8 +229,10 @@ def _fault(prediction: Prediction) -> str:
     index, labels = prediction.index, prediction.labels
     samples = len(index)
     shape: tuple[int, ...] = (samples,)
+    outer: tuple[int, ...] = ()
 
-    if isinstance(prediction, Ranked):
+    if isinstance(prediction, Ranked | Drawn):
+        outer = tuple(prediction.rank.shape[:1]) if isinstance(prediction, Drawn) else ()
         rank, predicted, classes = prediction.rank, prediction.predicted, prediction.classes
         parts = {"index": index, "labels": labels, "rank": rank, "predicted": predicted}
         allowed = {"labels": (0, classes - 1), "rank": (0, classes), "predicted": (0, classes - 1)}
@@ -223,9 +247,12 @@ def _fault(prediction: Prediction) -> str:
 
     if samples == 0 or index.dim() != 1:
         return "it has no samples"
+    if 0 in outer:
+        return "it has no draws"
     for name, part in parts.items():
-        if part.shape != shape:
-            return f"its {name} are {list(part.shape)}, not {list(shape)}"
+        due = (*outer, *shape) if name in ("rank", "predicted") else shape
+        if part.shape != due:
+            return f"its {name} are {list(part.shape)}, not {list(due)}"
     for name, (low, high) in allowed.items():
         if int(parts[name].min()) < low or int(parts[name].max()) > high:
             return f"its {name} are not all in {low} .. {high}"
@@ -233,7 +260,7 @@ def _fault(prediction: Prediction) -> str:
         return "no sample shows a class"
     if int(index[0]) < 0 or bool((index.diff() <= 0).any()):
         return "its sample numbers do not ascend"
-    if isinstance(prediction, Ranked) and bool(((rank == 0) & (predicted != labels)).any()):
+    if isinstance(prediction, Ranked | Drawn) and bool(((rank == 0) & (predicted != labels)).any()):
         return "a sample with rank 0 has another predicted class than its label"
 
     return ""

@@ -144,7 +144,7 @@ def printed(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any
 def _cell(row: Mapping[str, Any], column: str) -> Any:
     name, space, digest = column.partition(" ")
     low, high = (row.get(f"{name}{bound}{space}{digest}", "") for bound in BOUNDS)
-    return row[column] if low == "" else f"{row[column]:.2f} ({low:.2f}-{high:.2f})"
+    return row[column] if low == "" else f"{row[column]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _study(axis: str) -> Path | None:

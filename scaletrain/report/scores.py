@@ -20,6 +20,13 @@ def between(low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else f"{low:.2f}-{high:.2f}"
 
 
+def written(result: Result, metric: str) -> str:
+    """A metric in per cent, with its interval where it has one."""
+    bounds = result.intervals.get(metric)
+    interval = " [{:.2f}, {:.2f}]".format(*bounds) if bounds else ""
+    return f"{result.metrics[metric]:.2f}{interval}"
+
+
 def paired(a: Result, b: Result, metric: str) -> Paired:
     """Compare a metric of two results sample by sample. Raises EvalError, naming the results, where
     that is not possible.

@@ -107,7 +107,8 @@ def metrics(clone: Path) -> list[records.StepRecord]:
 def table(text: str) -> dict[str, tuple[float, ...]]:
     """Per cent of kNN and of the probe, by row."""
     rows = re.findall(
-        r"^ *(raw pixels|untrained encoder|trained encoder) +(\d+\.\d) +(\d+\.\d) *$",
+        r"^ *(raw pixels|untrained encoder|trained encoder)"
+        r" +(\d+\.\d) \[[^]]+\] +(\d+\.\d) \[[^]]+\] *$",
         text,
         re.MULTILINE,
     )

@@ -7,19 +7,20 @@ further images are needed. The draws are the same for every encoder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import AfterValidator, Field
 
 from scaletrain.config.schema import Frozen
-from scaletrain.evals import intervals
 from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.features import some, watch
 from scaletrain.evals.heads.classifier import finite, normalized
 from scaletrain.evals.heads.fewshot import draw, nearest_mean, ridge
-from scaletrain.evals.predictions import Ranked, Score, metric_name
+from scaletrain.evals.predictions import Drawn, Ranked, Score, metric_name
 from scaletrain.evals.scores import chosen_by
 
 
@@ -49,25 +50,23 @@ def measure(config: Config, context: EvalContext) -> Score:
     train, test = context.features("trainval"), context.features("test")
     classes, metric = context.classes, chosen_by(context.dataset.metric)
     directions = normalized(test.x)
-    predictions: dict[str, Ranked] = {}
-    values: dict[str, list[float]] = {}
+    found: dict[str, list[Ranked]] = {}
 
     for number in watch(range(config.draws), "few shots", config.draws):
         for shots in sorted(set(config.shots)):
             rows = draw(train.labels, train.index, classes, shots, config.seed, number)
             x, labels = finite(train.x[rows].to(context.device)), train.labels[rows]
-            scores = {
+            heads = {
                 "mean": nearest_mean(normalized(x), labels, classes).scores(directions),
                 "ridge": ridge(x, labels, classes, config.strength).scores(test.x),
             }
-            for head, found in scores.items():
-                name = f"fewshot_{head}_{shots}"
-                ranked = predictions[f"{name}_draw_{number}"] = context.ranked(test, found)
-                values.setdefault(name, []).append(ranked.metrics()[metric])
+            for head, scores in heads.items():
+                ranked = context.ranked(test, scores)
+                found.setdefault(f"fewshot_{head}_{shots}", []).append(ranked)
 
     return Score(
-        metric_name(f"fewshot_ridge_{max(config.shots)}_draw_0", metric),
-        predictions,
+        metric_name(f"fewshot_ridge_{max(config.shots)}", metric),
+        {name: _drawn(draws) for name, draws in found.items()},
         {
             **config.model_dump(mode="json"),
             "mean": "nearest class mean of features of length 1",
@@ -75,12 +74,16 @@ def measure(config: Config, context: EvalContext) -> Score:
             "train_transform": context.transform,
         },
         {
-            f"{name}_over_draws": {
-                "metric": metric,
-                "mean": sum(found) / len(found),
-                # of the mean over draws, on this test set
-                "interval": intervals.over_runs(found) if len(found) > 1 else None,
-            }
-            for name, found in values.items()
+            # of the metric that tables show first
+            f"{name}_by_draw": [one.metrics()[metric] for one in draws]
+            for name, draws in found.items()
         },
     )
+
+
+def _drawn(draws: Sequence[Ranked]) -> Drawn:
+    first = draws[0]
+    rank, predicted = (
+        torch.stack([getattr(one, name) for one in draws]) for name in ("rank", "predicted")
+    )
+    return Drawn(first.index, first.labels, rank, predicted, first.classes)

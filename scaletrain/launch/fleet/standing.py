@@ -14,6 +14,7 @@ from scaletrain.launch.fleet.pool import Pool
 from scaletrain.launch.local import ASKED
 from scaletrain.launch.slurm import queue
 from scaletrain.launch.slurm.queue import Job
+from scaletrain.report import scores
 
 # Seconds in which sbatch, whose fleet was killed, may still bring its job into the queue.
 SETTLE = 5.0
@@ -82,7 +83,7 @@ class Standing:
         if path not in self._values:
             try:
                 result = results.parse(path)[0]
-                self._values[path] = Status("measured", f"{result.metrics[result.main]:.2f}")
+                self._values[path] = Status("measured", scores.written(result, result.main))
             except EvalError as error:
                 return Status("failed", str(error))
 

@@ -69,6 +69,16 @@ def test_a_perfect_score_does_not_look_certain() -> None:
     )
 
 
+def test_draws_without_a_class_are_left_out() -> None:
+    labels = torch.zeros(8, 1, dtype=torch.int8)
+    labels[2] = 1
+    scores = Scored(torch.arange(8), labels, torch.arange(8.0).unsqueeze(1))
+    draws = intervals.bootstrap_precisions([scores], "map", seed=0)
+    assert 250 < draws.shape[1] < 400
+    low, high = intervals.interval(scores, "map")
+    assert 0 <= low < scores.metrics()["map"] < high <= 100
+
+
 def test_small_classes_do_not_shorten_the_interval() -> None:
     """The variance of many classes of two samples each, and of classes of a single one."""
     random = np.random.default_rng(0)

@@ -73,6 +73,6 @@ def test_every_benchmark_from_the_shards_on(tmp_path: Path, changes: tuple[str, 
             {name: value for result in results for name, value in result["metrics"].items()}
         )
     assert found[0] == found[1] == found[2]
-    assert {"knn_20_per_class", "linear_top5", "logistic", "svm", "fewshot_ridge_1_draw_0"} <= set(
+    assert {"knn_20_per_class", "linear_top5", "logistic", "svm", "fewshot_ridge_1"} <= set(
         found[0]
     )

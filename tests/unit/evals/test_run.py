@@ -157,7 +157,7 @@ def test_the_augmented_stream_gives_the_training_images_anew(tmp_path: Path) -> 
     wanted = opened.dataset.part("train").rows.tolist()
     assert len(wanted) == 36
     epochs = [
-        [next(stream) for _ in range(9)] for stream in [opened.views("train", 0)] for _ in range(2)
+        [next(stream) for _ in range(10)] for stream in [opened.views("train", 0)] for _ in range(2)
     ]
     first, second = (
         {int(n): x for part, labels in epoch for n, x in zip(labels, part, strict=True)}
@@ -166,8 +166,17 @@ def test_the_augmented_stream_gives_the_training_images_anew(tmp_path: Path) -> 
     assert sorted(first) == sorted(second) == wanted
     assert list(first) != list(second)  # another order
     assert all(not first[n].equal(second[n]) for n in first)  # another crop
-    again = [labels.tolist() for _, labels in islice(opened.views("train", 0), 9)]
+    again = [labels.tolist() for _, labels in islice(opened.views("train", 0), 10)]
     assert again == [labels.tolist() for _, labels in epochs[0]]
+
+    # which images are held out changes neither the order nor the crops of the others
+    every = {
+        int(n): x
+        for part, labels in islice(opened.views("trainval", 0), 10)
+        for n, x in zip(labels, part, strict=True)
+    }
+    assert [n for n in every if n in first] == list(first)
+    assert all(every[n].equal(x) for n, x in first.items())
 
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:

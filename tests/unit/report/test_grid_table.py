@@ -115,7 +115,7 @@ def test_the_shown_table_is_readable_at_any_width_and_in_a_pipe(
     assert last.split()[-1] == str(tmp_path / "grid.csv")
     names = ["optim.lr", "seed", "knn_10", "knn_20", "knn_100", "knn_200", "knn_step"]
     values = [
-        [lr, seed, *(f"{s:.2f} ({max(0, s - 2):.2f}-{min(100, s + 2):.2f})" for s in scores), "8"]
+        [lr, seed, *(f"{s:.2f} [{max(0, s - 2):.2f}, {min(100, s + 2):.2f}]" for s in scores), "8"]
         for n, (lr, seed) in enumerate((("0.1", "0"), ("0.1", "1"), ("0.2", "0"), ("0.2", "1")))
         for scores in [[k + n / 4 for k in (10, 20, 100, 200)]]
     ]

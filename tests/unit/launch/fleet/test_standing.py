@@ -168,11 +168,13 @@ def test_a_result_ends_its_claim_whatever_that_says(tmp_path: Path, live: list[J
     with Claims(tmp_path) as claims:
         claims.write(found.name, Claim(attempts=9, error="x", refused=True))
         watch = Standing(claims, None, 1)
-        assert watch.judge(found) == Status("measured", "41.24")
+        assert watch.judge(found) == Status("measured", "41.24 [39.24, 43.24]")
         assert claims.names() == set()
 
         result.write_text("{}")
-        assert watch.judge(found) == Status("measured", "41.24"), "results never change"
+        assert watch.judge(found) == Status("measured", "41.24 [39.24, 43.24]"), (
+            "results never change"
+        )
         again = Standing(claims, None, 1)
         assert again.judge(found).state == "failed"
         assert "is not a result" in again.judge(found).text
