@@ -338,6 +338,13 @@ def test_exported_files_of_one_folder(run: Path) -> None:
     assert digests[0] != digests[2]
 
 
+def test_a_hidden_file_has_a_visible_result(run: Path) -> None:
+    file = run.parent / ".hidden.safetensors"
+    targets.export(run, targets.step_of(run), targets.ENCODER, file)
+    options = {part: run.parent / "data" / part for part in ("train", "test")}
+    assert Path(knn(file, **options)["file"]).name.startswith("hidden-knn@data-step-7-")
+
+
 def test_predictions_lie_beside_their_result(run: Path) -> None:
     """The metrics and intervals are those of the predictions, whose bytes the result knows."""
     result = knn(run)
