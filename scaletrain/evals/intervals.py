@@ -61,7 +61,8 @@ def interval(
     else:
         samples = len(prediction.rank)
 
-    # a bootstrap only repeats 0 and 100, and tells nothing of how certain they are
+    # A bootstrap only repeats a score whose classes are all right or all wrong, and tells nothing of
+    # how certain it is. What is left of the error then is rounding.
     if error > _ROUNDING:
         samples = share * (1 - share) / error**2
 
