@@ -85,10 +85,6 @@ class Plan:
 
         self.cells = [cell for step in sorted(self._known) for cell in self._known[step][1]]
 
-    def forget(self, cell: Cell) -> None:
-        """Open the step of a cell again: what defines its result has changed."""
-        self._known.pop(cell.step, None)
-
     def release(self, finished: Callable[[Cell], bool]) -> None:
         """Let go of the steps whose evaluations have all finished."""
         for step, (_, cells) in self._known.items():
@@ -142,7 +138,8 @@ class Plan:
             with contextlib.suppress(CheckpointError, OSError):
                 folder = reader.folder_of(self.run / "checkpoints", step)
                 clock = reader.read_manifest(folder / reader.MANIFEST).meta.get("clock", {})
-                self._total = int(clock.get("total", 0))
+                # The schedule counts other steps than the run once the batch or the data changed.
+                self._total = step + int(clock.get("total", 0)) - int(clock.get("step", 0))
                 return max(1, int(clock.get("steps_per_epoch", 1)))
 
         return 1
