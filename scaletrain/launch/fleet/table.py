@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -52,6 +51,21 @@ def _short(status: Status) -> str:
     return "-" if status.state == "missing" else status.state
 
 
+def _last(text: Sequence[str], columns: int, height: int) -> list[str]:
+    """The lines as they are broken on a terminal, as many as it can show: those that have left its
+    screen can no longer be replaced.
+    """
+    lines = [
+        line[at : at + columns] for line in text for at in range(0, max(1, len(line)), columns)
+    ]
+    # and the line of the cursor
+    most = max(2, height - 1)
+    if len(lines) > most:
+        lines = [f"... {len(lines) - most + 1:,} lines above", *lines[1 - most :]]
+
+    return lines
+
+
 class Screen:
     """Lines on a terminal that take the place of the ones before; elsewhere only `close` prints."""
 
@@ -61,9 +75,9 @@ class Screen:
     def show(self, text: Sequence[str]) -> None:
         if self._live:
             self.clear()
+            text = _last(text, *shutil.get_terminal_size())
             print("\n".join(text), flush=True)
-            wide = shutil.get_terminal_size().columns
-            self._height = sum(max(1, math.ceil(len(line) / wide)) for line in text)
+            self._height = len(text)
 
     def say(self, text: str) -> None:
         """Print a line above."""

@@ -114,6 +114,7 @@ def test_a_fleet_that_is_asked_to_end_ends_its_processes(run: Path, tmp_path: Pa
         (["run", "--benchmarks", "knnn"], "unknown benchmark 'knnn'"),
         (["run", "--benchmarks", "knn", "--set", "knn.kss=1"], "kss"),
         (["run", "--benchmarks", "knn", "--set", "linear.epochs=1"], "override of 'linear'"),
+        (["run", "--benchmarks", "knn", "--local", "1", "--dataset", "pet"], "did you mean 'pets'"),
         (["run", "run", "--benchmarks", "knn"], "a run is named twice"),
         (["run", "--benchmarks", "knn"], "`scaletrain launch fleet --local N`"),
     ],
