@@ -192,9 +192,10 @@ class Fleet:
             first = first or (ids[0].partition("_")[0] if shares else "")
 
     def _report(self, before: dict[Cell, Status]) -> None:
-        """A line for each cell whose status has changed."""
+        """A line for each cell whose status has changed; the table has what was measured before."""
         for cell, status in self.statuses.items():
-            if before.get(cell) != status and (status.state != "missing" or status.text):
+            known = before.get(cell, Status("measured", status.text))
+            if known != status and (status.state != "missing" or status.text):
                 what = f"{cell.run.name} step {cell.step} {cell.benchmark}@{cell.dataset}"
                 text = f"{what}: {status.state} {status.text}".rstrip()
                 self._say(f"{time.strftime('%H:%M:%S')} {text}")
