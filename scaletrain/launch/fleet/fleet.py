@@ -108,6 +108,10 @@ class Fleet:
                     if claims.read(name).holder is None:
                         claims.write(name, Claim())
 
+    def drawn(self, run: Path) -> int:
+        """The number of results in the curves of a run."""
+        return self._curves[run].results
+
     def cells(self, *states: State) -> list[Cell]:
         return [cell for cell, status in self.statuses.items() if status.state in states]
 

@@ -53,6 +53,8 @@ class Plan:
         say: Callable[[str], None] = print,
     ) -> None:
         self.run, self.cells = run, list[Cell]()
+        # or whether results are only collected
+        self.measures = bool(requests)
         self._requests, self._every, self._say = requests, every, say
         # by step: when it was saved, and its cells
         self._known: dict[int, tuple[float, list[Cell]]] = {}

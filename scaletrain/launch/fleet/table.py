@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.fleet import Fleet
-from scaletrain.launch.fleet.plan import Plan
 from scaletrain.runtime import tables
+from scaletrain.runtime.tables import plural
 
 
 def lines(fleet: Fleet) -> list[str]:
@@ -19,7 +19,12 @@ def lines(fleet: Fleet) -> list[str]:
         training = plan.training()
         text.append(f"{plan.run}{f': training, {training}' if training else ''}")
         cells = {cell: fleet.statuses[cell] for cell in plan.cells if cell in fleet.statuses}
-        text += [*(_table(plan, cells) if cells else ["no step to evaluate yet"]), ""]
+        if cells:
+            text += [*_table(cells), ""]
+        elif plan.measures:
+            text += ["no step to evaluate yet", ""]
+        else:
+            text.append(f"{plural(fleet.drawn(plan.run), 'result')} in its curves in TensorBoard")
 
     texts = {status.text for status in fleet.statuses.values() if status.state == "failed"}
     text += [*(f"failed: {one}" for one in sorted(texts)), *([""] if texts else [])]
@@ -27,10 +32,11 @@ def lines(fleet: Fleet) -> list[str]:
         (fleet.count(state), state)
         for state in ("measured", "running", "pending", "missing", "failed")
     ]
-    return [*text, ", ".join(f"{count:,} {state}" for count, state in counts if count)]
+    summary = ", ".join(f"{count:,} {state}" for count, state in counts if count)
+    return [*text, *([summary] if summary else [])]
 
 
-def _table(plan: Plan, cells: dict[Cell, Status]) -> list[str]:
+def _table(cells: dict[Cell, Status]) -> list[str]:
     several = len({cell.dataset for cell in cells}) > 1
     columns = list(dict.fromkeys(_column(cell, several) for cell in cells))
     rows: dict[int, dict[str, str]] = {}

@@ -54,6 +54,7 @@ def test_without_benchmarks_it_only_collects(run: Path) -> None:
     measure(run)
     done = call("launch", "fleet", run)
     assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [str(run), "1 result in its curves in TensorBoard"]
     assert len(list((run / "tensorboard" / "evals").rglob("*tfevents*"))) == 1
     assert not (run / "evals" / "encoders").exists()
 
