@@ -1,14 +1,22 @@
+<<<<<<< HEAD
 """The table of a fleet, and how it stays in its place on a terminal."""
+=======
+"""What a terminal shows of a fleet while it is at work."""
+>>>>>>> i16-revb
 
 from __future__ import annotations
 
 import sys
+<<<<<<< HEAD
 from pathlib import Path
 from typing import Any
+=======
+>>>>>>> i16-revb
 
 import pytest
 
 from scaletrain.launch.fleet import table
+<<<<<<< HEAD
 from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.fleet import Fleet
 from scaletrain.launch.fleet.plan import Plan
@@ -62,3 +70,28 @@ def test_on_a_terminal_a_table_takes_the_place_of_the_one_before(
     screen.show(["two"])
     screen.close(["end"])
     assert capsys.readouterr().out == "two\n\033[1F\033[Jend\n"
+=======
+
+
+def test_lines_on_a_terminal_are_replaced_as_a_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("LINES", "6")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    screen = table.Screen()
+
+    def shown(*text: str) -> list[str]:
+        screen.show(text)
+        return capsys.readouterr().out.splitlines()
+
+    assert shown("first", "x" * 30, "") == ["first", "x" * 20, "x" * 10, ""]
+    # more than the terminal has lines: those that leave it could not be erased again
+    many = [f"line {n}" for n in range(9)]
+    assert shown(*many) == ["\033[4F\033[J... 5 lines above", *many[-4:]]
+    assert shown("last") == ["\033[5F\033[Jlast"]
+
+    screen.say("by the way")
+    screen.close(many)
+    assert capsys.readouterr().out.splitlines() == ["\033[1F\033[Jby the way", *many]
+>>>>>>> i16-revb
