@@ -61,8 +61,8 @@ def interval(
     else:
         samples = len(prediction.rank)
 
-    # A bootstrap only repeats a score whose classes are all right or all wrong, and tells nothing of
-    # how certain it is. What is left of the error then is rounding.
+    # A bootstrap only repeats a score whose classes are all right or all wrong, and tells nothing
+    # of how certain it is. What is left of the error then is rounding.
     if error > _ROUNDING:
         samples = share * (1 - share) / error**2
 

@@ -70,16 +70,17 @@ class Claim(Frozen):
     after: Annotated[float, Field(ge=0)] = 0
     """Unix time before which no further attempt is made."""
 
-    def failed(self, error: str, code: int | None) -> Claim:
+    def failed(self, error: str, code: int | None, *, give_up: bool = False) -> Claim:
         """After one more attempt without a result, by its exit code; None: not known.
 
-        A failure of storage or network that may pass is given time, more with each attempt.
+        A failure of storage or network that may pass is given time, more with each attempt. Invalid
+        input is not tried again, nor is what `give_up` says.
         """
         pause = min(_PAUSE * 2**self.attempts, _LONGEST) if code == exit_codes.RETRY else 0
         return Claim(
             attempts=self.attempts + 1,
             error=error,
-            refused=code == exit_codes.INVALID,
+            refused=give_up or code == exit_codes.INVALID,
             after=time.time() + pause if pause else 0,
         )
 

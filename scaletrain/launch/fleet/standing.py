@@ -128,12 +128,8 @@ class Standing:
         """A claim whose holder has ended without a result."""
         if holder.job:
             code, log = jobs.exit_code(cell.run, holder), jobs.log(cell.run, holder)
-<<<<<<< HEAD
-            return claim.failed(_complaint(code, log), code)
-=======
-            given_up = code == exit_codes.INVALID or jobs.worn_out(cell.run, holder)
-            return claim.failed(_complaint(code, log), refused=given_up)
->>>>>>> i16-revb
+            worn_out = jobs.worn_out(cell.run, holder)
+            return claim.failed(_complaint(code, log), code, give_up=worn_out)
 
         code = self._pool.code(cell.log) if self._pool else None
         # It ended with its fleet, or was never submitted.

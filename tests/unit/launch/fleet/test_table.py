@@ -1,22 +1,13 @@
-<<<<<<< HEAD
 """The table of a fleet, and how it stays in its place on a terminal."""
-=======
-"""What a terminal shows of a fleet while it is at work."""
->>>>>>> i16-revb
 
 from __future__ import annotations
 
 import sys
-<<<<<<< HEAD
 from pathlib import Path
-from typing import Any
-=======
->>>>>>> i16-revb
 
 import pytest
 
 from scaletrain.launch.fleet import table
-<<<<<<< HEAD
 from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.fleet import Fleet
 from scaletrain.launch.fleet.plan import Plan
@@ -52,27 +43,6 @@ def test_a_row_for_each_step_and_a_column_for_each_benchmark(tmp_path: Path) -> 
     assert table.lines(fleet(tmp_path, {}))[1] == "no step to evaluate yet"
 
 
-def test_on_a_terminal_a_table_takes_the_place_of_the_one_before(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "10")
-    screen: Any = table.Screen()
-    screen.show(["not a terminal"])
-    assert capsys.readouterr().out == ""
-
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    screen = table.Screen()
-    screen.show(["one", "a line of 23 characters"])
-    assert capsys.readouterr().out == "one\na line of 23 characters\n"
-    screen.say("news")
-    # the long line took three rows
-    assert capsys.readouterr().out == "\033[4F\033[Jnews\n"
-    screen.show(["two"])
-    screen.close(["end"])
-    assert capsys.readouterr().out == "two\n\033[1F\033[Jend\n"
-=======
-
-
 def test_lines_on_a_terminal_are_replaced_as_a_whole(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,4 +64,3 @@ def test_lines_on_a_terminal_are_replaced_as_a_whole(
     screen.say("by the way")
     screen.close(many)
     assert capsys.readouterr().out.splitlines() == ["\033[1F\033[Jby the way", *many]
->>>>>>> i16-revb
