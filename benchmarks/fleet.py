@@ -14,6 +14,7 @@ to be made.
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import time
 from collections import Counter
@@ -167,11 +168,18 @@ def check(run: Path, undisturbed: Path, expected: dict[str, dict[str, float]]) -
         "different": sum(results[name] != expected[name] for name in results.keys() & expected),
         "double": sum(count > 1 for count in measured.values()),
         "errors": len(fleets.errors(run)),
+        "complaints of fleets": sum(map(complaints, run.parent.glob(f"{run.name}-fleet-*.log"))),
         "claims left": len(list((run / "evals" / "claims").glob("*.json"))),
         "wrong curves": sum(found != steps for found in fleets.curves(run).values()),
         "other bits": int(not fleets.equal(run, undisturbed)),
         "superfluous jobs": fleets.log(run).count("measured before"),
     }
+
+
+def complaints(log: Path) -> int:
+    """Lines of a fleet that tell neither of the progress of an evaluation nor of its result."""
+    odd = r"^(error|warning|Traceback|\S+ step )|; trying again$"
+    return len(re.findall(odd, log.read_text(errors="replace"), re.MULTILINE))
 
 
 if __name__ == "__main__":

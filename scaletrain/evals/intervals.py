@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
 
 import numpy as np
@@ -50,7 +51,7 @@ def interval(
         error *= student(half, freedom) / NormalDist().inv_cdf(half)
     elif isinstance(prediction, Scored):
         samples = float((prediction.labels == 1).sum())
-        error = float(bootstrap_precisions([prediction], metric, seed)[0].std(ddof=1))
+        error = float(np.nanstd(bootstrap_precisions(prediction, seed)[metric], ddof=1))
     elif metric == "per_class":
         sizes = torch.bincount(prediction.labels).double()
         # those of which all classes together would have the variance of these
@@ -60,7 +61,8 @@ def interval(
     else:
         samples = len(prediction.rank)
 
-    # a bootstrap only repeats 0 and 100, and tells nothing of how certain they are
+    # A bootstrap only repeats a score whose classes are all right or all wrong, and tells nothing of
+    # how certain it is. What is left of the error then is rounding.
     if error > _ROUNDING:
         samples = share * (1 - share) / error**2
 
@@ -179,11 +181,14 @@ def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
     return total / (len(several) + len(single))
 
 
-def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) -> Floats:
-    """Bootstrap results [P, B] of `map` or `map11` of predictions for the same samples, which are
-    drawn alike for all. Draws in which no sample shows a class are left out.
+@lru_cache(8)
+def bootstrap_precisions(prediction: Scored, seed: int) -> dict[str, Floats]:
+    """Bootstrap results of `map` and `map11`, each [B]; not a number where the drawn samples show
+    no class.
+
+    Predictions for the same samples have the same draws, so that their results can be subtracted.
     """
-    samples, classes = predictions[0].scores.shape
+    samples, classes = prediction.scores.shape
     draws = max(100, min(DRAWS // 2, _WORK // (samples * classes)))
     random = np.random.default_rng(seed)
     rows = max(1, _ELEMENTS // samples)
@@ -192,8 +197,6 @@ def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) 
     for start in range(0, draws, rows):
         drawn = random.integers(samples, size=(min(rows, draws - start), samples))
         counts = torch.from_numpy(np.stack([np.bincount(d, minlength=samples) for d in drawn]))
-        scores = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
-        parts.append(torch.stack(scores))
+        parts.append(average_precision(prediction.scores, prediction.labels, counts))
 
-    found = torch.cat(parts, 1)
-    return found[:, found.isfinite().all(0)].numpy()
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 from scaletrain.evals import results
@@ -32,6 +33,8 @@ class Standing:
         self._values: dict[Path, Status] = {}
         # jobs that run or wait; None where the queue cannot be seen from here
         self._live: list[Job] | None = []
+        # how often the own process of a result has ended on request
+        self._stops = Counter[str]()
         # by launch: since when its jobs are looked for
         self._sought: dict[str, float] = {}
 
@@ -125,12 +128,21 @@ class Standing:
         """A claim whose holder has ended without a result."""
         if holder.job:
             code, log = jobs.exit_code(cell.run, holder), jobs.log(cell.run, holder)
+<<<<<<< HEAD
             return claim.failed(_complaint(code, log), code)
+=======
+            given_up = code == exit_codes.INVALID or jobs.worn_out(cell.run, holder)
+            return claim.failed(_complaint(code, log), refused=given_up)
+>>>>>>> i16-revb
 
         code = self._pool.code(cell.log) if self._pool else None
-        # It ended with its fleet or on request, or was never submitted.
-        if holder.launch or code is None or code in ASKED:
+        # It ended with its fleet, or was never submitted.
+        if holder.launch or code is None:
             return claim.held_by(None)
+        if code in ASKED:
+            self._stops[cell.name] += 1
+            if self._stops[cell.name] <= jobs.STOPS:
+                return claim.held_by(None)
 
         return claim.failed(_complaint(code, cell.log), code)
 

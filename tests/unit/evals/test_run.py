@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from scaletrain.checkpoint import files
 from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError
+from scaletrain.evals import benchmark
 from scaletrain.evals import run as evals
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import find
@@ -197,6 +198,16 @@ def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     # eval mode: no sample sees another
     one = context(encoder, data / "train", data / "test", batch=1).features("trainval")
     torch.testing.assert_close(one.x, whole.x, rtol=0, atol=1e-5)
+
+
+def test_no_image_is_encoded_twice_for_one_benchmark(run: Path) -> None:
+    encoder, data = find(run), run.parent / "data"
+    first, second = (context(encoder, data / "train", data / "test", batch=8) for _ in range(2))
+    for split in ("trainval", "test"):
+        first.features(split)
+    module: Any = benchmark.load("logistic")
+    module.measure(module.Config(strengths=2), second)
+    assert second.extractor.forwards == first.extractor.forwards
 
 
 def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options: Any) -> None:

@@ -83,6 +83,36 @@ def test_an_end_on_request_is_no_attempt(tmp_path: Path, live: list[Job], code: 
         assert claims.names() == set()
 
 
+def test_ends_on_request_are_bounded_too(
+    tmp_path: Path, live: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks may be a guard of the memory, which asks again and again."""
+    monkeypatch.setattr(jobs, "STOPS", 1)
+    pool = Ended()
+    with Claims(tmp_path) as claims:
+        watch = Standing(claims, pool, 0)
+        watch.see_queue()
+        for expected in ("missing", "failed"):
+            pool.ends["knn"] = 143
+            claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
+            assert watch.judge(cell(tmp_path)).state == expected
+
+
+@pytest.mark.parametrize(("stops", "state"), [(20, "missing"), (21, "failed")])
+def test_a_job_that_was_stopped_too_often_is_given_up(
+    tmp_path: Path, live: list[Job], stops: int, state: str
+) -> None:
+    """One that could not be requeued is not."""
+    folder = jobs._launches(tmp_path) / "0001"
+    folder.mkdir(parents=True)
+    (folder / "7.exit").write_text("140\n")
+    (folder / "7.stops").write_text("after saving 3: stopped\n" * stops)
+    with Claims(tmp_path) as claims:
+        holder = Holder(fleet="dead", launch="0001", job="7")
+        claims.write("knn@d-step-3-x", Claim(holder=holder))
+        assert judge(claims, retries=3).state == state
+
+
 def test_what_a_dead_fleet_had_begun_is_free(tmp_path: Path, live: list[Job]) -> None:
     with Claims(tmp_path) as claims:
         with Claims(tmp_path) as other:
