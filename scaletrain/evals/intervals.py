@@ -57,8 +57,8 @@ def interval(
     else:
         samples = len(prediction.rank)
 
-    # A bootstrap only repeats a score whose classes are all right or all wrong, and tells nothing of
-    # how certain it is. What is left of the error then is rounding.
+    # Where each class is all right or all wrong, a bootstrap only repeats the score, and tells
+    # nothing of how certain it is. What is left of the error then is rounding.
     if error > 1e-9:
         samples = share * (1 - share) / error**2
 
