@@ -285,7 +285,10 @@ def test_no_test_set(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["", "synthetic"])
 def test_no_training_set(tmp_path: Path, path: str) -> None:
-    refused(run_folder(tmp_path, path), "no labels to evaluate with; give --train and --test")
+    refused(
+        run_folder(tmp_path, path),
+        "no labels to evaluate with; give --dataset, or --train and --test",
+    )
 
 
 def test_remote_shards_name_no_test_set_of_their_own(run: Path) -> None:
