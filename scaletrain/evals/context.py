@@ -111,10 +111,12 @@ class EvalContext:
             for images in stream.batches(0, sys.maxsize, lost):
                 number = images.index.cpu()
                 keep = kept[number]
-                yield (
-                    self.extractor.forward(images, keep.to(self.device)),
-                    part.labels[number[keep]].to(self.device),
-                )
+                # some networks refuse an empty batch
+                if keep.any():
+                    yield (
+                        self.extractor.forward(images, keep.to(self.device)),
+                        part.labels[number[keep]].to(self.device),
+                    )
         finally:
             stream.close()
             shards.close()
@@ -159,6 +161,13 @@ class EvalContext:
     def augmentation(self) -> dict[str, Any]:
         """The random view of `views`, as written in results."""
         return self.extractor.augmentation
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """What defines the images of `views` and their order, besides the split and the seed."""
+        data = self.encoder.data
+        order = {"batch": self.settings.batch, "lanes": data.lanes, "window": data.window}
+        return {**self.augmentation, **order}
 
     @property
     def identity(self) -> dict[str, Any]:

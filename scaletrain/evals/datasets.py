@@ -226,13 +226,12 @@ def load(name: str | Path, root: str | Path | None = None) -> BenchmarkDataset:
 
 def load_source(source: str, name: str | Path, root: str | Path | None) -> BenchmarkDataset:
     """The dataset that another one trains on. Raises ConfigError."""
-    other = load(source, root)
-    if other.train_from:
+    # read first: it may name itself
+    if further := _read(source).train_from:
         raise ConfigError(
-            f"{name}: train_from: {source} has no training images of its own, take "
-            f"'{other.train_from}'"
+            f"{name}: train_from: {source} has no training images of its own, take '{further}'"
         )
-    return other
+    return load(source, root)
 
 
 def missing(dataset: BenchmarkDataset) -> list[str]:
@@ -263,8 +262,8 @@ def given(
     place = absolute(str(train))
     if place in ("", "synthetic"):
         raise EvalError(
-            f"{source}: its data.path '{place}' has no labels to evaluate with; give --train and "
-            "--test"
+            f"{source}: its data.path '{place}' has no labels to evaluate with; give "
+            "--dataset, or --train and --test"
         )
 
     return BenchmarkDataset(

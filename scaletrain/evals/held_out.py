@@ -37,6 +37,12 @@ def held_out(
                 "there is one image per class, which cannot be split into a training and a "
                 "held-out part; take at least two per class, or evaluate with knn"
             )
+        if count > len(order):
+            raise EvalError(
+                f"{count} of {samples} training images of {samples - len(order)} classes cannot be "
+                "held out, since one of each class is kept for the training; give a smaller "
+                "held_out in the descriptor of the dataset"
+            )
 
     if per_class:
         assert labels is not None, "a number per class needs the classes"

@@ -140,17 +140,17 @@ class Evaluation:
 
     def _identity(self, name: str) -> dict[str, Any]:
         """All that defines a result."""
-        context, data = self.context, self.context.encoder.data
-        chosen = self._settings[name].model_dump(mode="json")
-        further = benchmark.identity(benchmark.load(name), context)
+        context, module, settings = self.context, benchmark.load(name), self._settings[name]
+        chosen = settings.model_dump(mode="json")
+        further = benchmark.identity(module, context)
+        augmented = module.needs(settings, context.encoder).augmented
 
         return {
             "format": results.FORMAT,
             "scaletrain": installed("scaletrain"),
             "protocol": {"benchmark": name, name: chosen, **context.identity},
             "encoder": {**context.encoder.identity, **further},
-            # Order of the augmented images.
-            "order": {"lanes": data.lanes, "window": data.window},
+            "views": context.stream if augmented else None,
             "max_bad": context.extractor.max_bad if context.extractor.skip else None,
         }
 

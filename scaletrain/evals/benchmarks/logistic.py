@@ -18,10 +18,9 @@ from scaletrain.config.schema import Frozen
 from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import Encoder
-from scaletrain.evals.features import watch
+from scaletrain.evals.features import Features, watch
 from scaletrain.evals.heads import lbfgs
 from scaletrain.evals.heads.classifier import Linear, finite, resident
-from scaletrain.evals.open_dataset import SplitName
 from scaletrain.evals.predictions import Score, metric_name
 from scaletrain.evals.scores import accuracy, chosen_by, ranks
 
@@ -64,10 +63,12 @@ def needs(config: Config, encoder: Encoder) -> Needs:
 def measure(config: Config, context: EvalContext) -> Score:
     """Run the benchmark."""
     metric = chosen_by(context.dataset.metric)
-    validation = context.features("val")
+    # All before its parts, so that the validation images are not encoded twice.
+    every, validation = context.features("trainval"), context.features("val")
     best, by_strength, unfinished = None, {}, []
 
-    for fit in watch(_fits(config, context, "train", config.path), "logistic", config.strengths):
+    fits = _fits(config, context, context.features("train"), config.path)
+    for fit in watch(fits, "logistic", config.strengths):
         rank = ranks(fit.head.scores(validation.x), validation.labels)
         value = accuracy(rank, validation.labels, context.classes)[metric]
         # of equals the strongest
@@ -78,7 +79,7 @@ def measure(config: Config, context: EvalContext) -> Score:
         unfinished += [] if fit.converged else [fit.strength]
 
     assert best is not None, "there is a strength or more"
-    (final,) = _fits(config, context, "trainval", [best.strength], best.head)
+    (final,) = _fits(config, context, every, [best.strength], best.head)
     if unfinished or not final.converged:
         print(
             f"warning: logistic: the minimum was not reached in {config.iterations} iterations at "
@@ -116,11 +117,10 @@ def measure(config: Config, context: EvalContext) -> Score:
 def _fits(
     config: Config,
     context: EvalContext,
-    split: SplitName,
+    features: Features,
     strengths: Iterable[float],
     start: Linear | None = None,
 ) -> Iterator[lbfgs.Fit]:
-    features = context.features(split)
     return lbfgs.path(
         resident(finite(features.x), context.device),
         features.labels,

@@ -92,7 +92,9 @@ class Encoder:
             parts.insert(1, self.model.name.partition("/")[2])
 
         # without a file of weights the source is the name of the network
-        return re.sub(r"[^\w.-]", "-", "-".join(dict.fromkeys(filter(None, parts))))
+        name = re.sub(r"[^\w.-]", "-", "-".join(dict.fromkeys(filter(None, parts))))
+        # a result is no hidden file
+        return name.lstrip(".-") or "encoder"
 
     @property
     def about(self) -> str:

@@ -33,6 +33,8 @@ def resident(x: Tensor, device: torch.device) -> Tensor:
     """Features [N, D] on the device, or as they are where they and as much again do not fit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # what earlier tensors have left is free for new ones, and the driver does not know it
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if 2 * x.numel() * x.element_size() > free:
             return x
 
@@ -41,8 +43,8 @@ def resident(x: Tensor, device: torch.device) -> Tensor:
 
 def finite(x: Tensor) -> Tensor:
     """The features. Raises EvalError where some are not finite."""
-    # the sum is not finite if one of them is not, and needs no memory
-    if not x.sum(dtype=torch.float64).isfinite():
+    # A sum is not finite if one of them is not. In parts, since float64 is a copy on the CPU.
+    if not all(rows.sum(dtype=torch.float64).isfinite() for rows in x.split(ROWS)):
         raise EvalError(
             "some features of the training images are not finite: the encoder has diverged"
         )

@@ -70,6 +70,8 @@ class Fleet:
             except (OSError, ValueError) as error:
                 # Of storage or the queue, which may be back at the next look.
                 self.problems.append(error)
+                kept = {cell: status for cell, status in before.items() if cell.run == plan.run}
+                self.statuses = kept | self.statuses
 
         self._report(before)
 
@@ -149,7 +151,7 @@ class Fleet:
         def features(cell: Cell) -> tuple[Path, int, str]:
             return cell.run, cell.step, cell.dataset
 
-        known = [(features(cell), status) for cell, status in self.statuses.items()]
+        known = [(features(cell), one) for cell, one in self.statuses.items() if cell.shares]
         stored = {of for of, status in known if status.state == "measured" or status.tried}
         encoded = {of for of, status in known if status.state in ("running", "pending")}
 

@@ -74,6 +74,9 @@ class Plan:
             return
 
         fresh = {step: at for step, at in wanted.items() if self._is_new(step, at)}
+        if len(fresh) > 1:
+            self._say(f"{self.run.name}: {len(fresh):,} steps are opened")
+
         for step in fresh:
             # At once, since training may delete any of them while the first are exported.
             with contextlib.suppress(ValueError):

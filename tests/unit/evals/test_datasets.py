@@ -73,7 +73,7 @@ def test_paths_are_below_the_data_root(tmp_path: Path, monkeypatch: pytest.Monke
     assert datasets.data_root() == tmp_path / "data"
 
 
-def test_a_test_set_trains_on_another_one(tmp_path: Path) -> None:
+def test_a_test_set_trains_on_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "train: a\nval: v\ntest: b\nclasses: 3\n", "base.yaml")
     base, file = tmp_path / "base.yaml", tmp_path / "mine.yaml"
     write(tmp_path, f"train_from: {base}\ntest: c\nmay_train: false\n")
@@ -87,6 +87,10 @@ def test_a_test_set_trains_on_another_one(tmp_path: Path) -> None:
         3,
     )
     write(tmp_path, f"train_from: {file}\ntest: d\n", "next.yaml")
+    write(tmp_path, "train_from: itself.yaml\ntest: d\n", "itself.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"itself\.yaml has no training images of its own"):
+        datasets.load("itself.yaml", "/data")
     with pytest.raises(ConfigError, match=r"mine\.yaml has no training images of its own, take"):
         datasets.load(tmp_path / "next.yaml")
 

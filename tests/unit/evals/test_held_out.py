@@ -17,6 +17,14 @@ def test_a_number_of_images() -> None:
         held_out(60, count=60)
 
 
+def test_a_number_that_the_classes_do_not_have_is_refused() -> None:
+    """Of 12 images in 6 classes one of each stays in the training."""
+    labels = torch.arange(12) % 6
+    assert len(held_out(12, labels, count=6)) == 6
+    with pytest.raises(EvalError, match=r"7 of 12 training images of 6 classes"):
+        held_out(12, labels, count=7)
+
+
 def test_a_number_of_each_class() -> None:
     labels = torch.tensor([0, 1, 2, 1, 0, 2, 2, 0, 1] * 3 + [3] * 2)
     out = held_out(len(labels), labels, per_class=2)

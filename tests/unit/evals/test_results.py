@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from kit.evals import backbone, result_files, run_folder, save, settings, shards
 
 from scaletrain import exit_codes
@@ -22,7 +23,7 @@ from scaletrain.checkpoint import files
 from scaletrain.config import load, schema
 from scaletrain.data.reading import subset
 from scaletrain.data.reading.reader import Shards
-from scaletrain.evals import results
+from scaletrain.evals import benchmark, results
 from scaletrain.evals import run as evals
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.errors import EvalError
@@ -85,6 +86,67 @@ def test_whatever_defines_a_result_has_a_file_of_its_own(run: Path) -> None:
     )
     # how many images a forward pass has does not define a result
     assert knn(old, "features.batch=8")["file"] == found[0]["file"]
+
+
+# A change of every setting of the benchmarks.
+CHANGES = {
+    "fewshot": ("shots=[1]", "draws=2", "strength=1", "seed=1"),
+    "knn": ("ks=[7]", "temperature=0.1"),
+    "linear": (
+        *("protocol=moco", "epochs=3", "batch=16", "rates=[0.1]", "momentum=0.8", "nesterov=false"),
+        *("weight_decay=1e-4", "schedule=steps", "milestones=[0.5]", "augment=false"),
+        *("refit=true", "seed=1"),
+    ),
+    "logistic": ("strengths=44", "weakest=1e-5", "strongest=1e4", "tolerance=1e-5", "iterations=5"),
+    "predict": (),
+    "svm": (
+        *("costs=[1]", "positive_weight=1", "folds=2", "choose_by=accuracy"),
+        *("average_precision=false", "tolerance=1e-5", "iterations=3"),
+    ),
+}
+
+
+def planned(run: Path, *changes: str, name: str = "knn", train: Path | None = None) -> str:
+    """The digest in the name of a result, before anything is measured."""
+    wanted = Request((name,), train=None if train is None else str(train), overrides=changes)
+    return Evaluation(run, wanted).path(name).stem.rpartition("-")[2]
+
+
+def test_one_bit_of_a_weight_changes_the_name(run: Path) -> None:
+    first, state = planned(run), backbone(settings("x"))
+    state["layer1.0.conv1.weight"].flatten()[:1].view(torch.int32).bitwise_xor_(1)
+    shutil.rmtree(run / "checkpoints")
+    save(run, 7, state)
+    assert planned(run) != first
+
+
+def test_one_image_and_one_label_change_the_name(run: Path) -> None:
+    labels = [i % 6 for i in range(24)]
+    changed = [1, *labels[1:]]
+    sets = ((labels, labels), (labels, changed), (changed, labels), (labels, labels))
+    folder = run.parent / "data"
+    found = [
+        planned(run, train=shards(folder / f"train{number}", own, colours=colours))
+        for number, (own, colours) in enumerate(sets)
+    ]
+    assert found[3] == found[0]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("name", benchmark.names())
+def test_every_setting_changes_the_name(run: Path, name: str) -> None:
+    keys = [change.partition("=")[0] for change in CHANGES[name]]
+    assert sorted(keys) == sorted(benchmark.load(name).Config.model_fields)
+    if name != "predict":
+        found = [planned(run, f"{name}.{change}", name=name) for change in CHANGES[name]]
+        assert len({planned(run, name=name), *found}) == len(found) + 1
+
+
+def test_the_stream_of_augmented_images_is_part_of_the_name(run: Path) -> None:
+    """The images of a batch come in another order with another `features.batch`."""
+    for change, differs in ((), True), (("linear.augment=false",), False):
+        sizes = {planned(run, f"features.batch={n}", *change, name="linear") for n in (8, 12)}
+        assert len(sizes) == 1 + differs
 
 
 def test_weights_of_the_same_step_are_told_apart(run: Path) -> None:
@@ -274,6 +336,13 @@ def test_exported_files_of_one_folder(run: Path) -> None:
         digests[0] == digests[1] == Path(knn(run)["file"]).stem.rpartition("-")[2]
     )  # the same encoder as the run's
     assert digests[0] != digests[2]
+
+
+def test_a_hidden_file_has_a_visible_result(run: Path) -> None:
+    file = run.parent / ".hidden.safetensors"
+    targets.export(run, targets.step_of(run), targets.ENCODER, file)
+    options = {part: run.parent / "data" / part for part in ("train", "test")}
+    assert Path(knn(file, **options)["file"]).name.startswith("hidden-knn@data-step-7-")
 
 
 def test_predictions_lie_beside_their_result(run: Path) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from scaletrain.checkpoint import files
 from scaletrain.cli.main import app
 from scaletrain.data.errors import DataError
+from scaletrain.evals import benchmark
 from scaletrain.evals import run as evals
 from scaletrain.evals.encoders import targets
 from scaletrain.evals.encoders.targets import find
@@ -157,7 +158,7 @@ def test_the_augmented_stream_gives_the_training_images_anew(tmp_path: Path) -> 
     wanted = opened.dataset.part("train").rows.tolist()
     assert len(wanted) == 36
     epochs = [
-        [next(stream) for _ in range(9)] for stream in [opened.views("train", 0)] for _ in range(2)
+        [next(stream) for _ in range(10)] for stream in [opened.views("train", 0)] for _ in range(2)
     ]
     first, second = (
         {int(n): x for part, labels in epoch for n, x in zip(labels, part, strict=True)}
@@ -166,8 +167,17 @@ def test_the_augmented_stream_gives_the_training_images_anew(tmp_path: Path) -> 
     assert sorted(first) == sorted(second) == wanted
     assert list(first) != list(second)  # another order
     assert all(not first[n].equal(second[n]) for n in first)  # another crop
-    again = [labels.tolist() for _, labels in islice(opened.views("train", 0), 9)]
+    again = [labels.tolist() for _, labels in islice(opened.views("train", 0), 10)]
     assert again == [labels.tolist() for _, labels in epochs[0]]
+
+    # which images are held out changes neither the order nor the crops of the others
+    every = {
+        int(n): x
+        for part, labels in islice(opened.views("trainval", 0), 10)
+        for n, x in zip(labels, part, strict=True)
+    }
+    assert [n for n in every if n in first] == list(first)
+    assert all(every[n].equal(x) for n, x in first.items())
 
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:
@@ -188,6 +198,16 @@ def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     # eval mode: no sample sees another
     one = context(encoder, data / "train", data / "test", batch=1).features("trainval")
     torch.testing.assert_close(one.x, whole.x, rtol=0, atol=1e-5)
+
+
+def test_no_image_is_encoded_twice_for_one_benchmark(run: Path) -> None:
+    encoder, data = find(run), run.parent / "data"
+    first, second = (context(encoder, data / "train", data / "test", batch=8) for _ in range(2))
+    for split in ("trainval", "test"):
+        first.features(split)
+    module: Any = benchmark.load("logistic")
+    module.measure(module.Config(strengths=2), second)
+    assert second.extractor.forwards == first.extractor.forwards
 
 
 def refused(run: Path, text: str, benchmarks: tuple[str, ...] = BOTH, **options: Any) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from kit.heads import CLASSES, Context, blobs, measured, rows
+from torch.profiler import profile
 
 from scaletrain.evals import benchmark
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.features import Features
+from scaletrain.evals.heads.classifier import finite
 from scaletrain.evals.held_out import held_out
 from scaletrain.evals.intervals import interval
 from scaletrain.evals.predictions import Scored
@@ -134,6 +136,16 @@ def test_an_encoder_that_has_diverged_is_refused(name: str) -> None:
     train.x[:, 3] = float("nan")
     with pytest.raises(EvalError, match="diverged"):
         measured(name, Context(train, test), **SETTINGS[name])
+
+
+def test_diverged_features_are_found_without_a_copy() -> None:
+    x = torch.zeros(100_000, 8)
+    x[-1, 3] = torch.inf
+    with profile(profile_memory=True) as seen, pytest.raises(EvalError, match="diverged"):
+        finite(x)
+    events = seen.events()
+    assert events
+    assert max(event.cpu_memory_usage for event in events) < x.nbytes / 4
 
 
 def test_too_few_images_for_the_folds_are_refused() -> None:

@@ -5,6 +5,7 @@ point leaves nothing undone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,12 @@ def test_two_fleets_share_the_work(tmp_path: Path) -> None:
         second.look()
         assert len(pools[1].begun) == 4
         assert len({*pools[0].begun, *pools[1].begun}) == 6
+
+
+def test_an_evaluation_on_views_holds_nothing_back(tmp_path: Path) -> None:
+    wanted = [replace(one, shares=one.benchmark != "knn") for one in cells(tmp_path, steps=(1,))]
+    planned: Any = Planned(tmp_path, wanted)
+    pool = Processes(3)
+    with Fleet([planned], pool, 1, lambda text: None) as one:
+        one.look()
+        assert [log.stem.partition("@")[0] for log in pool.begun] == ["knn", "linear"]
