@@ -15,7 +15,7 @@ from scaletrain.checkpoint import writer as checkpoint
 from scaletrain.core import Piece
 from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.benchmarks import knn
-from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders import exports, targets
 from scaletrain.evals.request import Request
 from scaletrain.evals.run import Evaluation
 from scaletrain.launch.fleet.plan import Plan, due
@@ -108,6 +108,15 @@ def test_a_run_whose_batch_was_changed_is_over_at_its_own_last_step(run: Path) -
     save(run, 30, 30, offset=10)
     plan.refresh()
     assert plan.over
+
+
+def test_a_step_that_a_killed_fleet_has_only_held_is_not_lost(run: Path) -> None:
+    exports.hold(run, 7)
+    reader.delete(run / "checkpoints" / "step-00000007")
+    plan = Plan(run, [Request(("knn",), overrides=QUICK)])
+    plan.refresh()
+    assert [(cell.step, cell.problem) for cell in plan.cells] == [(7, "")]
+    assert not targets.held(run, 7).exists()
 
 
 def test_a_step_that_is_saved_again_with_other_weights_is_planned_again(run: Path) -> None:
