@@ -104,11 +104,16 @@ class Plan:
 
     def training(self) -> str:
         """How far the run is, for people; "" where it does not say."""
-        found = status.read(self.run)
+        try:
+            # Before the status, which the end of the run changes.
+            alive = status.alive(self.run)
+            found = status.read(self.run)
+        except OSError:
+            return ""
         if found is None:
             return ""
 
-        dead = found.state == "running" and not status.alive(self.run)
+        dead = found.state == "running" and not alive
         state = "not running" if dead else found.state
         job = f", job {found.job}" if found.job and state == "running" else ""
         return f"step {found.step:,} of {found.total:,}, {state}{job}"

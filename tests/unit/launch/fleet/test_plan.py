@@ -19,6 +19,7 @@ from scaletrain.evals.encoders import exports, targets
 from scaletrain.evals.request import Request
 from scaletrain.evals.run import Evaluation
 from scaletrain.launch.fleet.plan import Plan, due
+from scaletrain.train import status
 
 QUICK = ("features.workers=0",)
 
@@ -164,6 +165,12 @@ def test_a_step_is_kept_whole_for_those_that_need_it(
     assert targets.held(run, 7).exists()
     plan.release(lambda cell: True)
     assert not targets.held(run, 7).exists()
+
+
+def test_a_status_that_cannot_be_read_ends_no_fleet(run: Path) -> None:
+    assert Plan(run, []).training() == ""
+    (run / status.FILE).mkdir()
+    assert Plan(run, []).training() == ""
 
 
 def test_nothing_is_exported_where_nothing_is_asked_for(run: Path) -> None:
