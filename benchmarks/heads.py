@@ -152,7 +152,7 @@ def main(
 
     with threadpool_limits(1):
         print(HEAD, flush=True)
-        for size in ((5_000, 256, 10), (5_000, 512, 50)):
+        for size in ((5_000, 256, 10), (2_000, 128, 20)):
             for row in logistic(size[0] // share, *size[1:]):
                 print(row, flush=True)
         for classes in (10, 1000):
