@@ -316,7 +316,9 @@ def show(found: dict[str, Any], width: int | None = None) -> list[str]:
         text += ["", run, *tables.render(columns, rows, width=width).splitlines()]
 
     for reach in found["reached"]:
-        text += ["", f"{reach['run']} to the final {reach['score']:.2f} of {reach['other']}"]
+        last = found["points"][reach["other"]][-1]
+        final = scores.text(reach["score"], last["low"], last["high"])
+        text += ["", f"{reach['run']} to the final {final} of {reach['other']}"]
         if reach["point"] is None:
             text.append("never")
             continue

@@ -20,11 +20,14 @@ def between(low: float | None, high: float | None) -> str:
     return "-" if low is None or high is None else f"{low:.2f}-{high:.2f}"
 
 
+def text(score: float, low: float | None, high: float | None) -> str:
+    """A score in running text, with its interval where it has one."""
+    return f"{score:.2f}" if low is None or high is None else f"{score:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def written(result: Result, metric: str) -> str:
     """A metric in per cent, with its interval where it has one."""
-    bounds = result.intervals.get(metric)
-    interval = " [{:.2f}, {:.2f}]".format(*bounds) if bounds else ""
-    return f"{result.metrics[metric]:.2f}{interval}"
+    return text(result.metrics[metric], *result.intervals.get(metric, (None, None)))
 
 
 def paired(a: Result, b: Result, metric: str) -> Paired:

@@ -104,11 +104,16 @@ class Plan:
 
     def training(self) -> str:
         """How far the run is, for people; "" where it does not say."""
-        found = status.read(self.run)
+        try:
+            # Before the status, which the end of the run changes.
+            alive = status.alive(self.run)
+            found = status.read(self.run)
+        except OSError:
+            return ""
         if found is None:
             return ""
 
-        dead = found.state == "running" and not status.alive(self.run)
+        dead = found.state == "running" and not alive
         state = "not running" if dead else found.state
         job = f", job {found.job}" if found.job and state == "running" else ""
         return f"step {found.step:,} of {found.total:,}, {state}{job}"
@@ -116,8 +121,8 @@ class Plan:
     # --- steps ------------------------------------------------------------------------------------
 
     def _due(self) -> dict[int, float]:
-        """The steps to evaluate, and when each was saved; 0 for one of which only the encoder is
-        left.
+        """The steps to evaluate, and when each was saved; 0 for one that is only kept for its
+        evaluation.
         """
         root = self.run / "checkpoints"
         saved = {}
@@ -129,7 +134,7 @@ class Plan:
                     saved[step] = manifest.stat().st_mtime
 
         per_epoch = self._clock(saved)
-        kept = dict.fromkeys(_exported(self.run), 0.0)
+        kept = dict.fromkeys(_kept(self.run), 0.0)
         return {
             step: saved.get(step, 0.0)
             for step in due(kept | saved, self._every, per_epoch, self._total)
@@ -210,10 +215,9 @@ def _lasting(error: ValueError) -> str:
     return str(error)
 
 
-def _exported(run: Path) -> list[int]:
-    """The steps whose encoders are kept as files."""
-    folder = targets.export_of(run, 0).parent
-    names = (
-        re.fullmatch(r"step-(\d{8,})", path.stem) for path in folder.glob("step-*.safetensors")
-    )
+def _kept(run: Path) -> list[int]:
+    """The steps whose encoders, or links, are kept for evaluations."""
+    exported, held = targets.export_of(run, 0).parent, targets.held(run, 0).parent
+    places = (*exported.glob("step-*.safetensors"), *held.glob("step-*"))
+    names = (re.fullmatch(r"step-(\d{8,})", path.stem) for path in places)
     return [int(name[1]) for name in names if name]

@@ -89,9 +89,10 @@ def run(config: Config, context: StageContext) -> None:
         notice=context.say,
     )
 
-    kept = ("benchmark", "step", "metrics", "digest", "file")
+    kept = ("benchmark", "step", "metrics", "intervals", "digest", "file")
     listed = [{key: result[key] for key in kept} for result in found]
     durable.write(context.output / "results.json", json.dumps(listed, indent=1) + "\n")
     for result in listed:
         for name, value in result["metrics"].items():
-            context.say(f"{name} {value:.2f} %")
+            low, high = result["intervals"][name]
+            context.say(f"{name} {value:.2f} [{low:.2f}, {high:.2f}] %")

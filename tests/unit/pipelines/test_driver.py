@@ -334,6 +334,8 @@ def test_another_test_set_is_noticed_although_no_option_names_it(
     data = pipelines.shards(tmp_path / "shards")
     words = [f"data={data}", *([f"train={data}"] if named else [])]
     assert pipelines.drive(file, work, words)[-1] == "scores: finished"
+    (result,) = json.loads((work / "scores" / "results.json").read_text())
+    assert result["intervals"].keys() == result["metrics"].keys()
     assert pipelines.drive(file, work, words) == [
         "base: finished before",
         "scores: finished before",

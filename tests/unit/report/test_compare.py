@@ -360,8 +360,8 @@ def test_tables_are_readable_at_any_width_and_in_a_pipe(
     else:
         expected = [" ".join(row) for row in (head, *rows)]
     assert [" ".join(line.split()) for line in lines[at : at + len(expected)]] == expected
-    assert lines[lines.index(f"{slow} to the final 80.00 of {fast}") + 1] == "never"
-    start = lines.index(f"{fast} to the final 75.00 of {slow}")
+    assert lines[lines.index(f"{slow} to the final 80.00 [78.00, 82.00] of {fast}") + 1] == "never"
+    start = lines.index(f"{fast} to the final 75.00 [73.00, 77.00] of {slow}")
     assert [line.split() for line in lines[start + 2 : start + 5]] == [
         ["epochs", "1.0"],
         ["images", "2,880", "0.40"],

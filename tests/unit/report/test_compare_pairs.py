@@ -41,6 +41,8 @@ def test_the_last_checkpoints_are_compared_sample_by_sample(tmp_path: Path) -> N
         (20, True),
     ]
     lines = show(found)
+    final = f"{point['score']:.2f} [{point['low']:.2f}, {point['high']:.2f}]"
+    assert f"{runs[1]} to the final {final} of {runs[0]}" in lines
     at = lines.index(f"{runs[0]}, step 20, and {runs[1]}, step 20")
     texts = [" ".join(line.split()) for line in lines[at + 1 : at + 7]]
     assert texts[0] == "difference +0.00"

@@ -15,10 +15,11 @@ from scaletrain.checkpoint import writer as checkpoint
 from scaletrain.core import Piece
 from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.benchmarks import knn
-from scaletrain.evals.encoders import targets
+from scaletrain.evals.encoders import exports, targets
 from scaletrain.evals.request import Request
 from scaletrain.evals.run import Evaluation
 from scaletrain.launch.fleet.plan import Plan, due
+from scaletrain.train import status
 
 QUICK = ("features.workers=0",)
 
@@ -110,6 +111,15 @@ def test_a_run_whose_batch_was_changed_is_over_at_its_own_last_step(run: Path) -
     assert plan.over
 
 
+def test_a_step_that_a_killed_fleet_has_only_held_is_not_lost(run: Path) -> None:
+    exports.hold(run, 7)
+    reader.delete(run / "checkpoints" / "step-00000007")
+    plan = Plan(run, [Request(("knn",), overrides=QUICK)])
+    plan.refresh()
+    assert [(cell.step, cell.problem) for cell in plan.cells] == [(7, "")]
+    assert not targets.held(run, 7).exists()
+
+
 def test_a_step_that_is_saved_again_with_other_weights_is_planned_again(run: Path) -> None:
     plan = Plan(run, [Request(("knn",), overrides=QUICK)])
     plan.refresh()
@@ -155,6 +165,12 @@ def test_a_step_is_kept_whole_for_those_that_need_it(
     assert targets.held(run, 7).exists()
     plan.release(lambda cell: True)
     assert not targets.held(run, 7).exists()
+
+
+def test_a_status_that_cannot_be_read_ends_no_fleet(run: Path) -> None:
+    assert Plan(run, []).training() == ""
+    (run / status.FILE).mkdir()
+    assert Plan(run, []).training() == ""
 
 
 def test_nothing_is_exported_where_nothing_is_asked_for(run: Path) -> None:

@@ -128,8 +128,9 @@ def test_a_job_is_live_by_the_queue_and_its_end_by_its_exit_code(
     with Claims(tmp_path) as claims:
         holder = Holder(fleet="dead", launch="0001", element=1, job="7_1")
         claims.write("knn@d-step-3-x", Claim(holder=holder))
-        live.append(Job("7_1", "PENDING", ""))
-        assert judge(claims) == Status("pending", "job 7_1")
+        for state in ("PENDING", "SUSPENDED", "PREEMPTED", "REQUEUE_HOLD"):
+            live[:] = [Job("7_1", state, "")]
+            assert judge(claims) == Status("pending", "job 7_1")
         live[:] = [Job("7_1", "RUNNING", "")]
         assert judge(claims) == Status("running", "job 7_1")
 
