@@ -14,6 +14,7 @@ to be made.
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import time
 from collections import Counter
@@ -28,8 +29,8 @@ from kit.slurm_jobs import launch  # type: ignore[import-not-found]
 
 BENCHMARKS = ("knn", "linear", "svm")
 STEPS, EVERY = 240, 80
-# Seconds between two disturbances, and most seconds of a round.
-PAUSE, LIMIT = (0.3, 4.0), 1800.0
+# Seconds between two disturbances, of a fleet's life before it may be killed, and of a round.
+PAUSE, LIFE, LIMIT = (0.2, 3.0), (0.0, 25.0), 1800.0
 
 
 class Round:
@@ -41,6 +42,8 @@ class Round:
         self.cluster, self.scene, self.run, self.draw = cluster, scene, run, draw
         self.counts: Counter[str] = Counter()
         self._fleets: dict[int, subprocess.Popen[bytes]] = {}
+        # when each may be killed
+        self._mortal = [0.0, 0.0]
 
     def drive(self, kills: int) -> None:
         """Until both fleets have ended by themselves; at most so many kills."""
@@ -71,6 +74,7 @@ class Round:
         if fleet is None or fleet.poll() == -9:
             log = self.run.with_name(f"{self.run.name}-fleet-{number}.log")
             options = ("--retries", "999", "--throttle", "3")
+            self._mortal[number] = time.monotonic() + self.draw.uniform(*LIFE)
             self._fleets[number] = self.scene.fleet(self.cluster, self.run, log, *options)
         elif fleet.poll() not in (None, 0):
             raise SystemExit(f"a fleet of {self.run} failed with exit code {fleet.poll()}")
@@ -84,13 +88,14 @@ class Round:
             lambda: self._ask("--signal=USR2", "stopped"),
             lambda: self._ask("", "cancelled"),
         ]
-        (way,) = self.draw.choices(ways, (6, 6, 3, 1, 1, 1))
+        (way,) = self.draw.choices(ways, (4, 6, 3, 1, 1, 1))
         if what := way():
             self.counts[what] += 1
 
     def _kill_fleet(self) -> str:
-        fleet = self._fleets[self.draw.randrange(2)]
-        if fleet.poll() is not None:
+        number = self.draw.randrange(2)
+        fleet = self._fleets[number]
+        if fleet.poll() is not None or time.monotonic() < self._mortal[number]:
             return ""
         fleet.kill()
         fleet.wait()
@@ -163,11 +168,18 @@ def check(run: Path, undisturbed: Path, expected: dict[str, dict[str, float]]) -
         "different": sum(results[name] != expected[name] for name in results.keys() & expected),
         "double": sum(count > 1 for count in measured.values()),
         "errors": len(fleets.errors(run)),
+        "complaints of fleets": sum(map(complaints, run.parent.glob(f"{run.name}-fleet-*.log"))),
         "claims left": len(list((run / "evals" / "claims").glob("*.json"))),
         "wrong curves": sum(found != steps for found in fleets.curves(run).values()),
         "other bits": int(not fleets.equal(run, undisturbed)),
         "superfluous jobs": fleets.log(run).count("measured before"),
     }
+
+
+def complaints(log: Path) -> int:
+    """Lines of a fleet that tell neither of the progress of an evaluation nor of its result."""
+    odd = r"^(error|warning|Traceback|\S+ step )|; trying again$"
+    return len(re.findall(odd, log.read_text(errors="replace"), re.MULTILINE))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist, fmean, stdev
 
 import numpy as np
@@ -27,6 +28,9 @@ DRAWS = 1000
 _WORK = 1 << 31
 # Counts of test samples at once: 2 MB, which stay in the cache of a core.
 _ELEMENTS = 1 << 18
+
+# A standard error below this is none.
+_ROUNDING = 1e-9
 
 Floats = npt.NDArray[np.float64]
 
@@ -47,7 +51,7 @@ def interval(
         error *= student(half, freedom) / NormalDist().inv_cdf(half)
     elif isinstance(prediction, Scored):
         samples = float((prediction.labels == 1).sum())
-        error = float(bootstrap_precisions([prediction], metric, seed)[0].std(ddof=1))
+        error = float(np.nanstd(bootstrap_precisions(prediction, seed)[metric], ddof=1))
     elif metric == "per_class":
         sizes = torch.bincount(prediction.labels).double()
         # those of which all classes together would have the variance of these
@@ -57,9 +61,9 @@ def interval(
     else:
         samples = len(prediction.rank)
 
-    # Where each class is all right or all wrong, a bootstrap only repeats the score, and tells
-    # nothing of how certain it is. What is left of the error then is rounding.
-    if error > 1e-9:
+    # A bootstrap only repeats a score whose classes are all right or all wrong, and tells nothing
+    # of how certain it is. What is left of the error then is rounding.
+    if error > _ROUNDING:
         samples = share * (1 - share) / error**2
 
     low, high = wilson(share, samples, level)
@@ -74,7 +78,8 @@ def wilson(share: float, samples: float, level: float = 0.95) -> tuple[float, fl
     weight = samples + z**2
     middle = (samples * share + z**2 / 2) / weight
     half = z / weight * math.sqrt(samples * share * (1 - share) + z**2 / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # rounding must not exclude the share itself
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
 def over_runs(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -176,11 +181,14 @@ def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
     return total / (len(several) + len(single))
 
 
-def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) -> Floats:
-    """Bootstrap results [P, B] of `map` or `map11` of predictions for the same samples, which are
-    drawn alike for all.
+@lru_cache(8)
+def bootstrap_precisions(prediction: Scored, seed: int) -> dict[str, Floats]:
+    """Bootstrap results of `map` and `map11`, each [B]; not a number where the drawn samples show
+    no class.
+
+    Predictions for the same samples have the same draws, so that their results can be subtracted.
     """
-    samples, classes = predictions[0].scores.shape
+    samples, classes = prediction.scores.shape
     draws = max(100, min(DRAWS // 2, _WORK // (samples * classes)))
     random = np.random.default_rng(seed)
     rows = max(1, _ELEMENTS // samples)
@@ -189,7 +197,6 @@ def bootstrap_precisions(predictions: Sequence[Scored], metric: str, seed: int) 
     for start in range(0, draws, rows):
         drawn = random.integers(samples, size=(min(rows, draws - start), samples))
         counts = torch.from_numpy(np.stack([np.bincount(d, minlength=samples) for d in drawn]))
-        found = [average_precision(one.scores, one.labels, counts)[metric] for one in predictions]
-        parts.append(torch.stack(found))
+        parts.append(average_precision(prediction.scores, prediction.labels, counts))
 
-    return torch.cat(parts, 1).numpy()
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}

@@ -183,13 +183,13 @@ def _draws(gain: Tensor, labels: Tensor, metric: str) -> _Found:
 
 def _precisions(a: Scored, b: Scored, metric: str, seed: int) -> _Found:
     """Normal around the difference, with the bootstrap's standard error."""
-    drawn = intervals.bootstrap_precisions([a, b], metric, seed)
-    error = float((drawn[0] - drawn[1]).std(ddof=1))
+    first, second = (intervals.bootstrap_precisions(one, seed)[metric] for one in (a, b))
+    error = float(np.nanstd(first - second, ddof=1))
     difference = (a.metrics()[metric] - b.metrics()[metric]) / 100
     p = 2 * NormalDist().cdf(-abs(difference) / error) if error else float(difference == 0)
 
     half = _NORMAL * error
-    return difference - half, difference + half, p, f"bootstrap, {len(drawn[0]):,} times", error
+    return difference - half, difference + half, p, f"bootstrap, {len(first):,} times", error
 
 
 def _check(a: Prediction, b: Prediction) -> None:

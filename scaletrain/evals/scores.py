@@ -76,7 +76,7 @@ def average_precision(
     """
     weights = counts if counts is not None else torch.ones(1, len(scores), dtype=torch.int64)
     found = [
-        _curve_means(score[truth >= 0], truth[truth >= 0] == 1, weights[:, truth >= 0])
+        _curve_means(score, truth, weights)
         for score, truth in zip(scores.T, labels.T, strict=True)
         if (truth == 1).any()
     ]
@@ -87,11 +87,14 @@ def average_precision(
     }
 
 
-def _curve_means(scores: Tensor, positive: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both average precisions of one class: [Q], [Q] bool, [B, Q] -> [B], [B]."""
-    worst = torch.where(positive, -torch.inf, torch.inf)
-    scores, order = torch.where(scores.isfinite(), scores, worst).sort(descending=True)
-    positive, counts = positive[order], counts[:, order]
+def _curve_means(scores: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both average precisions of one class: [Q], [Q], [B, Q] -> [B], [B]."""
+    rows = (labels >= 0).nonzero().flatten()
+    worst = torch.where(labels == 1, -torch.inf, torch.inf)
+    finite = torch.where(scores.isfinite(), scores, worst)
+    scores, order = finite[rows].sort(descending=True)
+    rows = rows[order]
+    positive, counts = labels[rows] == 1, counts.index_select(1, rows)
 
     # only where a score is one of a positive sample can precision have a peak
     _, block, sizes = scores.unique_consecutive(return_inverse=True, return_counts=True)

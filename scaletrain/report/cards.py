@@ -18,7 +18,8 @@ def report(found: Sequence[Mapping[str, Any]]) -> list[str]:
         for result in found
         for name, value in result["metrics"].items()
     ]
-    text = [f"{first['encoder']} encoder, step {first['step']}, per cent", ""]
+    name = f"{first['name']}: " if first.get("name") else ""
+    text = [f"{name}{first['encoder']} encoder, step {first['step']}, per cent", ""]
     text += tables.render(("", "score", INTERVAL), rows, width=tables.width()).splitlines()
 
     text += ["", *(f"{name}: {_set(first['data'][name])}" for name in ("train", "test"))]

@@ -69,13 +69,13 @@ class Board:
     missing: tuple[str, ...]
 
 
-# What results are of: the folder that was given, and the name of one of its encoders or "".
+# What results are of: the folder that was given, and which of its encoders if it is no run.
 Source = tuple[Path, str]
 
 
 def boards(folders: Sequence[Path], metric: str | None = None) -> list[Board]:
-    """The boards of the newest results of trained encoders in run folders, and in folders of
-    results of other encoders. metric: in place of the main one of each benchmark.
+    """The boards of the newest results of run folders, without those of baselines, and of folders
+    of results of other encoders. metric: in place of the main one of each benchmark.
 
     Raises ConfigError for a folder without results, or where no result has the metric.
     """
@@ -88,7 +88,8 @@ def boards(folders: Sequence[Path], metric: str | None = None) -> list[Board]:
         for result in _results(folder):
             if metric is None or metric in result.metrics:
                 board = kept.setdefault((result.benchmark, result.dataset, result.protocol), {})
-                board[folder, result.name] = result
+                baseline = "" if result.encoder == "trained" else f", {result.encoder}"
+                board[folder, f"{result.name}{baseline}"] = result
 
     if not kept:
         raise ConfigError(f"no result has a metric '{metric}'")
@@ -102,11 +103,9 @@ def _results(folder: Path) -> list[Result]:
         raise ConfigError(f"no run folder {folder}: there is no such folder")
 
     place = folder / "evals" if (folder / "config.yaml").is_file() else folder
-    found = [result for result in results.read(place) if result.encoder == "trained"]
+    found = [one for one in results.read(place) if one.name or one.encoder == "trained"]
     if not found:
-        raise ConfigError(
-            f"{place} has no results of a trained encoder; scaletrain eval {folder} knn makes them"
-        )
+        raise ConfigError(f"{place} has no results of an encoder; `scaletrain eval` makes them")
 
     return found
 

@@ -165,7 +165,8 @@ def options_of(words: list[str]) -> set[str]:
     name = next(name for name in names if name in sections)
     known = set(re.findall(r"--[a-z][a-z-]*", sections[name]))
     # what the local launcher does not know it passes on
-    return known | (options_of(["scaletrain", "train"]) if "local" in name else set())
+    started = "eval" if "eval" in words else "train"
+    return known | (options_of(["scaletrain", started]) if "local" in name else set())
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[:3]))

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kit import small
+from kit import heads, small
 from kit.data import write_shards
 
 from benchmarks.gpu import comparison
@@ -18,6 +18,7 @@ from scaletrain.core import Clock
 from scaletrain.data.loading.loader import Stream, open_stream
 from scaletrain.doctor import parity
 from scaletrain.engines.base import Engine
+from scaletrain.evals.predictions import Drawn, Ranked
 from scaletrain.train.build import build
 
 GPU = pytest.param(
@@ -143,3 +144,28 @@ def test_batches_of_workers_arrive_whole(device: str, tmp_path: Path) -> None:
         for name in ("index", "keys", "labels", "masks"):
             assert torch.equal(getattr(batch, name).cpu(), getattr(whole, name)), name
         assert torch.allclose(batch.views[0].cpu(), whole.views[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("knn", {"ks": (5,)}),
+        ("linear", {"epochs": 5, "augment": False}),
+        ("logistic", {"strengths": 5}),
+        ("svm", {"costs": (0.1, 10.0)}),
+        ("fewshot", {"shots": (5,), "draws": 2}),
+    ],
+)
+def test_a_head_agrees_with_the_cpu(name: str, settings: dict[str, object], device: str) -> None:
+    """All but a few images near a border between classes."""
+    train, test = heads.blobs(200, 1.5, 0), heads.blobs(100, 1.5, 1)
+    here, there = heads.Context(train, test), heads.Context(train, test)
+    there.device = torch.device(device)
+    (_, one), (_, other) = (heads.measured(name, part, **settings) for part in (here, there))
+
+    for key, prediction in one.predictions.items():
+        if isinstance(prediction, Ranked | Drawn):
+            found = other.predictions[key]
+            assert isinstance(found, Ranked | Drawn)
+            assert (prediction.predicted != found.predicted).double().mean() <= 0.02

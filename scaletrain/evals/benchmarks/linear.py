@@ -108,8 +108,8 @@ class Config(Frozen):
         """Whether a rate is chosen on held-out images."""
         return len(self.rates) > 1 or not self.refit
 
-    def differences(self, transform: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that differ from those of the protocol of this name."""
+    def differences(self, transform: Mapping[str, Any], samples: int) -> dict[str, Any]:
+        """Settings that differ from those of the protocol of this name, on so many samples."""
         if self.protocol == "sweep":
             return {}
 
@@ -118,6 +118,8 @@ class Config(Frozen):
         changed = {key: value for key, value in own.items() if value != theirs[key]}
         if transform["resize"] != TRANSFORMS.get(self.protocol, transform["resize"]):
             changed["features.resize"] = transform["resize"]
+        if samples < self.batch:
+            changed["batch"] = samples
 
         return changed
 
@@ -134,7 +136,8 @@ def needs(config: Config, encoder: Encoder) -> Needs:
 def measure(config: Config, context: EvalContext) -> Score:
     """Run the benchmark."""
     metric = chosen_by(context.dataset.metric)
-    changed = config.differences(context.transform)
+    samples = context.samples("train" if config.chooses else "trainval")
+    changed = config.differences(context.transform, samples)
     if changed:
         print(
             f"warning: linear.protocol={config.protocol} with other settings than the paper's: "

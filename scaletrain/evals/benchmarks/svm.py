@@ -27,9 +27,6 @@ from scaletrain.evals.heads.svm import Fit, folds, one_hot, path
 from scaletrain.evals.predictions import Prediction, Score, Scored, metric_name
 from scaletrain.evals.scores import accuracy, average_precision, chosen_by, ranks
 
-# VISSL's smallest length of a feature.
-_LEAST = 1e-5
-
 
 class Config(Frozen):
     costs: Annotated[tuple[Annotated[float, Field(ge=1e-9, le=1e9)], ...], AfterValidator(some)] = (
@@ -49,6 +46,9 @@ class Config(Frozen):
 
     positive_weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 2.0
     """Importance of an image of the class; others have 1."""
+
+    least_length: Annotated[float, Field(ge=1e-30, le=1e30)] = 1e-5
+    """Features are divided by their length, or by this where they are shorter."""
 
     folds: Annotated[int, Field(ge=2, le=100)] = 3
     choose_by: Literal["auto", "accuracy", "average_precision"] = "auto"
@@ -78,7 +78,7 @@ def measure(config: Config, context: EvalContext) -> Score:
     )
     metric, costs = chosen_by(scored_by), sorted(set(config.costs))
     train = context.features("trainval")
-    x = resident(normalized(finite(train.x), _LEAST), context.device)
+    x = resident(normalized(finite(train.x), config.least_length), context.device)
     labels = one_hot(train.labels, context.classes)
 
     fold = folds(train.labels, train.index, config.folds)
@@ -113,7 +113,7 @@ def measure(config: Config, context: EvalContext) -> Score:
         )
 
     queries = context.features("test")
-    scores = final.head.scores(normalized(queries.x, _LEAST))
+    scores = final.head.scores(normalized(queries.x, config.least_length))
     ranked = context.ranked(queries, scores)
     predictions: dict[str, Prediction] = {"svm": ranked}
     main = metric_name("svm", metric)
@@ -129,7 +129,7 @@ def measure(config: Config, context: EvalContext) -> Score:
         {
             **config.model_dump(mode="json"),
             "minimized": "1/2 |w|^2 + cost * sum of importance * max(0, 1 - y w.(x, 1))^2",
-            "normalized": f"features to length 1, those shorter than {_LEAST:g} divided by it",
+            "normalized": "features to length 1",
             "train_transform": context.transform,
             "chosen_on": f"{config.folds}-fold cross-validation of all training images",
             "chosen_by": "average precision of each class" if by_precision else metric,

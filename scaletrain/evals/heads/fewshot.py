@@ -37,9 +37,8 @@ def nearest_mean(x: Tensor, labels: Tensor, classes: int) -> Linear:
     """The class whose mean is nearest by Euclidean distance, from features [N, D] of every
     class.
     """
-    labels = labels.to(x.device)
-    sums = x.new_zeros(classes, x.shape[1]).index_add_(0, labels, x)
-    means = sums / torch.bincount(labels, minlength=classes).unsqueeze(1)
+    own = F.one_hot(labels.to(x.device), classes).to(x)  # [N, C]
+    means = (own.T @ x) / own.sum(0).unsqueeze(1)
     # -|x - mean|^2 without |x|^2, which is the same for all classes
     return Linear(2 * means, -means.square().sum(1))
 

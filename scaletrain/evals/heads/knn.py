@@ -35,17 +35,14 @@ def _votes(near: Tensor, voters: Tensor, temperature: float, classes: int) -> Te
     # Summed in float64 and rounded, so that the order of summation, which a GPU does not fix, and
     # the numbers of the classes do not show.
     sums = weights.new_zeros(len(near), classes, dtype=torch.float64)
-    votes = sums.scatter_add_(1, voters, weights.double()).float()
+    votes = sums.scatter_add_(1, voters, weights.double()).gather(1, voters).float().double()
 
-    # where the nearest voter of a class stands, which no two classes have in common
-    place = torch.arange(near.shape[1], dtype=torch.int32, device=near.device).expand_as(voters)
-    first = torch.full(votes.shape, near.shape[1], dtype=torch.int32, device=near.device)
-    first.scatter_reduce_(1, voters, place, "amin")
-
-    # In float64 there is room for both: places change a vote by less than neighbours in float32
-    # differ, and a vote that was rounded to zero stays above none.
-    scores = (votes.double() + 2.0**-200) * (1 - first.double() * 2.0**-46)
-    return scores.masked_fill(first == near.shape[1], 0)
+    # In float64 there is room for the place of the nearest voter too, which no two classes have in
+    # common: places change a vote by less than neighbours in float32 differ, and a vote that was
+    # rounded to zero stays above none.
+    place = torch.arange(near.shape[1], dtype=torch.float64, device=near.device)
+    scores = (votes + 2.0**-200) * (1 - place * 2.0**-46)
+    return torch.zeros_like(sums).scatter_reduce_(1, voters, scores, "amax")
 
 
 def search(

@@ -14,12 +14,14 @@ import os
 import platform
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from scaletrain import exit_codes
 from scaletrain.config import validation
 from scaletrain.config.fields import Frozen, Natural
 from scaletrain.evals.errors import EvalError
@@ -27,6 +29,8 @@ from scaletrain.runtime import durable, locks
 
 # Larger files are not claims.
 _BYTES = 1 << 20
+# Seconds before another attempt after a failure that may pass, at first and at most.
+_PAUSE, _LONGEST = 30.0, 900.0
 # What file systems without locks say.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -63,9 +67,22 @@ class Claim(Frozen):
     refused: bool = False
     """Whether another attempt would be refused too, since the input is invalid."""
 
-    def failed(self, error: str, *, refused: bool = False) -> Claim:
-        """After one more attempt without a result."""
-        return Claim(attempts=self.attempts + 1, error=error, refused=refused)
+    after: Annotated[float, Field(ge=0)] = 0
+    """Unix time before which no further attempt is made."""
+
+    def failed(self, error: str, code: int | None, *, give_up: bool = False) -> Claim:
+        """After one more attempt without a result, by its exit code; None: not known.
+
+        A failure of storage or network that may pass is given time, more with each attempt. Invalid
+        input is not tried again, nor is what `give_up` says.
+        """
+        pause = min(_PAUSE * 2**self.attempts, _LONGEST) if code == exit_codes.RETRY else 0
+        return Claim(
+            attempts=self.attempts + 1,
+            error=error,
+            refused=give_up or code == exit_codes.INVALID,
+            after=time.time() + pause if pause else 0,
+        )
 
     def held_by(self, holder: Holder | None) -> Claim:
         return self.model_copy(update={"holder": holder})

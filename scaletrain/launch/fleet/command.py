@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from scaletrain.config import schema
-from scaletrain.evals import request
+from scaletrain.evals import datasets, request
 from scaletrain.evals.errors import EvalError
 from scaletrain.evals.request import Request
 from scaletrain.launch.fleet import pool, table
@@ -126,11 +126,13 @@ def main(
         same_numbers=same_numbers,
         store=store and store.absolute(),
     )
-    if names:
-        # Refused here, and not in every job.
-        request.settings(names, wanted.overrides)
-
     named = [str(Path(one).absolute()) if Path(one).is_file() else one for one in dataset or [""]]
+    if names:
+        # Refused here, and not for every step.
+        request.settings(names, wanted.overrides)
+        for one in filter(None, named):
+            datasets.load(one, wanted.data_root)
+
     requests = [replace(wanted, dataset=one) for one in named if names]
     resources = Resources(
         gpus_per_node=gpus_per_node,

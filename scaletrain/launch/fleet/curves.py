@@ -28,6 +28,8 @@ class Curves:
         self._evals, self._board = run / "evals", run / "tensorboard" / "evals"
         # files of the results that were drawn
         self._drawn: frozenset[Path] | None = None
+        # results in the curves
+        self.results = 0
 
     def refresh(self) -> None:
         """Bring them up to date with the results. Where they cannot be written, one warning says
@@ -48,6 +50,7 @@ class Curves:
         for result in results.read(self._evals):
             curves.setdefault(_curve(result), []).append(result)
 
+        self.results = sum(map(len, curves.values()))
         for name, found in curves.items():
             folder, wanted = self._board / name, results.digest([one.digest for one in found])
             files = list(folder.glob("*tfevents*"))
@@ -83,6 +86,10 @@ def _replace(
 
     numbers = [int(match[1]) for file in files if (match := _FILE.fullmatch(file.name))]
     number = 1 + max(numbers, default=int(time.time()))
+
+    # what killed fleets have left
+    for left in scratch.glob(".curve-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
     with tempfile.TemporaryDirectory(prefix=".curve-", dir=scratch) as draft:
         with SummaryWriter(draft, purge_step=0) as writer:

@@ -19,7 +19,7 @@ from scaletrain.launch.fleet.jobs import Jobs
 from scaletrain.launch.fleet.plan import Plan
 from scaletrain.launch.fleet.pool import Pool
 from scaletrain.launch.fleet.standing import Standing
-from scaletrain.launch.slurm.queue import SlurmError
+from scaletrain.launch.slurm.queue import SlurmError, UnavailableError
 
 
 class Fleet:
@@ -41,7 +41,9 @@ class Fleet:
             run: Standing(claims, pool, retries) for run, claims in self._claims.items()
         }
         self._curves = {plan.run: Curves(plan.run) for plan in plans}
-        self._until = contextlib.ExitStack()
+        self._retries, self._until = retries, contextlib.ExitStack()
+        # what sbatch said whenever it refused a cell, with the options of this fleet
+        self._refusals: dict[Cell, list[str]] = {}
         self.statuses: dict[Cell, Status] = {}
         # what kept the last look from being complete
         self.problems: list[OSError | ValueError] = []
@@ -68,16 +70,18 @@ class Fleet:
             except (OSError, ValueError) as error:
                 # Of storage or the queue, which may be back at the next look.
                 self.problems.append(error)
+                kept = {cell: status for cell, status in before.items() if cell.run == plan.run}
+                self.statuses = kept | self.statuses
 
         self._report(before)
 
     def _look(self, plan: Plan) -> None:
         plan.refresh()
-        standing, claims = self._standing[plan.run], self._claims[plan.run]
+        claims = self._claims[plan.run]
 
         with claims.alone():
-            standing.see_queue()
-            self.statuses |= {cell: standing.judge(cell) for cell in plan.cells}
+            self._standing[plan.run].see_queue()
+            self.statuses |= {cell: self._judge(cell) for cell in plan.cells}
             missing = [cell for cell in plan.cells if self.statuses[cell].state == "missing"]
             if isinstance(self.workers, Pool):
                 self._start(self.workers, missing, claims)
@@ -87,6 +91,12 @@ class Fleet:
             self._curves[plan.run].refresh()
 
         plan.release(lambda cell: self.statuses[cell].state in ("measured", "failed"))
+
+    def _judge(self, cell: Cell) -> Status:
+        """Where a cell stands; what sbatch refuses is given up too."""
+        status, refusals = self._standing[cell.run].judge(cell), self._refusals.get(cell, [])
+        given_up = status.state == "missing" and len(refusals) > self._retries
+        return Status("failed", refusals[-1]) if given_up else status
 
     def sweep(self) -> bool:
         """Whether processes of this fleet have ended, which is noted."""
@@ -99,6 +109,10 @@ class Fleet:
                 for name in claims.names():
                     if claims.read(name).holder is None:
                         claims.write(name, Claim())
+
+    def drawn(self, run: Path) -> int:
+        """The number of results in the curves of a run."""
+        return self._curves[run].results
 
     def cells(self, *states: State) -> list[Cell]:
         return [cell for cell, status in self.statuses.items() if status.state in states]
@@ -137,7 +151,7 @@ class Fleet:
         def features(cell: Cell) -> tuple[Path, int, str]:
             return cell.run, cell.step, cell.dataset
 
-        known = [(features(cell), status) for cell, status in self.statuses.items()]
+        known = [(features(cell), one) for cell, one in self.statuses.items() if cell.shares]
         stored = {of for of, status in known if status.state == "measured" or status.tried}
         encoded = {of for of, status in known if status.state in ("running", "pending")}
 
@@ -172,6 +186,9 @@ class Fleet:
             except SlurmError as error:
                 # Of this array, which does not keep others from being submitted.
                 self.problems.append(error)
+                if not isinstance(error, UnavailableError):
+                    for cell in batch:
+                        self._refusals.setdefault(cell, []).append(str(error))
                 continue
 
             for cell, claim, holder, job in zip(batch, held, holders, ids, strict=True):
@@ -181,9 +198,10 @@ class Fleet:
             first = first or (ids[0].partition("_")[0] if shares else "")
 
     def _report(self, before: dict[Cell, Status]) -> None:
-        """A line for each cell whose status has changed."""
+        """A line for each cell whose status has changed; the table has what was measured before."""
         for cell, status in self.statuses.items():
-            if before.get(cell) != status and (status.state != "missing" or status.text):
+            known = before.get(cell, Status("measured", status.text))
+            if known != status and (status.state != "missing" or status.text):
                 what = f"{cell.run.name} step {cell.step} {cell.benchmark}@{cell.dataset}"
                 text = f"{what}: {status.state} {status.text}".rstrip()
                 self._say(f"{time.strftime('%H:%M:%S')} {text}")

@@ -97,6 +97,17 @@ def exit_code(run: Path, holder: Holder) -> int | None:
         return None
 
 
+def worn_out(run: Path, holder: Holder) -> bool:
+    """Whether a job that has ended was stopped so often, without storing anything in between, that
+    it did not come back.
+    """
+    try:
+        stops = (_launches(run) / holder.launch / f"{holder.job}.stops").read_text().splitlines()
+    except OSError:
+        return False
+    return stops.count(stops[-1]) > STOPS if stops else False
+
+
 def log(run: Path, holder: Holder) -> Path:
     """The error log of a job's first process."""
     return _launches(run) / holder.launch / f"{holder.job}_0_log.err"

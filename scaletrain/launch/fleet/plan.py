@@ -53,6 +53,8 @@ class Plan:
         say: Callable[[str], None] = print,
     ) -> None:
         self.run, self.cells = run, list[Cell]()
+        # or whether results are only collected
+        self.measures = bool(requests)
         self._requests, self._every, self._say = requests, every, say
         # by step: when it was saved, and its cells
         self._known: dict[int, tuple[float, list[Cell]]] = {}
@@ -72,6 +74,9 @@ class Plan:
             return
 
         fresh = {step: at for step, at in wanted.items() if self._is_new(step, at)}
+        if len(fresh) > 1:
+            self._say(f"{self.run.name}: {len(fresh):,} steps are opened")
+
         for step in fresh:
             # At once, since training may delete any of them while the first are exported.
             with contextlib.suppress(ValueError):
@@ -84,10 +89,6 @@ class Plan:
                     exports.release(self.run, step)
 
         self.cells = [cell for step in sorted(self._known) for cell in self._known[step][1]]
-
-    def forget(self, cell: Cell) -> None:
-        """Open the step of a cell again: what defines its result has changed."""
-        self._known.pop(cell.step, None)
 
     def release(self, finished: Callable[[Cell], bool]) -> None:
         """Let go of the steps whose evaluations have all finished."""
@@ -142,7 +143,8 @@ class Plan:
             with contextlib.suppress(CheckpointError, OSError):
                 folder = reader.folder_of(self.run / "checkpoints", step)
                 clock = reader.read_manifest(folder / reader.MANIFEST).meta.get("clock", {})
-                self._total = int(clock.get("total", 0))
+                # The schedule counts other steps than the run once the batch or the data changed.
+                self._total = step + int(clock.get("total", 0)) - int(clock.get("step", 0))
                 return max(1, int(clock.get("steps_per_epoch", 1)))
 
         return 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
-from scaletrain import exit_codes
 from scaletrain.evals import results
 from scaletrain.evals.errors import EvalError
 from scaletrain.launch.fleet import jobs
@@ -33,6 +33,8 @@ class Standing:
         self._values: dict[Path, Status] = {}
         # jobs that run or wait; None where the queue cannot be seen from here
         self._live: list[Job] | None = []
+        # how often the own process of a result has ended on request
+        self._stops = Counter[str]()
         # by launch: since when its jobs are looked for
         self._sought: dict[str, float] = {}
 
@@ -74,8 +76,11 @@ class Standing:
             claim = self._ended(cell, claim, claim.holder)
             self._claims.write(cell.name, claim)
 
-        given_up = claim.refused or claim.attempts > self._retries
-        return Status("failed" if given_up else "missing", claim.error, claim.attempts > 0)
+        if claim.refused or claim.attempts > self._retries:
+            return Status("failed", claim.error, tried=True)
+
+        waits = time.time() < claim.after
+        return Status("pending" if waits else "missing", claim.error, tried=claim.attempts > 0)
 
     def _measured(self, path: Path) -> Status:
         if path not in self._values:
@@ -123,14 +128,19 @@ class Standing:
         """A claim whose holder has ended without a result."""
         if holder.job:
             code, log = jobs.exit_code(cell.run, holder), jobs.log(cell.run, holder)
-            return claim.failed(_complaint(code, log), refused=code == exit_codes.INVALID)
+            worn_out = jobs.worn_out(cell.run, holder)
+            return claim.failed(_complaint(code, log), code, give_up=worn_out)
 
         code = self._pool.code(cell.log) if self._pool else None
-        # It ended with its fleet or on request, or was never submitted.
-        if holder.launch or code is None or code in ASKED:
+        # It ended with its fleet, or was never submitted.
+        if holder.launch or code is None:
             return claim.held_by(None)
+        if code in ASKED:
+            self._stops[cell.name] += 1
+            if self._stops[cell.name] <= jobs.STOPS:
+                return claim.held_by(None)
 
-        return claim.failed(_complaint(code, cell.log), refused=code == exit_codes.INVALID)
+        return claim.failed(_complaint(code, cell.log), code)
 
 
 def _complaint(code: int | None, log: Path) -> str:

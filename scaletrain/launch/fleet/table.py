@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
 
 from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.fleet import Fleet
-from scaletrain.launch.fleet.plan import Plan
 from scaletrain.runtime import tables
+from scaletrain.runtime.tables import plural
 
 
 def lines(fleet: Fleet) -> list[str]:
@@ -20,7 +19,12 @@ def lines(fleet: Fleet) -> list[str]:
         training = plan.training()
         text.append(f"{plan.run}{f': training, {training}' if training else ''}")
         cells = {cell: fleet.statuses[cell] for cell in plan.cells if cell in fleet.statuses}
-        text += [*(_table(plan, cells) if cells else ["no step to evaluate yet"]), ""]
+        if cells:
+            text += [*_table(cells), ""]
+        elif plan.measures:
+            text += ["no step to evaluate yet", ""]
+        else:
+            text.append(f"{plural(fleet.drawn(plan.run), 'result')} in its curves in TensorBoard")
 
     texts = {status.text for status in fleet.statuses.values() if status.state == "failed"}
     text += [*(f"failed: {one}" for one in sorted(texts)), *([""] if texts else [])]
@@ -28,10 +32,11 @@ def lines(fleet: Fleet) -> list[str]:
         (fleet.count(state), state)
         for state in ("measured", "running", "pending", "missing", "failed")
     ]
-    return [*text, ", ".join(f"{count:,} {state}" for count, state in counts if count)]
+    summary = ", ".join(f"{count:,} {state}" for count, state in counts if count)
+    return [*text, *([summary] if summary else [])]
 
 
-def _table(plan: Plan, cells: dict[Cell, Status]) -> list[str]:
+def _table(cells: dict[Cell, Status]) -> list[str]:
     several = len({cell.dataset for cell in cells}) > 1
     columns = list(dict.fromkeys(_column(cell, several) for cell in cells))
     rows: dict[int, dict[str, str]] = {}
@@ -52,6 +57,21 @@ def _short(status: Status) -> str:
     return "-" if status.state == "missing" else status.state
 
 
+def _last(text: Sequence[str], columns: int, height: int) -> list[str]:
+    """The lines as they are broken on a terminal, as many as it can show: those that have left its
+    screen can no longer be replaced.
+    """
+    lines = [
+        line[at : at + columns] for line in text for at in range(0, max(1, len(line)), columns)
+    ]
+    # and the line of the cursor
+    most = max(2, height - 1)
+    if len(lines) > most:
+        lines = [f"... {len(lines) - most + 1:,} lines above", *lines[1 - most :]]
+
+    return lines
+
+
 class Screen:
     """Lines on a terminal that take the place of the ones before; elsewhere only `close` prints."""
 
@@ -61,9 +81,9 @@ class Screen:
     def show(self, text: Sequence[str]) -> None:
         if self._live:
             self.clear()
+            text = _last(text, *shutil.get_terminal_size())
             print("\n".join(text), flush=True)
-            wide = shutil.get_terminal_size().columns
-            self._height = sum(max(1, math.ceil(len(line) / wide)) for line in text)
+            self._height = len(text)
 
     def say(self, text: str) -> None:
         """Print a line above."""

@@ -30,6 +30,14 @@ LIVE = (
 REQUEUED = ("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED", "NODE_FAIL")
 MEMORY_FILES = ("tmpfs", "ramfs", "devtmpfs")
 LOCAL_FILES = (*MEMORY_FILES, "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs")
+# What SLURM's programs say where the cluster does not answer, or not in time.
+AWAY = (
+    "configuration source",
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Zero Bytes were transmitted",
+    "temporarily un",
+)
 TIMES = (
     "minutes, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES, "
     "DAYS-HOURS:MINUTES:SECONDS"
@@ -89,13 +97,16 @@ def ask(*command: str) -> str:
 
     if done.returncode:
         said = (done.stderr.strip() or "failed").splitlines()[-1]
-        away = any(
-            text in said for text in ("configuration source", "Unable to contact slurm controller")
+        raise refusal(
+            f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}"
         )
-        kind = UnavailableError if away else SlurmError
-        raise kind(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
 
     return done.stdout.strip()
+
+
+def refusal(said: str) -> SlurmError:
+    """The error for what one of SLURM's programs has said."""
+    return UnavailableError(said) if any(text in said for text in AWAY) else SlurmError(said)
 
 
 def partition(name: str | None = None) -> Partition:

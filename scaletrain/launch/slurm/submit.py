@@ -288,7 +288,7 @@ def submit(
             executor = _executor(folder, run, resources, count, Path(drafts), comment)
             job = executor._submit_command(_command(folder, resources, count)).job_id
     except (FailedJobError, FailedSubmissionError) as error:
-        raise SlurmError(f"sbatch refused the job: {_reason(str(error))}") from None
+        raise queue.refusal(f"sbatch refused the job: {_reason(str(error))}") from None
 
     return [job] if count == 1 else [f"{job}_{element}" for element in range(count)]
 

@@ -69,6 +69,16 @@ def test_a_perfect_score_does_not_look_certain() -> None:
     )
 
 
+def test_draws_without_a_class_are_left_out() -> None:
+    labels = torch.zeros(8, 1, dtype=torch.int8)
+    labels[2] = 1
+    scores = Scored(torch.arange(8), labels, torch.arange(8.0).unsqueeze(1))
+    draws = intervals.bootstrap_precisions(scores, seed=0)["map"]
+    assert 0.3 < np.isnan(draws).mean() < 0.4
+    low, high = intervals.interval(scores, "map")
+    assert 0 <= low < scores.metrics()["map"] < high <= 100
+
+
 def test_a_collapsed_encoder_does_not_look_certain() -> None:
     """It predicts one of three classes for all: a bootstrap of the classes never differs."""
     labels = [n % 3 for n in range(30)]

@@ -128,16 +128,25 @@ def test_the_protocols_are_those_of_the_papers() -> None:
         assert config.augment
 
 
+def test_every_constant_of_a_protocol_is_part_of_the_settings() -> None:
+    """Which are part of a result's name."""
+    for name, constants in PROTOCOLS.items():
+        settings = Config.model_validate({"protocol": name}).model_dump()
+        assert constants.items() <= settings.items()
+
+    dumps = [Config.model_validate({"protocol": name}).model_dump_json() for name in PROTOCOLS]
+    assert len(set(dumps)) == len(PROTOCOLS)
+
+
 def test_other_settings_than_the_papers_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     context = Context(blobs(100, 0.2, 0), blobs(50, 0.2, 1))
     _, score = probe(context, protocol="moco", batch=256, seed=5)
-    differs = {"epochs": 10, "augment": False, "features.resize": "none"}
+    differs = {"epochs": 10, "augment": False, "features.resize": "none", "batch": 100}
     assert score.protocol["differs_from_protocol"] == differs
     assert "linear.protocol=moco with other settings" in capsys.readouterr().err
 
-    context.transform = {"resize": "tv"}
-    assert Config.model_validate({"protocol": "moco"}).differences(context.transform) == {}
-    assert Config.model_validate({"epochs": 3}).differences(context.transform) == {}
+    assert Config.model_validate({"protocol": "moco"}).differences({"resize": "tv"}, 256) == {}
+    assert Config.model_validate({"epochs": 3}).differences({"resize": "tv"}, 9) == {}
 
 
 def test_a_protocol_of_another_name_is_refused() -> None:

@@ -170,6 +170,15 @@ def test_the_augmented_stream_gives_the_training_images_anew(tmp_path: Path) -> 
     again = [labels.tolist() for _, labels in islice(opened.views("train", 0), 10)]
     assert again == [labels.tolist() for _, labels in epochs[0]]
 
+    # which images are held out changes neither the order nor the crops of the others
+    every = {
+        int(n): x
+        for part, labels in islice(opened.views("trainval", 0), 10)
+        for n, x in zip(labels, part, strict=True)
+    }
+    assert [n for n in every if n in first] == list(first)
+    assert all(every[n].equal(x) for n, x in first.items())
+
 
 def test_features_are_the_networks_in_sample_order(run: Path) -> None:
     encoder, data = find(run), run.parent / "data"

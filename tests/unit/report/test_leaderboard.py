@@ -112,8 +112,9 @@ def test_protocols_and_datasets_have_boards_of_their_own(tmp_path: Path) -> None
 def test_a_folder_has_results_of_several_encoders(tmp_path: Path) -> None:
     for name, wrong in (("resnet18", 0.5), ("resnet50", 0.3)):
         write_result(tmp_path, 0, predictions=predictions(wrong), name=name)
+    write_result(tmp_path, 0, predictions=predictions(0.8), name="resnet50", encoder="untrained")
     (board,) = boards([tmp_path / "evals"])
-    assert places(board) == {"resnet50": "1", "resnet18": "2"}
+    assert places(board) == {"resnet50": "1", "resnet18": "2", "resnet50, untrained": "3"}
 
 
 def test_results_without_predictions_are_tied_and_named(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_what_has_no_results_is_refused(tmp_path: Path) -> None:
         ([a, tmp_path / "a"], "named twice"),
         (
             [make(tmp_path, "bare", {}, batch=8, steps=20)],
-            "no results of a trained encoder; scaletrain eval",
+            "no results of an encoder; `scaletrain eval` makes them",
         ),
     ):
         with pytest.raises(ConfigError, match=reason):

@@ -75,12 +75,14 @@ def test_a_killed_planner_lets_others_plan(
 
 def test_claims_are_kept_and_one_that_says_nothing_has_no_file(tmp_path: Path) -> None:
     with Claims(tmp_path) as claims:
-        claim = Claim().failed("out of memory").held_by(Holder(fleet="n1-7-ab", launch="0001"))
+        claim = (
+            Claim().failed("out of memory", None).held_by(Holder(fleet="n1-7-ab", launch="0001"))
+        )
         claims.write("knn@a-step-3-x", claim)
         assert claims.names() == {"knn@a-step-3-x"}
         assert claims.read("knn@a-step-3-x") == claim
         assert (claim.attempts, claim.error) == (1, "out of memory")
-        assert claim.failed("again", refused=True) == Claim(attempts=2, error="again", refused=True)
+        assert claim.failed("again", 2) == Claim(attempts=2, error="again", refused=True)
         claims.write("knn@a-step-3-x", Claim())
         assert claims.names() == set()
         assert claims.read("knn@a-step-3-x") == Claim()

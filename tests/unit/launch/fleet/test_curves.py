@@ -71,10 +71,12 @@ def test_what_a_killed_writer_or_another_version_left_is_replaced(tmp_path: Path
     assert second.name > first.name
     first.write_bytes(second.read_bytes())
     (first.parent / "events.out.tfevents.1700000000.host.1.0.abc").write_bytes(b"")
+    (tmp_path / "evals" / ".curve-left").mkdir()
     Curves(tmp_path).refresh()
     (points,) = drawn(tmp_path).values()
     assert points == [(20, 2.0), (30, 3.0)]
     assert len(files(tmp_path)) == 1
+    assert not (tmp_path / "evals" / ".curve-left").exists()
 
     for path in (tmp_path / "evals").glob("*.json"):
         path.unlink()

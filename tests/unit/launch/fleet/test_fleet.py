@@ -5,6 +5,7 @@ point leaves nothing undone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scaletrain.launch.fleet.fleet import Fleet
 from scaletrain.launch.fleet.jobs import Jobs
 from scaletrain.launch.fleet.pool import Pool
 from scaletrain.launch.slurm import queue, submit
-from scaletrain.launch.slurm.queue import Job, Partition, SlurmError
+from scaletrain.launch.slurm.queue import Job, Partition
 from scaletrain.launch.slurm.submit import Resources
 from scaletrain.launch.slurm.task import Task
 
@@ -45,7 +46,7 @@ class Queue:
     def __init__(self) -> None:
         self.live: list[Job] = []
         self.submitted: list[tuple[str, str | None]] = []
-        self.refuses = ""
+        self.refuses, self.says = "", "too many"
         self.dies = False
 
     def submit(
@@ -53,7 +54,7 @@ class Queue:
     ) -> list[str]:
         folder.mkdir(parents=True)
         if self.refuses and str(run).endswith(self.refuses):
-            raise SlurmError("sbatch refused the job: too many")
+            raise queue.refusal(f"sbatch refused the job: {self.says}")
 
         number = len(self.submitted) + 1
         ids = [f"{number}_{n}" for n in range(len(tasks))] if len(tasks) > 1 else [str(number)]
@@ -152,6 +153,25 @@ def test_a_refused_array_stops_no_other_and_is_submitted_later(
         assert (one.count("pending"), one.problems) == (6, [])
 
 
+def test_what_is_refused_again_and_again_is_given_up_and_the_rest_followed(
+    tmp_path: Path, cluster: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standing, "SETTLE", 0.0)
+    cluster.refuses, cluster.says = "linear", "Unable to contact slurm controller"
+    with fleet(tmp_path) as one:
+        for _ in range(5):
+            one.look()
+        # the controller may be back, whenever that is
+        assert (one.count("pending"), one.count("missing"), len(one.problems)) == (4, 2, 1)
+        cluster.says = "Invalid qos specification"
+        for _ in range(3):
+            one.look()
+        assert (one.count("pending"), one.count("failed"), one.problems) == (4, 2, [])
+        assert {one.statuses[cell].text for cell in one.cells("failed")} == {
+            "sbatch refused the job: Invalid qos specification"
+        }
+
+
 def test_jobs_that_fail_are_submitted_again_a_bounded_number_of_times(
     tmp_path: Path, cluster: Queue
 ) -> None:
@@ -233,3 +253,12 @@ def test_two_fleets_share_the_work(tmp_path: Path) -> None:
         second.look()
         assert len(pools[1].begun) == 4
         assert len({*pools[0].begun, *pools[1].begun}) == 6
+
+
+def test_an_evaluation_on_views_holds_nothing_back(tmp_path: Path) -> None:
+    wanted = [replace(one, shares=one.benchmark != "knn") for one in cells(tmp_path, steps=(1,))]
+    planned: Any = Planned(tmp_path, wanted)
+    pool = Processes(3)
+    with Fleet([planned], pool, 1, lambda text: None) as one:
+        one.look()
+        assert [log.stem.partition("@")[0] for log in pool.begun] == ["knn", "linear"]

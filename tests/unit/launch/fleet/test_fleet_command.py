@@ -40,10 +40,12 @@ def test_what_is_measured_is_shown_and_drawn(run: Path) -> None:
         claims.write(name, Claim(attempts=1, error="earlier"))
     done = call("launch", "fleet", run, "--benchmarks", "knn", "--local", "1", "--set", *QUICK)
     assert done.exit_code == 0, done.output
-    head, table = done.stdout.partition("\n")[::2]
-    assert "run step 7 knn@data: measured " in head
-    assert table.splitlines()[1].split() == ["step", "knn"]
-    assert table.splitlines()[-1] == "1 measured"
+    # what was measured before is no news
+    table = done.stdout.splitlines()
+    assert table[0] == str(run)
+    assert table[1].split() == ["step", "knn"]
+    assert table[2].split()[0] == "7"
+    assert table[-1] == "1 measured"
     assert claims.names() == set()
     assert len(list((run / "tensorboard" / "evals").rglob("*tfevents*"))) == 1
 
@@ -52,6 +54,7 @@ def test_without_benchmarks_it_only_collects(run: Path) -> None:
     measure(run)
     done = call("launch", "fleet", run)
     assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [str(run), "1 result in its curves in TensorBoard"]
     assert len(list((run / "tensorboard" / "evals").rglob("*tfevents*"))) == 1
     assert not (run / "evals" / "encoders").exists()
 
@@ -84,26 +87,27 @@ def test_what_was_given_up_is_the_exit_code_and_can_be_tried_again(
 
 def test_a_fleet_that_is_asked_to_end_ends_its_processes(run: Path, tmp_path: Path) -> None:
     """What it had begun is free, and the next one does it."""
-    options = ["--benchmarks", "knn,linear", "--set", *QUICK, "--set", "linear.augment=false"]
-    command = [sys.executable, str(ROOT / "launchers" / "fleet.py"), str(run), "--local", "2"]
+    options = ["launch", "fleet", str(run), "--benchmarks", "knn", "--local", "1", "--set", *QUICK]
     log = tmp_path / "fleet.log"
     with log.open("w") as out:
-        fleet = subprocess.Popen([*command, *options], stdout=out, stderr=out)
+        command = [sys.executable, "-m", "scaletrain", *options]
+        fleet = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
     limit = time.monotonic() + 100
     while "running" not in log.read_text():
         assert fleet.poll() is None, log.read_text()
         assert time.monotonic() < limit
         time.sleep(0.05)
+
     children = Path(f"/proc/{fleet.pid}/task/{fleet.pid}/children").read_text().split()
     assert children
     fleet.send_signal(signal.SIGUSR2)
     assert fleet.wait(60) == 128 + signal.SIGUSR2, log.read_text()
     assert not [pid for pid in children if Path(f"/proc/{pid}/cmdline").exists()]
 
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "2 measured"
-    assert len(evals.result_files(run / "evals")) == 2
+    done = call(*options)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1] == "1 measured"
+    assert "result: " in next((run / "evals" / "logs").iterdir()).read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,7 @@ def test_a_fleet_that_is_asked_to_end_ends_its_processes(run: Path, tmp_path: Pa
         (["run", "--benchmarks", "knnn"], "unknown benchmark 'knnn'"),
         (["run", "--benchmarks", "knn", "--set", "knn.kss=1"], "kss"),
         (["run", "--benchmarks", "knn", "--set", "linear.epochs=1"], "override of 'linear'"),
+        (["run", "--benchmarks", "knn", "--local", "1", "--dataset", "pet"], "did you mean 'pets'"),
         (["run", "run", "--benchmarks", "knn"], "a run is named twice"),
         (["run", "--benchmarks", "knn"], "`scaletrain launch fleet --local N`"),
     ],

@@ -52,8 +52,8 @@ def run(tmp_path: Path) -> Path:
     return evals.run_folder(tmp_path, train)
 
 
-def save(run: Path, step: int, total: int) -> None:
-    """A step of a run of 2 steps per epoch."""
+def save(run: Path, step: int, total: int, offset: int = 0) -> None:
+    """A step of a run of 2 steps per epoch, whose schedule counts `offset` steps less."""
     state = evals.backbone(evals.settings("x"), seed=step)
     pieces = {
         f"method.backbone.{name}": Piece(t.flatten(), 0, tuple(t.shape))
@@ -61,7 +61,8 @@ def save(run: Path, step: int, total: int) -> None:
     }
     pieces["optimizer"] = Piece(torch.zeros(2), 0, (2,))
     writer = checkpoint.Writer(run / "checkpoints", keep_last=9, keep_every=0)
-    writer.save(step, pieces, {"clock": {"step": step, "total": total, "steps_per_epoch": 2}})
+    clock = {"step": step - offset, "total": total - offset, "steps_per_epoch": 2}
+    writer.save(step, pieces, {"clock": clock})
     writer.close()
 
 
@@ -94,6 +95,17 @@ def test_cells_are_what_an_evaluation_of_the_step_would_write(run: Path) -> None
     assert again.cells == plan.cells
     assert not plan.over
     save(run, 20, 20)
+    plan.refresh()
+    assert plan.over
+
+
+def test_a_run_whose_batch_was_changed_is_over_at_its_own_last_step(run: Path) -> None:
+    """Its schedule ends at step 20 of another count."""
+    plan = Plan(run, [], every=100)
+    save(run, 20, 30, offset=10)
+    plan.refresh()
+    assert not plan.over
+    save(run, 30, 30, offset=10)
     plan.refresh()
     assert plan.over
 

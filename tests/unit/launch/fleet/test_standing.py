@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,8 @@ def test_attempts_are_counted_until_they_are_given_up(tmp_path: Path, live: list
         mine = Holder(fleet=claims.fleet)
         for attempt, expected in ((1, "missing"), (2, "failed")):
             claims.write("knn@d-step-3-x", claims.read("knn@d-step-3-x").held_by(mine))
-            found = judge(claims, Ended(knn=75))
-            text = f"exit code 75; no memory ({cell(tmp_path).log})"
+            found = judge(claims, Ended(knn=1))
+            text = f"exit code 1; no memory ({cell(tmp_path).log})"
             assert found == Status(expected, text, tried=True)  # type: ignore[arg-type]
             kept = claims.read("knn@d-step-3-x")
             assert (kept.attempts, kept.holder) == (attempt, None)
@@ -80,6 +81,36 @@ def test_an_end_on_request_is_no_attempt(tmp_path: Path, live: list[Job], code: 
         claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
         assert judge(claims, Ended(knn=code)) == Status("missing")
         assert claims.names() == set()
+
+
+def test_ends_on_request_are_bounded_too(
+    tmp_path: Path, live: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks may be a guard of the memory, which asks again and again."""
+    monkeypatch.setattr(jobs, "STOPS", 1)
+    pool = Ended()
+    with Claims(tmp_path) as claims:
+        watch = Standing(claims, pool, 0)
+        watch.see_queue()
+        for expected in ("missing", "failed"):
+            pool.ends["knn"] = 143
+            claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
+            assert watch.judge(cell(tmp_path)).state == expected
+
+
+@pytest.mark.parametrize(("stops", "state"), [(20, "missing"), (21, "failed")])
+def test_a_job_that_was_stopped_too_often_is_given_up(
+    tmp_path: Path, live: list[Job], stops: int, state: str
+) -> None:
+    """One that could not be requeued is not."""
+    folder = jobs._launches(tmp_path) / "0001"
+    folder.mkdir(parents=True)
+    (folder / "7.exit").write_text("140\n")
+    (folder / "7.stops").write_text("after saving 3: stopped\n" * stops)
+    with Claims(tmp_path) as claims:
+        holder = Holder(fleet="dead", launch="0001", job="7")
+        claims.write("knn@d-step-3-x", Claim(holder=holder))
+        assert judge(claims, retries=3).state == state
 
 
 def test_what_a_dead_fleet_had_begun_is_free(tmp_path: Path, live: list[Job]) -> None:
@@ -108,10 +139,13 @@ def test_a_job_is_live_by_the_queue_and_its_end_by_its_exit_code(
         (folder / "7_1_0_log.err").write_text("error: the disk is full\n")
         (folder / "7_1.exit").write_text("75\n")
         found = judge(claims)
-        assert (found.state, found.text.partition(" (")[0]) == (
-            "missing",
-            "exit code 75; the disk is full",
-        )
+        # it may pass, and is given time
+        assert (found.state, found.tried) == ("pending", True)
+        assert found.text.startswith("exit code 75; the disk is full (")
+        pause = claims.read("knn@d-step-3-x").after - time.time()
+        assert 20 < pause <= 30
+        second = claims.read("knn@d-step-3-x").failed("", 75)
+        assert 50 < second.after - time.time() <= 60
         claims.write("knn@d-step-3-x", Claim(holder=holder.model_copy(update={"job": "8_1"})))
         assert judge(claims).text.startswith("it was killed; it wrote nothing")
         (folder / "9_1.exit").write_text("2\n")
