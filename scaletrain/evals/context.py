@@ -17,7 +17,7 @@ from scaletrain.data.loading import loader
 from scaletrain.data.sampling.substitutes import Replaced
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.errors import EvalError
-from scaletrain.evals.features import Encoded, FeatureConfig, FeatureExtractor, Features
+from scaletrain.evals.features import Encoded, FeatureConfig, FeatureExtractor, Features, mask
 from scaletrain.evals.network import Network, load
 from scaletrain.evals.open_dataset import OpenDataset, Part, SplitName
 from scaletrain.evals.predictions import Ranked
@@ -235,8 +235,7 @@ class EvalContext:
         return self._readable(split, self._encode(_images(split)))
 
     def _readable(self, split: SplitName, encoded: Encoded) -> Part:
-        samples = len(self.dataset.part(split).shards)
-        readable = torch.zeros(samples, dtype=torch.bool).index_fill(0, encoded.index, True)
+        readable = mask(encoded.index, len(self.dataset.part(split).shards))
         return self.dataset.part(split, (~readable).nonzero().flatten())
 
 

@@ -66,7 +66,8 @@ class FeatureConfig(schema.Frozen):
     """Of what a corruption draws for each image."""
 
     batch: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Images per forward pass."""
+    """Images per forward pass; it decides the order of random crops too, and so is part of the name
+    of their results."""
 
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Loader processes."""

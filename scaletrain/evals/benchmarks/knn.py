@@ -18,6 +18,7 @@ from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.features import Features, some
+from scaletrain.evals.heads.classifier import finite
 from scaletrain.evals.heads.knn import search, votes
 from scaletrain.evals.predictions import Ranked, Score, metric_name
 from scaletrain.evals.scores import chosen_by
@@ -42,7 +43,7 @@ def needs(config: Config, encoder: Encoder) -> Needs:
 def measure(config: Config, context: EvalContext) -> Score:
     """Run the benchmark."""
     bank, queries = context.features("trainval"), context.features("test")
-    near, where = search(queries.x, bank.x, max(config.ks), context.device)
+    near, where = search(queries.x, finite(bank.x), max(config.ks), context.device)
     voters = bank.labels.to(where.device)[where]
 
     predictions = {}

@@ -32,6 +32,9 @@ def sources() -> tuple[str, ...]:
 
 def find(source: str, path: Path, kind: EncoderKind, config: EncoderConfig) -> Encoder:
     """The encoder of a checkpoint. Raises EvalError, DataError or CheckpointError."""
+    if not path.name:
+        raise EvalError(f"{source}: which file? Write {source}:FILE")
+
     known: Layout = importlib.import_module(f"{foreign.__name__}.{source}").LAYOUT
     path = path.absolute()
     taken = layout.take(path, known, ("conv1.weight",), source)

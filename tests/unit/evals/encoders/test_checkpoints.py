@@ -324,6 +324,8 @@ def test_a_text_that_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EvalError, match=r"'moko' is no trainer.*'moco'"):
         find("moko:a.pth")
+    with pytest.raises(EvalError, match="moco:FILE"):
+        find("moco:")
     with pytest.raises(EvalError, match="neither a run folder"):
         find("./tv/resnet18")
     Path("moco:a.safetensors").write_bytes(b"0" * 99)
