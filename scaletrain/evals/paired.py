@@ -189,7 +189,13 @@ def _precisions(a: Scored, b: Scored, metric: str, seed: int) -> _Found:
     p = 2 * NormalDist().cdf(-abs(difference) / error) if error else float(difference == 0)
 
     half = _NORMAL * error
-    return difference - half, difference + half, p, f"bootstrap, {len(first):,} times", error
+    return (
+        difference - half,
+        difference + half,
+        p,
+        f"bootstrap of half the samples, {len(first):,} times",
+        error,
+    )
 
 
 def _check(a: Prediction, b: Prediction) -> None:

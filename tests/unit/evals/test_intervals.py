@@ -74,7 +74,7 @@ def test_draws_without_a_class_are_left_out() -> None:
     labels[2] = 1
     scores = Scored(torch.arange(8), labels, torch.arange(8.0).unsqueeze(1))
     draws = intervals.bootstrap_precisions(scores, seed=0)["map"]
-    assert 0.3 < np.isnan(draws).mean() < 0.4
+    assert 0.4 < np.isnan(draws).mean() < 0.6
     low, high = intervals.interval(scores, "map")
     assert 0 <= low < scores.metrics()["map"] < high <= 100
 
@@ -85,6 +85,18 @@ def test_a_collapsed_encoder_does_not_look_certain() -> None:
     low, high = intervals.interval(ranked([int(n == 0) for n in labels], labels, 3), "per_class")
     assert low < 100 / 3 - 5
     assert high > 100 / 3 + 5
+
+
+@pytest.mark.parametrize("samples", [7, 40])
+def test_the_error_of_an_average_precision_is_that_of_a_share(samples: int) -> None:
+    """With constant scores it is the share of positive samples, also of an odd number of them."""
+    labels = (torch.arange(samples) % 3 == 0).to(torch.int8).unsqueeze(1)
+    constant = Scored(torch.arange(samples), labels, torch.zeros(samples, 1))
+    share = float(labels.double().mean())
+    assert constant.metrics()["map"] == pytest.approx(100 * share)
+    expected = math.sqrt(share * (1 - share) / (samples - 1))
+    draws = intervals.bootstrap_precisions(constant, seed=0)["map"]
+    assert draws.std(ddof=1) == pytest.approx(expected, rel=0.1)
 
 
 def test_small_classes_do_not_shorten_the_interval() -> None:

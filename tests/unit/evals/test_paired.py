@@ -109,7 +109,7 @@ def test_average_precisions_are_compared_by_a_bootstrap(monkeypatch: pytest.Monk
         assert alike.p > 0.05
         assert better.low > 0
         assert better.p < 1e-3
-        assert better.test == "bootstrap, 250 times"
+        assert better.test == "bootstrap of half the samples, 250 times"
     same = paired(scored(1, 1.0), scored(1, 1.0), "map")
     assert (same.difference, same.p, same.resolvable) == (0.0, 1.0, 0.0)
 
