@@ -29,7 +29,7 @@ ROOT_VARIABLE = "SCALETRAIN_DATA_ROOT"
 # Where shards are looked for, unless the variable or an option says otherwise.
 ROOT = "data"
 FOLDER = "datasets/"
-Metric = Literal["top1", "per_class", "map11", "map", "miou"]
+Metric = Literal["top1", "per_class", "map11", "map"]
 
 
 class SplitConfig(Frozen):
@@ -107,9 +107,7 @@ class BenchmarkDataset(Frozen):
     """Whether the licence or protocol of the test images allows to train on images of this set."""
 
     metric: Metric = "top1"
-    """The main metric: accuracy, mean accuracy per class, 11-point or full average precision, mean
-    intersection over union.
-    """
+    """The main metric: accuracy, mean accuracy per class, 11-point or full average precision."""
 
     classes: Natural = 0
     """Number of classes of the training images, which is checked; 0: any."""

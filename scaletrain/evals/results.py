@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -187,7 +188,7 @@ def read(folder: Path) -> list[Result]:
     """The results in RUN/evals or another folder, ascending by step; of several with the same
     encoder, step and protocol the newest.
 
-    Files that are skipped are named on stderr.
+    Files that are skipped are named on stderr, once in a process.
     """
     newest: dict[tuple[str, str, int, str], Result] = {}
 
@@ -195,22 +196,26 @@ def read(folder: Path) -> list[Result]:
         try:
             result = parse(path)[0]
         except EvalError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            _say_once(f"skipped: {error}")
             continue
 
         key = result.name, result.encoder, result.step, result.protocol
         older, newer = sorted((newest.get(key, result), result), key=lambda one: one.measured)
 
         if older.file != newer.file:
-            print(
+            _say_once(
                 f"skipped: {older.file}: {newer.file.name} has the same step and protocol, and is "
-                "not older",
-                file=sys.stderr,
+                "not older"
             )
 
         newest[key] = newer
 
     return sorted(newest.values(), key=lambda result: result.step)
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def prepare(path: Path) -> None:

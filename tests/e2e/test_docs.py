@@ -125,11 +125,13 @@ def test_commands(workplace: Path) -> None:
         "step-00000002",
         "step-00000003",
     }
-    results = sorted(path.name.rpartition("-")[0] for path in (workplace / RUN / "evals").iterdir())
+    results = sorted(
+        path.name.rpartition("-")[0] for path in (workplace / RUN / "evals").glob("*.json")
+    )
     assert results == [
-        "knn-step-2",
-        "knn-step-2",
-        "linear-step-2",
+        "knn@data-step-2",
+        "knn@data-step-2",
+        "linear@data-step-2",
     ]  # knn with all labels, and with a subset of them
     with safe_open(workplace / "encoder.safetensors", "pt") as file:
         assert file.metadata()["step"] == "2"

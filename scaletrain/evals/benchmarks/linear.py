@@ -22,7 +22,7 @@ from scaletrain.evals.benchmark import Needs
 from scaletrain.evals.context import EvalContext
 from scaletrain.evals.encoders.targets import Encoder
 from scaletrain.evals.features import some, watch
-from scaletrain.evals.heads.classifier import resident
+from scaletrain.evals.heads.classifier import finite, resident
 from scaletrain.evals.heads.sgd import Heads, Schedule, Sgd, carve, fit, shuffled
 from scaletrain.evals.open_dataset import SplitName
 from scaletrain.evals.predictions import Score, metric_name
@@ -219,5 +219,5 @@ def _batches(
         return carve(context.views(split, config.seed), batch)
 
     features = context.features(split)
-    x, labels = resident(features.x, context.device), features.labels
+    x, labels = resident(finite(features.x), context.device), features.labels
     return shuffled(x, labels, torch.arange(len(x)), batch, config.seed)

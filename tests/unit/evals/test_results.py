@@ -101,7 +101,7 @@ CHANGES = {
     "predict": (),
     "svm": (
         *("costs=[1]", "positive_weight=1", "folds=2", "choose_by=accuracy"),
-        *("average_precision=false", "tolerance=1e-5", "iterations=3"),
+        *("average_precision=false", "tolerance=1e-5", "iterations=3", "least_length=1e-6"),
     ),
 }
 

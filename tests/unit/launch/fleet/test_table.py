@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scaletrain.evals.request import Request
 from scaletrain.launch.fleet import table
 from scaletrain.launch.fleet.cells import Cell, Status
 from scaletrain.launch.fleet.fleet import Fleet
@@ -14,7 +15,7 @@ from scaletrain.launch.fleet.plan import Plan
 
 
 def fleet(run: Path, statuses: dict[tuple[int, str, str], Status]) -> Fleet:
-    plan = Plan(run, [])
+    plan = Plan(run, [Request(("knn",))])
     plan.cells = [Cell(run, step, name, dataset, (), None) for step, name, dataset in statuses]
     made = Fleet([plan], None, 1)
     made.statuses = dict(zip(plan.cells, statuses.values(), strict=True))
