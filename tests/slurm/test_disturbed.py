@@ -58,7 +58,7 @@ def preempt(cluster: Cluster, job: str) -> None:
     [
         (preempt, r"stopped at step (\d+) on SIGUSR2.*resumed from step \1;"),
         (kill_rank, CRASHED),
-        (lose_node, r"Node failure on n\d.*resumed from step \d+;"),
+        (lose_node, r"(?i:node failure).*resumed from step \d+;"),
     ],
 )
 def test_a_disturbed_job_ends_like_an_undisturbed_one(
