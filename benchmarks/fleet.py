@@ -58,7 +58,7 @@ class Round:
             if all(fleet.poll() == 0 for fleet in self._fleets.values()):
                 return
             if time.monotonic() > deadline:
-                raise SystemExit(f"{self.run} does not come to an end; logs beside it")
+                raise SystemExit(f"{self.run} does not come to an end; its logs are next to it")
 
             time.sleep(self.draw.uniform(*PAUSE))
             if self.killed < kills:

@@ -1,11 +1,11 @@
-"""The heads of evaluations beside scikit-learn and a bare search: `python -m benchmarks.heads`.
+"""The heads of evaluations against scikit-learn and a bare search: `python -m benchmarks.heads`.
 
-Logistic regression: the path of 45 strengths, warm-started from the largest on, beside
+Logistic regression: the path of 45 strengths, warm-started from the largest on, against
 scikit-learn's LogisticRegression with `warm_start` on the same float32 features; how far the
 minimised function of each ends above the minimum, which is that of float64 at a tolerance of 1e-12.
 scikit-learn is timed with its usual tolerance, and in float64, whose rounding smaller tolerances
 need, with the first tenth, hundredth, ... of it that ends as near to the minimum as asked of ours.
-kNN: search and votes of four k beside a matrix product and topk alone, on the same chunks. Features
+kNN: search and votes of four k against a matrix product and topk alone, on the same chunks. Features
 are those of a random network with two layers on blobs: positive, correlated and of very different
 variance. Times are CPU times of one thread, so that other work on the machine counts less.
 """

@@ -1,5 +1,5 @@
 """Result files: one for each encoder, protocol and data, named by a digest of all that defines it,
-and never changed. The predictions for every test sample are in a file beside it.
+and never changed. The predictions for every test sample are in a file next to it.
 
 The identity of a result is known before anything is measured: `protocol` (benchmark, settings,
 transform, content of the data, how classes were matched), `encoder` (kind, step, weights) and the
@@ -79,7 +79,7 @@ class TrainingRecord(BaseModel):
 
 
 class PredictionsRecord(BaseModel):
-    """The file of predictions, which lies beside the result."""
+    """The file of predictions, next to the result."""
 
     # A plain name, which cannot lead out of the folder.
     file: Annotated[str, Field(pattern=r"^[\w@+-][\w.@+-]*\.npz$")]
@@ -240,8 +240,8 @@ def write(
     if not path.exists():
         packed = io.BytesIO()
         np.savez_compressed(packed, **predictions)  # type: ignore[arg-type]
-        beside = path.with_suffix(".npz")
-        record = {"file": beside.name, "sha256": hashlib.sha256(packed.getvalue()).hexdigest()}
+        packed_file = path.with_suffix(".npz")
+        record = {"file": packed_file.name, "sha256": hashlib.sha256(packed.getvalue()).hexdigest()}
         content = {**content, "predictions": record}
         # For people: tables and curves name it.
         named = {"digest": Result.model_validate(content).protocol}
@@ -249,7 +249,7 @@ def write(
 
         try:
             # First, since a result that exists is complete.
-            durable.write(beside, packed.getvalue())
+            durable.write(packed_file, packed.getvalue())
             durable.write(path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             raise EvalError(

@@ -135,7 +135,7 @@ def context(
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The results in a folder, without the predictions beside them and the stored features."""
+    """The results in a folder, without the predictions next to them and the stored features."""
     return sorted(folder.glob("*.json"))
 
 

@@ -31,7 +31,7 @@ class Config(Frozen):
 
     weakest: Annotated[float, Field(ge=1e-12, le=1e12)] = 1e-6
     strongest: Annotated[float, Field(ge=1e-12, le=1e12)] = 1e5
-    """Of the penalty strength / 2 * |weights|^2 beside the mean cross-entropy."""
+    """Of the penalty strength / 2 * |weights|^2, which is added to the mean cross-entropy."""
 
     tolerance: Annotated[float, Field(ge=1e-12, le=0.1)] = 1e-6
     """Share of the minimum that the minimised function may be above it, by estimate."""

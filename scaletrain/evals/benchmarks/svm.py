@@ -42,7 +42,7 @@ class Config(Frozen):
         100.0,
         1000.0,
     )
-    """Of the loss beside 1/2 |weights|^2."""
+    """Weights of the loss, which is added to 1/2 |weights|^2."""
 
     positive_weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 2.0
     """Importance of an image of the class; others have 1."""

@@ -25,7 +25,7 @@ from scaletrain.runtime import durable, locks
 
 # Hard links that the file system does not have, or not for files of other users and devices.
 _REFUSED = (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-# A step that is saved again while it is linked is linked anew.
+# A step that is saved again while it is linked is linked again.
 _ATTEMPTS = 5
 
 

@@ -79,7 +79,7 @@ def _replace(
     folder: Path, files: Sequence[Path], found: Sequence[Result], digest: str, scratch: Path
 ) -> None:
     """Write an event file and delete the others. TensorBoard reads the files of a folder in the
-    order of their names, and forgets what stood before a file that starts the steps anew.
+    order of their names, and forgets what stood before a file that starts the steps again.
     """
     # slow to import
     from torch.utils.tensorboard import SummaryWriter

@@ -94,7 +94,7 @@ class Fleet:
 
     def _judge(self, cell: Cell) -> Status:
         """Where a cell stands; what sbatch refuses is given up too."""
-        status, refusals = self._standing[cell.run].judge(cell), self._refusals.get(cell, [])
+        status, refusals = self._standing[cell.run].status(cell), self._refusals.get(cell, [])
         given_up = status.state == "missing" and len(refusals) > self._retries
         return Status("failed", refusals[-1]) if given_up else status
 

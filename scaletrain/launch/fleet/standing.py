@@ -24,7 +24,7 @@ SETTLE = 5.0
 class Standing:
     """Of the cells of one run. pool: the own processes of the fleet, if it has any.
 
-    retries: attempts after the first. `judge` is for a fleet that plans alone, after `see_queue`.
+    retries: attempts after the first. `status` is for a fleet that plans alone, after `see_queue`.
     """
 
     def __init__(self, claims: Claims, pool: Pool | None, retries: int) -> None:
@@ -52,7 +52,7 @@ class Standing:
             except queue.UnavailableError:
                 self._live = None
 
-    def judge(self, cell: Cell) -> Status:
+    def status(self, cell: Cell) -> Status:
         """Where a cell stands. Attempts that have ended without a result are counted."""
         if cell.result is None:
             return Status("failed", cell.problem)

@@ -348,10 +348,10 @@ def test_a_hidden_file_has_a_visible_result(run: Path) -> None:
 def test_predictions_lie_beside_their_result(run: Path) -> None:
     """The metrics and intervals are those of the predictions, whose bytes the result knows."""
     result = knn(run)
-    beside = Path(result["file"]).with_suffix(".npz")
-    assert result["predictions"]["file"] == beside.name
-    assert result["predictions"]["sha256"] == hashlib.sha256(beside.read_bytes()).hexdigest()
-    found = unpack(beside)
+    packed = Path(result["file"]).with_suffix(".npz")
+    assert result["predictions"]["file"] == packed.name
+    assert result["predictions"]["sha256"] == hashlib.sha256(packed.read_bytes()).hexdigest()
+    found = unpack(packed)
     assert found["knn_10"].index.tolist() == list(range(12))
     assert {name: value for name, _, _, value in named_metrics(found)} == result["metrics"]
     assert result["main"] == "knn_20"

@@ -230,7 +230,7 @@ def test_processes_start_where_there_is_room_and_no_features_are_waited_for(
         ]
         pool.end(pool.begun[0], 1)
         one.look()
-        # it has failed, and is tried again beside the others
+        # it has failed, and is tried again along with the others
         assert [log.stem.partition("-x")[0] for log in pool.begun[2:]] == [
             "knn@d-step-1",
             "linear@d-step-1",

@@ -34,10 +34,10 @@ def cell(run: Path, benchmark: str = "knn") -> Cell:
     return Cell(run, 3, benchmark, "d", ("eval",), result)
 
 
-def judge(claims: Claims, pool: Pool | None = None, retries: int = 1) -> Status:
+def status_of(claims: Claims, pool: Pool | None = None, retries: int = 1) -> Status:
     watch = Standing(claims, pool, retries)
     watch.see_queue()
-    return watch.judge(cell(claims._folder.parents[1]))
+    return watch.status(cell(claims._folder.parents[1]))
 
 
 def log(run: Path, text: str) -> None:
@@ -56,11 +56,11 @@ def live(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 def test_attempts_are_counted_until_they_are_given_up(tmp_path: Path, live: list[Job]) -> None:
     log(tmp_path, "loading\nerror: no memory\nsomething else\n")
     with Claims(tmp_path) as claims:
-        assert judge(claims) == Status("missing")
+        assert status_of(claims) == Status("missing")
         mine = Holder(fleet=claims.fleet)
         for attempt, expected in ((1, "missing"), (2, "failed")):
             claims.write("knn@d-step-3-x", claims.read("knn@d-step-3-x").held_by(mine))
-            found = judge(claims, Ended(knn=1))
+            found = status_of(claims, Ended(knn=1))
             text = f"exit code 1; no memory ({cell(tmp_path).log})"
             assert found == Status(expected, text, tried=True)  # type: ignore[arg-type]
             kept = claims.read("knn@d-step-3-x")
@@ -71,7 +71,7 @@ def test_invalid_input_is_given_up_at_once(tmp_path: Path, live: list[Job]) -> N
     log(tmp_path, "error: no such folder\n")
     with Claims(tmp_path) as claims:
         claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
-        assert judge(claims, Ended(knn=2)).state == "failed"
+        assert status_of(claims, Ended(knn=2)).state == "failed"
         assert claims.read("knn@d-step-3-x").refused
 
 
@@ -79,7 +79,7 @@ def test_invalid_input_is_given_up_at_once(tmp_path: Path, live: list[Job]) -> N
 def test_an_end_on_request_is_no_attempt(tmp_path: Path, live: list[Job], code: int) -> None:
     with Claims(tmp_path) as claims:
         claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
-        assert judge(claims, Ended(knn=code)) == Status("missing")
+        assert status_of(claims, Ended(knn=code)) == Status("missing")
         assert claims.names() == set()
 
 
@@ -95,7 +95,7 @@ def test_ends_on_request_are_bounded_too(
         for expected in ("missing", "failed"):
             pool.ends["knn"] = 143
             claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=claims.fleet)))
-            assert watch.judge(cell(tmp_path)).state == expected
+            assert watch.status(cell(tmp_path)).state == expected
 
 
 @pytest.mark.parametrize(("stops", "state"), [(20, "missing"), (21, "failed")])
@@ -110,15 +110,15 @@ def test_a_job_that_was_stopped_too_often_is_given_up(
     with Claims(tmp_path) as claims:
         holder = Holder(fleet="dead", launch="0001", job="7")
         claims.write("knn@d-step-3-x", Claim(holder=holder))
-        assert judge(claims, retries=3).state == state
+        assert status_of(claims, retries=3).state == state
 
 
 def test_what_a_dead_fleet_had_begun_is_free(tmp_path: Path, live: list[Job]) -> None:
     with Claims(tmp_path) as claims:
         with Claims(tmp_path) as other:
             claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet=other.fleet), attempts=1))
-            assert judge(claims) == Status("running", f"fleet {other.fleet}")
-        assert judge(claims) == Status("missing", "", tried=True)
+            assert status_of(claims) == Status("running", f"fleet {other.fleet}")
+        assert status_of(claims) == Status("missing", "", tried=True)
         assert claims.read("knn@d-step-3-x") == Claim(attempts=1)
 
 
@@ -130,16 +130,16 @@ def test_a_job_is_live_by_the_queue_and_its_end_by_its_exit_code(
         claims.write("knn@d-step-3-x", Claim(holder=holder))
         for state in ("PENDING", "SUSPENDED", "PREEMPTED", "REQUEUE_HOLD"):
             live[:] = [Job("7_1", state, "")]
-            assert judge(claims) == Status("pending", "job 7_1")
+            assert status_of(claims) == Status("pending", "job 7_1")
         live[:] = [Job("7_1", "RUNNING", "")]
-        assert judge(claims) == Status("running", "job 7_1")
+        assert status_of(claims) == Status("running", "job 7_1")
 
         live.clear()
         folder = jobs._launches(tmp_path) / "0001"
         folder.mkdir(parents=True)
         (folder / "7_1_0_log.err").write_text("error: the disk is full\n")
         (folder / "7_1.exit").write_text("75\n")
-        found = judge(claims)
+        found = status_of(claims)
         # it may pass, and is given time
         assert (found.state, found.tried) == ("pending", True)
         assert found.text.startswith("exit code 75; the disk is full (")
@@ -148,10 +148,10 @@ def test_a_job_is_live_by_the_queue_and_its_end_by_its_exit_code(
         second = claims.read("knn@d-step-3-x").failed("", 75)
         assert 50 < second.after - time.time() <= 60
         claims.write("knn@d-step-3-x", Claim(holder=holder.model_copy(update={"job": "8_1"})))
-        assert judge(claims).text.startswith("it was killed; it wrote nothing")
+        assert status_of(claims).text.startswith("it was killed; it wrote nothing")
         (folder / "9_1.exit").write_text("2\n")
         claims.write("knn@d-step-3-x", Claim(holder=holder.model_copy(update={"job": "9_1"})))
-        assert judge(claims).state == "failed"
+        assert status_of(claims).state == "failed"
 
 
 def test_a_job_whose_fleet_died_while_submitting_is_adopted_or_free(
@@ -161,7 +161,7 @@ def test_a_job_whose_fleet_died_while_submitting_is_adopted_or_free(
         lost = Claim(holder=Holder(fleet="dead", launch="0004", element=1))
         claims.write("knn@d-step-3-x", lost)
         live.append(Job("7_1", "PENDING", f"{tmp_path}#evals/0004"))
-        assert judge(claims) == Status("pending", "job 7_1")
+        assert status_of(claims) == Status("pending", "job 7_1")
         kept = claims.read("knn@d-step-3-x").holder
         assert kept is not None
         assert kept.job == "7_1"
@@ -171,10 +171,10 @@ def test_a_job_whose_fleet_died_while_submitting_is_adopted_or_free(
         watch = Standing(claims, None, 1)
         watch.see_queue()
         # sbatch may still be at work
-        assert watch.judge(cell(tmp_path)) == Status("pending")
+        assert watch.status(cell(tmp_path)) == Status("pending")
         assert watch.settling
         monkeypatch.setattr(standing, "SETTLE", 0.0)
-        assert watch.judge(cell(tmp_path)) == Status("missing")
+        assert watch.status(cell(tmp_path)) == Status("missing")
         assert not watch.settling
         assert claims.names() == set()
 
@@ -187,9 +187,9 @@ def test_jobs_of_a_queue_that_cannot_be_seen_are_left_alone(
 
     monkeypatch.setattr(queue, "mine", away)
     with Claims(tmp_path) as claims:
-        assert judge(claims) == Status("missing")
+        assert status_of(claims) == Status("missing")
         claims.write("knn@d-step-3-x", Claim(holder=Holder(fleet="f", launch="0001", job="7")))
-        assert judge(claims).state == "pending"
+        assert status_of(claims).state == "pending"
         assert claims.names() == {"knn@d-step-3-x"}
 
 
@@ -199,21 +199,21 @@ def test_a_result_ends_its_claim_whatever_that_says(tmp_path: Path, live: list[J
     with Claims(tmp_path) as claims:
         claims.write(found.name, Claim(attempts=9, error="x", refused=True))
         watch = Standing(claims, None, 1)
-        assert watch.judge(found) == Status("measured", "41.24 [39.24, 43.24]")
+        assert watch.status(found) == Status("measured", "41.24 [39.24, 43.24]")
         assert claims.names() == set()
 
         result.write_text("{}")
-        assert watch.judge(found) == Status("measured", "41.24 [39.24, 43.24]"), (
+        assert watch.status(found) == Status("measured", "41.24 [39.24, 43.24]"), (
             "results never change"
         )
         again = Standing(claims, None, 1)
-        assert again.judge(found).state == "failed"
-        assert "is not a result" in again.judge(found).text
+        assert again.status(found).state == "failed"
+        assert "is not a result" in again.status(found).text
 
 
 def test_a_damaged_claim_stops_only_its_result(tmp_path: Path, live: list[Job]) -> None:
     with Claims(tmp_path) as claims:
         (tmp_path / "evals" / "claims" / "knn@d-step-3-x.json").write_text(json.dumps([]))
-        assert judge(claims).state == "failed"
+        assert status_of(claims).state == "failed"
         impossible = Cell(tmp_path, 3, "svm", "d", (), None, problem="no labels")
-        assert Standing(claims, None, 1).judge(impossible) == Status("failed", "no labels")
+        assert Standing(claims, None, 1).status(impossible) == Status("failed", "no labels")
