@@ -144,9 +144,9 @@ def main(
             disturbed.drive(kills - killed)
             total += disturbed.counts
 
-            found = check(disturbed.run, work / "undisturbed", expected)
-            faults += sum(count for what, count in found.items() if what != "superfluous jobs")
-            said = ", ".join(f"{count} {what}" for what, count in found.items())
+            counted = check(disturbed.run, work / "undisturbed", expected)
+            faults += sum(count for what, count in counted.items() if what != "superfluous jobs")
+            said = ", ".join(f"{count} {what}" for what, count in counted.items())
             print(f"round {number}: {disturbed.killed} kills; {said}", flush=True)
 
         left = cluster.processes
@@ -170,7 +170,7 @@ def check(run: Path, undisturbed: Path, expected: dict[str, dict[str, float]]) -
         "errors": len(fleets.errors(run)),
         "complaints of fleets": sum(map(complaints, run.parent.glob(f"{run.name}-fleet-*.log"))),
         "claims left": len(list((run / "evals" / "claims").glob("*.json"))),
-        "wrong curves": sum(found != steps for found in fleets.curves(run).values()),
+        "wrong curves": sum(counted != steps for counted in fleets.curves(run).values()),
         "other bits": int(not fleets.equal(run, undisturbed)),
         "superfluous jobs": fleets.log(run).count("measured before"),
     }

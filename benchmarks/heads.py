@@ -5,9 +5,10 @@ scikit-learn's LogisticRegression with `warm_start` on the same float32 features
 minimised function of each ends above the minimum, which is that of float64 at a tolerance of 1e-12.
 scikit-learn is timed with its usual tolerance, and in float64, whose rounding smaller tolerances
 need, with the first tenth, hundredth, ... of it that ends as near to the minimum as asked of ours.
-kNN: search and votes of four k against a matrix product and topk alone, on the same chunks. Features
-are those of a random network with two layers on blobs: positive, correlated and of very different
-variance. Times are CPU times of one thread, so that other work on the machine counts less.
+kNN: search and votes of four k against a matrix product and topk alone, on the same chunks. The
+features are those of a random network with two layers on blobs: positive, correlated and of very
+different variance. Times are CPU times of one thread, so that other work on the machine counts
+less.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def features(samples: int, width: int, classes: int, seed: int = 0) -> tuple[Ten
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of CPU time, and what came out."""
     begin = process_time()
-    found = run()
-    return process_time() - begin, found
+    outcome = run()
+    return process_time() - begin, outcome
 
 
 def value(x: Tensor, labels: Tensor, head: Linear, strength: float) -> float:
@@ -66,14 +67,14 @@ def value(x: Tensor, labels: Tensor, head: Linear, strength: float) -> float:
 
 def theirs(x: Tensor, labels: Tensor, strengths: list[float], tolerance: float) -> list[Linear]:
     model = LogisticRegression(warm_start=True, max_iter=100_000, tol=tolerance)
-    found, numbers = [], (x.numpy(), labels.numpy())
+    outcome, numbers = [], (x.numpy(), labels.numpy())
     for strength in strengths:
         model.C = 1 / (strength * len(x))
         model.fit(*numbers)
         parts = (torch.from_numpy(part.copy()) for part in (model.coef_, model.intercept_))
-        found.append(Linear(*parts))
+        outcome.append(Linear(*parts))
 
-    return found
+    return outcome
 
 
 def logistic(samples: int, width: int, classes: int) -> Iterator[Row]:

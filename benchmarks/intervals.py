@@ -66,8 +66,8 @@ def _pair(metric: str, accuracy: float, draws: int) -> Found:
         own = random.random(SAMPLES) < OWN
         second = np.where(own, random.random(SAMPLES) < hard[labels] + BETTER, first)
         a, b = (_predictions(labels, 1 - right) for right in (second, first))
-        found = paired(a, b, metric)
-        yield found.low, 100 * OWN * BETTER, found.high
+        estimate = paired(a, b, metric)
+        yield estimate.low, 100 * OWN * BETTER, estimate.high
 
 
 def _runs(accuracy: float, draws: int) -> Found:
@@ -99,8 +99,8 @@ def _distance(accuracy: float) -> float:
     low, high = 0.0, 8.0
     for _ in range(20):
         middle = (low + high) / 2
-        found = _noisy(middle, 0, 20_000)
-        right = found.scores.argmax(1) == found.labels.argmax(1)
+        estimate = _noisy(middle, 0, 20_000)
+        right = estimate.scores.argmax(1) == estimate.labels.argmax(1)
         low, high = (middle, high) if float(right.double().mean()) < accuracy else (low, middle)
 
     return low

@@ -202,8 +202,8 @@ class FeatureExtractor:
             encode = partial(self._encoded, path, shards, what, transform)
             stored = encoding.in_memory(encode, samples, self._width(transform))
         else:
-            found = self._part_of_whole(shards, transform)
-            stored = found or self._stored(path, shards, what, transform)
+            features = self._part_of_whole(shards, transform)
+            stored = features or self._stored(path, shards, what, transform)
             assert stored is not None, "a process alone is rank 0"
 
         bad = list(stored.left_out)
@@ -306,7 +306,7 @@ class FeatureExtractor:
         if world == 1 and entry.folder in self._opened:
             return self._opened[entry.folder]
 
-        found = encoding.fill(
+        features = encoding.fill(
             entry,
             partial(self._encoded, path, shards, what, transform),
             width=partial(self._width, transform),
@@ -316,9 +316,9 @@ class FeatureExtractor:
             rank=rank,
             world=world,
         )
-        if found is not None:
-            self._opened[entry.folder] = found
-        return found
+        if features is not None:
+            self._opened[entry.folder] = features
+        return features
 
     def _encoded(
         self,

@@ -171,12 +171,12 @@ def bootstrap_class_mean(values: Tensor, labels: Tensor, seed: int) -> Floats:
 
     for counts in several:
         drawn = counts.sum() - 1
-        found = random.multinomial(drawn, counts / counts.sum(), DRAWS)  # [B, 3]
-        total += (found[:, 2] - found[:, 0]) / drawn
+        draws_of_class = random.multinomial(drawn, counts / counts.sum(), DRAWS)  # [B, 3]
+        total += (draws_of_class[:, 2] - draws_of_class[:, 0]) / drawn
 
     if len(single):
-        found = random.multinomial(len(single), single.mean(0), DRAWS)
-        total += found[:, 2] - found[:, 0]
+        draws_of_class = random.multinomial(len(single), single.mean(0), DRAWS)
+        total += draws_of_class[:, 2] - draws_of_class[:, 0]
 
     return total / (len(several) + len(single))
 

@@ -188,21 +188,21 @@ class OpenDataset:
 
         trained_on: sha256 of the datasets of the encoder's training.
         """
-        train, test, found = self._train, self._test, []
+        train, test, matches = self._train, self._test, []
         seen = test.common(test.rows, train, train.rows)
         if seen:
-            found.append(
+            matches.append(
                 f"{seen:,} of {len(test.shards):,} test images of {test.path} are training images "
                 f"of dataset {self.name} too"
             )
 
         known = {test.base.fingerprint, *(part.fingerprint for part in test.parts)}
         if known & set(trained_on):
-            found.append(
+            matches.append(
                 f"the encoder, or what it started from, was trained on the images of {test.path}"
             )
 
-        return found
+        return matches
 
     def _validation(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Which training images [N] choose settings: the official ones, or held-out ones."""
@@ -252,10 +252,10 @@ def open_dataset(
     if dataset.label_map is None and not dataset.restrict:
         matched = match(ours, theirs, dataset.same_numbers)
     else:
-        found = group(ours, theirs, dataset.label_map, dataset.restrict)
-        matched, groups = found.classes, found.groups
-        if len(found.rows) < len(test.shards):
-            test = replace(test, shards=SubsetShards(test.shards, found.rows))
+        matches = group(ours, theirs, dataset.label_map, dataset.restrict)
+        matched, groups = matches.classes, matches.groups
+        if len(matches.rows) < len(test.shards):
+            test = replace(test, shards=SubsetShards(test.shards, matches.rows))
 
     if dataset.classes and matched.count != dataset.classes:
         raise EvalError(

@@ -64,18 +64,18 @@ def paired(a: Prediction, b: Prediction, metric: str, seed: int = 0) -> Paired:
     depth = 5 if metric == "top5" else 1
     if isinstance(a, Drawn) and isinstance(b, Drawn):
         gain = (a.rank < depth).long() - (b.rank < depth).long()  # [R, Q]: -1, 0, 1
-        found, fewest = _draws(gain, a.labels, metric), 0.0
+        estimate, fewest = _draws(gain, a.labels, metric), 0.0
     elif isinstance(a, Ranked) and isinstance(b, Ranked):
         gain = (a.rank < depth).long() - (b.rank < depth).long()  # [Q]: -1, 0, 1
         compared = _class_means if metric == "per_class" else _accuracies
-        found = compared(gain, a.labels, seed)
+        estimate = compared(gain, a.labels, seed)
         fewest = 100 * _FEWEST / len(gain)
     else:
         assert isinstance(a, Scored), "checked above"
         assert isinstance(b, Scored), "checked above"
-        found, fewest = _precisions(a, b, metric, seed), 0.0
+        estimate, fewest = _precisions(a, b, metric, seed), 0.0
 
-    low, high, p, test, error = found
+    low, high, p, test, error = estimate
     return Paired(
         metric=metric,
         samples=len(a.index),
@@ -109,20 +109,20 @@ def permutation(gain: Tensor, labels: Tensor, seed: int = 0, resamples: int = RE
     Samples of classes of one size weigh alike, and so are drawn together: one binomial number.
     """
     sizes = torch.bincount(labels)[labels]
-    found = [
+    classes = [
         (int(size), int(part.sum()), int(part.abs().sum()))
         for size in sizes.unique()
         for part in [gain[sizes == size]]
     ]
-    if len(found) == 1:
-        ((_, surplus, changed),) = found
+    if len(classes) == 1:
+        ((_, surplus, changed),) = classes
         return mcnemar((changed + surplus) // 2, (changed - surplus) // 2)
 
     random, total = np.random.default_rng(seed), np.zeros(resamples)
-    for size, _, changed in found:
+    for size, _, changed in classes:
         total += (2 * random.binomial(changed, 0.5, resamples) - changed) / size
 
-    observed = abs(sum(surplus / size for size, surplus, _ in found))
+    observed = abs(sum(surplus / size for size, surplus, _ in classes))
     # rounding must not make an equal sum a smaller one
     as_large = int((np.abs(total) >= observed - 1e-9).sum())
     return (1 + as_large) / (1 + resamples)

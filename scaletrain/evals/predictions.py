@@ -66,8 +66,8 @@ class Drawn:
 
     def metrics(self) -> dict[str, float]:
         """Means over the draws in per cent: top1, top5 from five classes on, per_class."""
-        found = [accuracy(rank, self.labels, self.classes) for rank in self.rank]
-        return {name: fmean(one[name] for one in found) for name in found[0]}
+        draws = [accuracy(rank, self.labels, self.classes) for rank in self.rank]
+        return {name: fmean(one[name] for one in draws) for name in draws[0]}
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Scored:
 
     def metrics(self) -> dict[str, float]:
         """In per cent: map, map11."""
-        found = average_precision(self.scores, self.labels)
-        return {name: 100 * float(value) for name, value in found.items()}
+        means = average_precision(self.scores, self.labels)
+        return {name: 100 * float(value) for name, value in means.items()}
 
 
 Prediction: TypeAlias = Ranked | Drawn | Scored
@@ -192,7 +192,7 @@ def _unpacked(arrays: Arrays) -> dict[str, Prediction]:
 
     # in the order in which they were packed
     names = dict.fromkeys(key.rpartition(".")[0] for key in arrays if "." in key)
-    found: dict[str, Prediction] = {}
+    predictions: dict[str, Prediction] = {}
     for name in names:
 
         def part(key: str, kind: str, name: str = name) -> Tensor:
@@ -219,9 +219,9 @@ def _unpacked(arrays: Arrays) -> dict[str, Prediction]:
         if fault := _fault(prediction):
             raise ValueError(f"'{name}': {fault}")
 
-        found[name] = prediction
+        predictions[name] = prediction
 
-    return found
+    return predictions
 
 
 def _fault(prediction: Prediction) -> str:

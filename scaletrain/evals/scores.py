@@ -75,12 +75,12 @@ def average_precision(
     have one.
     """
     weights = counts if counts is not None else torch.ones(1, len(scores), dtype=torch.int64)
-    found = [
+    means = [
         _curve_means(score, truth, weights)
         for score, truth in zip(scores.T, labels.T, strict=True)
         if (truth == 1).any()
     ]
-    area, eleven = (torch.stack(part).nanmean(0) for part in zip(*found, strict=True))
+    area, eleven = (torch.stack(part).nanmean(0) for part in zip(*means, strict=True))
     return {
         name: value if counts is not None else value[0]
         for name, value in (("map", area), ("map11", eleven))

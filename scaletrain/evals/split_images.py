@@ -76,12 +76,12 @@ class SplitImages:
         starts = ends - self.base.counts
         cuts = rows.searchsorted(ends)[:-1]
         sums = np.concatenate([part.checksums for part in self.parts])
-        found: dict[bytes, Ints] = {}
+        listing: dict[bytes, Ints] = {}
         for sha256, own, start in zip(sums.tolist(), np.split(rows, cuts), starts, strict=True):
             if len(own):
-                found[sha256] = np.union1d(found.get(sha256, own - start), own - start)
+                listing[sha256] = np.union1d(listing.get(sha256, own - start), own - start)
 
-        return found
+        return listing
 
 
 class Opener:
@@ -205,12 +205,12 @@ class Opener:
         if not split.file:
             return None
 
-        path, found = Path(split.file), self._listed(split)
+        path, listing = Path(split.file), self._listed(split)
         return {
             "file": path.name,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "samples": samples,
-            "rule": f"all but {found.rule}" if split.without else found.rule,
+            "rule": f"all but {listing.rule}" if split.without else listing.rule,
         }
 
 

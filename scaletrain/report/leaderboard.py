@@ -103,11 +103,11 @@ def _results(folder: Path) -> list[Result]:
         raise ConfigError(f"no run folder {folder}: there is no such folder")
 
     place = folder / "evals" if (folder / "config.yaml").is_file() else folder
-    found = [one for one in results.read(place) if one.name or one.encoder == "trained"]
-    if not found:
+    chosen = [one for one in results.read(place) if one.name or one.encoder == "trained"]
+    if not chosen:
         raise ConfigError(f"{place} has no results of an encoder; `scaletrain eval` makes them")
 
-    return found
+    return chosen
 
 
 def _recipe(folder: Path) -> tuple[str, int]:
@@ -124,15 +124,15 @@ def _board(
     benchmark: str,
     dataset: str,
     protocol: str,
-    found: dict[Source, Result],
+    chosen: dict[Source, Result],
     wanted: str | None,
     recipes: Mapping[Path, tuple[str, int]],
 ) -> Board:
-    metric = wanted or next(iter(found.values())).main
+    metric = wanted or next(iter(chosen.values())).main
     groups: dict[tuple[object, ...], dict[Source, Result]] = {}
-    for source, result in found.items():
+    for source, result in chosen.items():
         recipe, seed = recipes[source[0]]
-        seeds = sum(recipes[folder] == (recipe, seed) for folder, _ in found)
+        seeds = sum(recipes[folder] == (recipe, seed) for folder, _ in chosen)
         # a copy is no further training, and a run of another step is not yet comparable
         alike = (recipe, result.step) if recipe and seeds == 1 else source
         groups.setdefault(alike, {})[source] = result
@@ -210,10 +210,10 @@ def _test(a: Sequence[Result], b: Sequence[Result], metric: str) -> tuple[float,
     return p, scale * fmean(test.resolvable for test in tests)
 
 
-def show(found: Sequence[Board], width: int | None = None) -> list[str]:
+def show(chosen: Sequence[Board], width: int | None = None) -> list[str]:
     """Boards as text for a terminal."""
     text: list[str] = []
-    for board in found:
+    for board in chosen:
         title = f"{board.benchmark}@{board.dataset}" if board.dataset else board.benchmark
         columns = ("place", "encoder", "step", board.metric, scores.INTERVAL)
         rows = [
@@ -237,15 +237,15 @@ def show(found: Sequence[Board], width: int | None = None) -> list[str]:
     several = (
         "Of several seeds the score is the mean, with Student's interval over these trainings."
     )
-    if any(entry.runs > 1 for board in found for entry in board.entries):
+    if any(entry.runs > 1 for board in chosen for entry in board.entries):
         note += f" {several}"
 
     return [*text, *tables.wrap(note, width).splitlines()]
 
 
-def save(found: Sequence[Board], path: Path) -> None:
+def save(chosen: Sequence[Board], path: Path) -> None:
     """Write a row for each entry of each board. Raises ConfigError if that is not possible."""
-    rows = list(_rows(found))
+    rows = list(_rows(chosen))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -256,8 +256,8 @@ def save(found: Sequence[Board], path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _rows(found: Sequence[Board]) -> Iterator[dict[str, object]]:
-    for board in found:
+def _rows(chosen: Sequence[Board]) -> Iterator[dict[str, object]]:
+    for board in chosen:
         shared = {
             key: getattr(board, key) for key in ("benchmark", "dataset", "metric", "protocol")
         }

@@ -77,21 +77,21 @@ def prepare(folder: Path, steps: int, every: int, benchmarks: Sequence[str]) -> 
 
 def metrics(run: Path) -> dict[str, dict[str, float]]:
     """Of all results of a run, by their names; each is read with its checks."""
-    found = {path.stem: results.parse(path)[0] for path in (run / "evals").glob("*.json")}
-    assert all((run / "evals" / f"{name}.npz").is_file() for name in found)
-    return {name: result.metrics for name, result in found.items()}
+    matches = {path.stem: results.parse(path)[0] for path in (run / "evals").glob("*.json")}
+    assert all((run / "evals" / f"{name}.npz").is_file() for name in matches)
+    return {name: result.metrics for name, result in matches.items()}
 
 
 def curves(run: Path) -> dict[str, list[int]]:
     """The steps of the main metric of each curve in TensorBoard, by benchmark."""
-    found = {}
+    matches = {}
     for folder in (run / "tensorboard" / "evals").iterdir():
         board = EventAccumulator(str(folder))
         board.Reload()
         name = folder.name.partition("@")[0]
         tag = next(tag for tag in board.Tags()["scalars"] if tag.startswith(f"eval/{name}"))
-        found[name] = [event.step for event in board.Scalars(tag)]
-    return found
+        matches[name] = [event.step for event in board.Scalars(tag)]
+    return matches
 
 
 def measured(run: Path) -> Counter[str]:
@@ -136,12 +136,12 @@ def evaluating(cluster: Cluster, job: str) -> list[int]:
 
 def commands(cluster: Cluster, job: str, command: str) -> list[int]:
     """The processes of a job that run a command of scaletrain."""
-    mark, found = f"\0scaletrain\0{command}\0".encode(), []
+    mark, matches = f"\0scaletrain\0{command}\0".encode(), []
     for pid in processes(cluster, job):
         with contextlib.suppress(OSError):
             if mark in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return found
+                matches.append(pid)
+    return matches
 
 
 def saved(run: Path) -> list[int]:
@@ -151,12 +151,12 @@ def saved(run: Path) -> list[int]:
 
 def processes(cluster: Cluster, job: str) -> list[int]:
     """All processes of a job, its batch script among them."""
-    mark, found = f"SLURM_JOB_ID={job}".encode(), []
+    mark, matches = f"SLURM_JOB_ID={job}".encode(), []
     for pid in cluster.processes():
         with contextlib.suppress(OSError):
             if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
+                matches.append(pid)
+    return matches
 
 
 def kill(pids: Sequence[int]) -> bool:

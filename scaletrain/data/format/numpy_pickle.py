@@ -119,8 +119,8 @@ def _array(value: Any, path: Path, kind: str, order: str, what: str) -> NDArray[
         version, shape, dtype, fortran, raw = value.state
         # Python 2 wrote byte strings
         data = raw.encode("latin-1") if isinstance(raw, str) else raw
-        found = version, dtype.arguments[0], dtype.state[1]
-        if value.kind == _ARRAY and found == (1, kind, order) and not (fortran and kind == "u1"):
+        layout = version, dtype.arguments[0], dtype.state[1]
+        if value.kind == _ARRAY and layout == (1, kind, order) and not (fortran and kind == "u1"):
             flat: NDArray[Any] = np.frombuffer(data, f"{order}{kind}")
             return flat.reshape(tuple(shape), order="F" if fortran else "C")
     except (AttributeError, TypeError, ValueError, LookupError, UnicodeEncodeError):

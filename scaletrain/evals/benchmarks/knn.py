@@ -48,8 +48,8 @@ def measure(config: Config, context: EvalContext) -> Score:
 
     predictions = {}
     for k in sorted(set(config.ks)):
-        found = votes(near, voters, k, config.temperature, context.classes)
-        predictions[f"knn_{k}"] = _ranked(context, queries, found)
+        class_scores = votes(near, voters, k, config.temperature, context.classes)
+        predictions[f"knn_{k}"] = _ranked(context, queries, class_scores)
 
     # 20 is usually the best
     main = 20 if 20 in config.ks else min(config.ks)

@@ -145,7 +145,7 @@ def measure(config: Config, context: EvalContext) -> Score:
             file=sys.stderr,
         )
 
-    best, found = config.rates[0], {}
+    best, choice = config.rates[0], {}
     if config.chooses:
         heads, samples, batch = _train(config, context, "train", config.rates)
         validation = context.features("val")
@@ -156,7 +156,7 @@ def measure(config: Config, context: EvalContext) -> Score:
         # of equals the first listed
         number = by_rate.index(max(by_rate))
         best = config.rates[number]
-        found = {
+        choice = {
             "chosen_rate": best,
             # then a wider sweep may do better
             "chosen_at_edge": best in (min(config.rates), max(config.rates)),
@@ -184,7 +184,7 @@ def measure(config: Config, context: EvalContext) -> Score:
             "trained_on": samples,
             "reported": "test set, last epoch",
         },
-        found,
+        choice,
     )
 
 

@@ -160,9 +160,9 @@ def _right(scores: Tensor, labels: Tensor, metric: str) -> Tensor:
 def _precisions(scores: Tensor, labels: Tensor) -> Tensor:
     """Average precision [K] of each class, in per cent; not a number for one without samples."""
     shown = one_hot(labels, scores.shape[1])
-    found = torch.full((scores.shape[1],), torch.nan, dtype=torch.float64)
+    averages = torch.full((scores.shape[1],), torch.nan, dtype=torch.float64)
     for number in shown.any(0).nonzero().flatten().tolist():
         column = slice(number, number + 1)
-        found[number] = 100 * average_precision(scores[:, column], shown[:, column])["map"]
+        averages[number] = 100 * average_precision(scores[:, column], shown[:, column])["map"]
 
-    return found
+    return averages

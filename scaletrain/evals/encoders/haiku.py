@@ -73,14 +73,14 @@ def _online(state: Any, path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any
     A state is a dict (ReLICv2) or a tuple with names (BYOL and the linear evaluations), whose first
     and third fields these are.
     """
-    found: tuple[Any, ...] = ()
+    parts: tuple[Any, ...] = ()
     if isinstance(state, dict):
-        found = state.get("online_params"), state.get("online_state")
+        parts = state.get("online_params"), state.get("online_state")
     elif isinstance(state, numpy_pickle.Record) and state.name.endswith("ExperimentState"):
-        found = state.arguments[:3:2] if isinstance(state.arguments, tuple) else ()
+        parts = state.arguments[:3:2] if isinstance(state.arguments, tuple) else ()
 
-    if len(found) == 2 and all(isinstance(part, dict) for part in found):
-        return found[0], found[1]
+    if len(parts) == 2 and all(isinstance(part, dict) for part in parts):
+        return parts[0], parts[1]
 
     raise EvalError(
         f"{path} has no experiment_state with parameters and state of an online network; is it a "

@@ -78,18 +78,18 @@ def _quasi_newton(
     problem: Problem, gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]
 ) -> Tensor:
     """[P, n]: the two-loop recursion; pairs without positive curvature are passed over."""
-    found, shares = gradient.clone(), []
+    descent, shares = gradient.clone(), []
     for step, change, curvature in reversed(history):
-        share = torch.where(curvature > 0, _dot(step, found) / curvature, 0).to(found)
-        found -= share.unsqueeze(1) * change
+        share = torch.where(curvature > 0, _dot(step, descent) / curvature, 0).to(descent)
+        descent -= share.unsqueeze(1) * change
         shares.append(share)
 
-    found = problem.precondition(found)
+    descent = problem.precondition(descent)
     for (step, change, curvature), share in zip(history, reversed(shares), strict=True):
-        back = torch.where(curvature > 0, _dot(change, found) / curvature, 0).to(found)
-        found += (share - back).unsqueeze(1) * step
+        back = torch.where(curvature > 0, _dot(change, descent) / curvature, 0).to(descent)
+        descent += (share - back).unsqueeze(1) * step
 
-    return found
+    return descent
 
 
 def _search(problem: Problem, start: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def folds(labels: Tensor, index: Tensor, count: int) -> Tensor:
     first = torch.zeros(int(labels.max()) + 2, dtype=torch.int64)
     first[1:] = torch.bincount(labels).cumsum(0)
 
-    found = torch.empty_like(labels)
-    found[place] = (torch.arange(len(labels)) - first[labels[place]]) % count
-    return found
+    fold_of = torch.empty_like(labels)
+    fold_of[place] = (torch.arange(len(labels)) - first[labels[place]]) % count
+    return fold_of
 
 
 class _SquaredHinge:
@@ -116,8 +116,8 @@ class _SquaredHinge:
     def precondition(self, gradient: Tensor) -> Tensor:
         """The second derivative is nearly that of samples of the mean importance."""
         scaled = (gradient @ self.axes) / (1 + self.curvature * self.scales)
-        found: Tensor = scaled @ self.axes.T
-        return found
+        conditioned: Tensor = scaled @ self.axes.T
+        return conditioned
 
     def aim(self, direction: Tensor) -> None:
         self.direction, self.change = direction, self.sign * self._scores(direction)

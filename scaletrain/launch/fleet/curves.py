@@ -51,11 +51,11 @@ class Curves:
             curves.setdefault(_curve(result), []).append(result)
 
         self.results = sum(map(len, curves.values()))
-        for name, found in curves.items():
-            folder, wanted = self._board / name, results.digest([one.digest for one in found])
+        for name, curve in curves.items():
+            folder, wanted = self._board / name, results.digest([one.digest for one in curve])
             files = list(folder.glob("*tfevents*"))
             if [wanted] != [_digest(file) for file in files]:
-                _replace(folder, files, found, wanted, self._evals)
+                _replace(folder, files, curve, wanted, self._evals)
 
         for folder in self._board.glob("*"):
             if folder.name not in curves:
@@ -76,7 +76,7 @@ def _digest(file: Path) -> str:
 
 
 def _replace(
-    folder: Path, files: Sequence[Path], found: Sequence[Result], digest: str, scratch: Path
+    folder: Path, files: Sequence[Path], curve: Sequence[Result], digest: str, scratch: Path
 ) -> None:
     """Write an event file and delete the others. TensorBoard reads the files of a folder in the
     order of their names, and forgets what stood before a file that starts the steps again.
@@ -93,9 +93,9 @@ def _replace(
 
     with tempfile.TemporaryDirectory(prefix=".curve-", dir=scratch) as draft:
         with SummaryWriter(draft, purge_step=0) as writer:
-            described = "\n".join(f"- {key}: {value}" for key, value in found[0].described.items())
+            described = "\n".join(f"- {key}: {value}" for key, value in curve[0].described.items())
             writer.add_text("eval/protocol", described)
-            for result in found:
+            for result in curve:
                 for name, value in result.metrics.items():
                     writer.add_scalar(f"eval/{name}", value, result.step)
 

@@ -107,16 +107,16 @@ class Plan:
         try:
             # Before the status, which the end of the run changes.
             alive = status.alive(self.run)
-            found = status.read(self.run)
+            progress = status.read(self.run)
         except OSError:
             return ""
-        if found is None:
+        if progress is None:
             return ""
 
-        dead = found.state == "running" and not alive
-        state = "not running" if dead else found.state
-        job = f", job {found.job}" if found.job and state == "running" else ""
-        return f"step {found.step:,} of {found.total:,}, {state}{job}"
+        dead = progress.state == "running" and not alive
+        state = "not running" if dead else progress.state
+        job = f", job {progress.job}" if progress.job and state == "running" else ""
+        return f"step {progress.step:,} of {progress.total:,}, {state}{job}"
 
     # --- steps ------------------------------------------------------------------------------------
 

@@ -46,11 +46,11 @@ def evaluate(run: Path, text: str, **options: Any) -> dict[str, Any]:
 
 
 def test_a_result_belongs_to_its_dataset(run: Path) -> None:
-    found = evaluate(run, "train: train\ntest: test\nmetric: per_class\nclasses: 6\n")
-    assert (found["dataset"], found["main"]) == ("mine", "knn_3_per_class")
-    assert Path(found["file"]).name.startswith("knn@mine-step-0-pixels-")
-    assert found["metrics"]["knn_3"] == 100
-    assert "seen_in_training" not in found["data"]
+    actual = evaluate(run, "train: train\ntest: test\nmetric: per_class\nclasses: 6\n")
+    assert (actual["dataset"], actual["main"]) == ("mine", "knn_3_per_class")
+    assert Path(actual["file"]).name.startswith("knn@mine-step-0-pixels-")
+    assert actual["metrics"]["knn_3"] == 100
+    assert "seen_in_training" not in actual["data"]
     with pytest.raises(EvalError, match="leave out --train, --test and --same-numbers"):
         evaluate(run, "train: train\ntest: test\n", same_numbers=True)
 
@@ -59,11 +59,11 @@ def test_a_label_map_decides_what_is_right(run: Path) -> None:
     """Two training classes mean a pet, in whichever of them an image lies; rocks do not count."""
     text = "train: train\ntest: odd\nlabel_map: {pet: [cat, dog], bird: emu}\n"
     for rule, others in (("restrict: true\n", 2), ("", 5)):
-        found = evaluate(run, text + rule)
-        assert found["metrics"]["knn_3"] == 100
-        assert found["data"]["test"]["used"] == 3
-        assert ("knn_3_top5" in found["metrics"]) == (others == 5)
-        assert found["identity"]["protocol"]["label_map"]["pet"] == ["cat", "dog"]
+        actual = evaluate(run, text + rule)
+        assert actual["metrics"]["knn_3"] == 100
+        assert actual["data"]["test"]["used"] == 3
+        assert ("knn_3_top5" in actual["metrics"]) == (others == 5)
+        assert actual["identity"]["protocol"]["label_map"]["pet"] == ["cat", "dog"]
 
 
 def test_test_sets_of_one_training_set_share_its_features(run: Path) -> None:

@@ -22,32 +22,32 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 def test_all_shipped_descriptors_are_complete() -> None:
     """Each can be loaded, says how its shards are made, and how many classes it has."""
     for name in datasets.names():
-        found = datasets.load(name, "/data")
-        assert found.name == name
-        assert found.train is not None
-        assert found.classes
-        shards = found.how.replace("$d", found.test.shards.rpartition("/")[2])
-        for place in datasets.missing(found):
+        actual = datasets.load(name, "/data")
+        assert actual.name == name
+        assert actual.train is not None
+        assert actual.classes
+        shards = actual.how.replace("$d", actual.test.shards.rpartition("/")[2])
+        for place in datasets.missing(actual):
             parent = str(Path(place).parent).removeprefix("/")
             assert place.removeprefix("/") in shards or parent in shards, (name, place)
 
 
 def test_the_map_of_objectnet() -> None:
     """113 classes mean 125 different ones of ImageNet; and its images never train."""
-    found = datasets.load("objectnet", "/data")
-    assert found.label_map is not None
-    meant = [name for members in found.label_map.values() for name in members]
-    assert (len(found.label_map), len(meant), len(set(meant))) == (113, 125, 125)
-    assert found.label_map["chair"] == ("n02791124", "n03376595", "n04099969")
-    assert (found.may_train, found.restrict, found.border) == (False, True, 2)
-    assert found.train == datasets.load("imagenet", "/data").train
+    actual = datasets.load("objectnet", "/data")
+    assert actual.label_map is not None
+    meant = [name for members in actual.label_map.values() for name in members]
+    assert (len(actual.label_map), len(meant), len(set(meant))) == (113, 125, 125)
+    assert actual.label_map["chair"] == ("n02791124", "n03376595", "n04099969")
+    assert (actual.may_train, actual.restrict, actual.border) == (False, True, 2)
+    assert actual.train == datasets.load("imagenet", "/data").train
 
 
 def test_the_descriptor_of_the_guide(tmp_path: Path) -> None:
     guide = (Path(__file__).parents[3] / "docs" / "guides" / "evaluation.md").read_text()
     text = guide.partition("```yaml\n")[2].partition("```")[0]
-    found = datasets.load(write(tmp_path, text), "/data")
-    assert (found.test.shards, found.test.without) == ("/data/birds/all", "/data/birds/seen.json")
+    actual = datasets.load(write(tmp_path, text), "/data")
+    assert (actual.test.shards, actual.test.without) == ("/data/birds/all", "/data/birds/seen.json")
 
 
 def test_paths_are_below_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,18 +56,18 @@ def test_paths_are_below_the_data_root(tmp_path: Path, monkeypatch: pytest.Monke
         "test: https://host/test\nmetric: per_class\n"
     )
     file = write(tmp_path, text)
-    found = datasets.load(file, tmp_path)
-    assert found.name == "mine"
-    assert found.train == datasets.SplitConfig(
+    actual = datasets.load(file, tmp_path)
+    assert actual.name == "mine"
+    assert actual.train == datasets.SplitConfig(
         shards=f"[{tmp_path}/a, /there/b]", subset=str(tmp_path / "few.json")
     )
-    assert found.val is not None
-    assert (found.val.shards, found.test.shards) == (
+    assert actual.val is not None
+    assert (actual.val.shards, actual.test.shards) == (
         f"{tmp_path}/c/val-*.tar",
         "https://host/test",
     )
     monkeypatch.setenv(datasets.ROOT_VARIABLE, str(tmp_path))
-    assert datasets.load(file) == found
+    assert datasets.load(file) == actual
     monkeypatch.delenv(datasets.ROOT_VARIABLE)
     monkeypatch.chdir(tmp_path)
     assert datasets.data_root() == tmp_path / "data"
@@ -77,10 +77,10 @@ def test_a_test_set_trains_on_another_one(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path, "train: a\nval: v\ntest: b\nclasses: 3\n", "base.yaml")
     base, file = tmp_path / "base.yaml", tmp_path / "mine.yaml"
     write(tmp_path, f"train_from: {base}\ntest: c\nmay_train: false\n")
-    found = datasets.load(file, "/data")
-    assert found.train is not None
-    assert found.val is not None
-    assert (found.train.shards, found.val.shards, found.test.shards, found.classes) == (
+    actual = datasets.load(file, "/data")
+    assert actual.train is not None
+    assert actual.val is not None
+    assert (actual.train.shards, actual.val.shards, actual.test.shards, actual.classes) == (
         "/data/a",
         "/data/v",
         "/data/c",
@@ -129,10 +129,12 @@ def test_folders_of_a_command_line(tmp_path: Path) -> None:
     train, val = tmp_path / "flowers" / "train", tmp_path / "flowers" / "val"
     for folder in (train, val):
         folder.mkdir(parents=True)
-    found = datasets.given(train, labels=tmp_path / "few.json", same_numbers=True)
-    assert (found.name, found.test.shards) == ("flowers", str(val))
-    assert found.train == datasets.SplitConfig(shards=str(train), subset=str(tmp_path / "few.json"))
-    assert found.same_numbers
+    actual = datasets.given(train, labels=tmp_path / "few.json", same_numbers=True)
+    assert (actual.name, actual.test.shards) == ("flowers", str(val))
+    assert actual.train == datasets.SplitConfig(
+        shards=str(train), subset=str(tmp_path / "few.json")
+    )
+    assert actual.same_numbers
     names = {
         "/x/my photos/train-*.tar": "my_photos",
         "/data/pets": "pets",
@@ -152,8 +154,8 @@ def test_folders_that_are_missing(tmp_path: Path) -> None:
 
 
 def test_a_label_subset_of_a_descriptor(tmp_path: Path) -> None:
-    found = datasets.load("cifar10", "/data").labelled(tmp_path / "few.json")
-    assert found.train is not None
-    assert found.train.subset == str(tmp_path / "few.json")
+    actual = datasets.load("cifar10", "/data").labelled(tmp_path / "few.json")
+    assert actual.train is not None
+    assert actual.train.subset == str(tmp_path / "few.json")
     with pytest.raises(EvalError, match=r"of dataset caltech101 are a subset already"):
         datasets.load("caltech101").labelled(tmp_path / "few.json")

@@ -36,11 +36,11 @@ def simulated(draws: int, samples: int, random: torch.Generator, mean: float = 0
 def test_all_comes_back(tmp_path: Path) -> None:
     one = drawn(simulated(3, 50, torch.Generator().manual_seed(0)))
     np.savez_compressed(tmp_path / "p.npz", **pack({"a": one}))
-    found = unpack(tmp_path / "p.npz")["a"]
-    assert isinstance(found, Drawn)
-    assert found.rank.equal(one.rank)
-    assert found.predicted.equal(one.predicted)
-    assert found.metrics() == one.metrics()
+    actual = unpack(tmp_path / "p.npz")["a"]
+    assert isinstance(actual, Drawn)
+    assert actual.rank.equal(one.rank)
+    assert actual.predicted.equal(one.predicted)
+    assert actual.metrics() == one.metrics()
 
     fewer = replace(one, predicted=one.predicted[:2])
     with pytest.raises(EvalError, match=r"predicted are \[2, 50\], not \[3, 50\]"):
@@ -90,11 +90,11 @@ def test_pairs_share_draws_and_samples() -> None:
     random = torch.Generator().manual_seed(0)
     right = simulated(5, 2000, random)
     better = right | (torch.rand(right.shape, generator=random) < 0.05)
-    found = paired(drawn(better), drawn(right), "top1")
-    assert found.p < 1e-3
-    assert found.low < found.difference < found.high
-    assert found.low > 0
-    assert interval(drawn(right), "top1")[1] > found.a  # unlike from the interval of one
+    actual = paired(drawn(better), drawn(right), "top1")
+    assert actual.p < 1e-3
+    assert actual.low < actual.difference < actual.high
+    assert actual.low > 0
+    assert interval(drawn(right), "top1")[1] > actual.a  # unlike from the interval of one
 
     same = paired(drawn(right), drawn(right), "top1")
     assert (same.p, same.difference) == (1.0, 0.0)

@@ -17,28 +17,28 @@ MAP = {"pet": ("cat", "dog"), "bird": ("emu",)}
 
 
 def test_groups_have_the_best_score_of_their_classes() -> None:
-    found = group(TRAIN, TEST, MAP, restrict=True)
-    assert found.rows.tolist() == [0, 1, 3, 4]  # nothing is known of rocks
-    assert found.classes.test.tolist() == [1, 0, 0, 1]  # in the order of the map
-    assert (found.classes.count, found.classes.train.tolist()) == (4, [0, 1, 2, 3, 0])
+    actual = group(TRAIN, TEST, MAP, restrict=True)
+    assert actual.rows.tolist() == [0, 1, 3, 4]  # nothing is known of rocks
+    assert actual.classes.test.tolist() == [1, 0, 0, 1]  # in the order of the map
+    assert (actual.classes.count, actual.classes.train.tolist()) == (4, [0, 1, 2, 3, 0])
     scores = torch.tensor([[0.1, -3.0, -2.0, 9.0], [5.0, 7.0, 6.0, -1.0]])  # emu, cat, dog, ant
-    assert found.groups.best(scores).tolist() == [[-2.0, pytest.approx(0.1)], [7.0, 5.0]]
+    assert actual.groups.best(scores).tolist() == [[-2.0, pytest.approx(0.1)], [7.0, 5.0]]
 
 
 def test_other_classes_are_wrong_answers_unless_restricted() -> None:
-    found = group(TRAIN, TEST, MAP, restrict=False)
+    actual = group(TRAIN, TEST, MAP, restrict=False)
     scores = torch.tensor([[0.1, -3.0, -2.0, 9.0]])
-    assert found.groups.best(scores).argmax().item() == 2  # ant, which no test class means
-    assert found.groups.count == 3
-    assert found.classes.matched == "by name, 2 classes of the test set"
+    assert actual.groups.best(scores).argmax().item() == 2  # ant, which no test class means
+    assert actual.groups.count == 3
+    assert actual.classes.matched == "by name, 2 classes of the test set"
 
 
 def test_without_a_map_the_names_are_the_same() -> None:
     test = LabelledSet("test", "test", np.array([1, 0]), "q", ["dog", "emu"])
-    found = group(TRAIN, test, None, restrict=True)
-    assert found.classes.test.tolist() == [1, 0]
-    assert found.groups.group.tolist() == [1, -1, 0, -1]
-    assert "no other can be predicted" in found.classes.matched
+    actual = group(TRAIN, test, None, restrict=True)
+    assert actual.classes.test.tolist() == [1, 0]
+    assert actual.groups.group.tolist() == [1, -1, 0, -1]
+    assert "no other can be predicted" in actual.classes.matched
 
 
 def test_a_score_that_is_not_finite_stays_in_its_group() -> None:

@@ -46,30 +46,30 @@ def toy(tmp_path: Path) -> BenchmarkDataset:
     return described(train, folder(tmp_path, "test", [2, 0, 1, 0], seed=1))
 
 
-def rows(found: OpenDataset, *splits: Any) -> list[list[int]]:
-    return [found.part(split).rows.tolist() for split in splits]
+def rows(actual: OpenDataset, *splits: Any) -> list[list[int]]:
+    return [actual.part(split).rows.tolist() for split in splits]
 
 
 def test_validation_images_are_held_out(toy: BenchmarkDataset) -> None:
-    found = open_dataset(toy)
-    train, val, both = (found.part(split) for split in ("train", "val", "trainval"))
+    actual = open_dataset(toy)
+    train, val, both = (actual.part(split) for split in ("train", "val", "trainval"))
     assert val.rows.equal(held_out(30))
     assert sorted([*train.rows.tolist(), *val.rows.tolist()]) == both.rows.tolist() == [*range(30)]
     assert train.shards is val.shards is both.shards is both.selected
     assert isinstance(val.selected, SubsetShards)
     assert val.selected.rows.tolist() == val.rows.tolist()
     assert train.labels.tolist() == [n % 3 for n in train.rows.tolist()]
-    assert found.part("test").labels.tolist() == [2, 0, 1, 0]
-    assert (found.classes, found.scored, found.metric, found.border) == (3, 3, "top1", 0)
+    assert actual.part("test").labels.tolist() == [2, 0, 1, 0]
+    assert (actual.classes, actual.scored, actual.metric, actual.border) == (3, 3, "top1", 0)
 
 
 def test_no_file_stays_open(toy: BenchmarkDataset) -> None:
     """A fleet has many datasets open, and a process may have a thousand files."""
     files = Path("/proc/self/fd")
     before = len([*files.iterdir()])
-    found = open_dataset(toy)
+    actual = open_dataset(toy)
     assert len([*files.iterdir()]) == before
-    assert found.part("test").shards.read(1).image
+    assert actual.part("test").shards.read(1).image
 
 
 def test_the_descriptor_says_how_many_are_held_out(toy: BenchmarkDataset) -> None:
@@ -82,15 +82,15 @@ def test_the_descriptor_says_how_many_are_held_out(toy: BenchmarkDataset) -> Non
 
 def test_what_cannot_be_read_belongs_to_no_split(toy: BenchmarkDataset) -> None:
     """The others are split as if they were all."""
-    found, bad = open_dataset(toy), [0, 7, 8, 9]
+    actual, bad = open_dataset(toy), [0, 7, 8, 9]
     good = torch.tensor([n for n in range(30) if n not in bad])
-    val = found.part("val", bad)
+    val = actual.part("val", bad)
     assert val.rows.equal(good[held_out(26)])
-    assert found.part("trainval", bad).rows.equal(good)
-    assert found.part("train", torch.tensor(bad)).labels.tolist() == [
+    assert actual.part("trainval", bad).rows.equal(good)
+    assert actual.part("train", torch.tensor(bad)).labels.tolist() == [
         n % 3 for n in good.tolist() if n not in val.rows
     ]
-    assert found.part("test", [1]).labels.tolist() == [2, 1, 0]
+    assert actual.part("test", [1]).labels.tolist() == [2, 1, 0]
 
 
 def test_official_validation_images_follow_the_training_images(tmp_path: Path) -> None:
@@ -98,15 +98,15 @@ def test_official_validation_images_follow_the_training_images(tmp_path: Path) -
     train = folder(tmp_path, "train", [1, 0, 1, 0])
     val = folder(tmp_path, "val", [0, 1, 2], ("dog", "emu", "cat"), seed=1)
     test = folder(tmp_path, "test", [2, 1], seed=2)
-    found = open_dataset(described(train, test, val))
-    assert rows(found, "train", "val", "trainval") == [[0, 1, 2, 3], [4, 5, 6], [*range(7)]]
-    part = found.part("trainval")
+    actual = open_dataset(described(train, test, val))
+    assert rows(actual, "train", "val", "trainval") == [[0, 1, 2, 3], [4, 5, 6], [*range(7)]]
+    part = actual.part("trainval")
     assert part.path == f"[{train}, {val}]"
     assert part.labels.tolist() == [0, 1, 0, 1, 0, 2, 1]  # dog, cat and emu by appearance
-    assert found.part("test").labels.tolist() == [2, 0]
+    assert actual.part("test").labels.tolist() == [2, 0]
     image = part.shards.read(5).image
     assert image == Shards(val).read(1).image
-    assert found.provenance()["train"] == {
+    assert actual.provenance()["train"] == {
         "path": part.path,
         "samples": 7,
         "sha256": part.shards.fingerprint,
@@ -118,9 +118,9 @@ def test_folders_of_one_split_are_matched_by_name(tmp_path: Path) -> None:
     turned = folder(tmp_path, "b", [0, 1], ("emu", "cat"), seed=1)
     bare = folder(tmp_path, "c", [0, 1], (), seed=2)
     test = folder(tmp_path, "test", [0, 1, 2], seed=3)
-    found = open_dataset(described([first, turned], test))
-    assert found.part("trainval").labels.tolist() == [0, 1, 2, 0]
-    assert found.part("test").labels.tolist() == [0, 1, 2]
+    actual = open_dataset(described([first, turned], test))
+    assert actual.part("trainval").labels.tolist() == [0, 1, 2, 0]
+    assert actual.part("test").labels.tolist() == [0, 1, 2]
     with pytest.raises(EvalError, match=r"c has no classes\.json, and other folders"):
         open_dataset(described([first, bare], test))
     again = folder(tmp_path, "d", [0, 1], (), seed=4)
@@ -136,14 +136,14 @@ def test_a_split_by_files_of_one_folder(tmp_path: Path) -> None:
     file, chosen = tmp_path / "train.json", [0, 1, 2, 5, 9, 10, 11, 20]
     subset.save(file, Shards(whole), np.array(chosen), "by hand")
     train, test = {"shards": whole, "subset": str(file)}, {"shards": whole, "without": str(file)}
-    found = open_dataset(described(train, test, held_out_per_class=1))
-    part = found.part("trainval")
+    actual = open_dataset(described(train, test, held_out_per_class=1))
+    part = actual.part("trainval")
     assert part.rows.tolist() == [*range(8)]
     assert part.index.tolist() == chosen
-    assert found.part("test").index.tolist() == [n for n in range(24) if n not in chosen]
-    assert found.part("val").labels.bincount().tolist() == [1, 1, 1]
-    assert found.leaks() == []
-    data = found.provenance()
+    assert actual.part("test").index.tolist() == [n for n in range(24) if n not in chosen]
+    assert actual.part("val").labels.bincount().tolist() == [1, 1, 1]
+    assert actual.leaks() == []
+    data = actual.provenance()
     assert (data["train"]["samples"], data["train"]["used"], data["test"]["used"]) == (24, 8, 16)
     assert data["labels"]["samples"] == 8
     assert data["labels"]["rule"] == "by hand"
@@ -156,11 +156,11 @@ def test_a_label_map_chooses_the_test_images(tmp_path: Path) -> None:
     train = folder(tmp_path, "train", [0, 1, 2, 0])
     test = folder(tmp_path, "test", [0, 1, 2, 1], ("bird", "pet", "rock"), seed=1)
     meant = {"label_map": {"pet": ["cat", "dog"], "bird": "emu"}, "restrict": True}
-    found = open_dataset(described(train, test, **meant))
-    part = found.part("test")
+    actual = open_dataset(described(train, test, **meant))
+    part = actual.part("test")
     assert (part.index.tolist(), part.labels.tolist()) == ([0, 1, 3], [1, 0, 0])
-    assert (found.classes, found.scored) == (3, 2)
-    assert found.best(torch.tensor([[1.0, 5.0, 3.0]])).tolist() == [[5.0, 3.0]]
+    assert (actual.classes, actual.scored) == (3, 2)
+    assert actual.best(torch.tensor([[1.0, 5.0, 3.0]])).tolist() == [[5.0, 3.0]]
     plain = open_dataset(described(train, train))
     assert plain.best(torch.tensor([[1.0, 5.0, 3.0]])).tolist() == [[1.0, 5.0, 3.0]]
     numbers = folder(tmp_path, "v2", [1, 0], ("0", "2"), seed=2)
@@ -203,19 +203,19 @@ def test_all_that_defines_the_samples_is_in_the_identity(tmp_path: Path) -> None
         {**plain, "label_map": {"cat": "cat"}},
         {**plain, "label_map": {"cat": ["cat", "dog"]}},
     ]
-    found = [json.dumps(open_dataset(described(**kind)).identity) for kind in kinds]
-    assert len(set(found)) == len(kinds)
+    actual = [json.dumps(open_dataset(described(**kind)).identity) for kind in kinds]
+    assert len(set(actual)) == len(kinds)
     moved = shutil.copytree(train, tmp_path / "moved")
     elsewhere = described(str(moved), test, name="renamed", how="make")
-    assert json.dumps(open_dataset(elsewhere).identity) == found[0]
+    assert json.dumps(open_dataset(elsewhere).identity) == actual[0]
 
 
 def test_test_images_that_were_seen_are_said(toy: BenchmarkDataset, tmp_path: Path) -> None:
     assert toy.train is not None
-    found = open_dataset(toy)
+    actual = open_dataset(toy)
     train, test = Shards(toy.train.shards).fingerprint, Shards(toy.test.shards).fingerprint
-    assert found.leaks([train]) == []
-    assert found.leaks([test]) == [
+    assert actual.leaks([train]) == []
+    assert actual.leaks([test]) == [
         f"the encoder, or what it started from, was trained on the images of {toy.test.shards}"
     ]
     both = shards_of(f"[{toy.train.shards}, {toy.test.shards}]")

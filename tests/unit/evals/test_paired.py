@@ -55,11 +55,13 @@ def test_a_permutation_counts_all_swaps() -> None:
 
 def test_with_classes_of_one_size_the_permutation_is_mcnemars_test() -> None:
     a, b = two(better=0.05)
-    found = paired(a, b, "per_class"), paired(a, b, "top1")
-    assert found[0].p == found[1].p
-    assert found[0].difference == pytest.approx(found[1].difference)
-    assert found[0].error == pytest.approx(found[1].error)
-    assert (found[0].low, found[0].high) == pytest.approx((found[1].low, found[1].high), abs=0.2)
+    actual = paired(a, b, "per_class"), paired(a, b, "top1")
+    assert actual[0].p == actual[1].p
+    assert actual[0].difference == pytest.approx(actual[1].difference)
+    assert actual[0].error == pytest.approx(actual[1].error)
+    assert (actual[0].low, actual[0].high) == pytest.approx(
+        (actual[1].low, actual[1].high), abs=0.2
+    )
 
 
 def test_what_is_alike_is_not_told_apart_and_what_differs_is() -> None:
@@ -83,8 +85,8 @@ def test_the_difference_that_can_be_resolved_is_found_in_four_of_five() -> None:
     """Pairs that truly differ by it, of 500 samples."""
     resolvable = paired(*two(500), "top1").resolvable
     # 40 % of the samples may differ
-    found = [paired(*two(500, resolvable / 40, seed), "top1").p < 0.05 for seed in range(300)]
-    assert 0.7 <= np.mean(found) <= 0.9
+    actual = [paired(*two(500, resolvable / 40, seed), "top1").p < 0.05 for seed in range(300)]
+    assert 0.7 <= np.mean(actual) <= 0.9
 
 
 def test_few_samples_resolve_nothing_smaller_than_six_of_them() -> None:

@@ -47,12 +47,12 @@ def test_all_comes_back_in_its_order(tmp_path: Path) -> None:
     wide = replace(wide, rank=wide.rank.clamp(max=39_999))
     all_of_them = {"knn_20": ranked(), "knn_10": ranked(seed=1), "svm": scored(), "few": few}
     all_of_them["wide"] = wide
-    found = unpack(save(tmp_path / "p.npz", all_of_them))
-    assert list(found) == list(all_of_them)
+    actual = unpack(save(tmp_path / "p.npz", all_of_them))
+    assert list(actual) == list(all_of_them)
     for name, prediction in all_of_them.items():
-        assert type(found[name]) is type(prediction)
+        assert type(actual[name]) is type(prediction)
         for key, value in vars(prediction).items():
-            got = getattr(found[name], key)
+            got = getattr(actual[name], key)
             assert got.dtype == value.dtype if torch.is_tensor(value) else got == value
             assert torch.equal(torch.as_tensor(got), torch.as_tensor(value))
 
@@ -127,13 +127,13 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     for content in damaged:
         (tmp_path / "p.npz").write_bytes(content)
         try:
-            found = unpack(tmp_path / "p.npz")
+            actual = unpack(tmp_path / "p.npz")
         except EvalError as error:
             refused += "p.npz is not a file of predictions" in str(error)
         else:
             # a byte of the archive that nothing depends on, such as a time
-            assert found.keys() == whole.keys()
-            assert torch.equal(vars(found["k"])["rank"], vars(whole["k"])["rank"])
+            assert actual.keys() == whole.keys()
+            assert torch.equal(vars(actual["k"])["rank"], vars(whole["k"])["rank"])
     assert refused > len(damaged) // 2
     with pytest.raises(EvalError, match="not a regular file"):
         unpack(tmp_path)

@@ -64,9 +64,9 @@ def missing(one: Entry, skip: bool = False) -> list[int]:
 
 
 def stored(one: Entry, skip: bool = False) -> Tensor:
-    found = one.read(skip)
-    assert found is not None
-    return found.x
+    actual = one.read(skip)
+    assert actual is not None
+    return actual.x
 
 
 # --- what is complete -----------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def test_samples_that_were_left_out_are_recorded(tmp_path: Path) -> None:
     """Whoever would stop at them encodes their chunks again."""
     one, x = entry(tmp_path), features()
     put(one, x, *range(CHUNKS), left_out={20: "damaged", 69: "too large"})
-    found = one.read(skip=True)
-    assert found is not None
-    assert dict(found.left_out) == {20: "damaged", 69: "too large"}
+    actual = one.read(skip=True)
+    assert actual is not None
+    assert dict(actual.left_out) == {20: "damaged", 69: "too large"}
     assert one.read(skip=False) is None
     assert (missing(one, skip=True), missing(one, skip=False)) == ([], [1, 4])
 
@@ -143,10 +143,10 @@ def test_samples_that_were_left_out_are_recorded(tmp_path: Path) -> None:
 def test_rows_of_an_entry(tmp_path: Path) -> None:
     one, x = entry(tmp_path), features()
     put(one, x, *range(CHUNKS), left_out={20: "damaged", 69: "too large"})
-    found = one.read(skip=True)
-    assert found is not None
+    actual = one.read(skip=True)
+    assert actual is not None
     for rows in (torch.tensor([3, 20, 21, 60]), torch.arange(10, 40)):
-        part = found.rows(rows)
+        part = actual.rows(rows)
         assert part.x.equal(x[rows])
         assert dict(part.left_out) == {rows.tolist().index(20): "damaged"}
 

@@ -72,20 +72,20 @@ def elsewhere(function: Callable[[Connection], None]) -> tuple[Any, Any]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_they_are_those_of_the_encoder(run: Path, tmp_path: Path, workers: int) -> None:
     bare, one = extractor(run, None, workers=workers), extractor(run, tmp_path, workers=workers)
-    expected, found = encoded(bare, run), encoded(one, run)
-    assert found.x.equal(expected.x)
-    assert found.index.tolist() == list(range(SAMPLES))
+    expected, actual = encoded(bare, run), encoded(one, run)
+    assert actual.x.equal(expected.x)
+    assert actual.index.tolist() == list(range(SAMPLES))
     assert (bare.forwards, one.forwards) == (FORWARDS + PROBE, FORWARDS + PROBE)
 
     with torch.no_grad():
         image = torch.stack([pixels(run, n) for n in range(SAMPLES)])
         direct = find(run).module(image)
-    close(found.x, direct)
+    close(actual.x, direct)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor) -> None:
     """The same, up to what the number of images in a batch changes in the last digits."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def pixels(run: Path, sample: int) -> Tensor:
@@ -103,8 +103,8 @@ def test_a_second_process_runs_no_forward(run: Path, tmp_path: Path) -> None:
 
     def second(answer: Connection) -> None:
         one = extractor(run, tmp_path)
-        found = encoded(one, run).x
-        answer.send((one.forwards, found.numpy().tobytes()))
+        actual = encoded(one, run).x
+        answer.send((one.forwards, actual.numpy().tobytes()))
 
     process, answer = elsewhere(second)
     forwards, raw = answer.recv()
@@ -119,8 +119,8 @@ def test_a_second_process_runs_no_forward(run: Path, tmp_path: Path) -> None:
 def test_two_processes_share_the_work_of_one(run: Path, tmp_path: Path) -> None:
     def worker(answer: Connection) -> None:
         one = extractor(run, tmp_path)
-        found = encoded(one, run).x
-        answer.send((one.forwards, found.numpy().tobytes()))
+        actual = encoded(one, run).x
+        answer.send((one.forwards, actual.numpy().tobytes()))
 
     others = [elsewhere(worker) for _ in range(3)]
     answers = [answer.recv() for _, answer in others]
@@ -154,9 +154,9 @@ def test_a_killed_process_leaves_what_it_has_done(run: Path, tmp_path: Path) -> 
     process.join()
 
     one = extractor(run, tmp_path)
-    found = encoded(one, run)
+    actual = encoded(one, run)
     assert one.forwards == FORWARDS - 3 * ROWS // BATCH
-    assert found.x.equal(encoded(extractor(run, None), run).x)
+    assert actual.x.equal(encoded(extractor(run, None), run).x)
 
 
 # --- all devices of a job -------------------------------------------------------------------------
@@ -192,12 +192,12 @@ def test_every_rank_encodes_a_part(run: Path, tmp_path: Path) -> None:
     """And learns of the error of another; an evaluation is then measured by the first alone."""
     bad = shards(tmp_path / "bad", [0] * 40)
     spoil(bad, 3)
-    found = ranks.run(2, on_ranks, tmp_path, run, tmp_path / "features", bad)
-    first, second = (one["forwards"].tolist() for one in found)
+    actual = ranks.run(2, on_ranks, tmp_path, run, tmp_path / "features", bad)
+    first, second = (one["forwards"].tolist() for one in actual)
     assert first == [12 + PROBE, 0, True]
     assert second == [11, 0, True]
 
-    assert [one["results"].tolist() for one in found] == [[1, 1], [0, 1]]
+    assert [one["results"].tolist() for one in actual] == [[1, 1], [0, 1]]
     records = (run / "evals" / "features").glob("*/chunks-1.jsonl")
     assert any(path.stat().st_size for path in records)
 
@@ -279,9 +279,9 @@ def test_a_subset_of_stored_features_is_not_encoded(run: Path, tmp_path: Path) -
     whole = encoded(extractor(run, tmp_path), run).x
     for rows in ([3, 7, 40], list(range(10, 20))):
         one = extractor(run, tmp_path)
-        found = encoded(one, run, rows)
-        assert found.x.equal(whole[rows])
-        assert found.index.tolist() == list(range(len(rows)))
+        actual = encoded(one, run, rows)
+        assert actual.x.equal(whole[rows])
+        assert actual.index.tolist() == list(range(len(rows)))
         assert one.forwards == 0
 
 
@@ -292,11 +292,11 @@ def test_of_a_subset_nothing_else_is_read(tmp_path: Path) -> None:
         if sample not in (3, 7, 40):
             spoil(data, sample)
     one = extractor(run, tmp_path / "features")
-    found = encoded(one, run, [3, 7, 40])
-    assert len(found.x) == 3
+    actual = encoded(one, run, [3, 7, 40])
+    assert len(actual.x) == 3
     assert one.forwards == 2 + PROBE
     again = extractor(run, tmp_path / "features")
-    assert encoded(again, run, [3, 7, 40]).x.equal(found.x)
+    assert encoded(again, run, [3, 7, 40]).x.equal(actual.x)
     assert again.forwards == 0
 
 
@@ -316,11 +316,11 @@ def test_what_was_left_out_is_remembered(tmp_path: Path) -> None:
     features, skipping = tmp_path / "features", {"on_bad": "skip", "max_bad": 0.2}
     for forwards in (FORWARDS - 2 + PROBE, 0):  # two batches had nothing left
         one = extractor(run, features, **skipping)
-        found = encoded(one, run)
-        close(found.x, whole[good])
-        assert found.index.tolist() == good
-        assert [part["sample"] for part in found.left_out] == list(bad)
-        assert "s-0.tar at byte" in found.left_out[0]["fault"]
+        actual = encoded(one, run)
+        close(actual.x, whole[good])
+        assert actual.index.tolist() == good
+        assert [part["sample"] for part in actual.left_out] == list(bad)
+        assert "s-0.tar at byte" in actual.left_out[0]["fault"]
         assert one.forwards == forwards
 
     lenient = extractor(run, features, on_bad="skip", max_bad=0.5)

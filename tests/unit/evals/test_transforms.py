@@ -43,18 +43,18 @@ def test_simclr_transfer_is_torchvisions(height: int, width: int) -> None:
     image = photo(height, width)
     plain = T.Compose([T.Resize(64, T.InterpolationMode.BICUBIC), T.CenterCrop(64)])
     expected = np.asarray(plain(Image.fromarray(image)), np.int16)
-    found = Transform(resize="simclr-transfer", size=64)(image, 0)
-    assert found.shape == (64, 64, 3)
-    off = np.abs(found.astype(np.int16) - expected)
+    actual = Transform(resize="simclr-transfer", size=64)(image, 0)
+    assert actual.shape == (64, 64, 3)
+    off = np.abs(actual.astype(np.int16) - expected)
     assert off.max() <= 2
     assert off.mean() < 0.1
 
 
 def test_native_does_not_resample() -> None:
     image = photo(70, 91)
-    found = Transform(resize="native", size=64)(image, 0)
+    actual = Transform(resize="native", size=64)(image, 0)
     expected = np.asarray(T.CenterCrop(64)(Image.fromarray(image)))
-    assert np.array_equal(found, expected)
+    assert np.array_equal(actual, expected)
     with pytest.raises(ImageError, match="91 x 70 pixels are less than the 71 of a native crop"):
         Transform(resize="native", size=71)(image, 0)
 
@@ -100,9 +100,9 @@ def test_a_corruption_is_of_the_resized_image() -> None:
     image = photo(32, 32)
     seen = []
     transforms.CORRUPTIONS["noise"] = lambda image, *_: seen.append(image.copy()) or image * 0
-    found = Transform(resize="byol", size=24, corruption="noise", severity=3)(image, 0)
+    actual = Transform(resize="byol", size=24, corruption="noise", severity=3)(image, 0)
     assert np.array_equal(seen[0], Transform(resize="byol", size=24)(image, 0))
-    assert not found.any()
+    assert not actual.any()
 
 
 def test_what_is_no_corruption_is_refused() -> None:

@@ -17,9 +17,9 @@ def test_every_dataset_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("COLUMNS", "200")
     for split in ("train", "test"):
         shards(tmp_path / "cifar10" / split, [0, 1])
-    found = CliRunner().invoke(app, ["show", "datasets", "--data-root", str(tmp_path)])
-    assert found.exit_code == 0, found.output
-    title, _, *rows = found.stdout.splitlines()
+    actual = CliRunner().invoke(app, ["show", "datasets", "--data-root", str(tmp_path)])
+    assert actual.exit_code == 0, actual.output
+    title, _, *rows = actual.stdout.splitlines()
     assert title.endswith(str(tmp_path))
     assert [row.split()[0] for row in rows] == datasets.names()
     by_name = {row.split()[0]: row for row in rows}

@@ -96,13 +96,13 @@ def test_protocols_and_datasets_have_boards_of_their_own(tmp_path: Path) -> None
     write_result(b, 20, {"linear": 60.0}, labels="c" * 64)
     write_result(b, 40, predictions=predictions(0.1))
     write_result(b, 99, {"linear": 99.0}, encoder="untrained")
-    found = boards([a, b])
-    assert sorted((board.benchmark, board.dataset, len(board.entries)) for board in found) == [
+    actual = boards([a, b])
+    assert sorted((board.benchmark, board.dataset, len(board.entries)) for board in actual) == [
         ("knn", "pets", 1),
         ("linear", "data", 1),
         ("linear", "data", 2),
     ]
-    whole = next(board for board in found if len(board.entries) == 2)
+    whole = next(board for board in actual if len(board.entries) == 2)
     # the newest, not the best
     assert {Path(e.encoder).name: e.step for e in whole.entries} == {"b": 40, "a": 20}
     (top5,) = boards([a, b], "knn_20_top5")

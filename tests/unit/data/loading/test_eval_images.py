@@ -58,7 +58,7 @@ def test_plain_gives_every_sample_once_in_order(folder: Path, workers: int, resi
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_end_with_their_part(folder: Path, workers: int) -> None:
     """Also where a later batch is larger than the first."""
-    found = eval_batches(
+    actual = eval_batches(
         str(folder),
         transform=Transform(resize="tv", size=16),
         batch=4,
@@ -66,7 +66,7 @@ def test_batches_end_with_their_part(folder: Path, workers: int) -> None:
         workers=workers,
         **NORM,
     )
-    assert [len(batch) for batch in found] == [3, 4, 4, 1, 4, 4]
+    assert [len(batch) for batch in actual] == [3, 4, 4, 1, 4, 4]
 
 
 class Numbering:
@@ -95,7 +95,7 @@ def test_what_a_transform_refuses_is_a_bad_sample(folder: Path) -> None:
         list(eval_batches(str(folder), transform=Numbering(), **NORM))
 
     lost: list[tuple[int, list[Replaced]]] = []
-    found = eval_batches(
+    actual = eval_batches(
         str(folder),
         transform=Numbering(),
         parts=[(19, 20), (20, 21), (21, 30)],
@@ -103,7 +103,7 @@ def test_what_a_transform_refuses_is_a_bad_sample(folder: Path) -> None:
         lost=lambda number, replaced: lost.append((number, list(replaced))),
         **NORM,
     )
-    assert [len(batch) for batch in found] == [1, 0, 9]
+    assert [len(batch) for batch in actual] == [1, 0, 9]
     assert [[one.planned for one in replaced] for _, replaced in lost] == [[], [20], []]
 
 

@@ -14,15 +14,15 @@ from scaletrain.launch.fleet.curves import Curves
 
 def drawn(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of `linear`, by the folder of the curve."""
-    found = {}
+    actual = {}
     for folder in (run / "tensorboard" / "evals").iterdir():
         board = EventAccumulator(str(folder))
         board.Reload()
         assert board.Tensors("eval/protocol/text_summary")
-        found[folder.name] = [
+        actual[folder.name] = [
             (event.step, round(event.value, 3)) for event in board.Scalars("eval/linear")
         ]
-    return found
+    return actual
 
 
 def files(run: Path) -> list[Path]:
@@ -53,11 +53,11 @@ def test_protocols_and_baselines_are_curves_of_their_own(tmp_path: Path) -> None
     result(tmp_path, 20, 3.0, linear={"epochs": 9})
     result(tmp_path, 0, 1.0, encoder="untrained")
     Curves(tmp_path).refresh()
-    found = drawn(tmp_path)
-    assert sorted(points for points in found.values()) == [[(0, 1.0)], [(20, 2.0)], [(20, 3.0)]]
-    assert [name.endswith("-untrained") for name, points in found.items() if points[0][0] == 0] == [
-        True
-    ]
+    actual = drawn(tmp_path)
+    assert sorted(points for points in actual.values()) == [[(0, 1.0)], [(20, 2.0)], [(20, 3.0)]]
+    assert [
+        name.endswith("-untrained") for name, points in actual.items() if points[0][0] == 0
+    ] == [True]
 
 
 def test_what_a_killed_writer_or_another_version_left_is_replaced(tmp_path: Path) -> None:

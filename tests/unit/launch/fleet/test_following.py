@@ -67,10 +67,10 @@ class Queue:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Queue:
-    found = Queue()
-    monkeypatch.setattr(queue, "mine", lambda: list(found.live))
-    monkeypatch.setattr(submit, "submit", found.submit)
-    return found
+    actual = Queue()
+    monkeypatch.setattr(queue, "mine", lambda: list(actual.live))
+    monkeypatch.setattr(submit, "submit", actual.submit)
+    return actual
 
 
 def cells(run: Path, steps: Sequence[int] = (1, 2), shares: bool = True) -> list[Cell]:

@@ -28,9 +28,9 @@ def cell(step: int, benchmark: str = "knn", gpus: int = 1, run: Path = RUN) -> C
 def test_an_array_for_each_run_benchmark_and_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Path("/runs/other")
     cells = [cell(1), cell(1, "svm"), cell(2), cell(3, gpus=2), cell(1, run=other)]
-    found = list(Jobs(Resources(), PLACE).batches(cells))
-    assert sorted(map(len, found)) == [1, 1, 1, 2]
-    assert [cells[0], cells[2]] in found
+    actual = list(Jobs(Resources(), PLACE).batches(cells))
+    assert sorted(map(len, actual)) == [1, 1, 1, 2]
+    assert [cells[0], cells[2]] in actual
     monkeypatch.setattr(jobs, "_MOST", 2)
     assert [len(one) for one in Jobs(Resources(), PLACE).batches([cells[0]] * 5)] == [2, 2, 1]
 

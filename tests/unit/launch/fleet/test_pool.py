@@ -69,11 +69,11 @@ def test_a_bounded_number_with_a_device_each(place: Path, monkeypatch: pytest.Mo
     assert pool.room == 0
     wait_for(lambda: all((place / f"{n}").exists() for n in range(2)))
     seen = [json.loads((place / f"{n}").read_text()) for n in range(2)]
-    assert [found["CUDA_VISIBLE_DEVICES"] for _, found in seen] == ["4", "GPU-b"]
+    assert [actual["CUDA_VISIBLE_DEVICES"] for _, actual in seen] == ["4", "GPU-b"]
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert [found["OMP_NUM_THREADS"] for _, found in seen] == [share, share]
-    assert {found[name] for _, found in seen for name in NAMES if "_" not in name} == {None}
-    assert {found["SCALETRAIN_STOPPED_FILE"] for _, found in seen} == {None}
+    assert [actual["OMP_NUM_THREADS"] for _, actual in seen] == [share, share]
+    assert {actual[name] for _, actual in seen for name in NAMES if "_" not in name} == {None}
+    assert {actual["SCALETRAIN_STOPPED_FILE"] for _, actual in seen} == {None}
 
     os.kill(seen[0][0], signal.SIGKILL)
     wait_for(pool.sweep)

@@ -48,9 +48,9 @@ def log(run: Path, text: str) -> None:
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs in the queue."""
-    found: list[Job] = []
-    monkeypatch.setattr(queue, "mine", lambda: found)
-    return found
+    actual: list[Job] = []
+    monkeypatch.setattr(queue, "mine", lambda: actual)
+    return actual
 
 
 def test_attempts_are_counted_until_they_are_given_up(tmp_path: Path, live: list[Job]) -> None:
@@ -60,9 +60,9 @@ def test_attempts_are_counted_until_they_are_given_up(tmp_path: Path, live: list
         mine = Holder(fleet=claims.fleet)
         for attempt, expected in ((1, "missing"), (2, "failed")):
             claims.write("knn@d-step-3-x", claims.read("knn@d-step-3-x").held_by(mine))
-            found = status_of(claims, Ended(knn=1))
+            actual = status_of(claims, Ended(knn=1))
             text = f"exit code 1; no memory ({cell(tmp_path).log})"
-            assert found == Status(expected, text, tried=True)  # type: ignore[arg-type]
+            assert actual == Status(expected, text, tried=True)  # type: ignore[arg-type]
             kept = claims.read("knn@d-step-3-x")
             assert (kept.attempts, kept.holder) == (attempt, None)
 
@@ -139,10 +139,10 @@ def test_a_job_is_live_by_the_queue_and_its_end_by_its_exit_code(
         folder.mkdir(parents=True)
         (folder / "7_1_0_log.err").write_text("error: the disk is full\n")
         (folder / "7_1.exit").write_text("75\n")
-        found = status_of(claims)
+        actual = status_of(claims)
         # it may pass, and is given time
-        assert (found.state, found.tried) == ("pending", True)
-        assert found.text.startswith("exit code 75; the disk is full (")
+        assert (actual.state, actual.tried) == ("pending", True)
+        assert actual.text.startswith("exit code 75; the disk is full (")
         pause = claims.read("knn@d-step-3-x").after - time.time()
         assert 20 < pause <= 30
         second = claims.read("knn@d-step-3-x").failed("", 75)
@@ -195,20 +195,20 @@ def test_jobs_of_a_queue_that_cannot_be_seen_are_left_alone(
 
 def test_a_result_ends_its_claim_whatever_that_says(tmp_path: Path, live: list[Job]) -> None:
     result = write_result(tmp_path, 3, {"linear": 41.236, "linear_per_class": 40.0})
-    found = Cell(tmp_path, 3, "linear", "d", ("eval",), result)
+    actual = Cell(tmp_path, 3, "linear", "d", ("eval",), result)
     with Claims(tmp_path) as claims:
-        claims.write(found.name, Claim(attempts=9, error="x", refused=True))
+        claims.write(actual.name, Claim(attempts=9, error="x", refused=True))
         watch = Standing(claims, None, 1)
-        assert watch.status(found) == Status("measured", "41.24 [39.24, 43.24]")
+        assert watch.status(actual) == Status("measured", "41.24 [39.24, 43.24]")
         assert claims.names() == set()
 
         result.write_text("{}")
-        assert watch.status(found) == Status("measured", "41.24 [39.24, 43.24]"), (
+        assert watch.status(actual) == Status("measured", "41.24 [39.24, 43.24]"), (
             "results never change"
         )
         again = Standing(claims, None, 1)
-        assert again.status(found).state == "failed"
-        assert "is not a result" in again.status(found).text
+        assert again.status(actual).state == "failed"
+        assert "is not a result" in again.status(actual).text
 
 
 def test_a_damaged_claim_stops_only_its_result(tmp_path: Path, live: list[Job]) -> None:
