@@ -105,6 +105,10 @@ class Claims:
             with self.alone():
                 for path in self._folder.glob("*.fleet"):
                     self.alive(path.stem)
+                # what a fleet that was killed had begun to write
+                for draft in self._folder.glob(".*.tmp"):
+                    draft.unlink()
+
                 self._until.enter_context(locks.locked(self._life(self.fleet), wait=True))
         except OSError as error:
             self._without_locks(error)

@@ -60,6 +60,17 @@ def test_a_fleet_is_alive_until_it_ends_however_it_ends(
         ]
 
 
+def test_what_a_killed_fleet_had_begun_to_write_is_deleted(tmp_path: Path) -> None:
+    with Claims(tmp_path) as claims:
+        claims.write("knn@d", Claim(attempts=1))
+
+    folder = tmp_path / "evals" / "claims"
+    (folder / ".knn@d.json.0a1b.tmp").write_text('{"attem')
+    with Claims(tmp_path) as claims:
+        assert claims.read("knn@d") == Claim(attempts=1)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "knn@d.json"]
+
+
 def test_a_killed_planner_lets_others_plan(
     tmp_path: Path, other: Callable[..., tuple[str, Any]]
 ) -> None:
