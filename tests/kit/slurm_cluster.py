@@ -124,9 +124,14 @@ class Cluster:
         for daemon in self._daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
-        for pid in self.processes():  # also the steps, which outlive their slurmd
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        # also the steps, which outlive their slurmd, and what they start before they are dead
+        deadline = time.monotonic() + 10
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
         for daemon in self._daemons:
             daemon.wait()
 

@@ -162,16 +162,16 @@ def test_one_process_encodes_at_a_time(tmp_path: Path) -> None:
         assert mine
 
 
-def encode_all(folder: Path, x: Tensor, told: Connection) -> None:
+def encode_all(folder: Path, x: Tensor, reports: Connection) -> None:
     one = entry(folder)
     with one.encoding() as mine:
         assert mine
         layout, chunks = one.begin(lambda: WIDTH, ROWS, skip=False)
-        told.send("begun")
+        reports.send("begun")
         for chunk in chunks:
-            told.recv()
+            reports.recv()
             one.write(layout, chunk, x[slice(*layout.part(chunk))], {})
-            told.send(chunk)
+            reports.send(chunk)
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:

@@ -137,12 +137,12 @@ def test_a_killed_process_leaves_what_it_has_done(run: Path, tmp_path: Path) -> 
         one = extractor(run, tmp_path)
         write = store.Entry.write
 
-        def told(*args: Any, **options: Any) -> None:
+        def noted(*args: Any, **options: Any) -> None:
             write(*args, **options)
             answer.send(1)
             answer.recv()
 
-        store.Entry.write = told  # type: ignore[method-assign]
+        store.Entry.write = noted  # type: ignore[method-assign]
         encoded(one, run)
 
     process, answer = elsewhere(worker)

@@ -194,7 +194,7 @@ def test_jobs_that_fail_are_submitted_again_a_bounded_number_of_times(
 
 
 class Processes(Pool):
-    """Processes that run until they are told to end."""
+    """Processes that run until they are asked to end."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
