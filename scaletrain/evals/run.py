@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -163,6 +164,14 @@ class Evaluation:
                 f"{fault.text}; --set features.on_bad=skip leaves such samples out and counts them"
             )
             raise ShardError(fault.shard, fault.offset, text) from None
+
+        metric = context.dataset.metric
+        if metric in ("map", "map11") and not score.main.endswith(metric):
+            print(
+                f"warning: {name} does not measure {metric}, by which {context.dataset.name} is "
+                f"scored; its main metric is {score.main}",
+                file=sys.stderr,
+            )
 
         metrics, bounds = {}, {}
         for key, prediction, metric, value in named_metrics(score.predictions):

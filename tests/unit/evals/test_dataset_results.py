@@ -55,6 +55,14 @@ def test_a_result_belongs_to_its_dataset(run: Path) -> None:
         evaluate(run, "train: train\ntest: test\n", same_numbers=True)
 
 
+def test_a_main_metric_that_a_benchmark_lacks_is_said(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actual = evaluate(run, "train: train\ntest: test\nmetric: map\n")
+    assert actual["main"] == "knn_3"
+    assert "knn does not measure map, by which mine is scored" in capsys.readouterr().err
+
+
 def test_a_label_map_decides_what_is_right(run: Path) -> None:
     """Two training classes mean a pet, in whichever of them an image lies; rocks do not count."""
     text = "train: train\ntest: odd\nlabel_map: {pet: [cat, dog], bird: emu}\n"
